@@ -1,0 +1,170 @@
+"""``Adapter``: a trunk that reads the base and a head that answers, built from one configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safeside.adapters.config import AdapterConfig, Calibration
+from safeside.base.taps import SideCache, Tape
+from safeside.registry import Registry
+
+
+class Trunk(Protocol):
+    """A side network: an ``nn.Module`` built from an AdapterConfig.  Implement these four to add an architecture."""
+
+    width: int
+
+    @property
+    def n_cache_layers(self) -> int:
+        """Layers it needs in the request's cache; 0 for token-wise trunks."""
+        ...
+
+    def read(self, tape: Tape, layer: int, hidden: Float[Tensor, "B T D"]) -> None:
+        """Write on ``tape`` what is needed of one tapped state, as narrow as possible.  Called layer by layer."""
+        ...
+
+    def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T d"]:
+        """The side state of every new token, once all taps were read."""
+        ...
+
+
+TRUNKS: Registry[type[Trunk]] = Registry("adapter kind")
+
+
+def register_adapter(kind: str, trunk: type[Trunk] | str) -> None:
+    """Make a trunk class (or its lazy ``"module:Class"``) known under ``kind``."""
+    TRUNKS.register(kind, trunk)
+
+
+for _kind, _target in (
+    ("plr", "safeside.adapters.plr:Plr"),
+    ("rtb", "safeside.adapters.rtb:Rtb"),
+    ("lst", "safeside.adapters.lst:Lst"),
+):
+    register_adapter(_kind, _target)
+
+
+@dataclass(slots=True)
+class SideOutput:
+    """What one adapter gives for the new tokens of a pass: an aligner's delta, or a guard's logits and scores.
+
+    ``scores`` (B, T, K) in [0, 1] at position t judge everything up to t (for encoders: the whole text).
+    """
+
+    delta: Float[Tensor, "B T D"] | None = None
+    logits: Float[Tensor, "B T K"] | None = None
+    scores: Float[Tensor, "B T K"] | None = None
+
+
+class GuardHead(nn.Module):
+    """Norm, optional causal attention pooling, and one logit for each label; calibration turns logits into scores."""
+
+    def __init__(self, width: int, n_labels: int, pooled: bool) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.query = nn.Parameter(torch.zeros(width)) if pooled else None
+        self.linear = nn.Linear(width, n_labels)
+        self.register_buffer("scale", torch.ones(n_labels), persistent=False)
+        self.register_buffer("bias", torch.zeros(n_labels), persistent=False)
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Use ``calibration`` from now on."""
+        device = self.linear.weight.device
+        self.scale = torch.tensor(calibration.scale, dtype=torch.float32, device=device)
+        self.bias = torch.tensor(calibration.bias, dtype=torch.float32, device=device)
+
+    def forward(self, states: Float[Tensor, "B T d"], tape: Tape, cache: SideCache | None, layer: int) -> SideOutput:
+        states = self.norm(states)
+        if self.query is not None:
+            states = self._pool(states, tape, cache, layer)
+        logits = self.linear(states).float()
+        return SideOutput(logits=logits, scores=torch.sigmoid(self.scale.float() * logits + self.bias.float()))
+
+    def _pool(self, states: Tensor, tape: Tape, cache: SideCache | None, layer: int) -> Tensor:
+        """Softmax-weighted mean of the states seen so far, with one learned query."""
+        assert self.query is not None
+        keys = values = states[:, None]  # one head: (B, 1, T, d)
+        if cache is not None:
+            keys, values = cache.update(keys, values, layer)
+        queries = self.query.expand(states.shape)[:, None]
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=tape.attend)[:, 0]
+
+
+class DeltaHead(nn.Module):
+    """Norm and up-projection to the base's width, zero at the start: an untrained aligner *is* the base."""
+
+    def __init__(self, width: int, d_model: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.up = nn.Linear(width, d_model, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, states: Float[Tensor, "B T d"]) -> SideOutput:
+        return SideOutput(delta=self.up(self.norm(states)))
+
+
+class Adapter(nn.Module):
+    """One guard or aligner.  ``config.role`` decides the head, ``config.kind`` the trunk."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        trunk = TRUNKS.get(config.kind)(config)  # type: ignore[call-arg]
+        assert isinstance(trunk, nn.Module)
+        self.trunk = trunk
+        width = self._trunk.width
+        self.head: GuardHead | DeltaHead
+        if config.role == "guard":
+            self.head = GuardHead(width, len(config.labels), config.readout == "attention")
+        else:
+            self.head = DeltaHead(width, config.base.d_model)
+        if config.calibration is not None:
+            self.set_calibration(config.calibration)
+
+    @property
+    def _trunk(self) -> Trunk:
+        return cast(Trunk, self.trunk)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights; tapped states are cast to it."""
+        return next(self.parameters()).dtype
+
+    @property
+    def n_cache_layers(self) -> int:
+        """Layers this adapter takes in the request's cache."""
+        return self._trunk.n_cache_layers + (self.config.readout == "attention" and self.config.role == "guard")
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Where each label flags: 0.5 until the guard is calibrated."""
+        return self.config.calibration.threshold if self.config.calibration else (0.5,) * len(self.config.labels)
+
+    def set_calibration(self, calibration: Calibration) -> None:
+        """Store and use ``calibration``; guards only."""
+        assert isinstance(self.head, GuardHead), "only guards are calibrated"
+        self.config = self.config.model_copy(update={"calibration": calibration})
+        self.head.calibrate(calibration)
+
+    def read(self, tape: Tape, layer: int, hidden: Float[Tensor, "B T D"]) -> None:
+        """Take what the trunk needs of one tapped state.  Nothing flows back into the base."""
+        self._trunk.read(tape, layer, hidden.detach().to(self.dtype))
+
+    def forward(self, tape: Tape, cache: SideCache | None = None) -> SideOutput:
+        """Delta or scores for the new tokens of the pass on ``tape``."""
+        states = self.trunk(tape, cache)
+        if isinstance(self.head, GuardHead):
+            output: SideOutput = self.head(states, tape, cache, self._trunk.n_cache_layers)
+        else:
+            output = self.head(states)
+        return output

@@ -1,0 +1,113 @@
+"""Building blocks of side networks: norm, rotary attention, gated feed-forward, low-rank tap."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safeside.base.taps import SideCache
+
+_ROPE_BASE = 10000.0
+
+
+class Rotary(nn.Module):
+    """Cosines and sines for rotary positions, computed in float32 whatever the dtype of the network."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(self, positions: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B 1 T h"], Float[Tensor, "B 1 T h"]]:
+        """(B, 1, T, head_dim) cosines and sines."""
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        angles = positions[..., None].float() * _ROPE_BASE**-exponents
+        both = torch.cat([angles, angles], dim=-1)[:, None]
+        return both.cos(), both.sin()
+
+
+def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Apply rotary positions to (B, heads, T, head_dim) states, in float32, returned in their dtype."""
+    first, second = states.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (states.float() * cosines + turned * sines).to(states.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over the side states, with its own keys and values in the request's cache."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        states: Float[Tensor, "B T d"],
+        rotary: tuple[Tensor, Tensor],
+        attend: Bool[Tensor, "B 1 T S"],
+        cache: SideCache | None,
+        layer: int,
+    ) -> Float[Tensor, "B T d"]:
+        batch, length, width = states.shape
+        heads = self.queries_keys_values(states).view(batch, length, 3, -1, self.head_dim)
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
+        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        if cache is not None:
+            keys, values = cache.update(keys, values, layer)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attend)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
+
+
+class GatedFeedForward(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_and_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, states: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
+        gate, up = self.gate_and_up(states).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class SideBlock(nn.Module):
+    """A pre-norm transformer block of the side width (LST, section 3: the base's block divided by r)."""
+
+    def __init__(self, width: int, head_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, head_dim)
+        self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward = GatedFeedForward(width, hidden)
+
+    def forward(
+        self,
+        states: Float[Tensor, "B T d"],
+        rotary: tuple[Tensor, Tensor],
+        attend: Bool[Tensor, "B 1 T S"],
+        cache: SideCache | None,
+        layer: int,
+    ) -> Float[Tensor, "B T d"]:
+        states = states + self.attention(self.attention_norm(states), rotary, attend, cache, layer)
+        return states + self.feed_forward(self.feed_forward_norm(states))  # type: ignore[no-any-return]
+
+
+def normed(hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """``hidden`` at unit root-mean-square: blocks of different bases and depths differ in scale a thousandfold."""
+    return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6).to(hidden.dtype)
+
+
+class TapProjection(nn.Module):
+    """Down-projection D -> d of a tapped state, full rank or of rank ``rank`` (QST uses 16)."""
+
+    def __init__(self, d_model: int, width: int, rank: int) -> None:
+        super().__init__()
+        layers = [nn.Linear(d_model, rank, bias=False), nn.Linear(rank, width)] if rank else [nn.Linear(d_model, width)]
+        self.project = nn.Sequential(*layers)
+
+    def forward(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T d"]:
+        return self.project(normed(hidden))  # type: ignore[no-any-return]

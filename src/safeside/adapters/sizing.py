@@ -1,0 +1,110 @@
+"""What an adapter costs beside its base, and the dial that picks one of a wanted size.
+
+Cost is counted in matmul multiply-adds a token (design, section 2): every weight matrix is used once, so the count is
+the number of matrix entries.  The base counts its blocks and one head pass (for mixtures of experts only the experts a
+token visits); attention scores are left out on both sides.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from safeside.adapters.adapter import Adapter
+from safeside.adapters.config import AdapterConfig, BaseReference, HeadDim, reference_of, require_valid
+from safeside.base.model import Base
+
+_STEP = 32
+
+
+def base_matmuls(base: Base) -> int:
+    """Multiply-adds a token of the base: blocks plus one head pass."""
+    config = base.model.config.get_text_config()
+    fields = config.to_dict()
+    n_experts = fields.get("num_local_experts") or fields.get("num_experts") or 1
+    active = (fields.get("num_experts_per_tok") or 1) / n_experts
+    blocks = sum(
+        round(parameter.numel() * (active if parameter.ndim == 3 else 1))
+        for name, parameter in base.blocks.named_parameters()
+        if parameter.ndim >= 2 and not name.endswith("bias")
+    )
+    head = 0 if base.is_encoder else config.vocab_size * base.d_model
+    return int(blocks + head)
+
+
+def adapter_matmuls(adapter: nn.Module) -> int:
+    """Multiply-adds a token of one adapter, projections from and to the base's width included."""
+    return sum(parameter.numel() for parameter in adapter.parameters() if parameter.ndim >= 2)
+
+
+def flops_share(base: Base, *adapters: nn.Module) -> float:
+    """Cost of the adapters over the cost of the base; several adapters add up."""
+    return sum(adapter_matmuls(adapter) for adapter in adapters) / base_matmuls(base)
+
+
+def make_config(
+    base: Base | BaseReference,
+    *,
+    kind: str = "lst",
+    role: Literal["guard", "align"] = "guard",
+    name: str = "adapter",
+    labels: tuple[str, ...] | None = None,
+    reduction: float = 16,
+    layers: tuple[int, ...] | None = None,
+    head_dim: HeadDim = 32,
+    **dimensions: object,
+) -> AdapterConfig:
+    """A configuration for ``base`` with the usual layers and ``width = D / reduction`` where the kind has a width.
+
+    Further ``dimensions`` are fields of AdapterConfig.  ``plr`` as a guard is a linear probe unless ``width`` is given.
+    """
+    reference = reference_of(base) if isinstance(base, Base) else base
+    values: dict[str, object] = {
+        "kind": kind,
+        "role": role,
+        "name": name,
+        "labels": ("harm",) if labels is None and role == "guard" else labels or (),
+        "layers": layers or default_layers(kind, reference.n_layers),
+        "head_dim": head_dim,
+        "base": reference,
+    }
+    if kind == "lst" or (kind == "plr" and role == "align"):
+        values["width"] = max(head_dim, round(reference.d_model / reduction / head_dim) * head_dim)
+    return require_valid({**values, **dimensions})
+
+
+def default_layers(kind: str, n_layers: int) -> tuple[int, ...]:
+    """All layers from the embedding up; for ``plr`` the last one."""
+    return (n_layers,) if kind == "plr" else tuple(range(n_layers + 1))
+
+
+def sized_config(base: Base, size: float = 0.01, **options: object) -> AdapterConfig:
+    """The largest configuration that costs at most ``size`` of the base (0.01 is 1%).
+
+    All layers with the greatest width that fits; where even the narrowest does not, every second, third, ... layer.
+    A base too small for any gets the narrowest single tap: ``flops_share`` then tells by how much it is over.
+    ``options`` are those of ``make_config``.
+    """
+    kind = str(options.get("kind", "lst"))
+    head_dim = options.get("head_dim", 32)
+    assert isinstance(head_dim, int)
+    budget = size * base_matmuls(base)
+    if kind != "lst":
+        return make_config(base, **options)  # type: ignore[arg-type]
+    smallest = None
+    for stride in range(1, base.n_layers + 1):
+        layers = tuple(range(base.n_layers, -1, -stride))[::-1]
+        for width in range(base.d_model // head_dim * head_dim, 0, -max(head_dim, _STEP)):
+            config = make_config(base, **{**options, "layers": layers, "width": width})  # type: ignore[arg-type]
+            smallest = config
+            if _cost(config) <= budget:
+                return config
+    assert smallest is not None
+    return smallest
+
+
+def _cost(config: AdapterConfig) -> int:
+    with torch.device("meta"):
+        return adapter_matmuls(Adapter(config))

@@ -1,0 +1,274 @@
+"""``Base``: a frozen language model or encoder with its tokenizer, and ``load_base``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from safeside.base.families import Family, decoder_of, find_family, locate
+from safeside.base.fingerprint import Fingerprint, take_fingerprint
+from safeside.chat import Encoded, encode_chat, pad_batch
+from safeside.errors import InputError, UnsupportedError
+from safeside.types import Completion, Message, Verdict
+
+BUILTIN_NAME = "builtin"
+
+
+class AttachedAdapters(Protocol):
+    """What ``Base.chat`` asks of an attachment."""
+
+    def request(
+        self, *, strength: object = None, prompt_end: Sequence[int] | None = None
+    ) -> contextlib.AbstractContextManager[None]: ...
+
+    def verdicts(
+        self, cache: DynamicCache, answer_lengths: Sequence[int] | None = None
+    ) -> list[tuple[Verdict, ...]]: ...
+
+    def strengths(self, cache: DynamicCache) -> list[dict[str, tuple[float, ...]]]: ...
+
+
+@dataclass
+class Base:
+    """A frozen model with its tokenizer.  ``folder`` holds the checkpoint's files; ``name`` is what the user typed."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    name: str
+    folder: Path
+    revision: str | None = None
+    attachment: AttachedAdapters | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Hashes of the checkpoint's files (see ``safeside.base.fingerprint``)."""
+        return take_fingerprint(self.folder)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module whose output goes into the language-model head."""
+        return decoder_of(self.model, self.family)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, in order."""
+        blocks = locate(self.decoder, self.family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the base reads both ways and has no language-model head: guards only."""
+        return self.family.is_encoder
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the hidden states between blocks."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def max_tokens(self) -> int:
+        """Context length: prompt and answer together."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Encoded:
+        """Token ids of a conversation; with ``answer`` they end where the assistant's answer begins."""
+        return encode_chat(self.tokenizer, messages, add_generation_prompt=answer, is_encoder=self.is_encoder)
+
+    @torch.no_grad()
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        strength: object = None,
+        max_new_tokens: int = 128,
+        **generate: object,
+    ) -> Completion:
+        """One answer.  ``strength`` overrides the attachment's for this request; other options go to ``generate``.
+
+        Greedy unless ``do_sample=True``.  A prompt that leaves no room for ``max_new_tokens`` is an InputError:
+        nothing is cut.
+        """
+        return self.chat_batch([messages], strength=strength, max_new_tokens=max_new_tokens, **generate)[0]
+
+    @torch.no_grad()
+    def chat_batch(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        strength: object = None,
+        max_new_tokens: int = 128,
+        **generate: object,
+    ) -> list[Completion]:
+        """Answers to several conversations in one batch; ``strength`` may hold one value a row."""
+        if self.is_encoder:
+            raise UnsupportedError(f"{self.name} is an encoder and cannot answer; expected a causal language model.")
+        if strength is not None and self.attachment is None:
+            raise InputError("A strength was given but nothing is attached. Call attach(base, aligners=[...]) first.")
+        if {"num_beams", "num_return_sequences", "past_key_values"} & set(generate):
+            raise UnsupportedError("chat gives one answer a row; for beams or samples call base.model.generate itself.")
+        encoded = [self.encode(messages) for messages in conversations]
+        self._check_room(encoded, max_new_tokens)
+        ids, keep = pad_batch([item.ids for item in encoded], self._pad_id, side="left")
+        ids, keep, cache = ids.to(self.device), keep.to(self.device), DynamicCache()
+        ends = [len(item.ids) for item in encoded]
+        greedy: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        options = generate if generate.get("do_sample") else {**greedy, **generate}
+        scope = self.attachment.request(strength=strength, prompt_end=ends) if self.attachment else nullcontext()
+        with scope:
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=keep,
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self._pad_id,
+                **options,
+            )
+            if self.attachment:
+                self._score_last_token(output, keep, cache)
+        return self._completions(output[:, ids.shape[1] :].tolist(), ends, cache)
+
+    def _score_last_token(self, output: Tensor, keep: Tensor, cache: DynamicCache) -> None:
+        """``generate`` never feeds the last token it made; guards see it through one more step."""
+        mask = torch.ones(output.shape, dtype=torch.bool, device=output.device)
+        mask[:, : keep.shape[1]] = keep
+        self.decoder(input_ids=output[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+
+    def _completions(self, answers: list[list[int]], ends: list[int], cache: DynamicCache) -> list[Completion]:
+        stops = [
+            next((index for index, token in enumerate(answer) if token in self._stop_ids), None) for answer in answers
+        ]
+        lengths = [len(answer) if stop is None else stop + 1 for answer, stop in zip(answers, stops, strict=True)]
+        attached = self.attachment
+        verdicts = attached.verdicts(cache, lengths) if attached else [()] * len(ends)
+        strengths = attached.strengths(cache) if attached else [{}] * len(ends)
+        result = []
+        for row, (answer, stop) in enumerate(zip(answers, stops, strict=True)):
+            kept = answer[:stop]
+            result.append(
+                Completion(
+                    text=str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip(),
+                    verdicts=verdicts[row],
+                    strength={name: values[: len(kept)] for name, values in strengths[row].items()},
+                    n_prompt_tokens=ends[row],
+                    n_new_tokens=len(kept),
+                    finish_reason="length" if stop is None else "stop",
+                )
+            )
+        return result
+
+    def _check_room(self, encoded: Sequence[Encoded], max_new_tokens: int) -> None:
+        longest = max(len(item.ids) for item in encoded)
+        if longest + max_new_tokens > self.max_tokens:
+            raise InputError(
+                f"The prompt has {longest} tokens and the answer may take {max_new_tokens}, but {self.name} holds "
+                f"{self.max_tokens}. Shorten the conversation or lower max_new_tokens; nothing is cut silently."
+            )
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else next(iter(self._stop_ids), 0))
+
+    @property
+    def _stop_ids(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = configured if isinstance(configured, list) else [configured, self.tokenizer.eos_token_id]
+        return {int(token) for token in ids if token is not None}
+
+
+@contextlib.contextmanager
+def _explained_download(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise InputError(
+            f"Cannot load a base from {name!r}: no such folder, and the model hub gave: {error}. "
+            "Expected 'builtin', a folder with a saved model, or a hub name such as 'Qwen/Qwen3-0.6B'."
+        ) from error
+
+
+def _checkpoint_folder(name: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint: the packaged one, the user's own, or a downloaded snapshot."""
+    if name == BUILTIN_NAME:
+        return Path(str(files("safeside.builtin") / "base"))
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with _explained_download(name):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def load_base(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+) -> Base:
+    """Load a base from ``"builtin"``, a folder or a hub name, frozen and in evaluation mode.
+
+    ``dtype`` is float32 on CPU and the checkpoint's own elsewhere unless given (a torch dtype or its name).  No remote
+    code is ever run.  Unknown architectures are an UnsupportedError that names ``register_family``.
+    """
+    name = str(name_or_path)
+    folder = _checkpoint_folder(name, revision)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} has no config.json; expected a folder made by save_pretrained.")
+    config = AutoConfig.from_pretrained(folder)
+    family = find_family(config.model_type)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    loader = AutoModel if family.is_encoder else AutoModelForCausalLM
+    with _quiet_loading():
+        model = loader.from_pretrained(folder, dtype=dtype).to(device)
+    return Base(model, AutoTokenizer.from_pretrained(folder), family, name, folder, revision)
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Loading a small model needs no progress bar; a large one keeps it elsewhere."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

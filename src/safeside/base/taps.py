@@ -1,0 +1,67 @@
+"""The tape that a forward pass of the base writes for each adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass(slots=True)
+class Tape:
+    """What one adapter read during one forward pass.
+
+    ``keep`` (B, S) is the padding mask over cached and new tokens.  ``hidden`` holds what the adapter wrote at each
+    tapped layer: layer 0 is the embedding, layer l the output of block l (as in transformers' ``hidden_states``, but
+    layer L comes *before* the final norm).  ``final`` (B, T, D) is the decoder's normed output.
+    """
+
+    keep: Bool[Tensor, "B S"]
+    n_new: int
+    is_causal: bool = True
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    final: Tensor | None = None
+
+    @property
+    def n_past(self) -> int:
+        """Tokens already in the cache before this pass."""
+        return self.keep.shape[1] - self.n_new
+
+    @property
+    def keep_new(self) -> Bool[Tensor, "B T"]:
+        return self.keep[:, self.n_past :]
+
+    @property
+    def positions(self) -> Int[Tensor, "B T"]:
+        """Index of each new token among the kept tokens of its row: padding on either side changes nothing."""
+        return (self.keep.long().cumsum(1) - 1).clamp_min(0)[:, self.n_past :]
+
+    @property
+    def attend(self) -> Bool[Tensor, "B 1 T S"]:
+        """Which slots each new token may attend to.  A padded query sees itself, so that softmax stays finite."""
+        slots = torch.arange(self.keep.shape[1], device=self.keep.device)
+        queries = slots[self.n_past :, None]
+        allowed = self.keep[:, None, :]
+        if self.is_causal:
+            allowed = allowed & (slots[None, :] <= queries)
+        return (allowed | (slots[None, :] == queries))[:, None]
+
+    def fork(self) -> Tape:
+        """An empty tape over the same tokens, for another adapter."""
+        return Tape(self.keep, self.n_new, self.is_causal)
+
+
+@dataclass(frozen=True, slots=True)
+class SideCache:
+    """An adapter's own layers inside the request's ``past_key_values``, after those of the base."""
+
+    cache: DynamicCache
+    offset: int
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, T, head_dim) keys and values to the adapter's ``layer``; returns all S of them."""
+        grown: tuple[Tensor, Tensor] = self.cache.update(keys, values, self.offset + layer)
+        return grown

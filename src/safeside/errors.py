@@ -1,0 +1,66 @@
+"""Every error that safeside raises on purpose.
+
+SafesideError
+├── ConfigError           (ValueError)     a recipe, policy or adapter configuration is not valid
+├── UnknownNameError      (KeyError)       a name is not registered; the message suggests neighbours
+├── InputError            (ValueError)     rows, messages, masks or strengths that cannot be used
+├── UnsupportedError      (RuntimeError)   a way of running the base that is refused by name
+├── AttachmentError       (RuntimeError)   attach, detach or a cache used in the wrong order
+├── NotFiniteError        (ArithmeticError) an aligner returned NaN or infinity
+├── ArtifactError         (ValueError)     an adapter folder cannot be used
+│   ├── MismatchError                      it belongs to another base
+│   └── FormatError                        it is damaged, unsafe or from a newer version
+└── MissingExtraError     (ImportError)    an optional dependency is not installed
+
+Messages say what was wrong, what was expected and what to do, in that order.
+"""
+
+from __future__ import annotations
+
+
+class SafesideError(Exception):
+    """Root of all errors raised by safeside."""
+
+
+class ConfigError(SafesideError, ValueError):
+    """A recipe, policy or adapter configuration is not valid."""
+
+
+class UnknownNameError(SafesideError, KeyError):
+    """A name is not registered."""
+
+    def __str__(self) -> str:
+        """The message as written (KeyError would show its repr)."""
+        return str(self.args[0])
+
+
+class InputError(SafesideError, ValueError):
+    """Rows, messages, masks or strengths that cannot be used."""
+
+
+class UnsupportedError(SafesideError, RuntimeError):
+    """A way of running the base that is refused by name."""
+
+
+class AttachmentError(SafesideError, RuntimeError):
+    """Attach, detach or a cache used in the wrong order."""
+
+
+class NotFiniteError(SafesideError, ArithmeticError):
+    """An aligner returned NaN or infinity."""
+
+
+class ArtifactError(SafesideError, ValueError):
+    """An adapter folder cannot be used."""
+
+
+class MismatchError(ArtifactError):
+    """The adapter belongs to another base."""
+
+
+class FormatError(ArtifactError):
+    """The adapter folder is damaged, unsafe or from a newer version."""
+
+
+class MissingExtraError(SafesideError, ImportError):
+    """An optional dependency is not installed."""

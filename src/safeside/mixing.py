@@ -1,0 +1,209 @@
+"""The mix of base and aligners, and the policies that set its strength.
+
+Heads are linear, so mixing final states is mixing logits: ``h = h_base + sum_i s_i * delta_i`` gives
+``z = (1 - s) z_base + s z_side`` for one aligner (design, section 2).  Sums run in float32 and are cast once; a token
+whose strengths are all 0 keeps the base's state by selection, so it stays the base bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safeside.adapters.adapter import Adapter
+from safeside.errors import InputError, NotFiniteError
+
+MAX_STRENGTH = 2.0  # beyond 1 the mix extrapolates; farther than this texts fall apart
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """How strong an aligner is.  ``guard`` names the guard that is asked, or None; ``ceiling`` is the highest value."""
+
+    @property
+    def guard(self) -> str | None: ...
+
+    @property
+    def latched(self) -> bool:
+        """True: decided once, by the score at the prompt's end.  False: again at every token."""
+        ...
+
+    @property
+    def ceiling(self) -> float: ...
+
+    def strength(self, score: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Strength for scores in [0, 1]; a score that is not finite gets the ceiling (guards fail closed)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """The same strength at every token: one value, or one for each row of the request."""
+
+    values: tuple[float, ...]
+    guard: None = None
+    latched: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise InputError("A fixed strength needs at least one value; got none.")
+        for value in self.values:
+            _check_strength(value)
+
+    @property
+    def ceiling(self) -> float:
+        return max(self.values)
+
+    def strength(self, score: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The values as a (rows, 1) column, whatever the score."""
+        return torch.tensor(self.values, dtype=torch.float32, device=score.device)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``low`` below the guard's ``threshold`` and ``high`` from it on (DSA's targeted alignment, section 4)."""
+
+    guard: str
+    threshold: float
+    low: float = 0.0
+    high: float = 1.0
+    latched: bool = True
+
+    def __post_init__(self) -> None:
+        _check_score(self.threshold)
+        _check_order(self.low, self.high)
+
+    @property
+    def ceiling(self) -> float:
+        return self.high
+
+    def strength(self, score: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return torch.where(score < self.threshold, self.low, self.high)  # NaN compares false: high
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """``floor`` up to score ``low``, ``ceiling`` from score ``high``, linear between."""
+
+    guard: str
+    low: float = 0.2
+    high: float = 0.8
+    floor: float = 0.0
+    ceiling: float = 1.0
+    latched: bool = True
+
+    def __post_init__(self) -> None:
+        _check_score(self.low)
+        _check_score(self.high)
+        if self.low >= self.high:
+            raise InputError(f"A ramp must rise: low {self.low} must be below high {self.high}.")
+        _check_order(self.floor, self.ceiling)
+
+    def strength(self, score: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        share = ((score - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+        value = self.floor + share * (self.ceiling - self.floor)
+        return torch.where(score.isfinite(), value, self.ceiling)
+
+
+def fixed(strength: float | Sequence[float] | Tensor) -> Fixed:
+    """The same strength at every token; a sequence gives one value for each row."""
+    if isinstance(strength, Tensor):
+        strength = strength.flatten().tolist()
+    values = (float(strength),) if isinstance(strength, (int, float)) else tuple(float(value) for value in strength)
+    return Fixed(values)
+
+
+def step(
+    guard: Adapter | str, threshold: float | None = None, low: float = 0.0, high: float = 1.0, latched: bool = True
+) -> Step:
+    """``high`` where the guard's score reaches ``threshold`` (its own calibrated one unless given), else ``low``."""
+    if threshold is None:
+        if isinstance(guard, str):
+            raise InputError("step() needs a threshold when the guard is given by name; pass threshold=...")
+        threshold = max(guard.thresholds)
+    return Step(_name(guard), threshold, low, high, latched)
+
+
+def ramp(
+    guard: Adapter | str,
+    low: float = 0.2,
+    high: float = 0.8,
+    floor: float = 0.0,
+    ceiling: float = 1.0,
+    latched: bool = True,
+) -> Ramp:
+    """Strength that rises from ``floor`` at score ``low`` to ``ceiling`` at score ``high``."""
+    return Ramp(_name(guard), low, high, floor, ceiling, latched)
+
+
+def as_policies(strength: object, aligners: Sequence[str]) -> dict[str, Policy]:
+    """One policy for each aligner.
+
+    ``strength`` is a number, one number for each row, a policy, or a mapping from aligner to any of these (aligners
+    left out get 0).  Unknown aligners are an InputError.
+    """
+    if isinstance(strength, Mapping):
+        unknown = sorted(set(strength) - set(aligners))
+        if unknown:
+            raise InputError(f"No aligner called {', '.join(unknown)}; attached are {', '.join(aligners) or 'none'}.")
+        return {name: _as_policy(strength.get(name, 0.0)) for name in aligners}
+    policy = _as_policy(strength)
+    return dict.fromkeys(aligners, policy)
+
+
+def _as_policy(strength: object) -> Policy:
+    if isinstance(strength, Policy):
+        return strength
+    if isinstance(strength, (int, float, Tensor, list, tuple)) and not isinstance(strength, bool):
+        return fixed(strength)
+    raise InputError(
+        f"A strength cannot be {strength!r}; expected a number, one number a row, fixed(), step() or ramp()."
+    )
+
+
+def _name(guard: Adapter | str) -> str:
+    return guard if isinstance(guard, str) else guard.name
+
+
+def _check_strength(value: float) -> None:
+    if not 0.0 <= value <= MAX_STRENGTH:  # also refuses NaN
+        raise InputError(f"A strength must lie in [0, {MAX_STRENGTH:g}]; got {value}.")
+
+
+def _check_score(value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise InputError(f"A score threshold must lie in [0, 1]; got {value}.")
+
+
+def _check_order(low: float, high: float) -> None:
+    _check_strength(low)
+    _check_strength(high)
+    if low > high:
+        raise InputError(f"A policy must not weaken as risk grows: {low} is above {high}.")
+
+
+def mix(
+    base_state: Float[Tensor, "B T D"],
+    deltas: Sequence[Float[Tensor, "B T D"]],
+    strengths: Sequence[Float[Tensor, "B T"]],
+) -> Float[Tensor, "B T D"]:
+    """``base_state + sum_i strengths_i * deltas_i``, summed in float32 and cast once.
+
+    Tokens whose strengths are all 0 are the base's, bit for bit, whatever the deltas hold.  A delta that is not finite
+    where its strength is not 0 is a NotFiniteError.
+    """
+    total = base_state.float()
+    active = torch.zeros(base_state.shape[:2], dtype=torch.bool, device=base_state.device)
+    for delta, strength in zip(deltas, strengths, strict=True):
+        used = strength != 0
+        part = torch.where(used[..., None], strength[..., None] * delta.float(), 0.0)
+        if not part.isfinite().all():
+            raise NotFiniteError("An aligner returned NaN or infinity; the answer cannot be trusted. Detach it.")
+        total = total + part
+        active = active | used
+    return torch.where(active[..., None], total.to(base_state.dtype), base_state)

@@ -1,0 +1,160 @@
+"""What belongs to one request: its strengths, its prompt's end, and the scores seen so far.
+
+It hangs on the request's ``past_key_values`` as one more layer, behind those of the base and of the adapters, so it is
+cropped, repeated and copied with them, and two requests can never share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from safeside.errors import AttachmentError, InputError, UnsupportedError
+from safeside.mixing import Fixed, Policy
+
+
+@dataclass(frozen=True)
+class Request:
+    """Strength policies by aligner, and the number of prompt tokens of each row (None: not known)."""
+
+    policies: Mapping[str, Policy]
+    prompt_end: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        latched = [name for name, policy in self.policies.items() if policy.latched]
+        if latched and self.prompt_end is None:
+            raise AttachmentError(
+                f"The strength of {', '.join(latched)} is latched at the prompt's end, but prompt_end is not known. "
+                "Run inside attachment.request(prompt_end=[...]), use base.chat, or pass latched=False."
+            )
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether any strength depends on a guard."""
+        return any(policy.guard is not None for policy in self.policies.values())
+
+    def for_rows(self, n_rows: int) -> Request:
+        """The same request for a batch that ``generate`` widened: every row repeated in place."""
+        policies = {name: _rows_of(policy, n_rows) for name, policy in self.policies.items()}
+        end = self.prompt_end
+        if end is not None and len(end) != n_rows:
+            end = tuple(_repeat(end, n_rows, "prompt_end"))
+        return replace(self, policies=policies, prompt_end=end)
+
+    def select(self, rows: list[int]) -> Request:
+        """The same request for some of its rows."""
+        policies = {
+            name: replace(policy, values=tuple(policy.values[row] for row in rows))
+            if isinstance(policy, Fixed) and len(policy.values) > 1
+            else policy
+            for name, policy in self.policies.items()
+        }
+        end = None if self.prompt_end is None else tuple(self.prompt_end[row] for row in rows)
+        return replace(self, policies=policies, prompt_end=end)
+
+
+def _rows_of(policy: Policy, n_rows: int) -> Policy:
+    if isinstance(policy, Fixed) and len(policy.values) not in (1, n_rows):
+        return replace(policy, values=tuple(_repeat(policy.values, n_rows, "strength")))
+    return policy
+
+
+def _repeat(values: tuple[float, ...] | tuple[int, ...], n_rows: int, what: str) -> list[int]:
+    if n_rows % len(values):
+        raise InputError(f"{what} has {len(values)} values for a batch of {n_rows} rows; expected one for each row.")
+    times = n_rows // len(values)
+    return [value for value in values for _ in range(times)]  # type: ignore[misc]
+
+
+class RequestLayer(DynamicLayer):
+    """The request's own layer of a cache.
+
+    ``keys`` (B, 1, S, K) hold the scores of all guards, ``values`` (B, 1, S, A + 1) the strengths of all aligners and
+    the token's index among the kept ones of its row (-1 for padding).
+    """
+
+    def __init__(self, owner: object, request: Request) -> None:
+        super().__init__()
+        self.owner = owner
+        self.request = request
+        self.skipped: set[str] = set()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beam search moves rows about; a gate's decision may not move with them."""
+        if self.request.is_gated:
+            raise UnsupportedError(
+                "Beam search with a strength that a guard sets is refused: beams would trade gates. "
+                "Use a fixed strength, or sampling."
+            )
+        super().reorder_cache(beam_idx)
+        self.request = self.request.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.keys is not None:
+            self.request = self.request.for_rows(self.keys.shape[0])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self.request = self.request.select(rows.tolist())
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RequestLayer:
+        copy = RequestLayer(self.owner, self.request)
+        copy.skipped = set(self.skipped)
+        if self.keys is not None and self.values is not None:
+            copy.update(self.keys.clone(), self.values.clone())
+        memo[id(self)] = copy
+        return copy
+
+
+@dataclass(slots=True)
+class History:
+    """Scores, strengths and token indices of every slot so far, read from a request's layer."""
+
+    scores: Float[Tensor, "B S K"]
+    strengths: Float[Tensor, "B S A"]
+    positions: Float[Tensor, "B S"]
+
+    def at(self, values: Tensor, row: int, position: int) -> Tensor:
+        """The entry of ``values`` (B, S, ...) at a row's kept token ``position``."""
+        slots = (self.positions[row] == position).nonzero().flatten()
+        if not len(slots):
+            raise AttachmentError(f"The request has no token {position} in row {row}; it was cropped or not run yet.")
+        entry: Tensor = values[row, slots[0]]
+        return entry
+
+
+def history_of(cache: DynamicCache) -> History:
+    """What the request on ``cache`` has seen; a cache that no attachment filled is an AttachmentError."""
+    layer = request_layer(cache)
+    if layer is None or layer.keys is None or layer.values is None:
+        raise AttachmentError("This cache was not filled under an attachment. Generate inside attach(...) with it.")
+    values = layer.values[:, 0]
+    return History(layer.keys[:, 0], values[..., :-1], values[..., -1])
+
+
+def request_layer(cache: DynamicCache) -> RequestLayer | None:
+    """The request's layer, or None on a cache that no attachment has used."""
+    last = cache.layers[-1] if cache.layers else None
+    return last if isinstance(last, RequestLayer) else None
+
+
+@dataclass(slots=True)
+class PassRecord:
+    """The last forward pass of this thread: what training and tests need of it, by adapter name.
+
+    ``base_state`` (B, T, D) is the base's own final normed state: logits from it are the reference model's.
+    """
+
+    base_state: Float[Tensor, "B T D"]
+    deltas: dict[str, Float[Tensor, "B T D"]] = field(default_factory=dict)
+    strengths: dict[str, Float[Tensor, "B T"]] = field(default_factory=dict)
+    scores: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
+    logits: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
