@@ -79,7 +79,7 @@ def grow(model: LlamaForCausalLM, small: LlamaForCausalLM) -> None:
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write bf16 weights, tokenizer and generation settings that AutoModelForCausalLM and vLLM load as they are."""
+    """Write bf16 weights, tokenizer and generation settings; transformers and vLLM load them as they are."""
     model.config.use_cache = True
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)
     half.load_state_dict({name: value.to(torch.bfloat16) for name, value in model.state_dict().items()})

@@ -11,7 +11,7 @@ Row = tuple[np.ndarray, np.ndarray]
 
 
 class Batch(NamedTuple):
-    """Rows side by side, (rows, context): each target is the token after its input, with that token's weight."""
+    """Rows side by side, (rows, context): a target is the token after its input, weighted by its weight."""
 
     inputs: Tensor
     targets: Tensor
@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
 
 class Rows:
-    """Endless shuffled rows of ``context + 1`` tokens; process ``rank`` of ``world`` reads every ``world``-th."""
+    """Endless shuffled rows of ``context + 1`` tokens, shared out among ``world`` processes."""
 
     def __init__(self, path: Path, context: int, seed: int, rank: int = 0, world: int = 1) -> None:
         """Open ``path`` with the endings ``.bin`` (tokens) and ``.w`` (1 where the assistant speaks)."""

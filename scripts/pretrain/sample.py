@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print a greedy and a sampled answer of an exported model to 20 chat prompts, the last five of them harmful."""
+"""Print a greedy and a sampled answer of an exported model to 20 prompts, the last five of them harmful."""
 
 import argparse
 from collections.abc import Sequence

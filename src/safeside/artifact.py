@@ -49,7 +49,7 @@ def save_adapter(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = provenance(**dict(facts or {}))
+    stamp = {**provenance(), **(facts or {})}
     if base is not None:
         stamp["flops_share"] = f"{flops_share(base, adapter):.6f}"
     weights = {name: tensor.contiguous() for name, tensor in adapter.state_dict().items()}
@@ -136,7 +136,9 @@ def read_config(folder: Path) -> AdapterConfig:
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path} is not a valid configuration: {error!r}. Get the folder again.") from error
     if not isinstance(found, int) or not 1 <= found <= FORMAT:
-        raise FormatError(f"{folder} has format {found!r}; this safeside reads formats up to {FORMAT}. Update safeside.")
+        raise FormatError(
+            f"{folder} has format {found!r}; this safeside reads formats up to {FORMAT}. Update safeside."
+        )
     TRUNKS.get(str(values.get("kind")))
     try:
         return AdapterConfig.model_validate_json(json.dumps(values))

@@ -1,7 +1,7 @@
 """``attach``: guards and aligners on a frozen base, as hooks that are gone on exit.
 
-One pre-hook on the decoder reads mask and cache before the base writes them; hooks on the tapped blocks let each adapter
-read; one hook on the decoder runs guards, policies and aligners and returns the output with the mixed final state.  The
+One pre-hook on the decoder reads mask and cache before the base writes them; hooks on the tapped blocks let each
+adapter read; one hook on the decoder runs guards, policies and aligners and returns the output with the mixed final state.  The
 base's own head does the rest, so ``generate``, pipelines and evaluation tools see the safe model with no code of ours.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.families import has_lora, refused_reason
@@ -117,7 +117,11 @@ class Attachment:
         if layer is None or layer.request.prompt_end is None:
             raise AttachmentError("Verdicts need the prompt's end. Run inside attachment.request(prompt_end=[...]).")
         return prompt_and_answer_verdicts(
-            list(self.guards.values()), history_of(cache), layer.request.prompt_end, answer_lengths, self.base_has_lora
+            list(self.guards.values()),
+            history_of(cache),
+            layer.request.prompt_end,
+            answer_lengths,
+            self.base_has_lora,
         )
 
     def strengths(self, cache: DynamicCache) -> list[dict[str, tuple[float, ...]]]:
@@ -169,7 +173,7 @@ class Attachment:
         if cache is None:
             use_cache = bound.get("use_cache")
             wanted = self.base.model.config.get_text_config().use_cache if use_cache is None else use_cache
-            if self.base.is_encoder or not wanted or "past_key_values" in bound and "past_key_values" not in kwargs:
+            if self.base.is_encoder or not wanted or ("past_key_values" in bound and "past_key_values" not in kwargs):
                 return None
             kwargs["past_key_values"] = cache = DynamicCache(config=self.base.model.config)
         if not isinstance(cache, DynamicCache) or cache.offloading:
@@ -199,7 +203,8 @@ class Attachment:
 
     def _grow(self, cache: DynamicCache, request: Request) -> None:
         n_side = sum(adapter.n_cache_layers for adapter in self._adapters.values())
-        cache.layers.extend(DynamicLayer() for _ in range(self.base.n_layers + n_side - len(cache.layers)))
+        missing = self.base.n_layers + n_side - len(cache.layers)
+        cache.layers.extend(DynamicLayer() for _ in range(missing))  # type: ignore[no-untyped-call]
         cache.layers.append(RequestLayer(self, request))
 
     def _embedding_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -275,7 +280,10 @@ class Attachment:
         shape = tape.keep_new.shape
         if policy.guard is None:
             values = policy.strength(torch.zeros((), device=tape.keep.device)).expand(shape)
-            return values, layer is None  # a cache may be re-used at another strength, so it is always written
+            return (
+                values,
+                layer is None,
+            )  # a cache may be re-used at another strength, so it is always written
         new = record.scores[policy.guard].amax(-1)  # (B, T)
         if not policy.latched:
             return policy.strength(new) * self._after_prompt(current, tape), False
@@ -295,9 +303,7 @@ class Attachment:
         ends = torch.tensor(current.request.prompt_end, device=tape.keep.device)[:, None]
         return (tape.positions >= ends - 1).float()
 
-    def _seen(
-        self, layer: RequestLayer | None, guard: str, new: Tensor, tape: Tape
-    ) -> tuple[Tensor, Tensor]:
+    def _seen(self, layer: RequestLayer | None, guard: str, new: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """Scores and token indices (B, S) of all tokens so far, those of this pass included."""
         positions = torch.where(tape.keep_new, tape.positions, -1)
         if layer is None or layer.keys is None or layer.values is None or not layer.keys.numel():

@@ -1,20 +1,24 @@
 """From messages to token ids, so that text from a user can never become a control token.
 
-A chat template and its special tokens are trusted; the contents of messages are not.  The rendered conversation is
-tokenised whole, as the model was trained.  When a special token would cover any character of a content, the
-conversation is tokenised in pieces instead and contents are encoded with special tokens switched off, so that a
-content spelling ``<|assistant|>`` becomes ordinary text.
+A chat template and its control tokens are trusted; the contents of messages are not.  The rendered conversation is
+tokenised whole, as the model was trained.  When a control token would cover any character of a content, the
+conversation is tokenised in pieces instead and contents are encoded with control tokens switched off, so that a
+content spelling ``<|assistant|>`` becomes ordinary text.  Control tokens are the special tokens and every other added
+token that the template spells, such as ``<think>``.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,8 +30,12 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-_MARK_OPEN, _MARK_CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that no template and no marker text contains
+_MARK_OPEN, _MARK_CLOSE = (
+    "\ue0f0",
+    "\ue0f1",
+)  # private-use characters that no template and no marker text contains
 _LOCK = threading.Lock()  # a fast tokenizer switches special tokens off by state that all threads share
+_CONTROL: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, frozenset[int]]] = weakref.WeakKeyDictionary()
 _ROLES = ("system", "user", "assistant")
 
 
@@ -41,7 +49,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of rendered text: from the template (trusted) or from a message's content (never special)."""
+    """A run of rendered text: from the template (trusted) or from a message's content (never a control token)."""
 
     text: str
     is_content: bool
@@ -66,16 +74,22 @@ def encode_chat(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool, is_encoder: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    is_encoder: bool,
 ) -> Encoded:
     if is_encoder:
         return _encode_for_encoder(tokenizer, messages)
     if messages[-1].role != "assistant":
         ids = tuple(_encode_pieces(tokenizer, render(tokenizer, messages, add_generation_prompt)))
         return Encoded(ids, len(ids))
-    prompt = _encode_pieces(tokenizer, render(tokenizer, messages[:-1], True)) if len(messages) > 1 else []
-    answer, closing = _answer_pieces(tokenizer, messages)
-    return Encoded((*prompt, *_plain_ids(tokenizer, answer), *_template_ids(tokenizer, closing)), len(prompt))
+    prompt, answer = _prompt_and_answer(tokenizer, messages)
+    start = _encode_pieces(tokenizer, prompt)
+    whole = _encode_pieces(tokenizer, [*prompt, *answer])
+    if whole[: len(start)] != start:  # a token would straddle the border, and no model can answer half a token
+        whole = start + _encode_pieces(tokenizer, answer)
+    return Encoded(tuple(whole), len(start))
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -87,43 +101,72 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise InputError(f"Unknown role {message.role!r}; expected one of {', '.join(_ROLES)}.")
         if not isinstance(message.content, str):
             raise InputError(f"A message's content must be text; got {type(message.content).__name__}.")
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"A message's content is not valid Unicode: {error.reason} at character {error.start}. Remove it."
+            ) from error
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
-) -> list[Piece]:
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
     """The rendered conversation, cut where contents begin and end.
 
-    A template may trim contents; it may not otherwise change them.  Where it does (or drops one), the content is put
-    in as it is.
+    A template may trim contents; it may not otherwise change them.  Where it does (or drops one), the contents are put
+    in as they are.
     """
-    marked = [
-        {"role": message.role, "content": f"{_MARK_OPEN}{index}{_MARK_CLOSE}"} for index, message in enumerate(messages)
+    last = len(messages) - 1
+    marked = [  # a template may leave out what surrounds an empty system message
+        {"role": turn.role, "content": f"{_MARK_OPEN}{index}{_MARK_CLOSE}" if turn.content or index == last else ""}
+        for index, turn in enumerate(messages)
     ]
-    skeleton = _apply_template(tokenizer, marked, add_generation_prompt)
+    skeleton = _fill(_apply_template(tokenizer, marked, add_generation_prompt), [m.content for m in messages])
     plain = [{"role": message.role, "content": message.content} for message in messages]
-    rendered = _apply_template(tokenizer, plain, add_generation_prompt)
-    for trim in (str, str.strip, str.rstrip, str.lstrip):
-        pieces = _fill(skeleton, [trim(message.content) for message in messages])
-        if "".join(piece.text for piece in pieces) == rendered:
-            return pieces
-    return _fill(skeleton, [message.content for message in messages])
+    return _trimmed(skeleton, _apply_template(tokenizer, plain, add_generation_prompt)) or skeleton
+
+
+def _trimmed(pieces: Sequence[Piece], rendered: str) -> list[Piece]:
+    """``pieces`` with each content trimmed as it stands in ``rendered``; none when they differ in more than that."""
+    result: list[Piece] = []
+    position = 0
+    for piece, following in pairwise([*pieces, Piece("", False)]):
+        text, then = piece.text, "" if following.is_content else following.text
+        trims = (text, text.strip(), text.rstrip(), text.lstrip()) if piece.is_content else (text,)
+        fits = [trim for trim in trims if rendered.startswith(trim + then, position)]
+        if not fits:
+            return []
+        position += len(fits[0])
+        result.append(Piece(fits[0], piece.is_content))
+    return result if position == len(rendered) else []
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool) -> str:
-    template = tokenizer.chat_template
-    if template is None:
+    if tokenizer.chat_template is None:
         warnings.warn(
             "The tokenizer has no chat template; the plain one of safeside.chat.PLAIN_TEMPLATE is used "
             "('User: ...', 'Assistant:'). Set tokenizer.chat_template if the model was trained with another format.",
             stacklevel=2,
         )
-        template = (tokenizer.bos_token or "").replace("{", "{{ '{' }}") + PLAIN_TEMPLATE
-    return str(
-        tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                chat_template=_template_of(tokenizer),
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
         )
-    )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"The tokenizer's chat template refuses a conversation of {roles}: {error}. Send the turns that it expects."
+        ) from error
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.chat_template is None:
+        return (tokenizer.bos_token or "").replace("{", "{{ '{' }}") + PLAIN_TEMPLATE
+    return str(tokenizer.get_chat_template())
 
 
 def _fill(skeleton: str, contents: Sequence[str]) -> list[Piece]:
@@ -141,26 +184,26 @@ def _fill(skeleton: str, contents: Sequence[str]) -> list[Piece]:
 
 
 def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> list[int]:
-    """Whole-text ids when no special token touches a content, else ids piece by piece."""
+    """Whole-text ids when no control token touches a content, else ids piece by piece."""
     if tokenizer.is_fast:
-        text = "".join(piece.text for piece in pieces)
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        special = set(tokenizer.added_tokens_decoder)
-        touched = [
-            offsets
-            for token, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-            if token in special
-        ]
-        if not any(start < stop and first < stop and start < last for start, stop in _spans(pieces) for first, last in touched):
-            return list(encoding["input_ids"])
+        ids, spans = _tokenize(tokenizer, "".join(piece.text for piece in pieces), is_content=False)
+        control = _control_ids(tokenizer)
+        covered = [span for token, span in zip(ids, spans, strict=True) if token in control]
+        contents = _content_spans(pieces)
+        if not any(max(start, first) < min(stop, last) for start, stop in contents for first, last in covered):
+            return ids
     return [
         token
         for piece in pieces
-        for token in (_plain_ids if piece.is_content else _template_ids)(tokenizer, piece.text)
+        for token in (
+            _plain_ids(tokenizer, piece.text)
+            if piece.is_content
+            else _tokenize(tokenizer, piece.text, is_content=False)[0]
+        )
     ]
 
 
-def _spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+def _content_spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
     """Character ranges of the contents in the joined text."""
     spans, position = [], 0
     for piece in pieces:
@@ -171,48 +214,90 @@ def _spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of untrusted text: no special token, whatever it spells (the unknown token may stand for odd characters)."""
-    if not text:
-        return []
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        before = backend.encode_special_tokens
-        backend.encode_special_tokens = True
-        try:
-            ids = list(backend.encode(text, add_special_tokens=False).ids)
-        finally:
-            backend.encode_special_tokens = before
-    else:
-        ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-    if (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}).isdisjoint(ids):
-        return ids
-    return _broken_ids(tokenizer, text)
+    """Ids of untrusted text: no control token, whatever it spells (the unknown token may stand for odd characters).
+
+    Where the vocabulary still makes a control token of a word, the text is cut behind the word's first character.
+    """
+    control = _control_ids(tokenizer)
+    result: list[int] = []
+    waiting = [text]
+    while waiting:
+        part = waiting.pop()
+        ids, spans = _tokenize(tokenizer, part, is_content=True)
+        cuts = [
+            first + 1 for token, (first, last) in zip(ids, spans, strict=True) if token in control and last > first + 1
+        ]
+        if control.isdisjoint(ids):
+            result += ids
+        elif cuts:
+            waiting += [part[first:last] for first, last in pairwise([0, *cuts, len(part)])][::-1]
+        else:
+            raise InputError(
+                f"The tokenizer turns the plain text {part[:60]!r} into a control token; expected ordinary tokens. "
+                "Remove that text, or use a tokenizer whose control tokens are not words of its vocabulary."
+            )
+    return result
 
 
-def _broken_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """For a vocabulary that holds a special token's spelling as a word: cut every spelling at its first character."""
-    for token in tokenizer.all_special_tokens:
-        head, found, _ = text.partition(token)
-        if found and len(token) > 1:
-            cut = len(head) + 1
-            return _plain_ids(tokenizer, text[:cut]) + _plain_ids(tokenizer, text[cut:])
-    raise InputError(
-        f"The tokenizer turns the plain text {text[:60]!r} into a special token; expected ordinary tokens. "
-        "Remove that text, or use a tokenizer whose special tokens are not words of its vocabulary."
-    )
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, is_content: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of ``text`` and the characters that each covers; special tokens are not looked for in a content.
+
+    A slow tokenizer tells no offsets: its tokens cover their own spelling where that can be found.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": is_content, "verbose": False}
+    if not tokenizer.is_fast:
+        ids = list(tokenizer(text, **options)["input_ids"])
+        return ids, _spelled_spans(text, tokenizer.convert_ids_to_tokens(ids))
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    try:
+        encoding = tokenizer(text, return_offsets_mapping=True, **options)
+    finally:
+        backend.encode_special_tokens = before
+    return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
 
-def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+def _spelled_spans(text: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each token stands in ``text``, read from left to right; (0, 0) for one that is not spelled there."""
+    spans, position = [], 0
+    for token in tokens:
+        found = text.find(token, position)
+        spans.append((found, found + len(token)) if found >= 0 else (0, 0))
+        position = max(position, spans[-1][1])
+    return spans
 
 
-def _answer_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, str]:
-    """The last message's text as the template writes it, and what the template puts behind it."""
-    pieces = render(tokenizer, messages, False)
-    index = max((i for i, piece in enumerate(pieces) if piece.is_content), default=len(pieces))
-    if index == len(pieces):
-        return messages[-1].content, ""
-    return pieces[index].text, "".join(piece.text for piece in pieces[index + 1 :])
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that only a template may write; remembered, for some tokenizers list thousands of added tokens."""
+    template, names = _template_of(tokenizer), tuple(tokenizer.special_tokens_map.values())
+    state = (template, names, len(tokenizer))
+    if tokenizer not in _CONTROL or _CONTROL[tokenizer][0] != state:
+        written = {
+            index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special or (token.content in template and not token.content.isspace())
+        }
+        # The unknown token may stand for odd characters, unless it has a second job, such as ending a text.
+        unknown = {tokenizer.unk_token_id} if names.count(tokenizer.unk_token) == 1 else set()
+        _CONTROL[tokenizer] = state, frozenset((written | set(tokenizer.all_special_ids)) - unknown)
+    return _CONTROL[tokenizer][1]
+
+
+def _prompt_and_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[list[Piece], list[Piece]]:
+    """The prompt that the last message answers, and that answer with what the template puts around it."""
+    whole = render(tokenizer, messages, False)
+    index = max((index for index, piece in enumerate(whole) if piece.is_content), default=len(whole))
+    answer = whole[index:] or [Piece(messages[-1].content, True)]
+    if len(messages) == 1:
+        return whole[:index], answer
+    prompt = render(tokenizer, messages[:-1], True)
+    asked, before = ("".join(piece.text for piece in pieces) for pieces in (prompt, whole[:index]))
+    lead = before.removeprefix(asked) if before.startswith(asked) else ""
+    return prompt, [Piece(lead, False), *answer]
 
 
 def _encode_for_encoder(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Encoded:

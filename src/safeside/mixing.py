@@ -36,7 +36,7 @@ class Policy(Protocol):
     @property
     def ceiling(self) -> float: ...
 
-    def strength(self, score: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Strength for scores in [0, 1]; a score that is not finite gets the ceiling (guards fail closed)."""
         ...
 
@@ -59,7 +59,7 @@ class Fixed:
     def ceiling(self) -> float:
         return max(self.values)
 
-    def strength(self, score: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """The values as a (rows, 1) column, whatever the score."""
         return torch.tensor(self.values, dtype=torch.float32, device=score.device)[:, None]
 
@@ -82,7 +82,7 @@ class Step:
     def ceiling(self) -> float:
         return self.high
 
-    def strength(self, score: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
         return torch.where(score < self.threshold, self.low, self.high)  # NaN compares false: high
 
 
@@ -104,7 +104,7 @@ class Ramp:
             raise InputError(f"A ramp must rise: low {self.low} must be below high {self.high}.")
         _check_order(self.floor, self.ceiling)
 
-    def strength(self, score: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
         share = ((score - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
         value = self.floor + share * (self.ceiling - self.floor)
         return torch.where(score.isfinite(), value, self.ceiling)
@@ -119,7 +119,11 @@ def fixed(strength: float | Sequence[float] | Tensor) -> Fixed:
 
 
 def step(
-    guard: Adapter | str, threshold: float | None = None, low: float = 0.0, high: float = 1.0, latched: bool = True
+    guard: Adapter | str,
+    threshold: float | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
+    latched: bool = True,
 ) -> Step:
     """``high`` where the guard's score reaches ``threshold`` (its own calibrated one unless given), else ``low``."""
     if threshold is None:

@@ -18,7 +18,10 @@ _PACKAGES = ("safeside", "torch", "transformers", "safetensors")
 
 def provenance(seed: int | None = None, **details: str | float) -> dict[str, str]:
     """What is needed to make the thing beside it again.  Folders of this machine are left out of the command."""
-    command = [Path(sys.argv[0]).name, *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])]
+    command = [
+        Path(sys.argv[0]).name,
+        *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]),
+    ]
     stamp = {
         "command": " ".join(command),
         "commit": git_commit(),

@@ -72,7 +72,7 @@ def _repeat(values: tuple[float, ...] | tuple[int, ...], n_rows: int, what: str)
     return [value for value in values for _ in range(times)]  # type: ignore[misc]
 
 
-class RequestLayer(DynamicLayer):
+class RequestLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The request's own layer of a cache.
 
     ``keys`` (B, 1, S, K) hold the scores of all guards, ``values`` (B, 1, S, A + 1) the strengths of all aligners and
@@ -80,7 +80,7 @@ class RequestLayer(DynamicLayer):
     """
 
     def __init__(self, owner: object, request: Request) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
         self.request = request
         self.skipped: set[str] = set()

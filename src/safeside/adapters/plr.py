@@ -27,5 +27,5 @@ class Plr(nn.Module):
         if layer == self.layer:
             tape.hidden[layer] = normed(hidden) if self.hidden is None else F.gelu(self.hidden(hidden))
 
-    def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T d"]:  # noqa: ARG002
+    def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T d"]:
         return tape.hidden[self.layer]

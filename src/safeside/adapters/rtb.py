@@ -53,5 +53,5 @@ class Rtb(nn.Module):
             bypass = bypass + self.vertical[str(layer)](tape.hidden.pop(self.previous[layer]))
         tape.hidden[layer] = bypass
 
-    def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T D"]:  # noqa: ARG002
+    def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T D"]:
         return tape.hidden[self.last]

@@ -79,7 +79,7 @@ def locate(root: nn.Module, path: str) -> nn.Module:
 
 def decoder_of(model: PreTrainedModel, family: Family) -> nn.Module:
     """The module whose output goes into the language-model head; for encoders the encoder model itself."""
-    decoder: nn.Module = model.base_model if family.is_encoder else model.get_decoder()
+    decoder: nn.Module = model.base_model if family.is_encoder else model.get_decoder()  # type: ignore[no-untyped-call]
     return decoder
 
 

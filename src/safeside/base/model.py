@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from safeside.base.families import Family, decoder_of, find_family, locate
 from safeside.base.fingerprint import Fingerprint, take_fingerprint
@@ -61,7 +63,8 @@ class Base:
     attachment: AttachedAdapters | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.model.eval().requires_grad_(False)
+        self.model.eval()  # type: ignore[no-untyped-call]
+        self.model.requires_grad_(False)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -111,6 +114,25 @@ class Base:
         """Token ids of a conversation; with ``answer`` they end where the assistant's answer begins."""
         return encode_chat(self.tokenizer, messages, add_generation_prompt=answer, is_encoder=self.is_encoder)
 
+    def head_logits(self, final: Tensor) -> Tensor:
+        """Logits (B, T, V) of final normed states (B, T, D) by the base's own head, its scaling and soft-cap included.
+
+        A hook hands ``final`` to the head in place of what the decoder makes of a single token, so no architecture's
+        head is written twice.  For training: not while another thread runs this base.
+        """
+        ids = torch.zeros((final.shape[0], 1), dtype=torch.long, device=final.device)
+
+        def replace(module: nn.Module, args: object, output: ModelOutput) -> ModelOutput:
+            output["last_hidden_state"] = final
+            return output
+
+        handle = self.decoder.register_forward_hook(replace)
+        try:
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits
+
     @torch.no_grad()
     def chat(
         self,
@@ -152,7 +174,7 @@ class Base:
         options = generate if generate.get("do_sample") else {**greedy, **generate}
         scope = self.attachment.request(strength=strength, prompt_end=ends) if self.attachment else nullcontext()
         with scope:
-            output = self.model.generate(
+            output = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=keep,
                 past_key_values=cache,
@@ -256,19 +278,18 @@ def load_base(
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     loader = AutoModel if family.is_encoder else AutoModelForCausalLM
     with _quiet_loading():
-        model = loader.from_pretrained(folder, dtype=dtype).to(device)
+        model = loader.from_pretrained(folder, dtype=dtype)
+    torch.nn.Module.to(model, device)
     return Base(model, AutoTokenizer.from_pretrained(folder), family, name, folder, revision)
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Loading a small model needs no progress bar; a large one keeps it elsewhere."""
-    from transformers.utils import logging
-
     was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if was_enabled:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,87 @@
+"""Figures of guards, with 95% bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from safeside.errors import InputError
+
+Array = NDArray[np.float64]
+
+N_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure with its interval (2.5% and 97.5% quantiles over resampled rows)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def auroc(labels: Array, scores: Array) -> float:
+    """Probability that a harmful row scores above a harmless one, ties counted half."""
+    return float(roc_auc_score(labels, scores))
+
+
+def auprc(labels: Array, scores: Array) -> float:
+    """Average precision of the harmful class."""
+    return float(average_precision_score(labels, scores))
+
+
+def rates(labels: Array, flagged: NDArray[np.bool_]) -> tuple[float, float, float]:
+    """f1, true-positive rate and false-positive rate; 0 where there is nothing to divide by."""
+    harmful = labels == 1
+    hits = float((flagged & harmful).sum())
+    false_alarms = float((flagged & ~harmful).sum())
+    misses = float((~flagged & harmful).sum())
+    f1 = 2 * hits / max(2 * hits + false_alarms + misses, 1.0)
+    return f1, hits / max(float(harmful.sum()), 1.0), false_alarms / max(float((~harmful).sum()), 1.0)
+
+
+def guard_figures(labels: Array, scores: Array, threshold: float, seed: int = 0) -> dict[str, Figure]:
+    """auroc, auprc, and f1, tpr, fpr at ``threshold``, from (n,) labels in {0, 1} and scores in [0, 1].
+
+    Rows of one class only are an InputError, and so is a score that is not a number: those count as unscored and must
+    be taken out by the caller, who reports them.
+    """
+    if len(set(labels.tolist())) < 2:
+        raise InputError("Figures need both harmful and harmless rows; got one kind only. Add rows of the other.")
+    if not np.isfinite(scores).all():
+        raise InputError("Scores hold NaN or infinity; take unscored rows out and count them.")
+    functions: Mapping[str, Callable[[Array, Array], float]] = {
+        "auroc": auroc,
+        "auprc": auprc,
+        "f1": lambda some, score: rates(some, score >= threshold)[0],
+        "tpr": lambda some, score: rates(some, score >= threshold)[1],
+        "fpr": lambda some, score: rates(some, score >= threshold)[2],
+    }
+    return bootstrap(functions, labels, scores, seed=seed)
+
+
+def bootstrap(
+    functions: Mapping[str, Callable[[Array, Array], float]],
+    labels: Array,
+    scores: Array,
+    *,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Figure]:
+    """Each function of (labels, scores) with its interval; rows are resampled within each class, so both remain."""
+    generator = np.random.default_rng(seed)
+    classes = [np.flatnonzero(labels == value) for value in np.unique(labels)]
+    draws: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(n_resamples):
+        rows = np.concatenate([generator.choice(members, len(members)) for members in classes])
+        for name, function in functions.items():
+            draws[name].append(function(labels[rows], scores[rows]))
+    return {
+        name: Figure(function(labels, scores), *(float(value) for value in np.quantile(draws[name], [0.025, 0.975])))
+        for name, function in functions.items()
+    }

@@ -1,0 +1,122 @@
+"""Rows of labelled text on disk, and how each kind becomes a conversation.
+
+A row is one JSON object a line, in a ``.jsonl`` or ``.jsonl.gz`` file, in one of four shapes: ``{"prompt",
+"response"?}``, ``{"text"}``, ``{"document", "summary"}`` or ``{"messages": [{"role", "content"}, ...]}``; plus
+``"label"`` (0 or 1, a list of them, or an object from label to 0 or 1) and, for distillation, ``"soft"`` scores.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from safeside.chat import check_messages
+from safeside.errors import InputError
+from safeside.types import Example, Message
+
+_SHAPES = '{"prompt", "response"?}, {"text"}, {"document", "summary"} or {"messages"}'
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A line that could not be used, and why."""
+
+    line: int
+    problem: str
+
+
+def open_rows(path: str | Path) -> IO[str]:
+    """The text of a ``.jsonl`` or ``.jsonl.gz`` file; a missing file is an InputError."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}; expected JSON lines (.jsonl or .jsonl.gz). Check the path.")
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def parse_rows(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, object]] | BadRow]:
+    """Each line's number (from 1) and object, or what is wrong with it.  Empty lines are passed over."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            yield BadRow(number, f"not JSON: {error}")
+            continue
+        yield (number, values) if isinstance(values, dict) else BadRow(number, "not a JSON object")
+
+
+def messages_of(values: Mapping[str, object]) -> tuple[Message, ...]:
+    """The conversation of a row; an unknown shape, a missing or an empty text is an InputError."""
+    if "messages" in values:
+        return _listed_messages(values["messages"])
+    if "prompt" in values:
+        messages: tuple[Message, ...] = (Message("user", _text(values, "prompt")),)
+        if values.get("response"):
+            messages += (Message("assistant", _text(values, "response")),)
+        return messages
+    if "text" in values:
+        return (Message("user", _text(values, "text")),)
+    if "document" in values and "summary" in values:
+        return (Message("user", _text(values, "document")), Message("assistant", _text(values, "summary")))
+    raise InputError(f"no known shape: found {sorted(values)}; expected {_SHAPES}")
+
+
+def _listed_messages(listed: object) -> tuple[Message, ...]:
+    if not isinstance(listed, list) or not all(isinstance(item, dict) and "role" in item for item in listed):
+        raise InputError("messages must be a list of {'role', 'content'} objects")
+    messages = tuple(Message(item["role"], item.get("content")) for item in listed)
+    check_messages(messages)
+    return messages
+
+
+def _text(values: Mapping[str, object], key: str) -> str:
+    text = values[key]
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{key!r} must be text that is not empty; got {text!r}"[:200])
+    return text
+
+
+def example_of(values: Mapping[str, object], labels: tuple[str, ...], line: int = 0) -> Example:
+    """The row as an Example.  With ``labels`` (K names) it must be labelled; without, ``label`` is not read."""
+    messages = messages_of(values)
+    if not labels:
+        return Example(messages, line=line)
+    if "label" not in values:
+        raise InputError(f"no 'label'; expected 0 or 1 for {', '.join(labels)}")
+    soft = _values(values["soft"], labels, "soft") if values.get("soft") is not None else None
+    return Example(messages, _values(values["label"], labels, "label", binary=True), soft, line)
+
+
+def _values(found: object, labels: tuple[str, ...], what: str, binary: bool = False) -> tuple[float, ...]:
+    if isinstance(found, Mapping):
+        found = [found.get(label) for label in labels]
+    listed = found if isinstance(found, list) else [found]
+    wanted = "0 or 1" if binary else "a number in [0, 1]"
+    if len(listed) != len(labels):
+        raise InputError(f"{what!r} has {len(listed)} values; expected {len(labels)} ({', '.join(labels)})")
+    numbers = [float(value) for value in listed if isinstance(value, (int, float))]
+    wrong = [value for value in numbers if not 0 <= value <= 1 or (binary and value not in (0, 1))]  # NaN is wrong too
+    if wrong or len(numbers) != len(listed):
+        raise InputError(f"{what!r} is {found!r}; expected {wanted}")
+    return tuple(numbers)
+
+
+def load_examples(path: str | Path, labels: tuple[str, ...]) -> tuple[list[Example], list[BadRow]]:
+    """All usable rows of a file in order, and the bad ones with their line numbers."""
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    with open_rows(path) as handle:
+        for row in parse_rows(handle):
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
+            try:
+                examples.append(example_of(row[1], labels, row[0]))
+            except InputError as error:
+                bad.append(BadRow(row[0], str(error)))
+    return examples, bad

@@ -1,0 +1,243 @@
+"""The training loop: any module, any source of batches, deterministic, resumable.
+
+The order of rows is a function of seed and epoch alone, so a run that was killed goes on from its last checkpoint
+to the same weights as one that was not.  With ``accelerate launch`` every process takes its share of each step's batches and
+gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from safeside.errors import ConfigError, NotFiniteError
+from safeside.train.recipe import TrainingSection
+
+CHECKPOINT = "checkpoint.pt"
+_BUCKET = 32  # batches sorted by length together: little padding, yet a shuffled order
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Told after every optimiser step and every evaluation."""
+
+    step: int
+    n_steps: int
+    epoch: int
+    loss: float
+    metric: float
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended.  The module holds the weights of its best evaluation."""
+
+    best_metric: float
+    epochs: int
+    steps: int
+    train_seconds: float
+    peak_bytes: int
+    trainable_params: int
+    history: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _State:
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best_metric: float = -math.inf
+    best_epoch: int = 0
+    seconds: float = 0.0
+    history: list[float] = field(default_factory=list)
+
+
+class Loop:
+    """Trains ``module`` on ``n_rows`` rows.
+
+    ``loss_of(rows)`` gives the loss of some rows and ``metric_of()`` a figure to maximise on validation data, asked
+    after every epoch; training stops when it has not risen for ``patience`` epochs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        lengths: Sequence[int],
+        loss_of: Callable[[Sequence[int]], Tensor],
+        metric_of: Callable[[], float],
+        settings: TrainingSection,
+        *,
+        seed: int = 0,
+        folder: Path | None = None,
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.module, self.lengths = module, lengths
+        self.loss_of, self.metric_of = loss_of, metric_of
+        self.settings, self.seed, self.folder, self.report = settings, seed, folder, report
+        precision = "bf16" if settings.precision == "bfloat16" else "no"
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        decayed = [parameter for parameter in self.parameters if parameter.ndim >= 2]
+        other = [parameter for parameter in self.parameters if parameter.ndim < 2]
+        groups = [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": other, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+        self.state = _State()
+        self.best = self._weights()
+        self.last_saved = 0.0
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.settings.batch_size * self.settings.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.lengths) / self.rows_per_step)
+
+    def run(self, resume: bool = False) -> Outcome:
+        """Train to the end, or go on from the folder's checkpoint with ``resume``."""
+        if resume:
+            self._load_checkpoint()
+        started, before = time.perf_counter(), self.state.seconds
+        self.last_saved = started
+        while self.state.epoch < self.settings.epochs and not self._has_stalled():
+            self._run_epoch(started, before)
+        self.state.seconds = before + time.perf_counter() - started
+        self.module.load_state_dict(self.best)
+        return Outcome(
+            best_metric=self.state.best_metric,
+            epochs=self.state.epoch,
+            steps=self.state.step,
+            train_seconds=self.state.seconds,
+            peak_bytes=peak_bytes(),
+            trainable_params=sum(parameter.numel() for parameter in self.parameters),
+            history=self.state.history,
+        )
+
+    def _run_epoch(self, started: float, before: float) -> None:
+        state = self.state
+        self.module.train()
+        for index, rows in enumerate(self._steps(state.epoch)):
+            if index < state.step_in_epoch:
+                continue
+            loss = self._step(rows)
+            state.step += 1
+            state.step_in_epoch = index + 1
+            state.seconds = before + time.perf_counter() - started
+            self.report(Progress(state.step, self._n_steps, state.epoch, loss, state.best_metric))
+            if time.perf_counter() - self.last_saved >= self.settings.checkpoint_seconds:
+                self._save_checkpoint()
+        self.module.eval()
+        with torch.no_grad():
+            metric = self.metric_of()
+        state.history.append(metric)
+        state.epoch, state.step_in_epoch = state.epoch + 1, 0
+        if metric > state.best_metric:
+            state.best_metric, state.best_epoch = metric, state.epoch
+            self.best = self._weights()
+        self._save_checkpoint()
+        self.report(Progress(state.step, self._n_steps, state.epoch, float("nan"), metric))
+
+    def _step(self, rows: Sequence[int]) -> float:
+        """One optimiser step over ``rows``; returns their mean loss."""
+        size, total = self.settings.batch_size, 0.0
+        self._set_learning_rate()
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for batch in batches:
+            mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
+            if not mine:
+                continue
+            with self.accelerator.autocast():
+                loss = self.loss_of(mine)
+            if not loss.isfinite():
+                raise NotFiniteError(f"The loss is {float(loss)} at step {self.state.step}; lower the learning rate.")
+            share = len(mine) * self.accelerator.num_processes / len(rows)
+            (loss * share).backward()
+            total += float(loss.detach()) * len(mine) / len(rows)
+        if self.accelerator.num_processes > 1:
+            for parameter in self.parameters:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _steps(self, epoch: int) -> Iterator[list[int]]:
+        """The rows of each optimiser step of an epoch: shuffled by seed and epoch, rows of like length together."""
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        span = self.rows_per_step * _BUCKET
+        sorted_rows = [
+            row
+            for start in range(0, len(order), span)
+            for row in sorted(order[start : start + span], key=lambda row: self.lengths[row])
+        ]
+        steps = [sorted_rows[start : start + self.rows_per_step] for start in range(0, len(order), self.rows_per_step)]
+        for index in torch.randperm(len(steps), generator=generator).tolist():
+            yield steps[index]
+
+    @property
+    def _n_steps(self) -> int:
+        return self.settings.epochs * self.steps_per_epoch
+
+    def _set_learning_rate(self) -> None:
+        """Linear warm-up, then cosine to a tenth."""
+        progress = (self.state.step + 1) / self._n_steps
+        warmup = self.settings.warmup
+        scale = progress / warmup if progress < warmup else 0.55 + 0.45 * math.cos(math.pi * progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * scale
+
+    def _has_stalled(self) -> bool:
+        return self.state.epoch - self.state.best_epoch >= self.settings.patience and self.state.epoch > 0
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+
+    def _save_checkpoint(self) -> None:
+        self.last_saved = time.perf_counter()
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "module": self._weights(),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "state": asdict(self.state),
+            "settings": self.settings.model_dump_json(),
+        }
+        temporary = self.folder / (CHECKPOINT + ".new")
+        torch.save(content, temporary)
+        temporary.replace(self.folder / CHECKPOINT)  # a kill leaves the old one or the new one, never half of one
+
+    def _load_checkpoint(self) -> None:
+        if self.folder is None or not (self.folder / CHECKPOINT).is_file():
+            return
+        content = torch.load(self.folder / CHECKPOINT, weights_only=True)
+        if content["settings"] != self.settings.model_dump_json():
+            raise ConfigError(
+                f"{self.folder / CHECKPOINT} was made with other training settings. Resume with the same recipe, or "
+                "start anew without --resume."
+            )
+        self.module.load_state_dict(content["module"])
+        self.best = content["best"]
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.state = _State(**content["state"])
+
+
+def peak_bytes() -> int:
+    """Most memory used so far: of the accelerator if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
