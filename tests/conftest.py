@@ -14,11 +14,11 @@ from jaxtyping import install_import_hook
 _CHECKED = ("mixing", "base.taps", "adapters.blocks", "adapters.lst", "adapters.plr", "adapters.rtb")
 install_import_hook([f"safeside.{name}" for name in _CHECKED], "beartype.beartype")
 
-from tiny import make_tiny  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from safeside import Adapter, Base, create_adapter, load_base, make_config  # noqa: E402
 from safeside.adapters.adapter import DeltaHead  # noqa: E402
+from tiny import make_tiny  # noqa: E402
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only costs
 logging.disable_progress_bar()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import FAMILY_NAMES, N_TOKENS, SPECIAL, VOCABULARY
 
 from safeside import Base
+from tiny import FAMILY_NAMES, N_TOKENS, SPECIAL, VOCABULARY
 
 
 @pytest.mark.parametrize("family_name", [*FAMILY_NAMES, "bert"])

@@ -1,7 +1,7 @@
 """Tiny random models of every family, built from configurations: no downloads, well under a second each.
 
-``make_tiny("llama", folder)`` writes what ``save_pretrained`` writes: a model of 3 layers and width 64 whose weights are
-random and large enough that logits differ clearly, and a byte-level BPE tokenizer with special tokens and a chat
+``make_tiny("llama", folder)`` writes what ``save_pretrained`` writes: a model of 3 layers and width 64 whose weights
+are random and large enough that logits differ clearly, and a byte-level BPE tokenizer with special tokens and a chat
 template.  The same name gives the same bytes.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
-    CONFIG_MAPPING,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,

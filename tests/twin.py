@@ -123,9 +123,8 @@ def answer_by_hand(
     scores: list[float] = []
     for _ in range(n_new):
         ids = torch.tensor([[*prompt, *answer.ids]])
-        for guard in guards:
-            if guard.config.name == score_of:
-                scores.append(float(run_by_hand(base, guard, ids).scores[0, -1].max()))
+        asked = [guard for guard in guards if guard.config.name == score_of]
+        scores += [float(run_by_hand(base, guard, ids).scores[0, -1].max()) for guard in asked]
         parts = [(aligner, rule(scores)) for aligner, rule in aligners.items()]
         for aligner, strength in parts:
             answer.strengths[aligner.config.name].append(strength)

@@ -9,7 +9,7 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
             "How can I {x}?",
             "How do I {x}?",
             "What is the best way to {x}?",
-            "how do i {x}",
+            "any way i can {x}",
             "Please tell me how to {x}.",
             "Help me {x}.",
             "I want to {x}. Where do I start?",

@@ -19,11 +19,11 @@ import topics_violence
 KINDS: tuple[str, ...] = ("do", "ask", "text", "say")
 CATEGORIES: tuple[str, ...] = ("vcr", "ncr", "hte", "ssh", "prv", "dfm", "spc", "ipv")
 BLOCKS = (
-    topics_violence.BLOCKS
-    + topics_crime.BLOCKS
-    + topics_trust.BLOCKS
-    + topics_everyday.BLOCKS
-    + topics_alike.BLOCKS
+    *topics_violence.BLOCKS,
+    *topics_crime.BLOCKS,
+    *topics_trust.BLOCKS,
+    *topics_everyday.BLOCKS,
+    *topics_alike.BLOCKS,
 )
 # Words that a keyword filter would watch.  Fillings with one of them are dealt word by word, so that every
 # split has the word with both labels; the first pattern that matches decides.

@@ -1,8 +1,9 @@
 """``attach``: guards and aligners on a frozen base, as hooks that are gone on exit.
 
 One pre-hook on the decoder reads mask and cache before the base writes them; hooks on the tapped blocks let each
-adapter read; one hook on the decoder runs guards, policies and aligners and returns the output with the mixed final state.  The
-base's own head does the rest, so ``generate``, pipelines and evaluation tools see the safe model with no code of ours.
+adapter read; one hook on the decoder runs guards, policies and aligners and returns the output with the mixed final
+state.  The base's own head does the rest, so ``generate``, pipelines and evaluation tools see the safe model with no
+code of ours.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import ModelOutput
 
 from safeside.adapters.adapter import Adapter
-from safeside.base.families import has_lora, refused_reason
+from safeside.base.families import has_lora
 from safeside.base.model import Base
 from safeside.base.taps import SideCache, Tape
+from safeside.checks import check_adapters, keep_mask, refuse_compiled, refuse_packed
 from safeside.errors import AttachmentError, InputError, UnsupportedError
 from safeside.mixing import Policy, as_policies, mix
-from safeside.request import PassRecord, Request, RequestLayer, history_of, request_layer
+from safeside.request import PassRecord, Request, RequestLayer, SideLayer, history_of, request_layer
 from safeside.types import Verdict
 from safeside.verdicts import prompt_and_answer_verdicts
 
@@ -55,7 +57,9 @@ class Attachment:
     """Adapters on a base.  Use it as a context manager, or call ``detach``."""
 
     def __init__(self, base: Base, aligners: Sequence[Adapter], guards: Sequence[Adapter], strength: object) -> None:
-        _check(base, aligners, guards)
+        check_adapters(base, aligners, guards)
+        if base.decoder in _attached:
+            raise AttachmentError(f"{base.name} already has an attachment. Detach it, or attach all adapters at once.")
         self.base = base
         self.aligners = {adapter.name: adapter for adapter in aligners}
         self.guards = {adapter.name: adapter for adapter in guards}
@@ -76,10 +80,13 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove every hook; the base is bit for bit what it was.  Safe to call twice."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         _attached.discard(self.base.decoder)
+        torch.compiler.reset()
         if self.base.attachment is self:
             self.base.attachment = None
 
@@ -138,6 +145,7 @@ class Attachment:
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
+        torch.compiler.reset()  # code compiled before would go on without these hooks, and so without safety
         decoder, blocks = self.base.decoder, self.base.blocks
         self._handles.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer in sorted({layer for adapter in self._adapters.values() for layer in adapter.config.layers}):
@@ -151,8 +159,7 @@ class Attachment:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the base runs: find its mask and cache, while the cache still holds only past tokens."""
-        if torch.compiler.is_compiling():
-            raise UnsupportedError("torch.compile of an attached base is refused: compiled code may skip hooks.")
+        refuse_compiled(torch.compiler.is_compiling())
         bound = self._signature.bind(*args, **kwargs).arguments
         bound.update(bound.pop("kwargs", {}))
         inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
@@ -161,7 +168,8 @@ class Attachment:
         n_rows, n_new = inputs.shape[:2]
         cache = self._cache_of(bound, kwargs)
         n_past = cache.get_seq_length() if cache is not None else 0
-        keep = _keep_mask(bound.get("attention_mask"), n_rows, n_new, n_past, inputs.device)
+        refuse_packed(bound, n_new)
+        keep = keep_mask(bound.get("attention_mask"), n_rows, n_new, n_past, inputs.device)
         request = self._request_of(cache, n_past, n_rows)
         tape = Tape(keep, n_new, is_causal=not self.base.is_encoder)
         self._thread.current = _Pass({name: tape.fork() for name in self._adapters}, cache, request)
@@ -177,9 +185,9 @@ class Attachment:
                 return None
             kwargs["past_key_values"] = cache = DynamicCache(config=self.base.model.config)
         if not isinstance(cache, DynamicCache) or cache.offloading:
-            name = "offloaded DynamicCache" if isinstance(cache, DynamicCache) else type(cache).__name__
+            name = "An offloaded DynamicCache" if isinstance(cache, DynamicCache) else f"A {type(cache).__name__}"
             raise UnsupportedError(
-                f"A {name} is refused: adapters grow their own layers behind those of the base. "
+                f"{name} is refused: adapters grow their own layers behind those of the base. "
                 "Pass past_key_values=DynamicCache(), or leave cache_implementation unset."
             )
         return cache
@@ -189,11 +197,15 @@ class Attachment:
         layer = request_layer(cache) if cache is not None else None
         if layer is not None and layer.owner is not self:
             raise AttachmentError("This cache belongs to another attachment. Start with a new DynamicCache().")
-        if layer is None and n_past:
+        n_seen = 0 if layer is None else layer.get_seq_length()
+        if n_seen != n_past:
             raise AttachmentError(
-                f"The cache holds {n_past} tokens that the adapters have not seen. Start with a new DynamicCache()."
+                f"The cache holds {n_past} tokens but the adapters have seen {n_seen}: it was used without them, or a "
+                "pass failed. Start with a new DynamicCache()."
             )
         request = self._thread.request or (layer.request if layer is not None else Request(self.policies))
+        if request.prompt_end is None and layer is not None:
+            request = replace(request, prompt_end=layer.request.prompt_end)
         request = request.for_rows(n_rows)
         if cache is not None and layer is None:
             self._grow(cache, request)
@@ -204,7 +216,7 @@ class Attachment:
     def _grow(self, cache: DynamicCache, request: Request) -> None:
         n_side = sum(adapter.n_cache_layers for adapter in self._adapters.values())
         missing = self.base.n_layers + n_side - len(cache.layers)
-        cache.layers.extend(DynamicLayer() for _ in range(missing))  # type: ignore[no-untyped-call]
+        cache.layers.extend(SideLayer() for _ in range(missing))  # type: ignore[no-untyped-call]
         cache.layers.append(RequestLayer(self, request))
 
     def _embedding_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,6 +229,7 @@ class Attachment:
         return hook
 
     def _read(self, layer: int, hidden: Tensor) -> None:
+        refuse_compiled(torch.compiler.is_compiling())
         current = self._thread.current
         if current is None:
             raise AttachmentError("A block ran outside its decoder; run the base model as a whole.")
@@ -325,7 +338,7 @@ class Attachment:
         scores = [*record.scores.values()] or [torch.zeros(n_rows, n_new, 1, device=tape.keep.device)]
         indices = torch.where(tape.keep_new, tape.positions, -1).float()
         strengths = [record.strengths[name].expand(n_rows, n_new) for name in self.aligners]
-        return torch.cat(scores, -1).detach()[:, None], torch.stack([*strengths, indices], -1)[:, None]
+        return torch.cat(scores, -1).detach()[:, None], torch.stack([*strengths, indices], -1).detach()[:, None]
 
     def _check_gates(self, policies: dict[str, Policy]) -> None:
         for name, policy in policies.items():
@@ -348,48 +361,6 @@ def attach(
     any of these.  A base that cannot take hooks safely is an UnsupportedError that names why.
     """
     return Attachment(base, aligners, guards, strength)
-
-
-def _check(base: Base, aligners: Sequence[Adapter], guards: Sequence[Adapter]) -> None:
-    if not aligners and not guards:
-        raise InputError("attach() needs at least one aligner or guard; got none.")
-    reason = refused_reason(base.model)
-    if reason is not None:
-        raise UnsupportedError(f"Cannot attach to {base.name}: {reason}")
-    if base.decoder in _attached:
-        raise AttachmentError(f"{base.name} already has an attachment. Detach it, or attach all adapters at once.")
-    if aligners and base.is_encoder:
-        raise UnsupportedError(f"{base.name} is an encoder: it has no next-token distribution, so guards only.")
-    names = [adapter.name for adapter in (*aligners, *guards)]
-    if len(set(names)) != len(names):
-        raise InputError(f"Adapter names must differ within an attachment; got {', '.join(names)}. Rename one.")
-    for expected, adapters in (("align", aligners), ("guard", guards)):
-        for adapter in adapters:
-            _check_adapter(base, adapter, expected)
-
-
-def _check_adapter(base: Base, adapter: Adapter, expected: str) -> None:
-    config = adapter.config
-    if config.role != expected:
-        raise InputError(f"{adapter.name!r} has role {config.role!r} but was passed as {expected!r}. Swap the lists.")
-    if (config.base.d_model, config.base.n_layers) != (base.d_model, base.n_layers):
-        raise InputError(
-            f"{adapter.name!r} reads {config.base.n_layers} layers of width {config.base.d_model}, but {base.name} has "
-            f"{base.n_layers} of width {base.d_model}. Load the base that it was made for."
-        )
-
-
-def _keep_mask(mask: object, n_rows: int, n_new: int, n_past: int, device: torch.device) -> Tensor:
-    """(B, S) bool from the base's own attention mask; anything else is an error, never a guess."""
-    length = n_past + n_new
-    if mask is None:
-        return torch.ones((n_rows, length), dtype=torch.bool, device=device)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedError(f"Adapters need an attention_mask of shape (batch, tokens); got {found}.")
-    if tuple(mask.shape) != (n_rows, length):
-        raise InputError(f"attention_mask has shape {tuple(mask.shape)}; expected {(n_rows, length)} (cached and new).")
-    return mask.bool()
 
 
 def _with_final(output: Any, final: Tensor) -> Any:

@@ -30,12 +30,9 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-_MARK_OPEN, _MARK_CLOSE = (
-    "\ue0f0",
-    "\ue0f1",
-)  # private-use characters that no template and no marker text contains
+_MARK_OPEN, _MARK_CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that no template and no marker text contains
 _LOCK = threading.Lock()  # a fast tokenizer switches special tokens off by state that all threads share
-_CONTROL: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, frozenset[int]]] = weakref.WeakKeyDictionary()
+_CONTROL = weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, frozenset[int]]]()
 _ROLES = ("system", "user", "assistant")
 
 

@@ -83,7 +83,7 @@ class Step:
         return self.high
 
     def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        return torch.where(score < self.threshold, self.low, self.high)  # NaN compares false: high
+        return torch.where((score < self.threshold) & score.isfinite(), self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +106,11 @@ class Ramp:
 
     def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
         share = ((score - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
-        value = self.floor + share * (self.ceiling - self.floor)
-        return torch.where(score.isfinite(), value, self.ceiling)
+        value = (self.floor + share * (self.ceiling - self.floor)).clamp(self.floor, self.ceiling)
+        return torch.where((score < self.high) & score.isfinite(), value, self.ceiling)
 
 
-def fixed(strength: float | Sequence[float] | Tensor) -> Fixed:
+def fixed(strength: float | int | Sequence[float] | Tensor) -> Fixed:
     """The same strength at every token; a sequence gives one value for each row."""
     if isinstance(strength, Tensor):
         strength = strength.flatten().tolist()
@@ -125,11 +125,16 @@ def step(
     high: float = 1.0,
     latched: bool = True,
 ) -> Step:
-    """``high`` where the guard's score reaches ``threshold`` (its own calibrated one unless given), else ``low``."""
+    """``high`` where the guard's score reaches ``threshold``, else ``low``.
+
+    Without ``threshold`` it is the guard's own calibrated one, and of several labels the lowest: what flags is aligned.
+    """
     if threshold is None:
         if isinstance(guard, str):
             raise InputError("step() needs a threshold when the guard is given by name; pass threshold=...")
-        threshold = max(guard.thresholds)
+        if not guard.thresholds:
+            raise InputError(f"{guard.name!r} is no guard: it has no scores to ask for. Pass a guard, or its name.")
+        threshold = min(guard.thresholds)
     return Step(_name(guard), threshold, low, high, latched)
 
 

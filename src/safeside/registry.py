@@ -34,7 +34,8 @@ class Registry(Generic[Item]):
 
     def unregister(self, name: str) -> None:
         """Forget ``name``; unknown names are an UnknownNameError."""
-        self.get(name)
+        if name not in self._items:
+            raise UnknownNameError(did_you_mean(self.kind, name, list(self._items)))
         del self._items[name]
 
     def get(self, name: str) -> Item:
@@ -44,16 +45,25 @@ class Registry(Generic[Item]):
         if name not in self._items:
             raise UnknownNameError(did_you_mean(self.kind, name, list(self._items)))
         item = self._items[name]
-        if isinstance(item, str):
-            module, _, attribute = item.partition(":")
-            item = cast(Item, vars(import_module(module))[attribute])
-            self._items[name] = item
-        return item
+        return self._resolve(name, item) if isinstance(item, str) else item
+
+    def _resolve(self, name: str, target: str) -> Item:
+        module, _, attribute = target.partition(":")
+        try:
+            return cast(Item, vars(import_module(module))[attribute])
+        except (ModuleNotFoundError, KeyError, ValueError) as error:
+            raise ConfigError(
+                f"{self.kind} {name!r} is registered as {target!r}, which cannot be imported: {error}. "
+                "Register the object itself, or 'module:Object'."
+            ) from error
 
     def __contains__(self, name: object) -> bool:
+        if name not in self._items:
+            load_plugins()
         return name in self._items
 
     def __iter__(self) -> Iterator[str]:
+        load_plugins()
         return iter(sorted(self._items))
 
 

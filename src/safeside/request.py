@@ -33,6 +33,17 @@ class Request:
                 f"The strength of {', '.join(latched)} is latched at the prompt's end, but prompt_end is not known. "
                 "Run inside attachment.request(prompt_end=[...]), use base.chat, or pass latched=False."
             )
+        for name, policy in self.policies.items():
+            self._check_rows(name, policy)
+
+    def _check_rows(self, name: str, policy: Policy) -> None:
+        if self.prompt_end is None or not isinstance(policy, Fixed):
+            return
+        if len(policy.values) not in (1, len(self.prompt_end)):
+            raise InputError(
+                f"The strength of {name!r} has {len(policy.values)} values for {len(self.prompt_end)} rows; expected "
+                "one value, or one for each row."
+            )
 
     @property
     def is_gated(self) -> bool:
@@ -72,7 +83,16 @@ def _repeat(values: tuple[float, ...] | tuple[int, ...], n_rows: int, what: str)
     return [value for value in values for _ in range(times)]  # type: ignore[misc]
 
 
-class RequestLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class SideLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer of a cache for the adapters; one that holds nothing yet can be cropped too."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, if there are any."""
+        if self.keys is not None:
+            super().crop(tokens_to_remove)
+
+
+class RequestLayer(SideLayer):
     """The request's own layer of a cache.
 
     ``keys`` (B, 1, S, K) hold the scores of all guards, ``values`` (B, 1, S, A + 1) the strengths of all aligners and
@@ -84,6 +104,11 @@ class RequestLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.owner = owner
         self.request = request
         self.skipped: set[str] = set()
+
+    def reset(self) -> None:
+        """Forget every token, and that aligners were skipped on them."""
+        super().reset()
+        self.skipped.clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search moves rows about; a gate's decision may not move with them."""

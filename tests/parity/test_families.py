@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import FAMILY_NAMES, N_TOKENS, SPECIAL
 from torch import Tensor
 from transformers import DynamicCache
+
+from safeside import Adapter, Base, attach, fixed, load_base
+from safeside.base.families import locate
+from tiny import FAMILY_NAMES, N_TOKENS, SPECIAL
 from twin import (
     SAME,
     SAME_BFLOAT16,
@@ -21,9 +24,6 @@ from twin import (
     positions_of,
     run_by_hand,
 )
-
-from safeside import Adapter, Base, attach, fixed, load_base
-from safeside.base.families import locate
 
 STRENGTH = 0.7
 LENGTH = 14  # past every sliding window, which holds 8

@@ -108,9 +108,7 @@ def test_each_category_has_flagged_rows_and_look_alikes(splits: dict[str, list[R
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_alarming_verb_does_not_tell_the_label(
-    splits: dict[str, list[Row]], split: str, verb: str
-) -> None:
+def test_a_verb_does_not_tell_the_label(splits: dict[str, list[Row]], split: str, verb: str) -> None:
     labels = Counter(row["label"] for row in splits[split] if verb in str(row["prompt"]).lower())
     assert 0.2 <= labels[1] / (labels[0] + labels[1]) <= 0.8
 

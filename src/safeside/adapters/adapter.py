@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -78,6 +79,14 @@ class GuardHead(nn.Module):
         device = self.linear.weight.device
         self.scale = torch.tensor(calibration.scale, dtype=torch.float32, device=device)
         self.bias = torch.tensor(calibration.bias, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the module but stay float32: a cast of the calibration would shift every score."""
+        scale, bias = self.scale, self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.linear.weight.device
+        self.scale, self.bias = scale.to(device), bias.to(device)
+        return self
 
     def forward(self, states: Float[Tensor, "B T d"], tape: Tape, cache: SideCache | None, layer: int) -> SideOutput:
         states = self.norm(states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,8 @@ from safeside.base.model import Base
 from safeside.errors import ConfigError
 
 FORMAT = 1
+_MOST = 1 << 20  # of any dimension: a damaged file must not ask for terabytes
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 HeadDim = Literal[32, 64, 128]
 
 
@@ -23,8 +25,8 @@ class BaseReference(BaseModel):
     revision: str | None = None
     model_type: str
     fingerprint: Fingerprint
-    n_layers: int = Field(ge=1)
-    d_model: int = Field(ge=1)
+    n_layers: int = Field(ge=1, le=_MOST)
+    d_model: int = Field(ge=1, le=_MOST)
     is_encoder: bool = False
 
 
@@ -37,9 +39,9 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale: tuple[float, ...]
-    bias: tuple[float, ...]
-    threshold: tuple[float, ...]
+    scale: tuple[Annotated[Finite, Field(gt=0)], ...]
+    bias: tuple[Finite, ...]
+    threshold: tuple[Annotated[Finite, Field(ge=0, le=1)], ...]
     false_positive_rate: float = Field(0.05, gt=0, lt=1)
 
 
@@ -58,12 +60,12 @@ class AdapterConfig(BaseModel):
     role: Literal["guard", "align"]
     name: str = Field(min_length=1)
     layers: tuple[int, ...]
-    width: int = Field(0, ge=0)
-    feed_forward: int = Field(0, ge=0)
+    width: int = Field(0, ge=0, le=_MOST)
+    feed_forward: int = Field(0, ge=0, le=_MOST)
     head_dim: HeadDim = 32
-    tap_rank: int = Field(0, ge=0)
+    tap_rank: int = Field(0, ge=0, le=_MOST)
     gate: Literal["layer", "channel"] = "layer"
-    bottleneck: int = Field(32, ge=1)
+    bottleneck: int = Field(32, ge=1, le=_MOST)
     readout: Literal["last", "attention"] = "last"
     labels: tuple[str, ...] = ()
     base: BaseReference

@@ -85,11 +85,10 @@ def decoder_of(model: PreTrainedModel, family: Family) -> nn.Module:
 
 def refused_reason(model: nn.Module) -> str | None:
     """Why adapters cannot be attached to this model object, or None when they can."""
-    if type(model).__name__ == "OptimizedModule" or any(
-        module._compiled_call_impl is not None for module in model.modules()
-    ):
+    modules = list(model.modules())
+    if any(type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None for module in modules):
         return "torch.compile: compiled code may skip hooks silently. Attach to the uncompiled model."
-    if any(vars(module).get("gradient_checkpointing") is True for module in model.modules()):
+    if any(vars(module).get("gradient_checkpointing") is True for module in modules):
         return (
             "gradient checkpointing: a frozen base stores no activations, and recomputation would run the taps twice. "
             "Call model.gradient_checkpointing_disable()."

@@ -21,7 +21,7 @@ _NOT_ARCHITECTURE = {
     "pad_token_id", "bos_token_id", "eos_token_id", "architectures", "attention_dropout", "initializer_range",
     "pretraining_tp", "id2label", "label2id",
 }  # fmt: skip
-_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first found is loaded, or what its index lists
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -60,18 +60,32 @@ def take_fingerprint(folder: Path) -> Fingerprint:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise InputError(f"{folder} has no config.json; expected a saved model. Save it with save_pretrained.")
-    config = {key: value for key, value in json.loads(config_file.read_text()).items() if key not in _NOT_ARCHITECTURE}
-    weights = sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern))
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    weights = _weight_files(folder)
     if not weights:
         raise InputError(f"{folder} has no weight files (*.safetensors). Save the model with save_pretrained.")
     tokenizer = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not tokenizer:
         raise InputError(f"{folder} has no tokenizer files. Save the tokenizer beside the model.")
+    if tokenizer[0].name == "tokenizer.json":  # it holds all that the others do
+        tokenizer = tokenizer[:1]
+    architecture = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
     return Fingerprint(
-        architecture=_digest(json.dumps(config, sort_keys=True).encode()),
-        tokenizer=_digest(*(part for path in tokenizer[:1] for part in (path.name.encode(), _tokenizer_bytes(path)))),
+        architecture=_digest(json.dumps(architecture, sort_keys=True).encode()),
+        tokenizer=_digest(*(part for path in tokenizer for part in (path.name.encode(), _tokenizer_bytes(path)))),
         weights=_digest(*(part for path in weights for part in (path.name.encode(), _file_hash(path)))),
     )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads, so that others beside them (an adapter, a second format) change nothing."""
+    for name in _WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return []
 
 
 def _tokenizer_bytes(path: Path) -> bytes:

@@ -34,6 +34,7 @@ from safeside.errors import InputError, UnsupportedError
 from safeside.types import Completion, Message, Verdict
 
 BUILTIN_NAME = "builtin"
+_NOT_FOR_CHAT = {"num_beams", "num_return_sequences", "past_key_values", "return_dict_in_generate"}
 
 
 class AttachedAdapters(Protocol):
@@ -163,8 +164,12 @@ class Base:
             raise UnsupportedError(f"{self.name} is an encoder and cannot answer; expected a causal language model.")
         if strength is not None and self.attachment is None:
             raise InputError("A strength was given but nothing is attached. Call attach(base, aligners=[...]) first.")
-        if {"num_beams", "num_return_sequences", "past_key_values"} & set(generate):
-            raise UnsupportedError("chat gives one answer a row; for beams or samples call base.model.generate itself.")
+        foreign = sorted(_NOT_FOR_CHAT & set(generate))
+        if foreign:
+            raise UnsupportedError(
+                f"chat gives one answer a row and keeps its own cache; got {', '.join(foreign)}. "
+                "Call base.model.generate itself for these."
+            )
         encoded = [self.encode(messages) for messages in conversations]
         self._check_room(encoded, max_new_tokens)
         ids, keep = pad_batch([item.ids for item in encoded], self._pad_id, side="left")
@@ -190,7 +195,13 @@ class Base:
         """``generate`` never feeds the last token it made; guards see it through one more step."""
         mask = torch.ones(output.shape, dtype=torch.bool, device=output.device)
         mask[:, : keep.shape[1]] = keep
-        self.decoder(input_ids=output[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+        self.decoder(
+            input_ids=output[:, -1:],
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        )
 
     def _completions(self, answers: list[list[int]], ends: list[int], cache: DynamicCache) -> list[Completion]:
         stops = [

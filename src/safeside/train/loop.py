@@ -1,8 +1,8 @@
 """The training loop: any module, any source of batches, deterministic, resumable.
 
 The order of rows is a function of seed and epoch alone, so a run that was killed goes on from its last checkpoint
-to the same weights as one that was not.  With ``accelerate launch`` every process takes its share of each step's batches and
-gradients are averaged.
+to the same weights as one that was not.  With ``accelerate launch`` every process takes its share of
+each step's batches and gradients are averaged.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from safeside.adapters.adapter import Adapter
 from safeside.artifact import create_adapter, save_adapter
 from safeside.base.model import Base, load_base
 from safeside.errors import ConfigError
-from safeside.evals.metrics import Array, auroc
 from safeside.guards.calibrate import fit_calibration
 from safeside.provenance import config_hash
 from safeside.tasks.rows import BadRow, load_examples
@@ -198,7 +199,7 @@ def guard_objective(base: Base, source: Source, rows: Rows, recipe: Recipe) -> C
 
 
 @torch.no_grad()
-def guard_logits(base: Base, source: Source, rows: Rows, batch_size: int = 64) -> Array:
+def guard_logits(base: Base, source: Source, rows: Rows, batch_size: int = 64) -> NDArray[np.float64]:
     """Raw logits (n, K) at every row's last token, in the order of ``rows``."""
     order = sorted(range(len(rows.ids)), key=lambda row: len(rows.ids[row]))
     result = np.zeros(tuple(rows.labels.shape))
@@ -218,7 +219,7 @@ def guard_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]:
 
     def metric_of() -> float:
         logits = guard_logits(base, source, rows)
-        return float(np.mean([auroc(label, logit) for label, logit in zip(labels.T, logits.T, strict=True)]))
+        return float(np.mean([roc_auc_score(label, logit) for label, logit in zip(labels.T, logits.T, strict=True)]))
 
     return metric_of
 

@@ -1,0 +1,235 @@
+"""The command line: it parses, calls one function and prints.
+
+Data goes to standard output, everything else to standard error.  Exit codes: 0 done, 1 failed, 2 misused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from safeside.errors import ConfigError, InputError, MissingExtraError, SafesideError, UnknownNameError
+
+app = typer.Typer(
+    name="safeside",
+    help="Safety adapters for frozen language models: guards score, aligners steer, the base stays as it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+BaseName = Annotated[str | None, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
+Mismatch = Annotated[
+    str | None, typer.Option(help="'weights' lets an adapter run on other weights of its architecture.")
+]
+_MISUSE = (InputError, ConfigError, UnknownNameError, MissingExtraError)
+
+
+def main() -> None:
+    """Entry point: SafesideErrors become one line on standard error and exit code 1 or 2."""
+    try:
+        app()
+    except SafesideError as error:
+        sys.stdout.flush()
+        print(f"safeside: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, _MISUSE) else 1) from error
+    except KeyboardInterrupt as error:
+        print("safeside: interrupted", file=sys.stderr)
+        raise SystemExit(1) from error
+    except BrokenPipeError as error:
+        raise SystemExit(1) from error
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """A missing optional dependency becomes the line that installs it."""
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error, SafesideError):
+            raise
+        raise MissingExtraError(
+            f"This command needs {error.name!r}, which is not installed. Run: pip install 'safeside[{name}]'"
+        ) from error
+
+
+def _load(adapter: str, base_name: str | None, allow_mismatch: str | None = None) -> tuple[Any, Any]:
+    """The adapter and its base; without ``--base`` the one that the adapter names."""
+    from safeside.artifact import find_adapter, load_adapter, read_config
+    from safeside.base.model import load_base
+
+    folder = find_adapter(adapter)
+    base = load_base(base_name or read_config(folder).base.name)
+    return base, load_adapter(adapter, base, allow_mismatch=allow_mismatch)
+
+
+def _print_json(values: object) -> None:
+    print(json.dumps(values, indent=2))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the trained guard and report.html.")] = Path("demo_output"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and answers: a smoke test, not figures.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a guard on the built-in base, score prompts, chat at several strengths, write report.html."""
+    with _extra("train,eval"):
+        from safeside.demo import run_demo
+    result = run_demo(output, quick=quick, show=not as_json)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    data: Annotated[Path | None, typer.Option(help="Folder that the recipe's data paths start from.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the adapter goes (default: the recipe's).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the adapter that a recipe describes, calibrate it and save it."""
+    with _extra("train"):
+        from safeside.train.command import train_command
+    summary = train_command(recipe, data or recipe.parent, output, resume)
+    if as_json:
+        _print_json(summary)
+    else:
+        from safeside.terminal import table
+
+        table(["fact", "value"], [[key, str(value)] for key, value in summary.items()], title=str(recipe))
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="Adapter: a folder, a hub name or builtin:harm.")],
+    data: Annotated[Path | None, typer.Option(help="Labelled rows, .jsonl or .jsonl.gz.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A named suite, such as 'demo'.")] = None,
+    strengths: Annotated[str, typer.Option(help="For an aligner: strengths, comma-separated.")] = "0,0.5,1",
+    gate: Annotated[str | None, typer.Option(help="Guard that gates the aligner (targeted alignment).")] = None,
+    base: BaseName = None,
+    allow_mismatch: Mismatch = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a guard on labelled rows, or an adapter on a suite."""
+    if (data is None) == (suite is None):
+        raise InputError("eval needs one of --data FILE and --suite NAME; got neither or both.")
+    with _extra("eval"):
+        from safeside.evals.command import evaluate_command
+    loaded_base, loaded = _load(adapter, base, allow_mismatch)
+    rows, failed = evaluate_command(loaded_base, loaded, data, suite, parse_strengths(strengths), gate)
+    if as_json:
+        _print_json(rows)
+    else:
+        from safeside.terminal import table
+
+        columns = list(rows[0])
+        table(columns, [[_cell(row[column]) for column in columns] for row in rows], title=adapter)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def guard(
+    adapter: Annotated[str, typer.Argument(help="Guard: a folder, a hub name or builtin:harm.")],
+    file: Annotated[Path | None, typer.Argument(help="Rows, .jsonl or .jsonl.gz; standard input if left out.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="A further guard, scored in the same pass.")] = None,
+    base: BaseName = None,
+    allow_mismatch: Mismatch = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with all lines and counts.")] = False,
+) -> None:
+    """Score rows: one JSON line each, in order. Rows that cannot be scored are flagged, counted, and exit 1."""
+    from safeside.artifact import load_adapter
+    from safeside.guards.lines import guard_lines
+
+    loaded_base, first = _load(adapter, base, allow_mismatch)
+    guards = [first, *(load_adapter(name, loaded_base, allow_mismatch=allow_mismatch) for name in also or [])]
+    collected: list[dict[str, object]] = []
+    n_bad = 0
+    for line, problem in guard_lines(loaded_base, guards, file):
+        if problem is not None:
+            n_bad += 1
+            print(f"safeside: line {line['line']}: {problem}", file=sys.stderr)
+        if as_json:
+            collected.append(line)
+        else:
+            print(json.dumps(line), flush=True)
+    if as_json:
+        _print_json({"rows": collected, "n_bad": n_bad})
+    if n_bad:
+        print(f"safeside: {n_bad} bad rows; each was flagged unscored", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="One prompt; left out: lines from standard input.")] = None,
+    base: Annotated[str, typer.Option(help="Base: 'builtin', a folder or a hub name.")] = "builtin",
+    aligner: Annotated[list[str] | None, typer.Option(help="Aligner to attach (repeatable).")] = None,
+    guard: Annotated[list[str] | None, typer.Option(help="Guard to attach (repeatable).")] = None,
+    strengths: Annotated[str, typer.Option(help="One answer for each strength, comma-separated.")] = "1",
+    gated: Annotated[bool, typer.Option("--gated", help="Let the first guard set the strength up to these.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 96,
+    as_json: Json = False,
+) -> None:
+    """Chat with a base and its adapters, at one or several strengths."""
+    from safeside.conversation import ChatOptions, chat_command
+
+    options = ChatOptions(base, aligner or [], guard or [], parse_strengths(strengths), gated, max_new_tokens)
+    chat_command(options, prompt, as_json)
+
+
+@app.command()
+def info(
+    adapter: Annotated[str | None, typer.Argument(help="Adapter; left out: only the base.")] = None,
+    base: BaseName = None,
+    as_json: Json = False,
+) -> None:
+    """Say what an adapter or a base is: layers, widths, exact cost, thresholds, origin."""
+    from safeside.facts import adapter_facts, base_facts
+
+    facts = base_facts(base or "builtin") if adapter is None else adapter_facts(adapter, base)
+    if as_json:
+        _print_json(facts)
+    else:
+        from safeside.terminal import table
+
+        table(["fact", "value"], [[key, _cell(value)] for key, value in facts.items()])
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the model hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check an adapter's folder and upload it to the model hub."""
+    from safeside.artifact import push_adapter
+
+    address = push_adapter(folder, repository, private=private)
+    if as_json:
+        _print_json({"address": address})
+    else:
+        print(address)
+
+
+def parse_strengths(text: str) -> list[float]:
+    """``"0,0.5,1"`` as numbers; anything else is an InputError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"Strengths must be numbers like 0,0.5,1; got {text!r}.") from error
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,78 @@
+"""How good a guard is on labelled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from safeside.adapters.adapter import Adapter
+from safeside.base.model import Base
+from safeside.errors import InputError
+from safeside.evals.metrics import Array, Figure, guard_figures
+from safeside.guards.score import score_conversations
+from safeside.tasks.rows import BadRow, load_examples
+from safeside.types import Example
+
+
+@dataclass(slots=True)
+class GuardReport:
+    """Figures by label and metric, the scores behind them, and what was left out."""
+
+    figures: dict[str, dict[str, Figure]]
+    labels: Array
+    scores: Array
+    n: int
+    n_skipped: int
+    n_unscored: int
+    n_windowed: int
+    bad: list[BadRow] = field(default_factory=list)
+
+
+def evaluate_guard(
+    base: Base,
+    guard: Adapter,
+    path: str | Path,
+    *,
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda count: None,
+) -> GuardReport:
+    """auroc, auprc, f1, tpr and fpr of ``guard`` on a file of labelled rows, at the artifact's threshold."""
+    examples, bad = load_examples(path, guard.config.labels)
+    if not examples:
+        first = f" The first problem: line {bad[0].line}, {bad[0].problem}." if bad else ""
+        raise InputError(f"{path} holds no usable row.{first}")
+    return report_on(base, guard, examples, bad, batch_size=batch_size, advance=advance)
+
+
+def report_on(
+    base: Base,
+    guard: Adapter,
+    examples: Sequence[Example],
+    bad: list[BadRow],
+    *,
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda count: None,
+) -> GuardReport:
+    """The same on examples in memory.  A row whose score is not a number is unscored: counted, never dropped unseen."""
+    conversations = [example.messages for example in examples]
+    scored = score_conversations(base, [guard], conversations, batch_size=batch_size, advance=advance)
+    scores = np.array([row.by_guard[guard.name] for row in scored], dtype=np.float64)  # (n, K)
+    labels = np.array([example.labels for example in examples], dtype=np.float64)
+    finite = np.isfinite(scores).all(1)
+    figures = {
+        label: guard_figures(labels[finite, index], scores[finite, index], guard.thresholds[index])
+        for index, label in enumerate(guard.config.labels)
+    }
+    return GuardReport(
+        figures=figures,
+        labels=labels,
+        scores=scores,
+        n=int(finite.sum()),
+        n_skipped=len(bad),
+        n_unscored=int((~finite).sum()),
+        n_windowed=sum(row.n_windows > 1 for row in scored),
+        bad=bad,
+    )

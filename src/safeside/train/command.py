@@ -1,0 +1,49 @@
+"""What ``safeside train`` does: read, train with a progress bar, summarise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safeside.adapters.sizing import flops_share
+from safeside.base.model import load_base
+from safeside.terminal import note, progress_bar
+from safeside.train.loop import Progress
+from safeside.train.recipe import read_recipe
+from safeside.train.run import Run, run_recipe
+
+
+def train_command(path: Path, data_root: Path, output: Path | None, resume: bool) -> dict[str, object]:
+    """Run the recipe at ``path`` and say how it went."""
+    recipe = read_recipe(path)
+    base = load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
+    with progress_bar(f"train {recipe.name}", None, "steps") as advance:
+
+        def report(progress: Progress) -> None:
+            if progress.loss == progress.loss:
+                advance(1)
+            else:
+                note(f"epoch {progress.epoch}: validation {progress.metric:.4f}")
+
+        run = run_recipe(recipe, data_root=data_root, output=output, base=base, resume=resume, report=report)
+    for row in [*run.train.bad, *run.validation.bad]:
+        note(f"line {row.line} was left out: {row.problem}")
+    return summary_of(run, flops_share(base, run.adapter))
+
+
+def summary_of(run: Run, share: float) -> dict[str, object]:
+    """The figures of a finished run."""
+    return {
+        "adapter": str(run.folder),
+        "kind": run.adapter.config.kind,
+        "role": run.adapter.config.role,
+        f"best validation {run.validation_metric}": round(run.outcome.best_metric, 4),
+        "thresholds": [round(value, 4) for value in run.adapter.thresholds],
+        "epochs": run.outcome.epochs,
+        "train_rows": len(run.train.ids),
+        "rows_too_long": run.train.n_too_long + run.validation.n_too_long,
+        "bad_rows": len(run.train.bad) + len(run.validation.bad),
+        "train_seconds": round(run.outcome.train_seconds, 2),
+        "peak_bytes": run.outcome.peak_bytes,
+        "trainable_params": run.outcome.trainable_params,
+        "flops_share": round(share, 6),
+    }
