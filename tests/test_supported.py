@@ -55,9 +55,6 @@ def rig(tiny_folder, random_guard, random_aligner) -> Rig:
     return rig
 
 
-# ---- ways that work: each returns nothing and asserts ------------------------------------------------------------
-
-
 def sampling(rig: Rig) -> None:
     """One prompt and several samples are the prompt repeated; strengths are repeated with their rows."""
     options = {"do_sample": True}
@@ -191,9 +188,6 @@ def encoder_guards(rig: Rig) -> None:
         close(attachment.record.scores["harm"], expected)
 
 
-# ---- ways that are refused: each raises --------------------------------------------------------------------------
-
-
 def gated_beams(rig: Rig) -> None:
     with rig.attach(ramp("harm", latched=False)):
         rig.generate(num_beams=2)
@@ -296,45 +290,56 @@ def chat_beams(rig: Rig) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """One row: a way of running a base, whether it works, the check, and what the refusal says."""
+    """One row: a way of running a base, whether it works, the check, what the docs add, what a refusal says."""
 
     name: str
     supported: bool
     check: Callable[[Rig], None]
+    note: str
     message: str = ""
 
 
 SUPPORTED = [
-    Way("sampling, num_return_sequences", True, sampling),
-    Way("beam search at a fixed strength", True, beams),
-    Way("prompt-lookup decoding", True, prompt_lookup),
-    Way("assisted (speculative) decoding with a draft model", True, assisted),
-    Way("chunked prefill (prefill_chunk_size)", True, chunked_prefill),
-    Way("DynamicCache: generate's own, or yours", True, own_and_lazy_caches),
-    Way("inputs_embeds", True, embeddings),
-    Way("transformers pipelines", True, pipelines),
-    Way("return_dict=False", True, tuple_output),
-    Way("device_map on one device", True, one_device_map),
-    Way("weight-only quantised base (int8)", True, int8_weights),
-    Way("a PEFT LoRA on the base (noted in every verdict)", True, lora),
-    Way("encoder bases, guards only", True, encoder_guards),
-    Way("beam search at a gated strength", False, gated_beams, "Beam search with a strength that a guard sets"),
-    Way("beams or several samples in Base.chat", False, chat_beams, "one answer a row"),
-    Way("static cache", False, static_cache, "A StaticCache is refused"),
-    Way("static cache, made by hand", False, static_cache_by_hand, "A StaticCache is refused"),
-    Way("quantised cache", False, quantised_cache, "A QuantizedCache is refused"),
-    Way("offloaded cache", False, offloaded_cache, "An offloaded DynamicCache is refused"),
-    Way("a compiled base (model.compile)", False, compiled_in_place, "torch.compile"),
-    Way("a base with a compiled block", False, compiled_block, "torch.compile"),
-    Way("torch.compile before attach", False, compiled_before, "torch.compile of an attached base"),
-    Way("torch.compile after attach", False, compiled_after, "torch.compile of an attached base"),
-    Way("device_map on several devices", False, several_devices, "device_map on several devices"),
-    Way("CPU or disk offload", False, cpu_offload, "CPU offload"),
-    Way("weights on the meta device", False, meta_weights, "meta parameters"),
-    Way("gradient checkpointing", False, checkpointing, "gradient checkpointing"),
-    Way("an aligner on an encoder", False, encoder_aligner, "is an encoder"),
-    Way("4-D attention masks", False, four_dimensional_mask, "attention_mask of shape (batch, tokens)"),
-    Way("packed sequences, continuous batching", False, packed, "Packed sequences"),
+    Way("sampling, `num_return_sequences`", True, sampling, "strengths and gates go with each copy of a row"),
+    Way("beam search, fixed strength", True, beams, "one strength, or one for each row"),
+    Way("prompt-lookup decoding", True, prompt_lookup, "the same text as greedy decoding"),
+    Way(
+        "assisted (speculative) decoding", True, assisted, "the draft model runs without adapters; the text is the same"
+    ),
+    Way("chunked prefill", True, chunked_prefill, "a gate decides when the prompt's end is reached"),
+    Way("`DynamicCache`", True, own_and_lazy_caches, "the one `generate` makes, or your own; crop, copy and re-use it"),
+    Way("`inputs_embeds`", True, embeddings, ""),
+    Way("transformers pipelines", True, pipelines, "pass `base.model` and `base.tokenizer`"),
+    Way("`return_dict=False`", True, tuple_output, ""),
+    Way("`device_map` on one device", True, one_device_map, ""),
+    Way(
+        "weight-only quantised base", True, int8_weights, "checked with int8 weights; the adapters keep their own dtype"
+    ),
+    Way("a PEFT LoRA on the base", True, lora, "it shifts what guards read, and every verdict says so"),
+    Way("encoder bases", True, encoder_guards, "guards only"),
+    Way(
+        "beam search, gated strength", False, gated_beams, "use a fixed strength, or sampling", "Beam search with a st"
+    ),
+    Way("beams or samples in `Base.chat`", False, chat_beams, "call `base.model.generate`", "gives one answer a row"),
+    Way("static cache", False, static_cache, "leave `cache_implementation` unset", "A StaticCache is refused"),
+    Way("a `StaticCache` of yours", False, static_cache_by_hand, "pass a `DynamicCache`", "A StaticCache is refused"),
+    Way("quantised cache", False, quantised_cache, "pass a `DynamicCache`", "A QuantizedCache is refused"),
+    Way("offloaded cache", False, offloaded_cache, "pass a `DynamicCache`", "An offloaded DynamicCache is refused"),
+    Way("a compiled base", False, compiled_in_place, "attach to the uncompiled model", "torch.compile"),
+    Way("a base with a compiled block", False, compiled_block, "attach to the uncompiled model", "torch.compile"),
+    Way("code compiled before `attach`", False, compiled_before, "run the uncompiled model", "torch.compile of an att"),
+    Way("`torch.compile` after `attach`", False, compiled_after, "run the uncompiled model", "torch.compile of an att"),
+    Way("`device_map` on several devices", False, several_devices, "load the base on one device", "on several devices"),
+    Way("CPU or disk offload", False, cpu_offload, "load the base on one device", "CPU offload"),
+    Way("weights on the meta device", False, meta_weights, "load the base on one device", "meta parameters"),
+    Way(
+        "gradient checkpointing", False, checkpointing, "a frozen base stores no activations", "gradient checkpointing"
+    ),
+    Way("an aligner on an encoder", False, encoder_aligner, "an encoder has no next token", "is an encoder"),
+    Way(
+        "4-D attention masks", False, four_dimensional_mask, "pass (batch, tokens)", "attention_mask of shape (batch, t"
+    ),
+    Way("packed sequences, continuous batching", False, packed, "one row for each text", "Packed sequences"),
 ]
 
 

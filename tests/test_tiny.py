@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from safeside import Base
-from tiny import FAMILY_NAMES, N_TOKENS, SPECIAL, VOCABULARY
+from tiny import ENCODERS, FAMILY_NAMES, N_TOKENS, SPECIAL, VOCABULARY
 
 
-@pytest.mark.parametrize("family_name", [*FAMILY_NAMES, "bert"])
+@pytest.mark.parametrize("family_name", [*FAMILY_NAMES, "cohere2", *ENCODERS])
 def test_a_tiny_model_of_every_family_loads(tiny_family: Callable[[str], Base], family_name: str) -> None:
     base = tiny_family(family_name)
     text = "the cat said: caf\u00e9\n"

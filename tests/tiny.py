@@ -75,15 +75,25 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "gpt2": ("gpt2", {"n_embd": WIDTH, "n_layer": N_LAYERS, "n_head": N_HEADS, "n_positions": N_POSITIONS}),
     "opt": ("opt", {**_CLASSIC, "ffn_dim": 96, "word_embed_proj_dim": WIDTH}),
     "gpt-neox": ("gpt_neox", {**_CLASSIC, "intermediate_size": 96}),
+    "cohere2": ("cohere2", {
+        **_LLAMA_LIKE, "sliding_window": WINDOW, "layer_types": _MIXED_WINDOWS["layer_types"], "logit_scale": 0.5,
+    }),
     "bert": ("bert", {**_CLASSIC, "intermediate_size": 96}),
+    "roberta": ("roberta", {**_CLASSIC, "intermediate_size": 96}),
+    "electra": ("electra", {**_CLASSIC, "intermediate_size": 96, "embedding_size": 32}),
+    "distilbert": ("distilbert", {
+        "dim": WIDTH, "n_layers": N_LAYERS, "n_heads": N_HEADS, "hidden_dim": 96,
+        "max_position_embeddings": N_POSITIONS,
+    }),
 }  # fmt: skip
 
-FAMILY_NAMES = tuple(name for name in _CONFIGS if name != "bert")
+ENCODERS = ("bert", "roberta", "electra", "distilbert")
+FAMILY_NAMES = tuple(name for name in _CONFIGS if name not in (*ENCODERS, "cohere2"))  # the 18 of design.md, section 1
 WINDOWED = ("mistral", "gemma2", "gemma3", "gpt-oss")
 
 
 def tiny_config(family_name: str) -> PreTrainedConfig:
-    """The configuration of the tiny model of ``family_name``, one of FAMILY_NAMES or ``bert``."""
+    """The configuration of the tiny model of ``family_name``, one of FAMILY_NAMES, ENCODERS or ``cohere2``."""
     model_type, values = _CONFIGS[family_name]
     config = CONFIG_MAPPING[model_type](
         vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, **values
@@ -94,16 +104,17 @@ def tiny_config(family_name: str) -> PreTrainedConfig:
 
 def make_tiny(family_name: str, folder: Path) -> Path:
     """Write the tiny model and its tokenizer to ``folder``; returns it."""
-    loader = AutoModel if family_name == "bert" else AutoModelForCausalLM
+    is_encoder = family_name in ENCODERS
+    loader = AutoModel if is_encoder else AutoModelForCausalLM
     model = loader.from_config(tiny_config(family_name))
     _randomise(model, seed=zlib.crc32(family_name.encode()))
     if family_name.startswith("gemma"):  # multiplies its embeddings by 8; unscaled, texts would repeat one token
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(0.25)
-    if family_name != "bert":
+    if not is_encoder:
         model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=[EOS, END])
     model.save_pretrained(folder)
-    tiny_tokenizer(is_encoder=family_name == "bert").save_pretrained(folder)
+    tiny_tokenizer(is_encoder=is_encoder).save_pretrained(folder)
     return folder
 
 

@@ -17,6 +17,7 @@ from safeside import Adapter, Base
 from safeside.adapters.adapter import SideOutput
 from safeside.base.families import locate
 from safeside.base.taps import Tape
+from tiny import END, EOS
 
 # Float32 sums of a few hundred terms of size 1 in another order: errors stay under 1e-5; ten times that is allowed.
 SAME = 1e-4
@@ -117,7 +118,7 @@ def answer_by_hand(
     """Greedy decoding that recomputes everything on the whole text for every token.
 
     Each aligner comes with a function from the scores so far (of guard ``score_of``, from the prompt's last token on)
-    to its strength.
+    to its strength.  Tokens that end a text are left out, as ``min_new_tokens`` does.
     """
     answer = Answer(strengths={aligner.config.name: [] for aligner in aligners})
     scores: list[float] = []
@@ -128,7 +129,9 @@ def answer_by_hand(
         parts = [(aligner, rule(scores)) for aligner, rule in aligners.items()]
         for aligner, strength in parts:
             answer.strengths[aligner.config.name].append(strength)
-        answer.ids.append(int(mixed_logits(base, ids, parts)[0, -1].argmax()))
+        logits = mixed_logits(base, ids, parts)[0, -1]
+        logits[[EOS, END]] = -torch.inf
+        answer.ids.append(int(logits.argmax()))
     return answer
 
 

@@ -65,8 +65,7 @@ def grow(model: LlamaForCausalLM, small: LlamaForCausalLM) -> None:
     source, target = small.model, model.model
     if len(source.layers) > len(target.layers):
         raise SystemExit(
-            f"The initial model has {len(source.layers)} layers; expected at most {len(target.layers)}. "
-            "Raise --layers."
+            f"The initial model has {len(source.layers)} layers; expected at most {len(target.layers)}. Raise --layers."
         )
     target.embed_tokens.load_state_dict(source.embed_tokens.state_dict())
     target.norm.load_state_dict(source.norm.state_dict())

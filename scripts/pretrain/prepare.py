@@ -67,9 +67,7 @@ class Splits:
             "val_chat": self.val_chat,
         }
 
-    def describe(
-        self, name: str, licence: str, pretrain: Sequence[Document], anneal: Sequence[Document]
-    ) -> None:
+    def describe(self, name: str, licence: str, pretrain: Sequence[Document], anneal: Sequence[Document]) -> None:
         """Note what one source gave; ``docs`` counts the larger pool."""
         self.meta[name] = {
             "licence": licence,
@@ -81,23 +79,13 @@ class Splits:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder of the labelled sets"
-    )
-    parser.add_argument(
-        "--text", type=Path, default=Path("../shared/pretrain/text"), help="folder of plain text"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the labelled sets")
+    parser.add_argument("--text", type=Path, default=Path("../shared/pretrain/text"), help="folder of plain text")
     parser.add_argument("--out", type=Path, default=Path("work"))
     parser.add_argument("--vocab", type=int, default=4096, help="size of a new vocabulary")
-    parser.add_argument(
-        "--val", type=float, default=0.005, help="share of the documents held out for validation"
-    )
-    parser.add_argument(
-        "--turn-chars", type=int, default=330, help="longest answer kept for the second phase"
-    )
+    parser.add_argument("--val", type=float, default=0.005, help="share of the documents held out for validation")
+    parser.add_argument("--turn-chars", type=int, default=330, help="longest answer kept for the second phase")
     parser.add_argument("--synthetic", type=int, default=24000, help="conversations drawn from synth.py")
     parser.add_argument("--tokenizer", help="reuse this tokenizer folder instead of training a new one")
     return parser.parse_args(arguments)
@@ -223,9 +211,7 @@ def make_tokenizer(options: argparse.Namespace, pretrain: Sequence[Document]) ->
     else:
         tokenizer = train_tokenizer(pretrain[: int(len(pretrain) * VOCABULARY_SHARE)], options.vocab)
     if len(tokenizer) > np.iinfo(np.uint16).max + 1:
-        raise SystemExit(
-            f"The tokenizer has {len(tokenizer)} tokens; the token files hold at most 65536 (uint16)."
-        )
+        raise SystemExit(f"The tokenizer has {len(tokenizer)} tokens; the token files hold at most 65536 (uint16).")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -238,9 +224,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> It
             yield encoding.ids
 
 
-def encode(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast
-) -> tuple[np.ndarray, np.ndarray]:
+def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all documents in a row, and 1 where the assistant speaks or ends its turn."""
     numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     texts = [text for document in documents for _, text in said(document)]

@@ -33,14 +33,10 @@ GREEDY = {"do_sample": False, "temperature": None, "top_p": None}
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
-def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: dict[str, object]
-) -> str:
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: dict[str, object]) -> str:
     """What the model says to ``prompt``, in at most 80 tokens."""
     messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=80, repetition_penalty=1.1, **settings)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

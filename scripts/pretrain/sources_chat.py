@@ -151,9 +151,7 @@ def science_questions(corpus: Corpus) -> Iterator[Chat]:
             if not answer:
                 continue
             if not question.endswith("?"):
-                yield exchange(
-                    "Complete the sentence: " + capitalised(question), sentence(question + " " + answer)
-                )
+                yield exchange("Complete the sentence: " + capitalised(question), sentence(question + " " + answer))
             elif random.Random(question).random() < 0.6:
                 yield exchange(capitalised(question), sentence(answer))
             else:
@@ -213,9 +211,7 @@ def definition(term: str, text: str) -> Chat:
 def entities(corpus: Corpus) -> Iterator[Chat]:
     """Questions about the subject of an abstract, answered by its first two sentences."""
     for text in abstracts(corpus):
-        subject = re.match(
-            r"(?:The )?([A-Z][\w.'\- ]{2,50}?) ?(?:\(.*?\) )?(is|was|are|were) (an?|the|one) ", text
-        )
+        subject = re.match(r"(?:The )?([A-Z][\w.'\- ]{2,50}?) ?(?:\(.*?\) )?(is|was|are|were) (an?|the|one) ", text)
         if corpus.holds_out(text) or not subject:
             continue
         if subject[1].lower() in ("it", "he", "she", "this", "there"):

@@ -190,8 +190,7 @@ SKILLS = {
     ),
     "sell": Skill(
         objects=phrases(
-            "a car; a house; old books; a bicycle; paintings; cookies; a phone; used clothes; furniture; "
-            "a guitar",
+            "a car; a house; old books; a bicycle; paintings; cookies; a phone; used clothes; furniture; a guitar",
             ";",
         ),
         needs=["good photos and a fair price"],
@@ -286,9 +285,7 @@ STEP_WORDS = ["First, ", "Then ", "Next, ", "After that, "]
 def in_order(steps: list[str]) -> str:
     """The steps as one paragraph that begins with "First" and ends with "Finally"."""
     openings = [*STEP_WORDS[: len(steps) - 1], "Finally, "]
-    return " ".join(
-        opening + step[:1].lower() + step[1:] for opening, step in zip(openings, steps, strict=True)
-    )
+    return " ".join(opening + step[:1].lower() + step[1:] for opening, step in zip(openings, steps, strict=True))
 
 
 def known(thing: str) -> str:

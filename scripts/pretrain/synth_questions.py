@@ -26,10 +26,7 @@ FACTS: list[Pair] = [
     ),
     (
         "Why is the sea salty?",
-        (
-            "Rivers carry small amounts of salt from rocks into the sea. Over a long time the sea became "
-            "salty."
-        ),
+        ("Rivers carry small amounts of salt from rocks into the sea. Over a long time the sea became salty."),
     ),
     ("Why do we have seasons?", "We have seasons because the Earth is tilted as it moves around the sun."),
     ("What causes thunder?", "Thunder is the sound made when lightning heats the air very quickly."),
@@ -224,17 +221,11 @@ DESCRIPTIONS: list[Pair] = [
     ),
     (
         "cats",
-        (
-            "Cats are small animals that many people keep as pets. They are quiet, clean and good at "
-            "catching mice."
-        ),
+        ("Cats are small animals that many people keep as pets. They are quiet, clean and good at catching mice."),
     ),
     (
         "horses",
-        (
-            "Horses are large and strong animals. People have used them for riding and for work for "
-            "thousands of years."
-        ),
+        ("Horses are large and strong animals. People have used them for riding and for work for thousands of years."),
     ),
     (
         "elephants",
@@ -253,10 +244,7 @@ DESCRIPTIONS: list[Pair] = [
     ("mountains", "Mountains are high parts of the land. The air there is cold and thin."),
     (
         "rivers",
-        (
-            "Rivers carry fresh water from the hills to the sea. People use them for drinking, farming "
-            "and travel."
-        ),
+        ("Rivers carry fresh water from the hills to the sea. People use them for drinking, farming and travel."),
     ),
     ("deserts", "Deserts are very dry places. The days are often hot and the nights are cold."),
     ("forests", "Forests are large areas full of trees. Many animals live there."),
@@ -285,10 +273,7 @@ DESCRIPTIONS: list[Pair] = [
     ),
     (
         "the internet",
-        (
-            "The internet connects computers all over the world. It lets people send messages and find "
-            "information."
-        ),
+        ("The internet connects computers all over the world. It lets people send messages and find information."),
     ),
     ("books", "Books are made of pages with words. They tell stories and teach us about the world."),
     ("music", "Music is made with voices and instruments. It can make people happy, calm or sad."),
@@ -308,10 +293,7 @@ DESCRIPTIONS: list[Pair] = [
     ("family", "A family is a group of people who care for each other, such as parents and children."),
     (
         "health",
-        (
-            "Health means that the body and the mind work well. Good food, sleep and exercise help us to "
-            "stay healthy."
-        ),
+        ("Health means that the body and the mind work well. Good food, sleep and exercise help us to stay healthy."),
     ),
     (
         "sleep",
@@ -331,10 +313,7 @@ DESCRIPTIONS: list[Pair] = [
     ("science", "Science is a way to learn about the world. Scientists ask questions and test their ideas."),
     (
         "mathematics",
-        (
-            "Mathematics is the study of numbers, shapes and patterns. It is used in science, building "
-            "and trade."
-        ),
+        ("Mathematics is the study of numbers, shapes and patterns. It is used in science, building and trade."),
     ),
     ("language", "Language lets people share ideas. There are thousands of languages in the world."),
     (
@@ -351,10 +330,7 @@ DESCRIPTIONS: list[Pair] = [
     ),
     (
         "Africa",
-        (
-            "Africa is a large continent with many countries. It has deserts, forests and grasslands "
-            "with wild animals."
-        ),
+        ("Africa is a large continent with many countries. It has deserts, forests and grasslands with wild animals."),
     ),
     (
         "Europe",

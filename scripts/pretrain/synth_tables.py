@@ -143,9 +143,7 @@ EXAMPLES = {
         "planets": "Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus, Neptune",
         "countries": "France, Japan, Brazil, Canada, Kenya, India, Italy, Mexico, Egypt, Australia",
         "cities": "London, Paris, New York, Tokyo, Rome, Cairo, Sydney, Berlin, Madrid, Toronto",
-        "musical instruments": (
-            "the piano, the guitar, the violin, the drums, the flute, the trumpet, the cello"
-        ),
+        "musical instruments": ("the piano, the guitar, the violin, the drums, the flute, the trumpet, the cello"),
         "school subjects": "math, history, science, English, art, music, geography",
         "jobs": "teacher, doctor, nurse, farmer, cook, driver, engineer, writer, police officer",
         "tools": "a hammer, a saw, a screwdriver, a wrench, a drill, pliers",
@@ -229,12 +227,8 @@ HOMES = [
 
 DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = words("January February March April May June July August September October November December")
-NAMES = words(
-    "Tom Anna Ben Lucy Sam Mia Jack Emma Leo Rosa Peter Nina Max Clara Ali Maya Omar Lily Hugo Sara"
-)
-ANIMALS = words(
-    "cat dog rabbit fox bear mouse horse bird lion turtle frog owl elephant monkey duck goat wolf squirrel"
-)
+NAMES = words("Tom Anna Ben Lucy Sam Mia Jack Emma Leo Rosa Peter Nina Max Clara Ali Maya Omar Lily Hugo Sara")
+ANIMALS = words("cat dog rabbit fox bear mouse horse bird lion turtle frog owl elephant monkey duck goat wolf squirrel")
 PLACES = phrases("forest, village, garden, city, valley, farm, mountain, small town, castle, park, island")
 TOPICS = phrases("""
 the sea, the moon, winter, spring, summer, autumn, friendship, love, rain, a tree, the stars, a river,

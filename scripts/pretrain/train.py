@@ -51,9 +51,7 @@ class Progress:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, default=Path("work"), help="folder that prepare.py wrote")
     add("--out", type=Path, default=Path("model"))
@@ -173,9 +171,7 @@ class Trainer:
         self.pretrain = self.rows("pretrain", self.options.first_context, self.seed + 1)
         self.anneal: Rows | None = None
         context = self.options.context
-        self.validation = {
-            name: Rows(self.options.data / name, context, 0) for name in ("val_text", "val_chat")
-        }
+        self.validation = {name: Rows(self.options.data / name, context, 0) for name in ("val_text", "val_chat")}
         text = json.loads((self.options.data / "meta.json").read_text())["_val_text"]
         self.bytes_per_token = text["bytes"] / text["tokens"]
 

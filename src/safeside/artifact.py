@@ -1,11 +1,13 @@
 """Adapters as folders: ``safeside_config.json``, ``adapter.safetensors``, ``provenance.json`` and a card.
 
 Safetensors only: never pickle, never remote code.  ``format`` is 1; older formats load forever, a newer one is refused
-by name.
+by name.  The weights file carries a checksum of both files' contents, so that a damaged adapter is never used: it
+tells damage and careless edits, not forgery.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,18 +18,20 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from safeside.adapters.adapter import TRUNKS, Adapter
 from safeside.adapters.config import FORMAT, AdapterConfig
 from safeside.adapters.sizing import adapter_matmuls, flops_share
 from safeside.base.model import BUILTIN_NAME, Base
-from safeside.errors import FormatError, InputError, MismatchError
+from safeside.errors import FormatError, InputError, MismatchError, UnknownNameError
 from safeside.provenance import provenance
 
 CONFIG_FILE, WEIGHTS_FILE = "safeside_config.json", "adapter.safetensors"
 PROVENANCE_FILE, CARD_FILE = "provenance.json", "README.md"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, CARD_FILE)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = f"{BUILTIN_NAME}:"
 
@@ -41,20 +45,30 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int = 0) -> Adapter:
 
 
 def save_adapter(
-    adapter: Adapter, folder: str | Path, base: Base | None = None, facts: Mapping[str, str] | None = None
+    adapter: Adapter,
+    folder: str | Path,
+    base: Base | None = None,
+    facts: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write ``adapter`` to ``folder`` (made if missing) with its provenance and card.
 
     ``facts`` (a run's figures, data and licences) go into both.  With ``base`` the card tells the share of its compute.
+    Weights are stored in ``dtype``, their own unless given.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stamp = {**provenance(), **(facts or {})}
     if base is not None:
         stamp["flops_share"] = f"{flops_share(base, adapter):.6f}"
-    weights = {name: tensor.contiguous() for name, tensor in adapter.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write_json(folder / CONFIG_FILE, json.loads(adapter.config.model_dump_json()))
+    weights = {
+        name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in adapter.state_dict().items()
+    }
+    values = json.loads(adapter.config.model_dump_json())
+    metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
+    save_file(weights, folder / WEIGHTS_FILE, metadata=metadata)
+    _write_json(folder / CONFIG_FILE, values)
     _write_json(folder / PROVENANCE_FILE, stamp)
     (folder / CARD_FILE).write_text(_card(adapter, stamp), encoding="utf-8")
     return folder
@@ -71,12 +85,10 @@ def load_adapter(
     """
     if allow_mismatch not in (None, "weights"):
         raise InputError(f"allow_mismatch can be 'weights' or None; got {allow_mismatch!r}.")
-    folder = find_adapter(name_or_path, revision)
-    config = read_config(folder)
+    config, weights = read_adapter(find_adapter(name_or_path, revision))
     config = _check_base(config, base, str(name_or_path), allow_mismatch)
-    weights = _read_weights(folder)
-    adapter = Adapter(config)
-    _check_shapes(adapter, weights, folder)
+    with torch.random.fork_rng(devices=[]):
+        adapter = Adapter(config)
     adapter.load_state_dict(weights)
     return adapter.to(device=base.device, dtype=base.dtype).eval().requires_grad_(False)
 
@@ -87,7 +99,7 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
     if name.startswith(_PREFIX):
         folder = Path(str(files("safeside.builtin") / "adapters" / name.removeprefix(_PREFIX)))
         if not folder.is_dir():
-            known = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+            known = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
             raise InputError(f"There is no built-in adapter {name!r}; expected one of {_PREFIX}{{{', '.join(known)}}}.")
         return folder
     if Path(name).is_dir():
@@ -102,13 +114,14 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
 
 
 def push_adapter(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a checked adapter folder to the hub; returns its address."""
-    folder = Path(folder)
-    config = read_config(folder)
-    _check_shapes(Adapter(config), _read_weights(folder), folder)
+    """Upload a checked adapter folder to the hub, its own four files only; returns the address."""
+    config, _ = read_adapter(Path(folder))
     api = HfApi()
     api.create_repo(repository, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"safeside {config.name}"))
+    message = f"safeside {config.name}"
+    return str(
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(_FILES), commit_message=message)
+    )
 
 
 def pull_adapter(name: str, folder: str | Path, *, revision: str | None = None) -> Path:
@@ -117,59 +130,84 @@ def pull_adapter(name: str, folder: str | Path, *, revision: str | None = None) 
     if folder.exists():
         raise InputError(f"{folder} exists already; expected a new folder. Remove it or choose another.")
     source = find_adapter(name, revision)
-    read_config(source)
+    read_adapter(source)
     folder.mkdir(parents=True)
-    for file in (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, CARD_FILE):
+    for file in _FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
     return folder
 
 
+def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights in ``folder``, checked against each other; whatever is wrong is a FormatError."""
+    values = _read_values(folder)
+    config = _config_of(values, folder)
+    weights, metadata = _read_weights(folder)
+    _check_tensors(config, weights, folder)
+    if metadata.get("checksum") != _checksum(values, weights):
+        raise FormatError(
+            f"{folder}: contents differ from the checksum that they were saved with; expected them as save_adapter "
+            "wrote them. Get the folder again, or make changes in Python and save the adapter anew."
+        )
+    return config, weights
+
+
 def read_config(folder: Path) -> AdapterConfig:
-    """The configuration in ``folder``, checked; whatever is wrong is a FormatError."""
+    """The configuration in ``folder`` alone; whatever is wrong with it is a FormatError."""
+    return _config_of(_read_values(folder), folder)
+
+
+def _read_values(folder: Path) -> dict[str, object]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FormatError(f"{folder} has no {CONFIG_FILE}; expected an adapter made by safeside. Check the path.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
         found = values["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path} is not a valid configuration: {error!r}. Get the folder again.") from error
     if not isinstance(found, int) or not 1 <= found <= FORMAT:
-        raise FormatError(
-            f"{folder} has format {found!r}; this safeside reads formats up to {FORMAT}. Update safeside."
-        )
-    TRUNKS.get(str(values.get("kind")))
+        raise FormatError(f"{folder} has format {found!r}; this safeside reads formats 1 to {FORMAT}. Update safeside.")
+    return values
+
+
+def _config_of(values: Mapping[str, object], folder: Path) -> AdapterConfig:
     try:
+        TRUNKS.get(str(values.get("kind")))
         return AdapterConfig.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise FormatError(f"{path} is not a valid configuration: {error}") from error
+    except (ValidationError, UnknownNameError) as error:
+        raise FormatError(f"{folder / CONFIG_FILE} is not a valid configuration: {error}") from error
 
 
 def _check_base(config: AdapterConfig, base: Base, name: str, allow_mismatch: str | None) -> AdapterConfig:
     trained, given = config.base.fingerprint, base.fingerprint
     both = f"trained on {config.base.name} ({trained}) but the base is {base.name} ({given})"
-    for part, what in (("architecture", "another architecture"), ("tokenizer", "another tokenizer")):
-        if getattr(trained, part) != getattr(given, part):
-            raise MismatchError(f"Adapter {name!r} was {both}: {what}. Load the base that it was made for.")
-    if trained.weights == given.weights:
-        return config
-    if allow_mismatch != "weights":
+    parts = {
+        "architecture": (trained.architecture, given.architecture),
+        "tokenizer": (trained.tokenizer, given.tokenizer),
+    }
+    what = " and another ".join(part for part, (wanted, found) in parts.items() if wanted != found)
+    if what:
+        raise MismatchError(f"Adapter {name!r} was {both}: another {what}. Load the base that it was made for.")
+    differs = trained.weights != given.weights
+    if differs and allow_mismatch != "weights":
         raise MismatchError(
             f"Adapter {name!r} was {both}: the same architecture with other weights. Load the matching base, or pass "
             'allow_mismatch="weights" and check its figures on this one.'
         )
-    return config.model_copy(update={"allow_mismatch": True})
+    return config.model_copy(update={"allow_mismatch": differs})
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by name, and the file's metadata."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickles = [file.name for file in folder.iterdir() if file.suffix in _PICKLES]
         found = f"found {', '.join(pickles)}, which can run code and is never read" if pickles else "found nothing"
         raise FormatError(f"{folder} has no {WEIGHTS_FILE}; {found}. Save the adapter with save_adapter.")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
         raise FormatError(
             f"{path} cannot be read: {error}. It is truncated, or not safetensors at all (a pickle is never loaded). "
@@ -177,8 +215,10 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+def _check_tensors(config: AdapterConfig, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Raise unless ``weights`` are finite floats of exactly the shapes that ``config`` asks for."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Adapter(config).state_dict().items()}
     for name, shape in expected.items():
         found = tuple(weights[name].shape) if name in weights else None
         if found != shape:
@@ -186,9 +226,21 @@ def _check_shapes(adapter: Adapter, weights: Mapping[str, torch.Tensor], folder:
     extra = sorted(set(weights) - set(expected))
     if extra:
         raise FormatError(f"{folder}: tensors that its configuration does not have: {', '.join(extra[:5])}.")
+    odd = [f"{name} ({tensor.dtype})" for name, tensor in weights.items() if tensor.dtype not in _DTYPES]
+    if odd:
+        raise FormatError(f"{folder}: tensors that are not float32, bfloat16 or float16: {', '.join(odd[:5])}.")
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise FormatError(f"{folder}: tensors with NaN or infinity: {', '.join(broken[:5])}. Train the adapter again.")
+
+
+def _checksum(values: Mapping[str, object], weights: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of the configuration as stored and of every tensor, whatever their order."""
+    hasher = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def _write_json(path: Path, values: object) -> None:

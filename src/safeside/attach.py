@@ -54,7 +54,7 @@ class _Thread(threading.local):
 
 
 class Attachment:
-    """Adapters on a base.  Use it as a context manager, or call ``detach``."""
+    """Adapters on a base, made by ``attach``.  Use it as a context manager, or call ``detach``."""
 
     def __init__(self, base: Base, aligners: Sequence[Adapter], guards: Sequence[Adapter], strength: object) -> None:
         check_adapters(base, aligners, guards)
@@ -73,6 +73,7 @@ class Attachment:
         self._install()
 
     def __enter__(self) -> Attachment:
+        self._check_attached()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -94,9 +95,10 @@ class Attachment:
     def request(self, *, strength: object = None, prompt_end: Sequence[int] | Tensor | None = None) -> Iterator[None]:
         """Settings for the forward passes that this thread runs inside the ``with`` block.
 
-        ``strength`` replaces the attachment's (anything ``as_policies`` takes); ``prompt_end`` holds the number of
+        ``strength`` replaces the attachment's (anything that ``attach`` takes); ``prompt_end`` holds the number of
         prompt tokens of each row, padding not counted, and is what latched policies wait for.
         """
+        self._check_attached()
         policies = self.policies if strength is None else as_policies(strength, list(self.aligners))
         self._check_gates(policies)
         ends = None if prompt_end is None else tuple(int(end) for end in prompt_end)
@@ -142,8 +144,6 @@ class Attachment:
             rows.append({name: tuple(used[:, index].tolist()) for index, name in enumerate(self.aligners)})
         return rows
 
-    # ---- hooks ---------------------------------------------------------------------------------------------------
-
     def _install(self) -> None:
         torch.compiler.reset()  # code compiled before would go on without these hooks, and so without safety
         decoder, blocks = self.base.decoder, self.base.blocks
@@ -177,11 +177,13 @@ class Attachment:
 
     def _cache_of(self, bound: dict[str, Any], kwargs: dict[str, Any]) -> DynamicCache | None:
         """The request's cache.  The one that the base would make for itself is made here, so that it can be shared."""
+        if self.base.is_encoder:
+            return None
         cache = bound.get("past_key_values")
         if cache is None:
             use_cache = bound.get("use_cache")
             wanted = self.base.model.config.get_text_config().use_cache if use_cache is None else use_cache
-            if self.base.is_encoder or not wanted or ("past_key_values" in bound and "past_key_values" not in kwargs):
+            if not wanted or ("past_key_values" in bound and "past_key_values" not in kwargs):
                 return None
             kwargs["past_key_values"] = cache = DynamicCache(config=self.base.model.config)
         if not isinstance(cache, DynamicCache) or cache.offloading:
@@ -272,17 +274,17 @@ class Attachment:
         for name, aligner in self.aligners.items():
             strength, is_final = self._strength(current, record, layer, name)
             record.strengths[name] = strength
-            tape = current.tapes[name]
-            if is_final and not strength.any():
+            has_missed = layer is not None and name in layer.skipped
+            if (is_final or has_missed) and not strength.any():
                 if layer is not None and aligner.n_cache_layers:
                     layer.skipped.add(name)
                 continue
-            if layer is not None and name in layer.skipped:
+            if has_missed:
                 raise AttachmentError(
                     f"Aligner {name!r} was off for good on this cache and has not seen its tokens. "
                     "Start with a new DynamicCache() for a request in which it may be on."
                 )
-            record.deltas[name] = aligner(tape, self._side_cache(current.cache, name)).delta
+            record.deltas[name] = aligner(current.tapes[name], self._side_cache(current.cache, name)).delta
 
     def _strength(
         self, current: _Pass, record: PassRecord, layer: RequestLayer | None, name: str
@@ -340,6 +342,10 @@ class Attachment:
         strengths = [record.strengths[name].expand(n_rows, n_new) for name in self.aligners]
         return torch.cat(scores, -1).detach()[:, None], torch.stack([*strengths, indices], -1).detach()[:, None]
 
+    def _check_attached(self) -> None:
+        if not self._handles:
+            raise AttachmentError("This attachment was detached: the base runs alone. Call attach() again.")
+
     def _check_gates(self, policies: dict[str, Policy]) -> None:
         for name, policy in policies.items():
             if policy.guard is not None and policy.guard not in self.guards:
@@ -358,7 +364,9 @@ def attach(
     """Attach guards and aligners to ``base``; use the result in a ``with`` statement or call its ``detach``.
 
     ``strength`` is a number in [0, 2], one number a row, ``fixed``, ``step`` or ``ramp``, or a mapping from aligner to
-    any of these.  A base that cannot take hooks safely is an UnsupportedError that names why.
+    any of these (aligners left out are off).  A base that cannot take hooks safely is an UnsupportedError that names
+    why; adapters that do not fit the base, their list or each other are an InputError; a base takes one attachment at a
+    time, a second is an AttachmentError.
     """
     return Attachment(base, aligners, guards, strength)
 

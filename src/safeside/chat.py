@@ -38,10 +38,12 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids of one conversation; ``answer_start`` is the index of the first token of the answer, if it holds one."""
+    """Ids of one conversation."""
 
     ids: tuple[int, ...]
+    """Token ids, template included."""
     answer_start: int
+    """Index of the first token of the answer; the number of ids when there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -37,7 +38,9 @@ def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> Non
     base = load_base(options.base)
     aligners = [load_adapter(name, base) for name in options.aligners]
     guards = [load_adapter(name, base) for name in options.guards]
-    strengths = options.strengths if aligners else options.strengths[:1]
+    if not aligners and len(options.strengths) > 1:
+        raise InputError("Strengths need an aligner; add --aligner builtin:refuse, or give one prompt without them.")
+    strengths = options.strengths
     attached = attach(base, aligners, guards) if aligners or guards else nullcontext()
     histories: list[list[Message]] = [[] for _ in strengths]
     with attached:
@@ -62,18 +65,22 @@ def _policy(options: ChatOptions, guards: list[Adapter], strength: float) -> obj
 
 def _typed_lines() -> Iterator[str]:
     if sys.stdin.isatty():
-        note("Type a message; an empty line or Ctrl-D ends.")
+        note("Type a message; Ctrl-D ends.")
     return (line.strip() for line in iter(sys.stdin.readline, "") if line.strip())
 
 
 def _show(completion: Completion, strength: float | None, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"requested_strength": strength, **asdict(completion)}), flush=True)
+        fields = asdict(completion)
+        for verdict in fields["verdicts"]:
+            verdict["score"] = verdict["score"] if math.isfinite(verdict["score"]) else None  # NaN is not JSON
+        print(json.dumps({"requested_strength": strength, **fields}), flush=True)
         return
     label = "" if strength is None else f"[strength {strength:g}] "
     print(f"{label}{completion.text}", flush=True)
     for verdict in completion.verdicts:
         mark = "FLAGGED" if verdict.flagged else "passed"
         note(
-            f"    {verdict.task} on the {verdict.reason}: {verdict.score:.3f} (threshold {verdict.threshold:.3f}) {mark}"
+            f"    {verdict.task} on the {verdict.reason}: {verdict.score:.3f} "
+            f"(threshold {verdict.threshold:.3f}) {mark}"
         )

@@ -23,10 +23,12 @@ MAX_STRENGTH = 2.0  # beyond 1 the mix extrapolates; farther than this texts fal
 
 @runtime_checkable
 class Policy(Protocol):
-    """How strong an aligner is.  ``guard`` names the guard that is asked, or None; ``ceiling`` is the highest value."""
+    """How strong an aligner is, and what decides it."""
 
     @property
-    def guard(self) -> str | None: ...
+    def guard(self) -> str | None:
+        """Name of the guard whose scores it reads; None: of no guard."""
+        ...
 
     @property
     def latched(self) -> bool:
@@ -34,7 +36,9 @@ class Policy(Protocol):
         ...
 
     @property
-    def ceiling(self) -> float: ...
+    def ceiling(self) -> float:
+        """The highest strength that it gives."""
+        ...
 
     def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Strength for scores in [0, 1]; a score that is not finite gets the ceiling (guards fail closed)."""
@@ -46,8 +50,11 @@ class Fixed:
     """The same strength at every token: one value, or one for each row of the request."""
 
     values: tuple[float, ...]
+    """Strengths in [0, 2]."""
     guard: None = None
+    """No guard is asked."""
     latched: bool = False
+    """Nothing to decide."""
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -57,6 +64,7 @@ class Fixed:
 
     @property
     def ceiling(self) -> float:
+        """The highest of the values."""
         return max(self.values)
 
     def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
@@ -69,10 +77,15 @@ class Step:
     """``low`` below the guard's ``threshold`` and ``high`` from it on (DSA's targeted alignment, section 4)."""
 
     guard: str
+    """Name of the guard; of several labels the highest score counts."""
     threshold: float
+    """Score in [0, 1]."""
     low: float = 0.0
+    """Strength in [0, 2] below the threshold."""
     high: float = 1.0
+    """Strength in [0, 2] from the threshold on, and for a score that is not a number."""
     latched: bool = True
+    """Decided once, at the prompt's end; False: again at every token."""
 
     def __post_init__(self) -> None:
         _check_score(self.threshold)
@@ -80,9 +93,11 @@ class Step:
 
     @property
     def ceiling(self) -> float:
+        """``high``."""
         return self.high
 
     def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        """``high`` or ``low`` for each score, in its shape."""
         return torch.where((score < self.threshold) & score.isfinite(), self.low, self.high)
 
 
@@ -91,11 +106,17 @@ class Ramp:
     """``floor`` up to score ``low``, ``ceiling`` from score ``high``, linear between."""
 
     guard: str
+    """Name of the guard; of several labels the highest score counts."""
     low: float = 0.2
+    """Score in [0, 1] at which the strength starts to rise."""
     high: float = 0.8
+    """Score in [0, 1] at which it is full."""
     floor: float = 0.0
+    """Strength in [0, 2] up to score ``low``."""
     ceiling: float = 1.0
+    """Strength in [0, 2] from score ``high`` on, and for a score that is not a number."""
     latched: bool = True
+    """Decided once, at the prompt's end; False: again at every token."""
 
     def __post_init__(self) -> None:
         _check_score(self.low)
@@ -105,13 +126,18 @@ class Ramp:
         _check_order(self.floor, self.ceiling)
 
     def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        """A strength for each score, in its shape."""
         share = ((score - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
         value = (self.floor + share * (self.ceiling - self.floor)).clamp(self.floor, self.ceiling)
         return torch.where((score < self.high) & score.isfinite(), value, self.ceiling)
 
 
 def fixed(strength: float | int | Sequence[float] | Tensor) -> Fixed:
-    """The same strength at every token; a sequence gives one value for each row."""
+    """The same strength in [0, 2] at every token; a sequence gives one value for each row of the request.
+
+    0 is the base bit for bit, 1 the aligner; values between mix and values above 1 extrapolate.  Anything outside the
+    range is an InputError.
+    """
     if isinstance(strength, Tensor):
         strength = strength.flatten().tolist()
     values = (float(strength),) if isinstance(strength, (int, float)) else tuple(float(value) for value in strength)
@@ -125,9 +151,14 @@ def step(
     high: float = 1.0,
     latched: bool = True,
 ) -> Step:
-    """``high`` where the guard's score reaches ``threshold``, else ``low``.
+    """Strength ``high`` where the guard's score reaches ``threshold``, else ``low``.
 
-    Without ``threshold`` it is the guard's own calibrated one, and of several labels the lowest: what flags is aligned.
+    This is the targeted alignment of DSA, section 4.  Without ``threshold`` it is the guard's own calibrated one, and
+    of several labels the lowest: what flags is aligned.
+
+    ``latched`` decides once, by the score at the prompt's end; otherwise every token decides for itself.  A score that
+    is not a number gets ``high``.  Thresholds outside [0, 1], strengths outside [0, 2] and ``low`` above ``high`` are
+    an InputError.
     """
     if threshold is None:
         if isinstance(guard, str):
@@ -146,7 +177,12 @@ def ramp(
     ceiling: float = 1.0,
     latched: bool = True,
 ) -> Ramp:
-    """Strength that rises from ``floor`` at score ``low`` to ``ceiling`` at score ``high``."""
+    """Strength that rises from ``floor`` at score ``low`` to ``ceiling`` at score ``high``, in a straight line.
+
+    ``latched`` decides once, by the score at the prompt's end; otherwise every token decides for itself.  A score that
+    is not a number gets ``ceiling``.  Scores outside [0, 1], strengths outside [0, 2] and a ramp that falls are an
+    InputError.
+    """
     return Ramp(_name(guard), low, high, floor, ceiling, latched)
 
 
@@ -201,10 +237,10 @@ def mix(
     deltas: Sequence[Float[Tensor, "B T D"]],
     strengths: Sequence[Float[Tensor, "B T"]],
 ) -> Float[Tensor, "B T D"]:
-    """``base_state + sum_i strengths_i * deltas_i``, summed in float32 and cast once.
+    """The mixed final state (B, T, D): ``base_state + sum_i strengths_i * deltas_i``, in float32 and cast once.
 
-    Tokens whose strengths are all 0 are the base's, bit for bit, whatever the deltas hold.  A delta that is not finite
-    where its strength is not 0 is a NotFiniteError.
+    Heads are linear, so mixing final states mixes logits.  Tokens whose strengths are all 0 are the base's, bit for
+    bit, whatever the deltas hold.  A delta that is not finite where its strength is not 0 is a NotFiniteError.
     """
     total = base_state.float()
     active = torch.zeros(base_state.shape[:2], dtype=torch.bool, device=base_state.device)

@@ -51,10 +51,10 @@ class Registry(Generic[Item]):
         module, _, attribute = target.partition(":")
         try:
             return cast(Item, vars(import_module(module))[attribute])
-        except (ModuleNotFoundError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ConfigError(
-                f"{self.kind} {name!r} is registered as {target!r}, which cannot be imported: {error}. "
-                "Register the object itself, or 'module:Object'."
+                f"{self.kind} {name!r} is registered as {target!r}, which names nothing; expected 'module:Object'. "
+                "Register the object itself, or correct its name."
             ) from error
 
     def __contains__(self, name: object) -> bool:

@@ -110,6 +110,12 @@ class RequestLayer(SideLayer):
         super().reset()
         self.skipped.clear()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; when none is left, no aligner has missed any."""
+        super().crop(tokens_to_remove)
+        if not self.get_seq_length():
+            self.skipped.clear()
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search moves rows about; a gate's decision may not move with them."""
         if self.request.is_gated:
@@ -173,13 +179,15 @@ def request_layer(cache: DynamicCache) -> RequestLayer | None:
 
 @dataclass(slots=True)
 class PassRecord:
-    """The last forward pass of this thread: what training and tests need of it, by adapter name.
-
-    ``base_state`` (B, T, D) is the base's own final normed state: logits from it are the reference model's.
-    """
+    """The last forward pass of this thread: what training and tests need of it, by adapter name."""
 
     base_state: Float[Tensor, "B T D"]
+    """The base's own final normed state: logits from it are the base's, unaligned."""
     deltas: dict[str, Float[Tensor, "B T D"]] = field(default_factory=dict)
+    """By aligner, what it would add at strength 1; an aligner that was off for good has none."""
     strengths: dict[str, Float[Tensor, "B T"]] = field(default_factory=dict)
+    """By aligner, the strength in [0, 2] of each new token."""
     scores: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
+    """By guard, calibrated risk in [0, 1]."""
     logits: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
+    """By guard, the raw outputs behind the scores."""

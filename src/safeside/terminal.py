@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,24 +18,44 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 class RateColumn(TextColumn):
     """Items a second."""
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self) -> None:
         super().__init__("")
-        self.unit = unit
 
-    def render(self, task: object) -> Text:
-        speed = task.finished_speed or task.speed  # type: ignore[attr-defined]
-        return Text(f"{speed:,.1f} {self.unit}/s" if speed else "")
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "")
+
+
+class Advance(Protocol):
+    """Moves a bar on by ``count`` items; ``total`` tells how many there are, once that is known."""
+
+    def __call__(self, count: int, total: int | None = None) -> None: ...
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int | None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on standard error; yields a function that advances it."""
+def progress_bars(*bars: tuple[str, int | None, str]) -> Iterator[list[Advance]]:
+    """Bars (title, total, unit) with rate and time left on standard error; each shows from its first item on."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(unit), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=errors) as bar:
-        task: TaskID = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+    with Progress(*columns, console=errors) as progress:
+
+        def bar(title: str, total: int | None, unit: str) -> Advance:
+            task = progress.add_task(title, total=total, visible=total is not None, unit=unit)
+
+            def advance(count: int, total: int | None = None) -> None:
+                progress.update(task, advance=count, total=total, visible=True)
+
+            return advance
+
+        yield [bar(*values) for values in bars]
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int | None, unit: str = "rows") -> Iterator[Advance]:
+    """One such bar; yields the function that advances it."""
+    with progress_bars((title, total, unit)) as (advance,):
+        yield advance
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:

@@ -19,7 +19,9 @@ class Message:
     """One turn of a conversation."""
 
     role: Role
+    """Who speaks: system, user or assistant."""
     content: str
+    """What is said.  It is always encoded as plain text: it can spell a control token, but never become one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,33 +29,49 @@ class Verdict:
     """What one guard says of one text.  A guard that could not score fails closed: ``flagged`` with the reason."""
 
     task: str
+    """Name of the guard."""
     score: float
+    """Risk in [0, 1], higher is riskier; NaN when the guard could not score."""
     threshold: float
+    """The score in [0, 1] from which on the label flags."""
     label: str
+    """The label that decided: of several the one farthest over, or nearest to, its threshold."""
     flagged: bool
+    """Whether the score reaches the threshold, or could not be computed."""
     reason: str = ""
+    """Which text (``prompt`` or ``answer``, from ``Base.chat``) and what to know about the score, ``"; "`` between."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer: its text, the guards' verdicts on prompt and answer, and the strength of every aligner by token."""
+    """One answer, and what guards and aligners did to it."""
 
     text: str
+    """The answer without special tokens and outer white space."""
     verdicts: tuple[Verdict, ...]
+    """Every guard on the prompt, then every guard on the answer."""
     strength: Mapping[str, tuple[float, ...]]
+    """By aligner, the strength in [0, 2] behind each token of the answer."""
     n_prompt_tokens: int
+    """Tokens of the rendered conversation, template included."""
     n_new_tokens: int
+    """Tokens of the answer, the stop token not counted."""
     finish_reason: Literal["stop", "length"]
+    """``stop``: the model ended its answer; ``length``: ``max_new_tokens`` did."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row to train or measure on: a conversation and its labels (K values in [0, 1])."""
+    """One row to train or measure on: a conversation and its labels."""
 
     messages: tuple[Message, ...]
+    """The conversation; it ends with the message that is judged or learnt."""
     labels: tuple[float, ...] = ()
+    """K values, 0 or 1, in the order of the guard's labels; empty for an aligner's rows."""
     soft: tuple[float, ...] | None = None
+    """K scores in [0, 1] of a bigger guard, for distillation."""
     line: int = 0
+    """Line number in its file, from 1; 0 when it comes from none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +79,18 @@ class Result:
     """One figure of one benchmark, with its 95% interval and what was left out."""
 
     benchmark: str
+    """Name of the suite or benchmark."""
     metric: str
+    """What was measured, such as ``refusal_rate_harmful``."""
     value: float
+    """The figure."""
     low: float
+    """Lower end of its 95% interval."""
     high: float
+    """Upper end of its 95% interval."""
     n: int
+    """Rows behind the figure."""
     n_unscored: int = 0
+    """Rows that could not be scored; they are not in ``n``."""
     provenance: Mapping[str, str] = field(default_factory=dict)
+    """The setting that the figure belongs to, such as ``strength``."""

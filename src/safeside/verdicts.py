@@ -9,6 +9,8 @@ from safeside.adapters.adapter import Adapter
 from safeside.request import History
 from safeside.types import Verdict
 
+LORA_NOTE = "a LoRA on the base shifts the states that the guard reads"
+
 
 def verdict_of(guard: Adapter, scores: Sequence[float], reason: str = "", notes: Sequence[str] = ()) -> Verdict:
     """The verdict of one guard on one text: its label nearest to (or farthest over) its threshold decides."""
@@ -39,7 +41,7 @@ def prompt_and_answer_verdicts(
     base_has_lora: bool,
 ) -> list[tuple[Verdict, ...]]:
     """For each row, every guard's verdict on the prompt and, if there is one, on the answer (``reason`` says which)."""
-    notes = ["a LoRA on the base shifts the states that the guard reads"] if base_has_lora else []
+    notes = [LORA_NOTE] if base_has_lora else []
     rows = []
     for row, end in enumerate(prompt_ends):
         last = int(history.positions[row].max()) if answer_lengths is None else end + answer_lengths[row] - 1

@@ -20,6 +20,7 @@ class Trunk(Protocol):
     """A side network: an ``nn.Module`` built from an AdapterConfig.  Implement these four to add an architecture."""
 
     width: int
+    """Width of the state that it hands to the head, d."""
 
     @property
     def n_cache_layers(self) -> int:
@@ -39,7 +40,10 @@ TRUNKS: Registry[type[Trunk]] = Registry("adapter kind")
 
 
 def register_adapter(kind: str, trunk: type[Trunk] | str) -> None:
-    """Make a trunk class (or its lazy ``"module:Class"``) known under ``kind``."""
+    """Make a trunk class (or its lazy ``"module:Class"``) known to configurations of this ``kind``.
+
+    A stranger's kind is called ``package/name``.  A name that is taken by another trunk is a ConfigError.
+    """
     TRUNKS.register(kind, trunk)
 
 
@@ -53,14 +57,14 @@ for _kind, _target in (
 
 @dataclass(slots=True)
 class SideOutput:
-    """What one adapter gives for the new tokens of a pass: an aligner's delta, or a guard's logits and scores.
-
-    ``scores`` (B, T, K) in [0, 1] at position t judge everything up to t (for encoders: the whole text).
-    """
+    """What one adapter gives for the new tokens of a pass: an aligner's delta, or a guard's logits and scores."""
 
     delta: Float[Tensor, "B T D"] | None = None
+    """What an aligner adds to the base's final normed state at strength 1."""
     logits: Float[Tensor, "B T K"] | None = None
+    """A guard's raw outputs, before calibration."""
     scores: Float[Tensor, "B T K"] | None = None
+    """Risk in [0, 1]: at position t of everything up to t (for encoders: of the whole text)."""
 
 
 class GuardHead(nn.Module):
@@ -119,7 +123,10 @@ class DeltaHead(nn.Module):
 
 
 class Adapter(nn.Module):
-    """One guard or aligner.  ``config.role`` decides the head, ``config.kind`` the trunk."""
+    """One guard or aligner: an ``nn.Module``.  ``config.role`` decides the head, ``config.kind`` the trunk.
+
+    Made by ``create_adapter`` or ``load_adapter``.  Its gradients stop at the tapped states.
+    """
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -142,6 +149,7 @@ class Adapter(nn.Module):
 
     @property
     def name(self) -> str:
+        """What verdicts, strengths and policies call it."""
         return self.config.name
 
     @property
@@ -156,7 +164,7 @@ class Adapter(nn.Module):
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Where each label flags: 0.5 until the guard is calibrated."""
+        """By label, the score in [0, 1] from which on it flags: 0.5 until a guard is calibrated; none for aligners."""
         return self.config.calibration.threshold if self.config.calibration else (0.5,) * len(self.config.labels)
 
     def set_calibration(self, calibration: Calibration) -> None:
@@ -170,7 +178,7 @@ class Adapter(nn.Module):
         self._trunk.read(tape, layer, hidden.detach().to(self.dtype))
 
     def forward(self, tape: Tape, cache: SideCache | None = None) -> SideOutput:
-        """Delta or scores for the new tokens of the pass on ``tape``."""
+        """Delta (B, T, D) or scores (B, T, K) for the new tokens of the pass on ``tape``."""
         states = self.trunk(tape, cache)
         if isinstance(self.head, GuardHead):
             output: SideOutput = self.head(states, tape, cache, self._trunk.n_cache_layers)

@@ -92,6 +92,7 @@ class SideBlock(nn.Module):
         cache: SideCache | None,
         layer: int,
     ) -> Float[Tensor, "B T d"]:
+        """The next side states; ``layer`` counts this adapter's own layers of the cache, from 0."""
         states = states + self.attention(self.attention_norm(states), rotary, attend, cache, layer)
         return states + self.feed_forward(self.feed_forward_norm(states))  # type: ignore[no-any-return]
 
@@ -110,4 +111,5 @@ class TapProjection(nn.Module):
         self.project = nn.Sequential(*layers)
 
     def forward(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T d"]:
+        """The state at unit root-mean-square, projected."""
         return self.project(normed(hidden))  # type: ignore[no-any-return]

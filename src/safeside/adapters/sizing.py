@@ -7,16 +7,35 @@ token visits); attention scores are left out on both sides.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from pathlib import Path
 from typing import Literal
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import AdapterConfig, BaseReference, HeadDim, reference_of, require_valid
+from safeside.base.families import find_family
+from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import Base
 
-_STEP = 32
+
+def geometry_base(config: PreTrainedConfig, name: str = "geometry") -> Base:
+    """A base of the shape of ``config``, without weights or files: to size adapters for, never to run.
+
+    Its fingerprint is empty, so an adapter made for it fits no real base.
+    """
+    family = find_family(config.model_type)
+    with torch.device("meta"):
+        model = (AutoModel if family.is_encoder else AutoModelForCausalLM).from_config(config)  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))  # type: ignore[no-untyped-call]
+    base = Base(model, tokenizer, family, name, Path())
+    base.fingerprint = Fingerprint(architecture="", tokenizer="", weights="")
+    return base
 
 
 def base_matmuls(base: Base) -> int:
@@ -40,7 +59,11 @@ def adapter_matmuls(adapter: nn.Module) -> int:
 
 
 def flops_share(base: Base, *adapters: nn.Module) -> float:
-    """Cost of the adapters over the cost of the base; several adapters add up."""
+    """Cost of the adapters over the cost of the base, in matmul multiply-adds a token: 0.01 is 1%.
+
+    Projections from and to the base's width count; the base counts its blocks and one head pass; attention scores are
+    left out on both sides.  Several adapters add up.
+    """
     return sum(adapter_matmuls(adapter) for adapter in adapters) / base_matmuls(base)
 
 
@@ -58,7 +81,10 @@ def make_config(
 ) -> AdapterConfig:
     """A configuration for ``base`` with the usual layers and ``width = D / reduction`` where the kind has a width.
 
-    Further ``dimensions`` are fields of AdapterConfig.  ``plr`` as a guard is a linear probe unless ``width`` is given.
+    The width is rounded to a multiple of ``head_dim`` and is at least that.  ``layers`` are all from the embedding (0)
+    up, for ``plr`` the last.  A guard has the one label ``harm`` unless ``labels`` are given.  ``plr`` as a guard is a
+    linear probe unless ``width`` is given.  Further ``dimensions`` are fields of AdapterConfig.  What does not fit
+    together is a ConfigError.
     """
     reference = reference_of(base) if isinstance(base, Base) else base
     values: dict[str, object] = {
@@ -87,22 +113,22 @@ def sized_config(base: Base, size: float = 0.01, **options: object) -> AdapterCo
     A base too small for any gets the narrowest single tap: ``flops_share`` then tells by how much it is over.
     ``options`` are those of ``make_config``.
     """
-    kind = str(options.get("kind", "lst"))
+    if options.get("kind", "lst") != "lst":
+        return make_config(base, **options)  # type: ignore[arg-type]
+    budget = size * base_matmuls(base)
     head_dim = options.get("head_dim", 32)
     assert isinstance(head_dim, int)
-    budget = size * base_matmuls(base)
-    if kind != "lst":
-        return make_config(base, **options)  # type: ignore[arg-type]
-    smallest = None
-    for stride in range(1, base.n_layers + 1):
+    widths = range(head_dim, max(base.d_model, head_dim) + 1, head_dim)
+
+    def config(stride: int, width: int) -> AdapterConfig:
         layers = tuple(range(base.n_layers, -1, -stride))[::-1]
-        for width in range(base.d_model // head_dim * head_dim, 0, -max(head_dim, _STEP)):
-            config = make_config(base, **{**options, "layers": layers, "width": width})  # type: ignore[arg-type]
-            smallest = config
-            if _cost(config) <= budget:
-                return config
-    assert smallest is not None
-    return smallest
+        return make_config(base, **{**options, "layers": layers, "width": width})  # type: ignore[arg-type]
+
+    for stride in range(1, base.n_layers + 2):
+        n_fitting = bisect_right(widths, budget, key=lambda width: _cost(config(stride, width)))
+        if n_fitting:
+            return config(stride, widths[n_fitting - 1])
+    return config(base.n_layers + 1, widths[0])
 
 
 def _cost(config: AdapterConfig) -> int:

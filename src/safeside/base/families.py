@@ -17,23 +17,27 @@ from safeside.registry import Registry, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A group of architectures that share two dotted paths: the block list and the final norm of the decoder.
-
-    ``norm`` is empty for encoders, which have no norm after the last block.
-    """
+    """A group of architectures that share two dotted paths: the block list and the final norm of the decoder."""
 
     name: str
+    """What the family is registered as."""
     model_types: tuple[str, ...]
+    """``model_type`` of each member's config.json."""
     blocks: str = "layers"
+    """Path from the decoder to its list of transformer blocks."""
     norm: str = "norm"
+    """Path from the decoder to the norm after the last block; empty for encoders, which have none."""
     is_encoder: bool = False
+    """Whether members read both ways and have no language-model head: guards only."""
+    spare_positions: int = 0
+    """Entries of the position table that no token may use."""
 
 
 FAMILIES: Registry[Family] = Registry("family")
 
 
 def register_family(family: Family) -> None:
-    """Make ``family`` known to ``load_base``."""
+    """Make ``family`` known to ``load_base``.  A name that is taken by another family is a ConfigError."""
     FAMILIES.register(family.name, family)
 
 
@@ -49,7 +53,8 @@ for _family in (
     Family("gpt2", ("gpt2",), blocks="h", norm="ln_f"),
     Family("opt", ("opt",), norm="final_layer_norm"),
     Family("gpt-neox", ("gpt_neox",), norm="final_layer_norm"),
-    Family("bert", ("bert", "roberta", "electra"), blocks="encoder.layer", norm="", is_encoder=True),
+    Family("bert", ("bert", "electra"), blocks="encoder.layer", norm="", is_encoder=True),
+    Family("roberta", ("roberta",), blocks="encoder.layer", norm="", is_encoder=True, spare_positions=2),
     Family("distilbert", ("distilbert",), blocks="transformer.layer", norm="", is_encoder=True),
 ):
     register_family(_family)
@@ -94,7 +99,7 @@ def refused_reason(model: nn.Module) -> str | None:
             "Call model.gradient_checkpointing_disable()."
         )
     places = {str(place) for place in (vars(model).get("hf_device_map") or {}).values()}
-    if places & {"cpu", "disk"} and len(places) > 1:
+    if "disk" in places or ("cpu" in places and len(places) > 1):
         return "CPU offload (device_map with 'cpu' or 'disk' entries). Load the base on one device."
     if len(places) > 1:
         return "device_map on several devices. Load the base on one device."

@@ -32,8 +32,11 @@ class Fingerprint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     architecture: str
+    """Hash of the fields of config.json that shape the network."""
     tokenizer: str
+    """Hash of what turns text into ids; padding and truncation settings are left out."""
     weights: str
+    """Hash of the weight files."""
 
     def __str__(self) -> str:
         return f"{self.architecture[:6]}-{self.tokenizer[:6]}-{self.weights[:6]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -53,15 +53,22 @@ class AttachedAdapters(Protocol):
 
 @dataclass
 class Base:
-    """A frozen model with its tokenizer.  ``folder`` holds the checkpoint's files; ``name`` is what the user typed."""
+    """A frozen model with its tokenizer.  Made by ``load_base``; adapters are attached to it."""
 
     model: PreTrainedModel
+    """The transformers model, in evaluation mode and without gradients."""
     tokenizer: PreTrainedTokenizerBase
+    """The checkpoint's tokenizer, with its chat template."""
     family: Family
+    """Where blocks and final norm sit."""
     name: str
+    """What the base was loaded by."""
     folder: Path
+    """The checkpoint's files."""
     revision: str | None = None
+    """Revision on the model hub, where one was given."""
     attachment: AttachedAdapters | None = field(default=None, repr=False)
+    """What is attached now, if anything is."""
 
     def __post_init__(self) -> None:
         self.model.eval()  # type: ignore[no-untyped-call]
@@ -91,24 +98,27 @@ class Base:
 
     @property
     def n_layers(self) -> int:
+        """Transformer blocks, L."""
         return len(self.blocks)
 
     @property
     def d_model(self) -> int:
-        """Width of the hidden states between blocks."""
+        """Width of the hidden states between blocks, D."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def max_tokens(self) -> int:
-        """Context length: prompt and answer together."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """Context length in tokens: prompt and answer together."""
+        return int(self.model.config.get_text_config().max_position_embeddings) - self.family.spare_positions
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are; adapters are loaded there."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights; adapters are loaded in it."""
         return self.model.dtype
 
     def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Encoded:
@@ -143,10 +153,11 @@ class Base:
         max_new_tokens: int = 128,
         **generate: object,
     ) -> Completion:
-        """One answer.  ``strength`` overrides the attachment's for this request; other options go to ``generate``.
+        """One answer.  ``strength`` overrides the attachment's for this request (see ``attach``).
 
-        Greedy unless ``do_sample=True``.  A prompt that leaves no room for ``max_new_tokens`` is an InputError:
-        nothing is cut.
+        Greedy unless ``do_sample=True``; ``generate`` holds further options of transformers' ``generate``.  A prompt
+        that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut.  Beams, several samples and a cache
+        of the caller's own are an UnsupportedError.
         """
         return self.chat_batch([messages], strength=strength, max_new_tokens=max_new_tokens, **generate)[0]
 
@@ -159,7 +170,7 @@ class Base:
         max_new_tokens: int = 128,
         **generate: object,
     ) -> list[Completion]:
-        """Answers to several conversations in one batch; ``strength`` may hold one value a row."""
+        """Answers to several conversations in one batch, in order; ``strength`` may hold one value a row."""
         if self.is_encoder:
             raise UnsupportedError(f"{self.name} is an encoder and cannot answer; expected a causal language model.")
         if strength is not None and self.attachment is None:
@@ -170,6 +181,8 @@ class Base:
                 f"chat gives one answer a row and keeps its own cache; got {', '.join(foreign)}. "
                 "Call base.model.generate itself for these."
             )
+        if not conversations:
+            return []
         encoded = [self.encode(messages) for messages in conversations]
         self._check_room(encoded, max_new_tokens)
         ids, keep = pad_batch([item.ids for item in encoded], self._pad_id, side="left")
@@ -281,17 +294,18 @@ def load_base(
     """
     name = str(name_or_path)
     folder = _checkpoint_folder(name, revision)
-    if not (folder / "config.json").is_file():
+    config_file = folder / "config.json"
+    if not config_file.is_file():
         raise InputError(f"{name} has no config.json; expected a folder made by save_pretrained.")
-    config = AutoConfig.from_pretrained(folder)
-    family = find_family(config.model_type)
+    family = find_family(str(json.loads(config_file.read_text(encoding="utf-8")).get("model_type")))
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     loader = AutoModel if family.is_encoder else AutoModelForCausalLM
     with _quiet_loading():
-        model = loader.from_pretrained(folder, dtype=dtype)
+        model = loader.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     torch.nn.Module.to(model, device)
-    return Base(model, AutoTokenizer.from_pretrained(folder), family, name, folder, revision)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return Base(model, tokenizer, family, name, folder, revision)
 
 
 @contextlib.contextmanager

@@ -14,16 +14,20 @@ from transformers import DynamicCache
 class Tape:
     """What one adapter read during one forward pass.
 
-    ``keep`` (B, S) is the padding mask over cached and new tokens.  ``hidden`` holds what the adapter wrote at each
-    tapped layer: layer 0 is the embedding, layer l the output of block l (as in transformers' ``hidden_states``, but
-    layer L comes *before* the final norm).  ``final`` (B, T, D) is the decoder's normed output.
+    Layer 0 is the embedding, layer l the output of block l (as in transformers' ``hidden_states``, but layer L comes
+    *before* the final norm).
     """
 
     keep: Bool[Tensor, "B S"]
+    """The padding mask over cached and new tokens, ``True`` = keep."""
     n_new: int
+    """New tokens of this pass, T."""
     is_causal: bool = True
+    """Whether a token sees only those before it; False for encoders."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, what the adapter wrote of it."""
     final: Tensor | None = None
+    """The decoder's normed output (B, T, D), once the base has run."""
 
     @property
     def n_past(self) -> int:
@@ -32,6 +36,7 @@ class Tape:
 
     @property
     def keep_new(self) -> Bool[Tensor, "B T"]:
+        """The padding mask over new tokens."""
         return self.keep[:, self.n_past :]
 
     @property
@@ -59,7 +64,9 @@ class SideCache:
     """An adapter's own layers inside the request's ``past_key_values``, after those of the base."""
 
     cache: DynamicCache
+    """The request's cache."""
     offset: int
+    """Index of the adapter's first layer in it."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append (B, heads, T, head_dim) keys and values to the adapter's ``layer``; returns all S of them."""

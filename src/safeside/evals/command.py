@@ -33,6 +33,8 @@ def evaluate_command(
             report = evaluate_guard(base, adapter, data, advance=advance)
         return guard_rows(report), bool(report.n_skipped or report.n_unscored)
     suite = SUITES.get(str(suite_name))
+    if is_guard and gate is not None:
+        raise InputError(f"{adapter.name!r} is a guard; --gate is for aligners. Leave it out.")
     if is_guard:
         with progress_bar("score", None) as advance:
             return guard_rows(run_guard_suite(base, adapter, suite, advance)), False

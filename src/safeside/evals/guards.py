@@ -22,13 +22,21 @@ class GuardReport:
     """Figures by label and metric, the scores behind them, and what was left out."""
 
     figures: dict[str, dict[str, Figure]]
+    """By label and metric (auroc, auprc, f1, tpr, fpr), value and 95% interval."""
     labels: Array
+    """(n, K), 0 or 1."""
     scores: Array
+    """(n, K) in [0, 1], NaN where the guard could not score."""
     n: int
+    """Rows behind the figures."""
     n_skipped: int
+    """Rows that could not be read."""
     n_unscored: int
+    """Rows whose score is not a number."""
     n_windowed: int
+    """Rows longer than the base's context, scored in windows."""
     bad: list[BadRow] = field(default_factory=list)
+    """The rows that could not be read or scored, and why."""
 
 
 def evaluate_guard(
@@ -51,7 +59,7 @@ def report_on(
     base: Base,
     guard: Adapter,
     examples: Sequence[Example],
-    bad: list[BadRow],
+    bad: Sequence[BadRow] = (),
     *,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
@@ -74,5 +82,8 @@ def report_on(
         n_skipped=len(bad),
         n_unscored=int((~finite).sum()),
         n_windowed=sum(row.n_windows > 1 for row in scored),
-        bad=bad,
+        bad=[
+            *bad,
+            *(BadRow(example.line, row.problem) for example, row in zip(examples, scored, strict=True) if row.problem),
+        ],
     )

@@ -25,12 +25,16 @@ MAX_NEW_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Harmful and harmless prompts (a file of labelled rows), and the judge of the answers to them."""
+    """Harmful and harmless prompts, and the judge of the answers to them."""
 
     name: str
+    """What results call the suite."""
     path: Path
+    """A file of labelled rows; of each the first message is the prompt."""
     judge: str = "refusal_phrases"
-    limit: int = 200  # prompts of each label
+    """Name of a registered judge."""
+    limit: int = 200
+    """Prompts of each label that an aligner is measured on; guards are measured on all."""
 
 
 SUITES: Registry[Suite] = Registry("suite")
@@ -77,6 +81,8 @@ def suite_prompts(suite: Suite) -> tuple[list[str], list[str]]:
         raise InputError(f"{suite.path}: line {bad[0].line}: {bad[0].problem}")
     harmful = [example.messages[0].content for example in examples if example.labels[0] == 1]
     harmless = [example.messages[0].content for example in examples if example.labels[0] == 0]
+    if not harmful or not harmless:
+        raise InputError(f"{suite.path} holds prompts of one label only; a suite needs harmful and harmless ones.")
     return harmful[: suite.limit], harmless[: suite.limit]
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
-from safeside.guards.score import judge
+from safeside.guards.score import score_conversations, unscored, verdicts_of
 from safeside.tasks.rows import BadRow, messages_of, open_rows, parse_rows
 from safeside.types import Message, Verdict
 
 _CHUNK = 64
 
 Line = dict[str, object]
+Row = tuple[int, dict[str, object]] | BadRow
 
 
 def guard_lines(base: Base, guards: Sequence[Adapter], file: str | Path | None) -> Iterator[tuple[Line, str | None]]:
@@ -26,24 +27,23 @@ def guard_lines(base: Base, guards: Sequence[Adapter], file: str | Path | None) 
 
     A row that cannot be read or scored fails closed: every guard flags it, with a null score and the reason.
     """
-    with nullcontext(sys.stdin) if file is None else open_rows(file) as handle:
+    with nullcontext(sys.stdin.buffer) if file is None else open_rows(file) as handle:
         rows = parse_rows(handle)
         while chunk := list(islice(rows, _CHUNK)):
             yield from _judge_chunk(base, guards, chunk)
 
 
-def _judge_chunk(
-    base: Base, guards: Sequence[Adapter], chunk: Iterable[tuple[int, dict[str, object]] | BadRow]
-) -> Iterator[tuple[Line, str | None]]:
-    read = [_read(base, row) for row in chunk]
+def _judge_chunk(base: Base, guards: Sequence[Adapter], chunk: Iterable[Row]) -> Iterator[tuple[Line, str | None]]:
+    read = [_read(row) for row in chunk]
     good = [messages for _, messages, problem in read if problem is None]
-    verdicts = iter(judge(base, guards, good) if good else [])
+    scored = iter(score_conversations(base, guards, good) if good else [])
     for number, _, problem in read:
-        found = [_fields(verdict) for verdict in next(verdicts)] if problem is None else _closed(guards, problem)
-        yield {"line": number, "verdicts": found}, problem
+        scores = next(scored) if problem is None else unscored(guards, problem)
+        verdicts = [_fields(verdict) for verdict in verdicts_of(base, guards, scores)]
+        yield {"line": number, "verdicts": verdicts}, scores.problem
 
 
-def _read(base: Base, row: tuple[int, dict[str, object]] | BadRow) -> tuple[int, tuple[Message, ...], str | None]:
+def _read(row: Row) -> tuple[int, tuple[Message, ...], str | None]:
     if isinstance(row, BadRow):
         return row.line, (), row.problem
     try:
@@ -53,25 +53,10 @@ def _read(base: Base, row: tuple[int, dict[str, object]] | BadRow) -> tuple[int,
 
 
 def _fields(verdict: Verdict) -> Line:
-    fields = asdict(verdict)
-    score = fields["score"]
     return {
-        "task": fields["task"],
-        "score": score if score == score else None,  # NaN is not JSON
-        "threshold": fields["threshold"],
-        "flagged": fields["flagged"],
-        "reason": fields["reason"],
+        "task": verdict.task,
+        "score": verdict.score if math.isfinite(verdict.score) else None,  # NaN is not JSON
+        "threshold": verdict.threshold,
+        "flagged": verdict.flagged,
+        "reason": verdict.reason,
     }
-
-
-def _closed(guards: Sequence[Adapter], problem: str) -> list[Line]:
-    return [
-        {
-            "task": guard.name,
-            "score": None,
-            "threshold": max(guard.thresholds),
-            "flagged": True,
-            "reason": f"not scored, failing closed: {problem}",
-        }
-        for guard in guards
-    ]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
+from reprlib import repr as shortened
 
 from safeside.chat import check_messages
 from safeside.errors import InputError
@@ -26,58 +28,77 @@ class BadRow:
     """A line that could not be used, and why."""
 
     line: int
+    """Line number, from 1."""
     problem: str
+    """What was wrong with it."""
 
 
-def open_rows(path: str | Path) -> IO[str]:
-    """The text of a ``.jsonl`` or ``.jsonl.gz`` file; a missing file is an InputError."""
+def open_rows(path: str | Path) -> BufferedIOBase:
+    """The lines of a ``.jsonl`` or ``.jsonl.gz`` file, not yet decoded; a missing file is an InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}; expected JSON lines (.jsonl or .jsonl.gz). Check the path.")
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
-def parse_rows(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, object]] | BadRow]:
-    """Each line's number (from 1) and object, or what is wrong with it.  Empty lines are passed over."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            yield BadRow(number, f"not JSON: {error}")
-            continue
-        yield (number, values) if isinstance(values, dict) else BadRow(number, "not a JSON object")
+def parse_rows(lines: Iterable[str | bytes]) -> Iterator[tuple[int, dict[str, object]] | BadRow]:
+    """Each line's number (from 1) and object, or what is wrong with it.  Empty lines are passed over.
+
+    A file that is damaged from some line on ends with a BadRow there.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _parse(number, line)
+    except (OSError, EOFError, zlib.error) as error:
+        yield BadRow(number + 1, f"the file cannot be read from here on: {error}")
+
+
+def _parse(number: int, line: str | bytes) -> tuple[int, dict[str, object]] | BadRow:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(number, f"not JSON: {error}")
+    return (number, values) if isinstance(values, dict) else BadRow(number, "not a JSON object")
 
 
 def messages_of(values: Mapping[str, object]) -> tuple[Message, ...]:
-    """The conversation of a row; an unknown shape, a missing or an empty text is an InputError."""
+    """The conversation of a row; an unknown shape, a missing or an empty text is an InputError.
+
+    A ``response`` that is null or ``""`` means that there is no answer yet.
+    """
+    messages = _shaped(values)
+    check_messages(messages)
+    return messages
+
+
+def _shaped(values: Mapping[str, object]) -> tuple[Message, ...]:
     if "messages" in values:
         return _listed_messages(values["messages"])
     if "prompt" in values:
-        messages: tuple[Message, ...] = (Message("user", _text(values, "prompt")),)
-        if values.get("response"):
-            messages += (Message("assistant", _text(values, "response")),)
-        return messages
+        prompt = Message("user", _text(values, "prompt"))
+        is_answered = values.get("response") not in (None, "")
+        return (prompt, Message("assistant", _text(values, "response"))) if is_answered else (prompt,)
     if "text" in values:
         return (Message("user", _text(values, "text")),)
     if "document" in values and "summary" in values:
         return (Message("user", _text(values, "document")), Message("assistant", _text(values, "summary")))
-    raise InputError(f"no known shape: found {sorted(values)}; expected {_SHAPES}")
+    raise InputError(f"no known shape: found {shortened(sorted(values))}; expected {_SHAPES}")
 
 
 def _listed_messages(listed: object) -> tuple[Message, ...]:
     if not isinstance(listed, list) or not all(isinstance(item, dict) and "role" in item for item in listed):
         raise InputError("messages must be a list of {'role', 'content'} objects")
-    messages = tuple(Message(item["role"], item.get("content")) for item in listed)
-    check_messages(messages)
-    return messages
+    if not any(str(item.get("content") or "").strip() for item in listed):
+        raise InputError("messages hold no text; expected at least one content that is not empty")
+    return tuple(Message(item["role"], item.get("content")) for item in listed)
 
 
 def _text(values: Mapping[str, object], key: str) -> str:
     text = values[key]
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{key!r} must be text that is not empty; got {text!r}"[:200])
+        raise InputError(f"{key!r} must be text that is not empty; got {shortened(text)}")
     return text
 
 
@@ -99,10 +120,11 @@ def _values(found: object, labels: tuple[str, ...], what: str, binary: bool = Fa
     wanted = "0 or 1" if binary else "a number in [0, 1]"
     if len(listed) != len(labels):
         raise InputError(f"{what!r} has {len(listed)} values; expected {len(labels)} ({', '.join(labels)})")
-    numbers = [float(value) for value in listed if isinstance(value, (int, float))]
-    wrong = [value for value in numbers if not 0 <= value <= 1 or (binary and value not in (0, 1))]  # NaN is wrong too
-    if wrong or len(numbers) != len(listed):
-        raise InputError(f"{what!r} is {found!r}; expected {wanted}")
+    numbers = []
+    for value in listed:  # NaN is in no range
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1 or (binary and value not in (0, 1)):
+            raise InputError(f"{what!r} is {shortened(found)}; expected {wanted}")
+        numbers.append(float(value))
     return tuple(numbers)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from safeside.adapters.sizing import flops_share
 from safeside.base.model import load_base
-from safeside.terminal import note, progress_bar
+from safeside.terminal import note, progress_bars
 from safeside.train.loop import Progress
 from safeside.train.recipe import read_recipe
 from safeside.train.run import Run, run_recipe
@@ -16,15 +17,19 @@ def train_command(path: Path, data_root: Path, output: Path | None, resume: bool
     """Run the recipe at ``path`` and say how it went."""
     recipe = read_recipe(path)
     base = load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
-    with progress_bar(f"train {recipe.name}", None, "steps") as advance:
+    with progress_bars(("read the base", None, "rows"), (f"train {recipe.name}", None, "steps")) as (read, train):
+        n_shown = 0
 
         def report(progress: Progress) -> None:
-            if progress.loss == progress.loss:
-                advance(1)
-            else:
+            nonlocal n_shown
+            if math.isnan(progress.loss):
                 note(f"epoch {progress.epoch}: validation {progress.metric:.4f}")
+            train(progress.step - n_shown, progress.n_steps)  # a resumed run starts in the middle
+            n_shown = progress.step
 
-        run = run_recipe(recipe, data_root=data_root, output=output, base=base, resume=resume, report=report)
+        run = run_recipe(
+            recipe, data_root=data_root, output=output, base=base, resume=resume, report=report, advance=read
+        )
     for row in [*run.train.bad, *run.validation.bad]:
         note(f"line {row.line} was left out: {row.problem}")
     return summary_of(run, flops_share(base, run.adapter))

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from safeside.errors import ConfigError, NotFiniteError
+from safeside.provenance import config_hash
 from safeside.train.recipe import TrainingSection
 
 CHECKPOINT = "checkpoint.pt"
@@ -30,10 +32,15 @@ class Progress:
     """Told after every optimiser step and every evaluation."""
 
     step: int
+    """Optimiser steps so far."""
     n_steps: int
+    """Most steps that the run can take."""
     epoch: int
+    """Finished epochs."""
     loss: float
+    """Loss of the step; NaN after an evaluation."""
     metric: float
+    """After an evaluation its figure, else the best so far."""
 
 
 @dataclass(slots=True)
@@ -41,12 +48,19 @@ class Outcome:
     """How a run ended.  The module holds the weights of its best evaluation."""
 
     best_metric: float
+    """The best validation figure, higher is better."""
     epochs: int
+    """Epochs that were run."""
     steps: int
+    """Optimiser steps that were run."""
     train_seconds: float
+    """Wall-clock seconds of the loop; the pass that stores the base's states is not in it."""
     peak_bytes: int
+    """Most memory: of the accelerator if there is one, else of the process."""
     trainable_params: int
+    """Parameters that were trained."""
     history: list[float] = field(default_factory=list)
+    """The validation figure after every epoch."""
 
 
 @dataclass(slots=True)
@@ -64,7 +78,10 @@ class Loop:
     """Trains ``module`` on ``n_rows`` rows.
 
     ``loss_of(rows)`` gives the loss of some rows and ``metric_of()`` a figure to maximise on validation data, asked
-    after every epoch; training stops when it has not risen for ``patience`` epochs.
+    after every epoch; training stops when it has not risen for ``patience`` epochs.  Where a loss is a mean over more
+    than rows, ``weights`` says how much of it each row is (its answer's tokens): then the gradient of a step is the
+    same however it is split into batches and processes.  ``identity`` names the data: a checkpoint of another run is
+    refused.
     """
 
     def __init__(
@@ -75,16 +92,22 @@ class Loop:
         metric_of: Callable[[], float],
         settings: TrainingSection,
         *,
+        weights: Sequence[float] | None = None,
         seed: int = 0,
+        identity: str = "",
         folder: Path | None = None,
         report: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.module, self.lengths = module, lengths
         self.loss_of, self.metric_of = loss_of, metric_of
+        self.weights = [1.0] * len(lengths) if weights is None else weights
         self.settings, self.seed, self.folder, self.report = settings, seed, folder, report
-        precision = "bf16" if settings.precision == "bfloat16" else "no"
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.device = self.parameters[0].device
+        self.processes = processes_on(self.device)
+        shapes = [tuple(parameter.shape) for parameter in self.parameters]
+        same = settings.model_dump(exclude={"checkpoint_seconds"})
+        self.identity = config_hash([same, seed, identity, list(lengths), shapes])
         decayed = [parameter for parameter in self.parameters if parameter.ndim >= 2]
         other = [parameter for parameter in self.parameters if parameter.ndim < 2]
         groups = [
@@ -140,6 +163,10 @@ class Loop:
         self.module.eval()
         with torch.no_grad():
             metric = self.metric_of()
+        if not math.isfinite(metric):
+            raise NotFiniteError(
+                f"The validation figure is {metric} after epoch {state.epoch}; lower the learning rate."
+            )
         state.history.append(metric)
         state.epoch, state.step_in_epoch = state.epoch + 1, 0
         if metric > state.best_metric:
@@ -150,28 +177,29 @@ class Loop:
 
     def _step(self, rows: Sequence[int]) -> float:
         """One optimiser step over ``rows``; returns their mean loss."""
-        size, total = self.settings.batch_size, 0.0
+        size, total = self.settings.batch_size, torch.zeros((), device=self.device)
         self._set_learning_rate()
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        for batch in batches:
-            mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
+        weight = sum(self.weights[row] for row in rows)
+        for start in range(0, len(rows), size):
+            mine = rows[start : start + size][self.processes.process_index :: self.processes.num_processes]
             if not mine:
                 continue
-            with self.accelerator.autocast():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
                 loss = self.loss_of(mine)
             if not loss.isfinite():
                 raise NotFiniteError(f"The loss is {float(loss)} at step {self.state.step}; lower the learning rate.")
-            share = len(mine) * self.accelerator.num_processes / len(rows)
-            (loss * share).backward()
-            total += float(loss.detach()) * len(mine) / len(rows)
-        if self.accelerator.num_processes > 1:
+            share = loss * (sum(self.weights[row] for row in mine) / weight)
+            share.backward()  # type: ignore[no-untyped-call]
+            total += share.detach()
+        if self.processes.num_processes > 1:
+            total = reduce(total, "sum")
             for parameter in self.parameters:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(gradient, "mean")
+                parameter.grad = reduce(gradient, "sum")
         torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return float(total)
 
     def _steps(self, epoch: int) -> Iterator[list[int]]:
         """The rows of each optimiser step of an epoch: shuffled by seed and epoch, rows of like length together."""
@@ -207,7 +235,7 @@ class Loop:
 
     def _save_checkpoint(self) -> None:
         self.last_saved = time.perf_counter()
-        if self.folder is None or not self.accelerator.is_main_process:
+        if self.folder is None or not self.processes.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
@@ -215,7 +243,7 @@ class Loop:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "state": asdict(self.state),
-            "settings": self.settings.model_dump_json(),
+            "identity": self.identity,
         }
         temporary = self.folder / (CHECKPOINT + ".new")
         torch.save(content, temporary)
@@ -224,16 +252,21 @@ class Loop:
     def _load_checkpoint(self) -> None:
         if self.folder is None or not (self.folder / CHECKPOINT).is_file():
             return
-        content = torch.load(self.folder / CHECKPOINT, weights_only=True)
-        if content["settings"] != self.settings.model_dump_json():
+        content = torch.load(self.folder / CHECKPOINT, map_location=self.device, weights_only=True)
+        if content["identity"] != self.identity:
             raise ConfigError(
-                f"{self.folder / CHECKPOINT} was made with other training settings. Resume with the same recipe, or "
-                "start anew without --resume."
+                f"{self.folder / CHECKPOINT} was made by another run: other settings, rows, adapter or seed. Resume "
+                "with the same recipe and data, or start anew without --resume."
             )
         self.module.load_state_dict(content["module"])
         self.best = content["best"]
         self.optimizer.load_state_dict(content["optimizer"])
         self.state = _State(**content["state"])
+
+
+def processes_on(device: torch.device) -> PartialState:
+    """The processes of this run: one, or those that ``accelerate launch`` started."""
+    return PartialState(cpu=device.type == "cpu")
 
 
 def peak_bytes() -> int:

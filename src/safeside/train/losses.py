@@ -12,7 +12,7 @@ def guard_loss(
     logits: Float[Tensor, "B K"],
     labels: Float[Tensor, "B K"],
     *,
-    positive_weight: Float[Tensor, K] | None = None,
+    positive_weight: Float[Tensor, " K"] | None = None,
     soft: Float[Tensor, "B K"] | None = None,
     soft_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
@@ -26,7 +26,7 @@ def guard_loss(
     return (1 - soft_weight) * hard + soft_weight * F.binary_cross_entropy_with_logits(logits.float(), soft.float())
 
 
-def balanced_weight(labels: Float[Tensor, "N K"]) -> Float[Tensor, K]:
+def balanced_weight(labels: Float[Tensor, "N K"]) -> Float[Tensor, " K"]:
     """``positive_weight`` that gives both classes the same say: harmless rows over harmful rows."""
     positive = labels.sum(0).clamp_min(1.0)
     return (labels.shape[0] - positive).clamp_min(1.0) / positive

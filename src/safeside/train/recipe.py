@@ -15,87 +15,135 @@ from safeside.errors import ConfigError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseSection(_Section):
     """Which base: the arguments of ``load_base``."""
 
     name: str = "builtin"
+    """``builtin``, a folder or a hub name."""
     revision: str | None = None
+    """Revision on the model hub."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the base in memory; float32 on CPU and the checkpoint's own elsewhere unless given."""
 
 
 class DataSection(_Section):
     """Which rows.  Paths are relative to the data root (``--data``, else the recipe's folder).
 
-    ``demo:FILE`` names a file of the packaged demo set.  ``limit`` keeps that many training rows, drawn by the seed.
+    ``demo:FILE`` names a file of the packaged demo set.
     """
 
     train: tuple[str, ...] = Field(min_length=1)
+    """Files to learn from."""
     validation: tuple[str, ...] = Field(min_length=1)
+    """Files for early stopping and calibration."""
     limit: int | None = Field(None, ge=1)
+    """Keep that many training rows, drawn by the seed; all unless given."""
 
 
 class AdapterSection(_Section):
     """Which adapter: ``size`` (share of the base's compute) or ``reduction`` and single dimensions."""
 
     kind: str = "lst"
+    """Architecture: a registered adapter kind."""
     role: Literal["guard", "align"] = "guard"
+    """What to train: a guard or an aligner."""
     labels: tuple[str, ...] | None = None
+    """Names of a guard's outputs; ``harm`` unless given."""
     size: float | None = Field(None, gt=0)
+    """Most that an ``lst`` may cost, as a share of the base's matmuls: 0.01 is 1%."""
     reduction: float | None = Field(None, ge=1)
+    """Width of the base over width of the side network, r; 16 unless given."""
     layers: tuple[int, ...] | None = None
+    """Tapped layers, 0 being the embedding; all unless given, for ``plr`` the last."""
     width: int | None = Field(None, ge=0)
+    """Side width d, in place of ``reduction``."""
     feed_forward: int | None = Field(None, ge=1)
+    """Hidden width of an ``lst`` block's feed-forward; about 8/3 of the width unless given."""
     head_dim: HeadDim = 32
+    """Width of one attention head of ``lst``; it divides the width."""
     tap_rank: int | None = Field(None, ge=0)
+    """Rank of the down-projections; full rank unless given."""
     gate: Literal["layer", "channel"] | None = None
+    """One learned gate for each tapped layer of ``lst``, or one for each channel."""
     bottleneck: int | None = Field(None, ge=1)
+    """Hidden width of ``rtb``'s networks; 32 unless given."""
     readout: Literal["last", "attention"] | None = None
+    """What a guard reads: the last token's state, or an attention-weighted mean."""
 
     @model_validator(mode="after")
     def _one_dial(self) -> AdapterSection:
-        if self.size is not None and self.reduction is not None:
-            raise ValueError("size and reduction both set the width; keep one")
+        given = [dial for dial in ("size", "reduction", "width") if self.model_dump()[dial] is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} all set the width; keep one")
+        if self.size is not None and self.layers is not None:
+            raise ValueError("size picks the layers too; give reduction or width with layers")
+        if self.size is not None and self.kind != "lst":
+            raise ValueError(f"size is for kind 'lst'; give the dimensions of {self.kind!r} themselves")
         return self
 
 
 class TrainingSection(_Section):
-    """How to train.  ``soft_weight`` is the share of the loss that goes to soft targets of a bigger guard."""
+    """How to train."""
 
     epochs: int = Field(6, ge=1)
+    """Most passes over the training rows."""
     batch_size: int = Field(32, ge=1)
+    """Rows of one forward pass."""
     accumulation: int = Field(1, ge=1)
+    """Forward passes of one optimiser step."""
     learning_rate: float = Field(2e-3, gt=0)
+    """Peak of AdamW's rate: linear warm-up, then cosine to a tenth."""
     weight_decay: float = Field(0.01, ge=0)
+    """On matrices only."""
     warmup: float = Field(0.06, ge=0, lt=1)
+    """Share of all steps."""
     max_gradient_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
     patience: int = Field(3, ge=1)
+    """Epochs without a better validation figure before training stops."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16`` trains under autocast; losses stay in float32."""
     class_weights: Literal["none", "balanced"] = "none"
+    """``balanced`` gives harmful and harmless rows the same say."""
     soft_weight: float = Field(0.0, ge=0, le=1)
+    """Share of the loss that goes to soft targets of a bigger guard (rows need ``soft``)."""
     cache_taps: bool = True
+    """Compute the base's states once, keep them in a memory-mapped file, and train from there."""
     checkpoint_seconds: float = Field(60.0, ge=0)
+    """Seconds between checkpoints; one is also written after every epoch."""
 
 
 class CalibrationSection(_Section):
-    """The false-positive rate on validation data at which a guard's threshold is set."""
+    """Where a guard's threshold is set."""
 
     false_positive_rate: float = Field(0.05, gt=0, lt=1)
+    """Share of the harmless validation rows that may be flagged."""
 
 
 class Recipe(_Section):
-    """One run: base, data, adapter, training, seed and where the adapter goes."""
+    """One run."""
 
     name: str = Field(min_length=1)
-    output: str
-    seed: int = 0
+    """The adapter's name."""
+    output: str = Field(min_length=1)
+    """Folder for the adapter, relative to where the command runs; ``--output`` replaces it."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of the adapter's first weights, the order of rows and the rows that ``limit`` keeps."""
+    stored_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights on disk; they are rounded before calibration."""
     base: BaseSection = BaseSection()
+    """The frozen base."""
     data: DataSection
+    """Training and validation rows."""
     adapter: AdapterSection = AdapterSection()
+    """The side network."""
     training: TrainingSection = TrainingSection()
+    """The training loop."""
     calibration: CalibrationSection = CalibrationSection()
+    """For guards: the threshold."""
 
     def adapter_config(self, base: Base) -> AdapterConfig:
         """The adapter's configuration on ``base``."""
@@ -115,7 +163,7 @@ class Recipe(_Section):
             value = section.model_dump()[field]
             if value is not None:
                 options[field] = value
-        if section.size is not None and "width" not in options and "layers" not in options:
+        if section.size is not None:
             return sized_config(base, section.size, **options)
         return make_config(base, reduction=section.reduction or 16, **options)  # type: ignore[arg-type]
 
@@ -127,7 +175,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"There is no recipe {path}; expected a TOML file. Examples are in recipes/.")
     try:
         return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())

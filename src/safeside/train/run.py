@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,15 @@ from torch import Tensor
 from safeside.adapters.adapter import Adapter
 from safeside.artifact import create_adapter, save_adapter
 from safeside.base.model import Base, load_base
-from safeside.errors import ConfigError
+from safeside.chat import Encoded
+from safeside.errors import ConfigError, InputError
 from safeside.guards.calibrate import fit_calibration
 from safeside.provenance import config_hash
 from safeside.tasks.rows import BadRow, load_examples
-from safeside.train.loop import Loop, Outcome, Progress
+from safeside.train.loop import Loop, Outcome, Progress, processes_on
 from safeside.train.losses import answer_loss, balanced_weight, guard_loss
 from safeside.train.recipe import Recipe
-from safeside.train.taps import FINAL, Batch, LiveTaps, Source, StoredTaps, TapStore, make_batch
+from safeside.train.taps import FINAL, Batch, LiveTaps, Source, StoredTaps, TapStore, key_of, make_batch
 from safeside.types import Example
 
 DEMO_PREFIX = "demo:"
@@ -48,14 +50,20 @@ class Rows:
 
 @dataclass(slots=True)
 class Run:
-    """A finished run: its adapter, where it was saved, how training went and which rows were left out."""
+    """A finished run."""
 
     adapter: Adapter
+    """The trained adapter, a guard's thresholds set."""
     folder: Path
+    """Where it was saved."""
     outcome: Outcome
+    """How training went."""
     train: Rows
+    """Training rows, and which were left out."""
     validation: Rows
+    """Validation rows, and which were left out."""
     validation_metric: str
+    """What ``outcome.best_metric`` measures."""
 
 
 def find_data(name: str, root: Path) -> Path:
@@ -66,8 +74,14 @@ def find_data(name: str, root: Path) -> Path:
 
 
 def encode_rows(base: Base, examples: Sequence[Example], limit: int | None = None, seed: int = 0) -> Rows:
-    """Token ids and labels of ``examples``; rows beyond the base's context are left out and counted."""
-    encoded = [(example, base.encode(example.messages)) for example in examples]
+    """Token ids and labels of ``examples``; rows that are bad or beyond the base's context are left out and counted."""
+    encoded: list[tuple[Example, Encoded]] = []
+    bad: list[BadRow] = []
+    for example in examples:
+        try:
+            encoded.append((example, base.encode(example.messages)))
+        except InputError as error:
+            bad.append(BadRow(example.line, str(error)))
     fitting = [pair for pair in encoded if len(pair[1].ids) <= base.max_tokens]
     n_too_long = len(encoded) - len(fitting)
     if limit is not None and len(fitting) > limit:
@@ -79,6 +93,7 @@ def encode_rows(base: Base, examples: Sequence[Example], limit: int | None = Non
         answer_starts=[item.answer_start for _, item in fitting],
         labels=torch.tensor([example.labels for example, _ in fitting], dtype=torch.float32),
         soft=torch.tensor(known, dtype=torch.float32) if known and len(known) == len(soft) else None,
+        bad=bad,
         n_too_long=n_too_long,
     )
 
@@ -92,12 +107,13 @@ def load_rows(
     for name in names:
         some, problems = load_examples(find_data(name, root), labels)
         examples += some
-        bad += problems
+        bad += [BadRow(row.line, f"{name}: {row.problem}") for row in problems]
     rows = encode_rows(base, examples, limit, seed)
-    rows.bad = bad
+    rows.bad = [*bad, *rows.bad]
     if not rows.ids:
-        first = f"; the first bad row: line {bad[0].line}, {bad[0].problem}" if bad else ""
-        raise ConfigError(f"No usable row in {', '.join(names)}{first}. Check the files.")
+        first = f"; the first bad row: line {rows.bad[0].line}, {rows.bad[0].problem}" if rows.bad else ""
+        long = f"; {rows.n_too_long} are longer than the base's context" if rows.n_too_long else ""
+        raise ConfigError(f"No usable row in {', '.join(names)}{first}{long}. Check the files.")
     return rows
 
 
@@ -123,31 +139,40 @@ def run_recipe(
     train = load_rows(base, recipe.data.train, data_root, labels, recipe.data.limit, recipe.seed)
     validation = load_rows(base, recipe.data.validation, data_root, labels, None, recipe.seed)
     adapter = create_adapter(base, config, recipe.seed)
-    source, validation_source = _sources(base, adapter, recipe, [train, validation], folder, advance)
+    processes = processes_on(base.device)
+    with processes.main_process_first():
+        source, validation_source = _sources(base, adapter, recipe, [train, validation], folder, advance)
+    weights = None
     if config.role == "guard":
         loss_of = guard_objective(base, source, train, recipe)
         metric_of, name = guard_metric(base, validation_source, validation), "auroc"
     else:
         loss_of = _answer_objective(base, source, train)
         metric_of, name = _answer_metric(base, validation_source, validation), "negative answer loss (nats)"
+        weights = [length - start for length, start in zip(train.lengths, train.answer_starts, strict=True)]
     loop = Loop(
         adapter,
         train.lengths,
         loss_of,
         metric_of,
         recipe.training,
+        weights=weights,
         seed=recipe.seed,
+        identity=key_of(base, train.ids, config.layers),
         folder=folder,
         report=report,
     )
     outcome = loop.run(resume)
-    adapter.eval()
+    dtype = torch.bfloat16 if recipe.stored_dtype == "bfloat16" else torch.float32
+    adapter.to(dtype).float().eval()  # what is calibrated and measured is what is stored
     if config.role == "guard":
         logits = guard_logits(base, validation_source, validation)
         adapter.set_calibration(
             fit_calibration(logits, validation.labels.double().numpy(), recipe.calibration.false_positive_rate)
         )
-    save_adapter(adapter, folder, base, _facts(recipe, outcome, train, name))
+    if processes.is_main_process:
+        save_adapter(adapter, folder, base, _facts(recipe, outcome, train, name), dtype=dtype)
+    processes.wait_for_everyone()
     return Run(adapter, folder, outcome, train, validation, name)
 
 
@@ -212,13 +237,15 @@ def guard_logits(base: Base, source: Source, rows: Rows, batch_size: int = 64) -
 
 
 def guard_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]:
-    """Mean AUROC over labels on ``rows``."""
+    """Mean AUROC over labels on ``rows``; NaN where a logit is not finite."""
     labels = rows.labels.double().numpy()
     if any(len(set(column.tolist())) < 2 for column in labels.T):
         raise ConfigError("Validation needs both harmful and harmless rows for every label. Add rows.")
 
     def metric_of() -> float:
         logits = guard_logits(base, source, rows)
+        if not np.isfinite(logits).all():
+            return math.nan
         return float(np.mean([roc_auc_score(label, logit) for label, logit in zip(labels.T, logits.T, strict=True)]))
 
     return metric_of

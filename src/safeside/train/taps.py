@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from safeside.adapters.adapter import Adapter, SideOutput
 from safeside.attach import attach
+from safeside.base.families import has_lora
 from safeside.base.model import Base
 from safeside.base.taps import Tape
 from safeside.chat import pad_batch
+from safeside.errors import UnsupportedError
 
 FINAL = -1  # the store's key for the decoder's normed output
 
@@ -97,13 +99,14 @@ class TapStore:
         starts = [0, *torch.tensor(lengths).cumsum(0).tolist()[:-1]]
         shape = (sum(lengths), len(layers), base.d_model)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"taps-{_key(base, encoded, layers)}.bin"
+        path = folder / f"taps-{key_of(base, encoded, layers)}.bin"
         done = path.with_suffix(".done")
-        is_new = not done.exists()
         size = shape[0] * shape[1] * shape[2]
+        is_new = not (done.exists() and path.is_file() and path.stat().st_size == size * base.dtype.itemsize)
         states = torch.from_file(str(path), shared=True, size=size, dtype=base.dtype).view(shape)
         store = cls(states, layers, starts, lengths)
         if is_new:
+            done.unlink(missing_ok=True)
             store._fill(base, encoded, batch_size, advance)
             done.touch()
         return store
@@ -151,6 +154,11 @@ class StoredTaps:
 
 def record_states(base: Base, batch: Batch, layers: Sequence[int]) -> dict[int, Tensor]:
     """The base's states (B, T, D) at ``layers`` for one batch, full width: for the store and for tests."""
+    if base.attachment is not None or has_lora(base.model):
+        raise UnsupportedError(
+            f"The states of {base.name} cannot be kept: something is attached to it, or it has a LoRA. Use the plain "
+            "base, or train with cache_taps = false."
+        )
     recorded: dict[int, Tensor] = {}
 
     def keep(layer: int, hidden: object) -> None:
@@ -178,8 +186,9 @@ def record_states(base: Base, batch: Batch, layers: Sequence[int]) -> dict[int, 
     return recorded
 
 
-def _key(base: Base, encoded: Sequence[Sequence[int]], layers: Sequence[int]) -> str:
-    hasher = hashlib.sha256(f"{base.fingerprint} {base.dtype} {layers}".encode())
+def key_of(base: Base, encoded: Sequence[Sequence[int]], layers: Sequence[int]) -> str:
+    """A hash of base, dtype, layers and rows: what stored states depend on."""
+    hasher = hashlib.sha256(f"{base.fingerprint.model_dump_json()} {base.dtype} {layers}".encode())
     for row in encoded:
         hasher.update(torch.tensor(row, dtype=torch.int32).numpy().tobytes() + b";")
     return hasher.hexdigest()[:24]

@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DATA ?= ../shared/data
+TEXT ?= ../shared/pretrain/text
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test check format docs bench-core bench-taps builtin builtin-adapters clean
+
+setup: $(STAMP)
+
+# pip in a plain venv: it takes a CPU build of torch where one is offered.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(0 if ok else "safeside needs Python 3.11 to 3.13; set PYTHON=python3.x")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/safeside demo --output demo_output
+	@echo "open demo_output/report.html"
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/mypy
+	$(BIN)/python scripts/docs.py --check
+
+format: setup
+	$(BIN)/ruff format src tests scripts benchmarks
+	$(BIN)/ruff check --fix src tests scripts benchmarks
+
+docs: setup
+	$(BIN)/python scripts/docs.py --write
+
+bench-core: setup
+	$(BIN)/python benchmarks/core.py --data $(DATA)
+
+bench-taps: setup
+	$(BIN)/python benchmarks/taps.py
+
+# The built-in base and its adapters from their text and rows (hours on two cores, minutes on a GPU).
+builtin: setup
+	$(BIN)/python scripts/builtin/make.py --data $(DATA) --text $(TEXT)
+
+builtin-adapters: setup
+	$(BIN)/python scripts/builtin/make.py --data $(DATA) --text $(TEXT) --only adapters
+
+clean:
+	rm -rf demo_output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,167 @@
+"""Tables in README and docs, made from result files and never typed.
+
+A block stands between ``<!-- table:core -->`` and ``<!-- /table:core -->``.
+
+    python benchmarks/tables.py --check README.md docs/*.md    fails when a block is stale
+    python benchmarks/tables.py --write README.md docs/*.md    makes them anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("plr", "rtb", "lst", "standalone")
+_BLOCK = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
+_MARK = re.compile(r"<!-- /?table:[\w-]* -->")
+
+Row = dict[str, object]
+
+
+class TableError(Exception):
+    """A block that names no known table, or that does not end."""
+
+
+def core_table(path: Path) -> str:
+    """AUROC by task and method over seeds, and what each method costs."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows = [row for row in result["rows"] if row["task"] != "geometry"]
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        cells = [_auroc_cell(_chosen(rows, "auroc", task, method)) for method in methods]
+        n_rows = max(int(row["n"]) for row in rows if row["task"] == task and row["metric"] == "auroc")
+        lines.append([f"{task} ({n_rows:,} test rows)", *cells])
+    lines.append(["multiply-adds, share of the base", *(_share(_chosen(rows, "auroc", None, m)) for m in methods)])
+    lines.append(["trainable parameters", *(_count(_chosen(rows, "trainable_params", None, m)) for m in methods)])
+    n_seeds = len({row["seed"] for row in rows})
+    bases = ", ".join(sorted({str(row["base"]) for row in rows}))
+    return (
+        f"AUROC on the frozen base `{bases}`: mean of {n_seeds} seeds (lowest to highest end of the seeds' 95% bootstrap "
+        f"intervals). Commit `{result['commit']}`, {result['machine']}.\n\n" + _table(["task", *methods], lines)
+    )
+
+
+def geometry_table(path: Path) -> str:
+    """Share of the base's multiply-adds by base and method at the default size."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows = result["rows"]
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    lines = [
+        [base, *(_share([row for row in rows if row["base"] == base and row["method"] == m]) for m in methods)]
+        for base in dict.fromkeys(row["base"] for row in rows)
+    ]
+    return _table(["base", *methods], lines)
+
+
+def taps_table(path: Path) -> str:
+    """Seconds to train ten adapters on live and on stored states."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows = result["rows"]
+    seconds = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "train_seconds"}
+    speed_up = next(row for row in rows if row["metric"] == "speed_up")
+    lines = [
+        ["states computed live for every batch", f"{seconds['live']:.1f}", ""],
+        [
+            "states stored once (storing included)",
+            f"{seconds['stored']:.1f}",
+            f"{speed_up['value']:.2f}x ({speed_up['low']:.2f} to {speed_up['high']:.2f})",
+        ],
+    ]
+    head = f"{speed_up['n']} adapters on the same rows. Commit `{result['commit']}`, {result['machine']}.\n\n"
+    return head + _table(["training", "seconds", "faster by"], lines)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"core": core_table, "geometry": geometry_table, "taps": taps_table}
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every block made anew from the files in ``results``; a broken block is a TableError."""
+    marks = _MARK.findall(_BLOCK.sub("", text))
+    if marks:
+        raise TableError(f"{marks[0]} has no partner; expected <!-- table:NAME --> and then <!-- /table:NAME -->.")
+
+    def replace(block: re.Match[str]) -> str:
+        name = block.group(1)
+        if name not in TABLES:
+            raise TableError(f"There is no table {name!r}; expected one of {', '.join(TABLES)}.")
+        table = TABLES[name](results / f"{name}.json")
+        return f"<!-- table:{name} -->\n{table}\n<!-- /table:{name} -->"
+
+    return _BLOCK.sub(replace, text)
+
+
+def _read(path: Path) -> dict[str, list[Row]] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _absent(path: Path) -> str:
+    return f"*No figures yet: there is no `benchmarks/results/{path.name}`. `make bench-{path.stem}` writes it.*"
+
+
+def _chosen(rows: Sequence[Row], metric: str, task: object, method: str) -> list[Row]:
+    return [
+        row for row in rows if row["metric"] == metric and row["method"] == method and task in (None, row["task"])
+    ]
+
+
+def _auroc_cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    mean = sum(float(row["value"]) for row in rows) / len(rows)
+    return f"{mean:.3f} ({min(float(row['low']) for row in rows):.3f} to {max(float(row['high']) for row in rows):.3f})"
+
+
+def _share(rows: Sequence[Row]) -> str:
+    share = max((float(row["flops_share"]) for row in rows), default=0.0)
+    return f"{share:.2%}" if share >= 5e-5 else "under 0.01%"
+
+
+def _count(rows: Sequence[Row]) -> str:
+    return f"{max((int(row['value']) for row in rows), default=0):,}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check or write the blocks of some files; 1 when one is stale or broken."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--check", action="store_true", help="change nothing, fail when a block is stale")
+    action.add_argument("--write", action="store_true", help="make every block anew")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILES")
+    options = parser.parse_args(arguments)
+    problems = 0
+    for path in options.files:
+        text = path.read_text(encoding="utf-8")
+        try:
+            fresh = rendered(text, options.results)
+        except TableError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            problems += 1
+            continue
+        if fresh != text and options.write:
+            path.write_text(fresh, encoding="utf-8")
+        elif fresh != text:
+            print(f"{path}: a table is stale. Run python benchmarks/tables.py --write {path}", file=sys.stderr)
+            problems += 1
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

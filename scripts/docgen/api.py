@@ -1,0 +1,121 @@
+"""docs/reference/api.md and modules.md: public names, and names that are imported from their modules."""
+
+from __future__ import annotations
+
+import ast
+
+from docgen.markdown import attribute_table, code, fence, page, prose, table
+from docgen.source import (
+    attributes,
+    classes,
+    exported,
+    find,
+    methods,
+    module_doc,
+    properties,
+    require_doc,
+    signature,
+)
+
+# Names outside ``safeside.__all__`` that the pages use; a test keeps pages from using others.
+FURTHER = {
+    "safeside.adapters.adapter": ("Trunk", "SideOutput"),
+    "safeside.adapters.blocks": ("TapProjection", "SideBlock", "Rotary"),
+    "safeside.adapters.config": ("BaseReference", "Calibration"),
+    "safeside.artifact": ("read_config", "push_adapter", "pull_adapter"),
+    "safeside.base.taps": ("Tape", "SideCache"),
+    "safeside.chat": ("Encoded", "encode_chat"),
+    "safeside.errors": (),
+    "safeside.evals.guards": ("evaluate_guard", "GuardReport"),
+    "safeside.evals.judges": ("refusal_phrases",),
+    "safeside.evals.suites": ("Suite", "run_aligner_suite"),
+    "safeside.guards.calibrate": ("fit_calibration",),
+    "safeside.guards.score": ("judge", "score_conversations", "Scores"),
+    "safeside.guards.windows": ("windows",),
+    "safeside.mixing": ("Policy", "Fixed", "Step", "Ramp"),
+    "safeside.registry": ("Registry", "load_plugins"),
+    "safeside.request": ("PassRecord",),
+    "safeside.tasks.rows": ("load_examples", "messages_of", "BadRow"),
+    "safeside.train.loop": ("Outcome", "Progress"),
+    "safeside.train.recipe": ("read_recipe",),
+    "safeside.train.run": ("run_recipe", "Run"),
+    "safeside.types": ("Example", "Result"),
+}
+# Registries by the module that holds them; ``documented`` adds them to their modules' names.
+REGISTRIES = {
+    "TRUNKS": "safeside.adapters.adapter",
+    "FAMILIES": "safeside.base.families",
+    "SUITES": "safeside.evals.suites",
+    "JUDGES": "safeside.evals.judges",
+}
+# Classes whose fields have a page of their own.
+ELSEWHERE = {
+    "AdapterConfig": "adapter-config.md",
+    "BaseReference": "adapter-config.md",
+    "Calibration": "adapter-config.md",
+    "SafesideError": "errors.md",
+}
+
+
+def documented() -> set[tuple[str, str]]:
+    """Every (module, name) that the reference describes."""
+    names = {("safeside", name) for name in exported()}
+    names |= {(module, name) for name, module in exported().items()}
+    names |= {(module, name) for module, found in FURTHER.items() for name in found}
+    names |= {(module, name) for name, module in REGISTRIES.items()}
+    names |= {("safeside.errors", node.name) for node in classes("safeside.errors")}
+    return names | {("safeside.train.recipe", "Recipe")}
+
+
+def api_page() -> str:
+    """The names of ``safeside.__all__``, in order."""
+    names = exported()
+    index = table(
+        ["name", "gives"],
+        [[f"[`{name}`](#{name.lower()})", prose(_first_line(names[name], name))] for name in names],
+    )
+    legend = prose(module_doc("safeside.types"))
+    intro = "`from safeside import ...` gives these names. More are imported [from their modules](modules.md)."
+    return page("Python interface", intro, legend, index, *(_entry(module, name, 2) for name, module in names.items()))
+
+
+def modules_page() -> str:
+    """The names that are imported from their modules."""
+    intro = "Names that a program imports from their modules. What is on neither page may change without notice."
+    parts = []
+    for module, names in FURTHER.items():
+        if names:
+            parts += [f"## `{module}`", prose(module_doc(module)), *(_entry(module, name, 3) for name in names)]
+    return page("Names in modules", intro, *parts)
+
+
+def _first_line(module: str, name: str) -> str:
+    return " ".join(require_doc(find(module, name), name).split("\n\n")[0].split())
+
+
+def _entry(module: str, name: str, level: int) -> str:
+    """Heading, signature, docstring and members of one name."""
+    node = find(module, name)
+    heading, doc = f"{'#' * level} {name}", prose(require_doc(node, name))
+    if not isinstance(node, ast.ClassDef):
+        return "\n\n".join([heading, fence(signature(node)), doc])
+    if name in ELSEWHERE:
+        return "\n\n".join([heading, doc, f"See [its own page]({ELSEWHERE[name]})."])
+    parts = [heading, doc]
+    fields, found = attributes(node), properties(node)
+    if fields:
+        parts.append(attribute_table(fields, "field"))
+    if found:
+        parts.append(attribute_table(found, "property"))
+    for method in methods(node):
+        parts += [f"{'#' * (level + 1)} {method.name}", fence(method.signature), prose(method.doc)]
+    return "\n\n".join(parts)
+
+
+def registries_table(registered: dict[str, list[str]]) -> str:
+    """What is registered where, by registry."""
+    rows = [
+        [code(name), code(REGISTRIES[name]), ", ".join(code(item) for item in items)]
+        for name, items in registered.items()
+    ]
+    return table(["registry", "module", "built in"], rows)

@@ -1,0 +1,136 @@
+"""docs/reference/recipe.md and adapter-config.md: the fields of the files that people write and adapters carry."""
+
+from __future__ import annotations
+
+import ast
+import re
+import types
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from docgen.facts import built_in_base
+from docgen.markdown import code, fence, page, prose, table
+from docgen.source import ROOT, attributes, find, module_doc, require_doc
+from safeside import make_config
+from safeside.adapters.config import AdapterConfig, BaseReference, Calibration
+from safeside.base.fingerprint import Fingerprint
+from safeside.train.recipe import Recipe
+
+EXAMPLE = "recipes/builtin/harm.toml"
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_FLAT_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
+
+
+def recipe_page() -> str:
+    """Every field of a recipe, by section, with an example and the shapes of rows."""
+    sections = {name: info.annotation for name, info in Recipe.model_fields.items() if _is_model(info.annotation)}
+    parts = [
+        "A recipe is a TOML file, and a run: `safeside train recipe.toml`. It is checked before anything is computed; "
+        "a field that is not listed here is an error.",
+        f"This one makes `builtin:harm` (`{EXAMPLE}`):",
+        fence((ROOT / EXAMPLE).read_text(encoding="utf-8"), "toml"),
+        "## Top level",
+        _fields(Recipe, leave_out=set(sections)),
+    ]
+    for name, model in sections.items():
+        parts += [f"## `[{name}]`", prose(_doc(model)), _fields(model)]
+    return page("Recipe", *parts, "## Rows", prose(module_doc("safeside.tasks.rows")))
+
+
+def adapter_config_page() -> str:
+    """Every field of safeside_config.json, with one made for the built-in base."""
+    example = make_config(built_in_base(), kind="lst", role="guard", name="example", reduction=4)
+    parts = [
+        "Every adapter folder holds `safeside_config.json`. `save_adapter` writes it and `load_adapter` reads it; a "
+        "field that is not listed here is an error. In Python it is `AdapterConfig`, made by `make_config` or "
+        "`sized_config`.",
+        "A guard that was not trained yet, for the built-in base:",
+        fence(_FLAT_LIST.sub(_on_one_line, example.model_dump_json(indent=2)), "json"),
+        "## Top level",
+        prose(_doc(AdapterConfig)),
+        _fields(AdapterConfig),
+    ]
+    for name, model in (("base", BaseReference), ("base.fingerprint", Fingerprint), ("calibration", Calibration)):
+        parts += [f"## `{name}`", prose(_doc(model)), _fields(model)]
+    return page("Adapter configuration", *parts)
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return f"[{' '.join(match[1].split())}]"
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _doc(model: Any) -> str:
+    return require_doc(find(model.__module__, model.__name__), model.__name__)
+
+
+def _fields(model: type[BaseModel], leave_out: AbstractSet[str] = frozenset()) -> str:
+    """One row for each field: name, type with bounds, default and meaning."""
+    node = find(model.__module__, model.__name__)
+    assert isinstance(node, ast.ClassDef)
+    docs = {item.name: item.doc for item in attributes(node)}
+    rows = [
+        [code(name), type_text(info.annotation, info.metadata), _default(info), prose(docs[name])]
+        for name, info in model.model_fields.items()
+        if name not in leave_out
+    ]
+    return table(["field", "type", "default", "meaning"], rows)
+
+
+def _default(info: FieldInfo) -> str:
+    """``required``, nothing for None, else the value as TOML or JSON would write it."""
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True)
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return code(str(value).lower())
+    if isinstance(value, tuple):
+        return code(str(list(value)))
+    return code(f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in plain words, with its bounds."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        text = type_text(arguments[0], arguments[1:])
+    elif origin in (Union, types.UnionType):
+        text = " or ".join(type_text(part) for part in arguments if part is not type(None))
+    elif origin is Literal:
+        text = " or ".join(code(f'"{value}"' if isinstance(value, str) else str(value)) for value in arguments)
+    elif origin is tuple:
+        kind, *bounds = type_text(arguments[0]).split(", ")
+        text = ", ".join([f"list of {kind}s", *(f"each {bound}" for bound in bounds)])
+    elif _is_model(annotation):
+        text = "object"
+    else:
+        text = _NAMES[annotation]
+    return ", ".join([text, *_bounds(metadata)])
+
+
+def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
+    """Bounds in words, from what pydantic keeps of ``Field(ge=..., ...)``."""
+    for part in metadata:
+        match part:
+            case Ge(ge=bound):
+                yield f"at least {bound}"
+            case Gt(gt=bound):
+                yield f"above {bound}"
+            case Le(le=bound):
+                yield f"at most {bound}"
+            case Lt(lt=bound):
+                yield f"below {bound}"
+            case MinLen(min_length=bound):
+                yield "not empty" if bound == 1 else f"length at least {bound}"
+            case FieldInfo(metadata=nested):
+                yield from _bounds(nested)

@@ -1,0 +1,91 @@
+"""The baseline without a base: a transformer of its own that costs as many multiply-adds as an adapter.
+
+The same blocks, read-out and loop as an LST guard, but its states start from embeddings that it learns from scratch.
+It has the adapter's depth and width; what the adapter spends on projections from the base goes to its feed-forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from safeside.adapters.adapter import Adapter, GuardHead
+from safeside.adapters.blocks import Rotary, SideBlock
+from safeside.adapters.lst import Lst
+from safeside.adapters.sizing import adapter_matmuls
+from safeside.base.model import Base
+from safeside.base.taps import Tape
+from safeside.errors import ConfigError
+from safeside.train.taps import Batch, Forward
+
+
+@dataclass(frozen=True, slots=True)
+class StandaloneShape:
+    """Every dimension of a Standalone."""
+
+    n_tokens: int
+    depth: int
+    width: int
+    feed_forward: int
+    head_dim: int = 32
+    n_labels: int = 1
+    is_causal: bool = True
+
+
+class Standalone(nn.Module):
+    """A guard that reads ids and nothing of the base.  It is a ``Source`` itself: a batch in, logits out."""
+
+    def __init__(self, shape: StandaloneShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.n_tokens, shape.width)
+        self.blocks = nn.ModuleList(
+            SideBlock(shape.width, shape.head_dim, shape.feed_forward) for _ in range(shape.depth)
+        )
+        self.rotary = Rotary(shape.head_dim)
+        self.head = GuardHead(shape.width, shape.n_labels, pooled=False)
+
+    def forward(self, batch: Batch) -> Forward:
+        """Logits (B, T, K) at every token; padding on either side changes nothing."""
+        tape = Tape(batch.keep, batch.ids.shape[1], is_causal=self.shape.is_causal)
+        states = self.embedding(batch.ids)
+        rotary, attend = self.rotary(tape.positions), tape.attend
+        for index, block in enumerate(self.blocks):
+            states = block(states, rotary, attend, None, index)
+        return Forward(self.head(states, tape, None, 0), None)
+
+
+def create_standalone(base: Base, adapter: Adapter, seed: int = 0) -> Standalone:
+    """A fresh Standalone with the base's vocabulary that costs what the LST guard ``adapter`` costs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Standalone(matched_shape(adapter, base.model.get_input_embeddings().num_embeddings))
+    return model.to(base.device)
+
+
+def matched_shape(adapter: Adapter, n_tokens: int) -> StandaloneShape:
+    """The adapter's depth and width, and the feed-forward that brings the multiply-adds closest to the adapter's."""
+    trunk = adapter.trunk
+    if not isinstance(trunk, Lst) or adapter.config.role != "guard":
+        raise ConfigError(
+            f"A standalone baseline is matched to a guard of kind 'lst'; got {adapter.config.kind!r} with role "
+            f"{adapter.config.role!r}. Pass an LST guard."
+        )
+    config, depth = adapter.config, len(trunk.blocks)
+    left = adapter_matmuls(adapter) - config.width * len(config.labels) - depth * 4 * config.width**2
+    return StandaloneShape(
+        n_tokens=n_tokens,
+        depth=depth,
+        width=config.width,
+        feed_forward=round(left / (depth * 3 * config.width)),
+        head_dim=config.head_dim,
+        n_labels=len(config.labels),
+        is_causal=not config.base.is_encoder,
+    )
+
+
+def standalone_matmuls(model: Standalone) -> int:
+    """Multiply-adds a token: embeddings are looked up, so they cost none."""
+    return adapter_matmuls(model) - model.embedding.weight.numel()

@@ -1,0 +1,121 @@
+"""Building blocks: what the formulas of the trunks rely on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from references import randomise, whole_tape
+from safeside.adapters.adapter import DeltaHead, GuardHead
+from safeside.adapters.blocks import Attention, Rotary, TapProjection, normed, rotate
+from safeside.adapters.config import Calibration
+from safeside.base.taps import Tape
+
+SAME = 1e-5  # float32 in another order
+
+
+def test_rotated_products_depend_on_distance_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 32, generator=generator)
+    rotary = Rotary(32)
+
+    def product(first: int, second: int) -> float:
+        turned = [
+            rotate(state[None, None, None], *rotary(torch.tensor([[position]])))
+            for state, position in ((query, first), (key, second))
+        ]
+        return float((turned[0] * turned[1]).sum())
+
+    assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
+    assert product(7, 3) != pytest.approx(product(3, 7), abs=1e-2)
+    assert product(5, 5) == pytest.approx(float(query @ key), abs=1e-5)
+
+
+def test_rotary_is_float32_whatever_the_states() -> None:
+    cosines, sines = Rotary(32)(torch.tensor([[100_000, 100_001]]))
+    assert cosines.dtype == sines.dtype == torch.float32
+    assert cosines.shape == (1, 1, 2, 32)
+    assert rotate(torch.ones(1, 1, 2, 32, dtype=torch.bfloat16), cosines, sines).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e4])
+def test_normed_states_have_unit_size(scale: float) -> None:
+    states = normed(torch.randn(2, 3, 64) * scale)
+    tolerance = 0.1 if scale < 1 else 1e-3  # epsilon counts for states of size 0.01
+    torch.testing.assert_close(states.square().mean(-1), torch.ones(2, 3), rtol=tolerance, atol=0.0)
+    large = torch.full((1, 1, 64), 3e4, dtype=torch.float16)  # its square overflows half precision
+    assert normed(large).tolist() == torch.ones(1, 1, 64).tolist()
+
+
+def test_low_rank_taps_have_two_matrices_and_one_bias() -> None:
+    shapes = [tuple(parameter.shape) for parameter in TapProjection(64, 32, 4).parameters()]
+    assert shapes == [(4, 64), (32, 4), (32,)]
+    assert [tuple(parameter.shape) for parameter in TapProjection(64, 32, 0).parameters()] == [(32, 64), (32,)]
+
+
+def test_a_padded_token_reaches_nobody_and_stays_finite() -> None:
+    attention = randomise(Attention(64, 32))
+    states = torch.randn(1, 4, 64)
+    tape = Tape(torch.tensor([[False, True, True, False]]), 4)
+
+    def run(values: Tensor) -> Tensor:
+        with torch.no_grad():
+            return attention(values, Rotary(32)(tape.positions), tape.attend, None, 0)
+
+    found = run(states)
+    changed = states.clone()
+    changed[0, [0, 3]] = 100.0
+    assert found.isfinite().all()
+    torch.testing.assert_close(run(changed)[0, 1:3], found[0, 1:3], rtol=SAME, atol=SAME)
+
+
+def test_attention_pooling_is_a_weighted_mean_of_the_past() -> None:
+    head = randomise(GuardHead(8, 2, pooled=True))
+    states = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        found = head(states, whole_tape(1, 5), None, 0)
+        inner = head.norm(states)[0].double()
+        for token in range(5):
+            seen = inner[: token + 1]
+            weights = torch.softmax(seen @ head.query.double() / math.sqrt(8), 0)
+            pooled = sum(weight * state for weight, state in zip(weights, seen, strict=True))
+            expected = head.linear.weight.double() @ pooled + head.linear.bias.double()
+            torch.testing.assert_close(found.logits[0, token].double(), expected, rtol=SAME, atol=SAME)
+
+
+def test_a_fresh_pooling_is_the_plain_mean() -> None:
+    head = GuardHead(8, 1, pooled=True)
+    states = torch.randn(1, 3, 8)
+    with torch.no_grad():
+        found = head(states, whole_tape(1, 3), None, 0).logits[0, -1]
+        expected = head.linear(head.norm(states).mean(1))[0]
+    torch.testing.assert_close(found, expected, rtol=SAME, atol=SAME)
+
+
+def test_calibration_turns_logits_into_scores() -> None:
+    head = randomise(GuardHead(8, 2, pooled=False))
+    head.calibrate(Calibration(scale=(2.0, 0.5), bias=(-1.0, 3.0), threshold=(0.5, 0.5)))
+    with torch.no_grad():
+        found = head(torch.randn(1, 3, 8), whole_tape(1, 3), None, 0)
+    expected = torch.sigmoid(torch.tensor([2.0, 0.5]) * found.logits + torch.tensor([-1.0, 3.0]))
+    assert torch.equal(found.scores, expected)
+    assert found.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("move", [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.half().float()])
+def test_a_cast_leaves_the_calibration(move: object) -> None:
+    head = GuardHead(8, 1, pooled=False)
+    head.calibrate(Calibration(scale=(1.2345678,), bias=(-7.123456,), threshold=(0.5,)))
+    before = (head.scale, head.bias)
+    moved = move(head)
+    assert torch.equal(torch.stack([moved.scale, moved.bias]), torch.stack(before))
+
+
+def test_an_untrained_delta_is_zero() -> None:
+    head = DeltaHead(8, 16)
+    assert not head(torch.randn(2, 3, 8)).delta.any()
+    head(torch.randn(2, 3, 8)).delta.sum().backward()
+    assert head.up.weight.grad.any(), "it must be able to leave zero"

@@ -1,0 +1,150 @@
+"""Costs counted by hand, and the size dial at the shapes of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import Gemma2Config, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
+
+from safeside import Adapter, Base, create_adapter, flops_share, make_config, sized_config
+from safeside.adapters.sizing import adapter_matmuls, base_matmuls, geometry_base
+from safeside.errors import MismatchError
+
+# From the published config.json of each model.
+GEOMETRIES = {
+    "Qwen2.5-7B": Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064,
+    ),
+    "Mistral-7B-v0.1": MistralConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=32000,
+    ),
+    "gemma-2-9b": Gemma2Config(
+        hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=256, vocab_size=256000,
+    ),
+    "Qwen2.5-14B": Qwen2Config(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8,
+        vocab_size=152064,
+    ),
+}  # fmt: skip
+# Parameters that the makers publish, in billions, embeddings left out; the head counts once here.
+PUBLISHED = {"Qwen2.5-7B": 6.53, "Mistral-7B-v0.1": 6.98, "gemma-2-9b": 8.32, "Qwen2.5-14B": 13.2}
+
+
+def on_meta(base: Base, **options: object) -> Adapter:
+    with torch.device("meta"):
+        return Adapter(make_config(base, **options))
+
+
+@pytest.fixture(scope="module")
+def geometry() -> Callable[[str], Base]:
+    made = {name: geometry_base(config, name) for name, config in GEOMETRIES.items()}
+    return made.__getitem__
+
+
+def by_hand(config: PreTrainedConfig, head_dim: int) -> int:
+    """Attention and gated feed-forward of every block, and one head pass."""
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    attention = config.hidden_size * (2 * queries + 2 * keys)
+    feed_forward = 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * (attention + feed_forward) + config.vocab_size * config.hidden_size
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_real_bases_cost_what_their_shapes_say(name: str, geometry: Callable[[str], Base]) -> None:
+    config = GEOMETRIES[name]
+    head_dim = 256 if name.startswith("gemma") else config.hidden_size // config.num_attention_heads
+    found = base_matmuls(geometry(name))
+    assert found == by_hand(config, head_dim)
+    blocks = found - config.vocab_size * config.hidden_size
+    assert blocks / 1e9 == pytest.approx(PUBLISHED[name], rel=0.01)
+
+
+@pytest.mark.parametrize("role", ["guard", "align"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_one_percent_is_at_most_one_percent(name: str, role: str, geometry: Callable[[str], Base]) -> None:
+    base = geometry(name)
+    config = sized_config(base, 0.01, role=role)
+    assert config.layers == tuple(range(base.n_layers + 1))
+    with torch.device("meta"):
+        share, wider = (
+            flops_share(base, Adapter(config)),
+            Adapter(make_config(base, role=role, width=config.width + 32)),
+        )
+    assert 0.008 < share <= 0.01 < flops_share(base, wider)
+
+
+def test_a_tiny_llama_by_hand(tiny_base: Base) -> None:
+    """3 blocks of width 64, 4 heads of 16, 2 key-value heads, feed-forward 96; 304 words."""
+    assert base_matmuls(tiny_base) == 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96) + 304 * 64
+
+
+def test_adapters_by_hand(tiny_base: Base) -> None:
+    block = 4 * 32 * 32 + 3 * 32 * 96
+    guard = create_adapter(tiny_base, make_config(tiny_base, width=32))
+    assert adapter_matmuls(guard) == 4 * 64 * 32 + 3 * block + 32
+    aligner = create_adapter(tiny_base, make_config(tiny_base, role="align", width=32, tap_rank=4))
+    assert adapter_matmuls(aligner) == 4 * (64 * 4 + 4 * 32) + 3 * block + 32 * 64
+    assert adapter_matmuls(create_adapter(tiny_base, make_config(tiny_base, kind="plr"))) == 64
+    bypass = create_adapter(tiny_base, make_config(tiny_base, kind="rtb", bottleneck=8))
+    assert adapter_matmuls(bypass) == (4 + 3) * 2 * 64 * 8 + 64
+
+
+def test_several_adapters_add_up(tiny_base: Base) -> None:
+    guard, aligner = on_meta(tiny_base), on_meta(tiny_base, role="align")
+    assert flops_share(tiny_base, guard, aligner) == pytest.approx(
+        flops_share(tiny_base, guard) + flops_share(tiny_base, aligner)
+    )
+    assert flops_share(tiny_base) == 0.0
+
+
+def test_mixtures_count_the_experts_that_a_token_visits(tiny_family: Callable[[str], Base]) -> None:
+    """mixtral: 4 experts of 3 x 64 x 96, 2 of them a token, and the router of 4 x 64."""
+    attention, head = 64 * (64 + 32 + 32 + 64), 304 * 64
+    assert base_matmuls(tiny_family("mixtral")) == 3 * (attention + 2 * 3 * 64 * 96 + 4 * 64) + head
+    assert base_matmuls(tiny_family("gpt-oss")) == 3 * (attention + 2 * 3 * 64 * 96 + 4 * 64) + head
+    assert base_matmuls(tiny_family("qwen3-moe")) == 3 * (attention + 2 * 3 * 64 * 48 + 4 * 64) + head
+
+
+def test_a_published_mixture_costs_its_active_parameters() -> None:
+    """Qwen3-30B-A3B: 3.3 billion active, of which 0.3 are the embedding that is only looked up."""
+    config = Qwen3MoeConfig(
+        hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, vocab_size=151936,
+    )  # fmt: skip
+    assert base_matmuls(geometry_base(config)) / 1e9 == pytest.approx(3.35 - 0.31, rel=0.02)
+
+
+def test_encoders_have_no_head(tiny_family: Callable[[str], Base]) -> None:
+    assert base_matmuls(tiny_family("bert")) == 3 * (4 * 64 * 64 + 2 * 64 * 96)
+
+
+@pytest.mark.parametrize("size", [1e-6, 0.05, 0.2, 0.5, 2.0])
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_the_dial_takes_the_largest_that_fits(tiny_base: Base, size: float, head_dim: int) -> None:
+    """Against trying every width of every stride: greatest depth first, then greatest width, else the narrowest tap."""
+    fitting = [
+        (layers, width)
+        for layers in ((0, 1, 2, 3), (1, 3), (0, 3), (3,))
+        for width in range(64, 0, -head_dim)
+        if flops_share(tiny_base, on_meta(tiny_base, layers=layers, width=width, head_dim=head_dim)) <= size
+    ]
+    config = sized_config(tiny_base, size, head_dim=head_dim)
+    assert (config.layers, config.width) == (fitting[0] if fitting else ((3,), head_dim))
+
+
+def test_other_kinds_have_no_dial(tiny_base: Base) -> None:
+    assert sized_config(tiny_base, 0.01, kind="plr") == make_config(tiny_base, kind="plr")
+
+
+def test_nothing_made_for_a_geometry_loads_on_a_real_base(tiny_base: Base, tmp_path: object) -> None:
+    from safeside import load_adapter, save_adapter
+
+    base = geometry_base(tiny_base.model.config)
+    assert base_matmuls(base) == base_matmuls(tiny_base)
+    with pytest.raises(MismatchError, match="geometry"):
+        load_adapter(save_adapter(Adapter(make_config(base)), tmp_path), tiny_base)

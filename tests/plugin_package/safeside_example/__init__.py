@@ -1,0 +1,16 @@
+"""What a stranger's package looks like: one function that registers what it brings, named in pyproject.toml."""
+
+from safeside import Family, register_adapter, register_family
+from safeside.evals.judges import JUDGES
+
+
+def register() -> None:
+    """Called once by safeside, when it first meets a name that it does not know."""
+    register_adapter("example/middle", "safeside_example.middle:Middle")
+    register_family(Family("example/olmo", ("olmo",)))
+    JUDGES.register("example/shouts", shouts)
+
+
+def shouts(answer: str) -> bool:
+    """Whether an answer is all in capitals."""
+    return answer.isupper()
