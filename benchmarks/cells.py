@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from core_data import LABELS, read_splits
 from torch import nn
 
+from core_data import LABELS, read_splits
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls
 from safeside.artifact import create_adapter
 from safeside.base.model import Base, load_base
 from safeside.errors import InputError, NotFiniteError
 from safeside.evals.metrics import auroc, bootstrap
 from safeside.guards.windows import windows
-from safeside.provenance import config_hash, git_commit
+from safeside.provenance import config_hash, git_commit, machine
 from safeside.train.loop import Loop
 from safeside.train.recipe import Recipe
 from safeside.train.run import Rows, encode_rows, guard_logits, guard_metric, guard_objective
@@ -49,6 +49,7 @@ class Setup:
     limit: int
     test_limit: int | None
     epochs: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def key_of(setup: Setup, cell: Cell, hashes: dict[str, str]) -> str:
 @functools.lru_cache(maxsize=1)
 def prepare(setup: Setup, task: str) -> Prepared:
     """Read and encode the rows of ``task``; kept in memory until another task is asked for."""
-    base = load_base(setup.base)
+    base = load_base(setup.base, device=setup.device, dtype="float32")
     splits = read_splits(setup.data, task)
     train = encode_rows(base, splits.train, setup.limit)
     validation = encode_rows(base, splits.validation)
@@ -185,7 +186,7 @@ def run_cell(setup: Setup, cell: Cell, key: str) -> dict[str, object]:
         seed=cell.seed,
     )
     facts = {"key": key, "task": cell.task, "method": cell.method, "seed": cell.seed, "final": cell.final}
-    facts |= {"learning_rate": cell.learning_rate, "commit": git_commit(), "counts": data.counts}
+    facts |= {"learning_rate": cell.learning_rate, "commit": git_commit(), "machine": machine(), "counts": data.counts}
     try:
         outcome = loop.run()
     except NotFiniteError as error:
@@ -226,11 +227,9 @@ def narrowed(store: TapStore, layers: Sequence[int]) -> TapStore:
 
 
 def _measure(data: Prepared, model: nn.Module, source: Source) -> dict[str, object]:
-    """auroc on the test rows; of a row's windows the highest logit counts, as when a guard judges long texts."""
+    """auroc on the test rows."""
     model.eval()
-    logits = guard_logits(data.base, source, data.test)[:, 0]
-    scores = np.full(len(data.test_labels), -np.inf)
-    np.maximum.at(scores, data.row_of_window, logits)  # NaN wins
+    scores = row_logits(data, source)
     scored = np.isfinite(scores)
     figure = bootstrap({"auroc": auroc}, data.test_labels[scored], scores[scored])["auroc"]
     return {
@@ -238,3 +237,10 @@ def _measure(data: Prepared, model: nn.Module, source: Source) -> dict[str, obje
         "n": int(scored.sum()),
         "n_unscored": int((~scored).sum()) + data.counts["test_bad_rows"],
     }
+
+
+def row_logits(data: Prepared, source: Source) -> np.ndarray:
+    """A logit for each test row: the highest of its windows, as when a guard judges long texts; -inf without one."""
+    logits = np.full(len(data.test_labels), -np.inf)
+    np.maximum.at(logits, data.row_of_window, guard_logits(data.base, source, data.test)[:, 0])  # NaN wins
+    return logits

@@ -1,7 +1,7 @@
 """The core benchmark: AUROC of guards on a frozen base against a standalone transformer of equal cost.
 
     python benchmarks/core.py --data ../shared/data           all of it, hours on two cores; a killed run goes on
-    python benchmarks/core.py --data ../shared/data --quick   a few rows of each task in minutes, into /tmp
+    python benchmarks/core.py --data ../shared/data --quick   a few rows of each task, into a temporary folder
 
 Every method gets the same rows, loop and recipe; the learning rate of each is chosen on validation rows of one task
 from the same grid.  Test rows are scored once for each trained guard, with the weights of the best validation.
@@ -16,23 +16,22 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cells import METHODS, SPLITS, Cell, Setup, build_store, key_of, prepare, run_cell
 from core_data import TASKS, file_hashes
 from geometry import geometry_rows
-from tidy import RESULTS, Row, figure_row, result_of, write_json
-from workers import Workers
-
 from safeside.base.model import load_base
 from safeside.provenance import config_hash
 from safeside.terminal import note
+from tidy import RESULTS, Row, figure_row, result_of, write_json
+from workers import Workers
 
 CELLS = Path(__file__).parent / ".cells"
 SEEDS = (0, 1, 2)
-GRID = (1e-3, 3e-3, 1e-2)  # learning rates
+GRID = (3e-4, 1e-3, 3e-3)  # learning rates
 # Seconds of a cell at 2,000 training rows and all test rows, on one busy core: for the first estimate only.
 STATED_SECONDS = {"toxigen": 60.0, "pku_saferlhf_guard": 240.0, "beavertails": 240.0, "toxic_chat": 300.0}
 
@@ -72,17 +71,21 @@ class Board:
     def read(self, cell: Cell) -> dict[str, object]:
         return dict(json.loads(self.path(cell).read_text(encoding="utf-8")))
 
-    def stated_seconds(self, cells: Sequence[Cell]) -> float:
+    def stated_seconds(self, cells: Iterable[Cell]) -> float:
         setup = self.plan.setup
         return sum(STATED_SECONDS[cell.task] for cell in cells) * setup.limit / 2000 / self.workers.n_workers
 
     def announce(self, cells: Sequence[Cell]) -> None:
         """Say what there is to do before any of it."""
-        missing = self.missing(cells)
+        missing = set(self.missing(cells))
+        cached = [cell for cell in cells if cell not in missing]
+        measured = sum(float(self.read(cell)["seconds"]) for cell in cached) / self.workers.n_workers
+        pace = measured / self.stated_seconds(cached) if cached else 1.0
         self.stated_left = self.stated_seconds(missing)
         note(
-            f"{len(cells)} cells, {len(cells) - len(missing)} cached, {len(missing)} to do: about "
-            f"{_duration(self.stated_left)} with {self.workers.n_workers} workers of {self.workers.n_threads} threads"
+            f"{len(cells)} cells, {len(cached)} cached, {len(missing)} to do: about "
+            f"{_duration(self.stated_left * pace)} ({'as measured' if cached else 'stated'}) with "
+            f"{self.workers.n_workers} workers of {self.workers.n_threads} threads"
         )
 
     def fill(self, cells: Sequence[Cell]) -> None:
@@ -104,10 +107,7 @@ class Board:
         done = self.stated_seconds([cell])
         self.stated_done, self.stated_left = self.stated_done + done, max(0.0, self.stated_left - done)
         left = self.stated_left * (time.perf_counter() - self.started) / self.stated_done
-        note(
-            f"{cell.title}: validation {values['validation']:.4f}, {values['seconds']:.0f} s; "
-            f"{_duration(left)} left"
-        )
+        note(f"{cell.title}: validation {values['validation']:.4f}, {values['seconds']:.0f} s; {_duration(left)} left")
 
 
 def _run(setup: Setup, job: tuple[Cell, str]) -> dict[str, object]:
@@ -139,6 +139,8 @@ def best_rates(plan: Plan, board: Board) -> dict[str, float]:
 def run_plan(plan: Plan, workers: Workers) -> Path:
     """Run what is missing and write the two result files; returns the first."""
     started = time.perf_counter()
+    plan.setup.cells.mkdir(parents=True, exist_ok=True)
+    (plan.setup.cells / ".gitignore").write_text("*\n", encoding="utf-8")
     board = Board(plan, workers)
     guess = dict.fromkeys(plan.methods, plan.grid[0])
     tuning = tuning_cells(plan)
@@ -153,11 +155,13 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
         board.fill(cells)
         finals += cells
         shutil.rmtree(plan.setup.cells / "taps" / task, ignore_errors=True)  # gigabytes
+    geometry_started = time.perf_counter()
     geometry = geometry_rows()
+    geometry_seconds = time.perf_counter() - geometry_started
+    write_json(plan.output / "geometry.json", result_of("geometry", geometry_seconds, geometry, {}))
     rows = [row for cell in finals for row in rows_of(plan.setup, board.read(cell))]
     rows += [{"task": "geometry", **row, "seed": 0} for row in geometry]
     seconds = time.perf_counter() - started
-    write_json(plan.output / "geometry.json", result_of("geometry", seconds, geometry, {}))
     notes = notes_of(plan, board, rates, finals)
     return write_json(plan.output / "core.json", result_of("core", seconds, rows, notes))
 
@@ -194,7 +198,9 @@ def notes_of(plan: Plan, board: Board, rates: dict[str, float], finals: Sequence
         "store_seconds": board.store_seconds,
         "cell_seconds": round(sum(float(values["seconds"]) for values in cells.values()), 1),
         "cells_run_now": board.n_run,
+        "processes": board.workers.n_workers,
         "cell_commits": sorted({str(values["commit"]) for values in cells.values()}),
+        "cell_machines": sorted({str(values["machine"]) for values in cells.values()}),
         "toxigen": "test is the SafeNLP proxy of SOURCES.md, easier than the official test split",
     }
 
@@ -211,15 +217,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         options.seeds, options.learning_rates = options.seeds[:1], options.learning_rates[1:2]
     scratch = Path(tempfile.gettempdir()) / "safeside-bench"
     prepare.cache_clear()
-    base = load_base(options.base)
+    fingerprint = load_base(options.base).fingerprint
     setup = Setup(
         data=options.data,
         base=options.base,
-        fingerprint=config_hash(base.fingerprint.model_dump()),
+        fingerprint=config_hash(fingerprint.model_dump()),
         cells=options.cells or (scratch / "cells" if options.quick else CELLS),
         limit=options.limit,
         test_limit=options.test_limit,
         epochs=options.epochs,
+        device=options.device,
     )
     plan = Plan(
         setup=setup,
@@ -248,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=list(GRID), help="grid of every method")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--device", default="cpu", help="cuda also works; cells do not tell devices apart")
     parser.add_argument("--cells", type=Path, help="folder of cached cells")
     parser.add_argument("--output", type=Path, help="folder of the result files")
     parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from tidy import RESULTS, Row, figure_row, result_of, write_json
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
@@ -18,6 +16,7 @@ from safeside.adapters.sizing import flops_share, sized_config
 from safeside.base.families import find_family
 from safeside.base.model import Base
 from safeside.provenance import config_hash
+from tidy import RESULTS, Row, figure_row, result_of, write_json
 
 SIZE = 0.01  # share of the base's compute: the default dial
 METHODS = ("plr", "rtb", "lst")
@@ -60,7 +59,6 @@ def empty_base(name: str, folder: Path) -> Base:
     return Base(model, tokenizer, find_family(config.model_type), name, folder)
 
 
-@functools.cache
 def geometry_rows() -> list[Row]:
     """The share of the base's multiply-adds that each method takes at the default size, for each published base."""
     rows = []
@@ -78,6 +76,6 @@ def geometry_rows() -> list[Row]:
 
 
 if __name__ == "__main__":
-    start = time.perf_counter()
-    found = geometry_rows()
-    write_json(RESULTS / "geometry.json", result_of("geometry", time.perf_counter() - start, found, {}))
+    started = time.perf_counter()
+    rows = geometry_rows()
+    write_json(RESULTS / "geometry.json", result_of("geometry", time.perf_counter() - started, rows, {}))

@@ -44,8 +44,9 @@ def core_table(path: Path) -> str:
     n_seeds = len({row["seed"] for row in rows})
     bases = ", ".join(sorted({str(row["base"]) for row in rows}))
     return (
-        f"AUROC on the frozen base `{bases}`: mean of {n_seeds} seeds (lowest to highest end of the seeds' 95% bootstrap "
-        f"intervals). Commit `{result['commit']}`, {result['machine']}.\n\n" + _table(["task", *methods], lines)
+        f"AUROC on the frozen base `{bases}`: mean of {n_seeds} seeds (lowest to highest end of the seeds' 95% "
+        f"bootstrap intervals). Commit `{result['commit']}`, {result['machine']}.\n\n"
+        + _table(["task", *methods], lines)
     )
 
 
@@ -111,9 +112,7 @@ def _absent(path: Path) -> str:
 
 
 def _chosen(rows: Sequence[Row], metric: str, task: object, method: str) -> list[Row]:
-    return [
-        row for row in rows if row["metric"] == metric and row["method"] == method and task in (None, row["task"])
-    ]
+    return [row for row in rows if row["metric"] == metric and row["method"] == method and task in (None, row["task"])]
 
 
 def _auroc_cell(rows: Sequence[Row]) -> str:
@@ -125,7 +124,7 @@ def _auroc_cell(rows: Sequence[Row]) -> str:
 
 def _share(rows: Sequence[Row]) -> str:
     share = max((float(row["flops_share"]) for row in rows), default=0.0)
-    return f"{share:.2%}" if share >= 5e-5 else "under 0.01%"
+    return f"{share * 100:.3g}%" if share >= 1e-4 else "under 0.01%"
 
 
 def _count(rows: Sequence[Row]) -> str:

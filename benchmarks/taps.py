@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tidy import RESULTS, Row, figure_row, result_of, write_json
 
 from safeside.adapters.sizing import flops_share
 from safeside.artifact import create_adapter
@@ -29,6 +28,7 @@ from safeside.train.loop import Loop, Progress
 from safeside.train.recipe import Recipe
 from safeside.train.run import Rows, guard_objective, load_rows
 from safeside.train.taps import LiveTaps, Source, StoredTaps, TapStore
+from tidy import RESULTS, Row, figure_row, result_of, write_json
 
 _LOSS_TOLERANCE = 1e-3  # both sides must do the same work: mean loss of an epoch, float32 on other batch shapes
 

@@ -31,7 +31,7 @@ def figure_row(
 
 
 def result_of(benchmark: str, seconds: float, rows: Sequence[Row], notes: Mapping[str, object]) -> dict[str, object]:
-    """The content of a result file."""
+    """The content of a result file.  ``seconds`` are of this run, which may have found much of the work done."""
     return {
         "benchmark": benchmark,
         "commit": git_commit(),

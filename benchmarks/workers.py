@@ -24,9 +24,8 @@ class Workers:
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        if self.n_workers == 1:
-            torch.set_num_threads(self.n_threads)
-        else:
+        torch.set_num_threads(self.n_threads)
+        if self.n_workers > 1:
             os.environ["OMP_NUM_THREADS"] = str(self.n_threads)  # read by libraries as the processes start
             self.pool = ProcessPoolExecutor(
                 self.n_workers, multiprocessing.get_context("spawn"), _start, (os.getpid(), self.n_threads)

@@ -13,6 +13,7 @@ import argparse
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from docgen.api import api_page, modules_page
@@ -37,19 +38,19 @@ FIGURES = ROOT / "benchmarks" / "tables.py"
 _PART = re.compile(r"(<!-- generated:(\S+) -->\n).*?(<!-- /generated:\2 -->)", re.DOTALL)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check; the exit code is 1 when something is stale."""
     parser = argparse.ArgumentParser(description="Write or check the generated documents.")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--write", action="store_true", help="write what is stale")
     group.add_argument("--check", action="store_true", help="name what is stale, exit 1")
-    is_check = parser.parse_args().check
-    stale = [path for path, text in generated().items() if not path.is_file() or path.read_text("utf-8") != text]
-    for path in stale:
+    is_check = parser.parse_args(arguments).check
+    stale = {path: text for path, text in generated().items() if not path.is_file() or path.read_text("utf-8") != text}
+    for path, text in stale.items():
         print(f"{path.relative_to(ROOT)} is stale: run make docs" if is_check else f"wrote {path.relative_to(ROOT)}")
         if not is_check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(generated()[path], encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
     figures = run_figures("--check" if is_check else "--write")
     return figures or int(bool(stale) and is_check)
 
@@ -57,10 +58,15 @@ def main() -> int:
 def generated() -> dict[Path, str]:
     """Every file with generated text, and what it should hold."""
     files = {ROOT / name: make() for name, make in PAGES.items()}
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        if path not in files and "<!-- generated:" in path.read_text(encoding="utf-8"):
-            files[path] = _PART.sub(_filled, path.read_text(encoding="utf-8"))
-    return files
+    texts = {path: path.read_text(encoding="utf-8") for path in written_pages()}
+    return files | {path: _PART.sub(_filled, text) for path, text in texts.items() if "<!-- generated:" in text}
+
+
+def written_pages() -> list[Path]:
+    """The pages that are written by hand, parts of them perhaps generated."""
+    whole = {ROOT / name for name in PAGES}
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in pages if page not in whole]
 
 
 def _filled(match: re.Match[str]) -> str:
@@ -69,7 +75,8 @@ def _filled(match: re.Match[str]) -> str:
 
 def run_figures(option: str) -> int:
     """Let benchmarks/tables.py do the same for the tables of figures."""
-    return subprocess.run([sys.executable, str(FIGURES), option], cwd=ROOT).returncode if FIGURES.exists() else 0
+    files = [str(path.relative_to(ROOT)) for path in written_pages() if "<!-- table:" in path.read_text("utf-8")]
+    return subprocess.run([sys.executable, str(FIGURES), option, *files], cwd=ROOT).returncode if files else 0
 
 
 if __name__ == "__main__":

@@ -240,6 +240,22 @@ def test_the_record_holds_the_reference_and_the_parts(tiny_base: Base, aligners:
     assert (mixed - final).abs().max() > 1000 * SAME
 
 
+def test_no_gradient_passes_a_tap(tiny_base: Base, aligners: list[Adapter], guard: Adapter) -> None:
+    """Not even into a base that could take one, such as one with a LoRA in training."""
+    tiny_base.model.requires_grad_(True)
+    try:
+        with attach(tiny_base, aligners, [guard]) as attachment:
+            tiny_base.model(IDS)
+            deltas = sum(delta.square().sum() for delta in attachment.record.deltas.values())
+            (deltas + attachment.record.logits["harm"].sum()).backward()
+        assert all(parameter.grad is None for parameter in tiny_base.model.parameters())
+        assert all(parameter.grad is not None for parameter in guard.parameters())
+    finally:
+        tiny_base.model.requires_grad_(False)
+        for adapter in (*aligners, guard):
+            adapter.zero_grad()
+
+
 def test_guards_alone_leave_the_base_bit_for_bit(tiny_base: Base, guard: Adapter) -> None:
     plain = logits_of(tiny_base)
     with attach(tiny_base, guards=[guard]):

@@ -134,7 +134,7 @@ def policies(draw: st.DrawFn) -> Policy:
     return ramp("harm", start, stop, low, high, latched=draw(st.booleans()))
 
 
-@settings(QUICK, max_examples=200)
+@settings(QUICK, max_examples=100)
 @given(policy=policies(), values=st.lists(scores, min_size=2, max_size=8))
 def test_gates_rise_with_the_score_within_their_bounds(policy: Policy, values: list[float]) -> None:
     found = policy.strength(torch.tensor(sorted(values)))

@@ -71,13 +71,18 @@ def test_threads_with_their_own_settings_get_what_each_gets_alone(attachment: At
 
 
 def test_interleaved_caches_never_meet(attachment: Attachment) -> None:
-    alone = [run(attachment, ids, use_cache=False) for ids in (TEXT, OTHER)]
-    caches, found = [DynamicCache(), DynamicCache()], [[], []]
-    for start, stop in ((0, 5), (5, 6), (6, 9), (9, 12)):
-        for index, ids in enumerate((TEXT, OTHER)):
+    """Each goes on at the strength it began with, whichever ran last."""
+    settings = [(TEXT, 0.3), (OTHER, 1.2), (OTHER, ramp("harm", ceiling=2.0))]
+    caches, found, alone = [DynamicCache() for _ in settings], [[] for _ in settings], []
+    for index, (ids, strength) in enumerate(settings):
+        with attachment.request(strength=strength, prompt_end=[4]):
+            alone.append(run(attachment, ids, use_cache=False))
+            found[index].append(run(attachment, ids[:, :5], caches[index]))
+    for start, stop in ((5, 6), (6, 9), (9, 12)):
+        for index, (ids, _) in enumerate(settings):
             found[index].append(run(attachment, ids[:, start:stop], caches[index]))
-    for index in (0, 1):
-        close(torch.cat(found[index], 1), alone[index])
+    for index, expected in enumerate(alone):
+        close(torch.cat(found[index], 1), expected)
 
 
 def test_a_cache_keeps_the_settings_it_began_with(attachment: Attachment) -> None:

@@ -26,12 +26,12 @@ def supported_page() -> str:
     families = [FAMILIES.get(name) for name in built_in(FAMILIES)]
     return page(
         "What is supported",
-        f"Every line of the first two lists is run by the suite (`{TABLE}`). A refused way raises `UnsupportedError`; "
+        f"Every row of the first two tables is run by the suite (`{TABLE}`). A refused way raises `UnsupportedError`; "
         "nothing is left to fail in silence.",
         "## Ways of running a base that work",
-        "\n".join(f"- {way.name}" for way in ways if way.supported),
+        table(["way", "note"], [[way.name, way.note] for way in ways if way.supported]),
         "## Ways that are refused",
-        table(["way", "the error says"], [[way.name, code(way.message)] for way in ways if not way.supported]),
+        table(["way", "instead"], [[way.name, way.note] for way in ways if not way.supported]),
         "## Model families",
         "Any other architecture is an `UnsupportedError` until it is registered with "
         "[`register_family`](api.md#register_family).",
@@ -47,10 +47,9 @@ def supported_page() -> str:
     )
 
 
-def refused_line() -> str:
-    """The names of all refused ways, as one sentence."""
-    names = [way.name for way in _ways() if not way.supported]
-    return f"Refused by name, each with a test: {', '.join(names[:-1])} and {names[-1]}."
+def refused() -> list[str]:
+    """The names of all refused ways."""
+    return [way.name for way in _ways() if not way.supported]
 
 
 def built_in(registry: Registry[Any]) -> list[str]:

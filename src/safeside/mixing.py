@@ -1,8 +1,8 @@
 """The mix of base and aligners, and the policies that set its strength.
 
 Heads are linear, so mixing final states is mixing logits: ``h = h_base + sum_i s_i * delta_i`` gives
-``z = (1 - s) z_base + s z_side`` for one aligner (design, section 2).  Sums run in float32 and are cast once; a token
-whose strengths are all 0 keeps the base's state by selection, so it stays the base bit for bit.
+``z = (1 - s) z_base + s z_side`` for one aligner.  Sums run in float32 and are cast once; a token whose strengths are
+all 0 keeps the base's state by selection, so it stays the base bit for bit.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``low`` below the guard's ``threshold`` and ``high`` from it on (DSA's targeted alignment, section 4)."""
+    """``low`` below the guard's ``threshold`` and ``high`` from it on (the targeted alignment of DSA)."""
 
     guard: str
     """Name of the guard; of several labels the highest score counts."""
@@ -149,12 +149,13 @@ def step(
     threshold: float | None = None,
     low: float = 0.0,
     high: float = 1.0,
+    *,
     latched: bool = True,
 ) -> Step:
     """Strength ``high`` where the guard's score reaches ``threshold``, else ``low``.
 
-    This is the targeted alignment of DSA, section 4.  Without ``threshold`` it is the guard's own calibrated one, and
-    of several labels the lowest: what flags is aligned.
+    This is DSA's targeted alignment.  Without ``threshold`` it is the guard's own calibrated one, and of several labels
+    the lowest: what flags is aligned.
 
     ``latched`` decides once, by the score at the prompt's end; otherwise every token decides for itself.  A score that
     is not a number gets ``high``.  Thresholds outside [0, 1], strengths outside [0, 2] and ``low`` above ``high`` are
@@ -175,6 +176,7 @@ def ramp(
     high: float = 0.8,
     floor: float = 0.0,
     ceiling: float = 1.0,
+    *,
     latched: bool = True,
 ) -> Ramp:
     """Strength that rises from ``floor`` at score ``low`` to ``ceiling`` at score ``high``, in a straight line.

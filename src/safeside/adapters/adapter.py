@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safeside.adapters.blocks import Norm
 from safeside.adapters.config import AdapterConfig, Calibration
 from safeside.base.taps import SideCache, Tape
 from safeside.registry import Registry
@@ -72,7 +73,7 @@ class GuardHead(nn.Module):
 
     def __init__(self, width: int, n_labels: int, pooled: bool) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = Norm(width)
         self.query = nn.Parameter(torch.zeros(width)) if pooled else None
         self.linear = nn.Linear(width, n_labels)
         self.register_buffer("scale", torch.ones(n_labels), persistent=False)
@@ -114,7 +115,7 @@ class DeltaHead(nn.Module):
 
     def __init__(self, width: int, d_model: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = Norm(width)
         self.up = nn.Linear(width, d_model, bias=False)
         nn.init.zeros_(self.up.weight)
 

@@ -12,6 +12,16 @@ from safeside.base.taps import SideCache
 _ROPE_BASE = 10000.0
 
 
+class Norm(nn.RMSNorm):
+    """Root-mean-square norm in the dtype of its weight: under autocast its input comes in another one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, states: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
+        return super().forward(states.to(self.weight.dtype))
+
+
 class Rotary(nn.Module):
     """Cosines and sines for rotary positions, computed in float32 whatever the dtype of the network."""
 
@@ -79,9 +89,9 @@ class SideBlock(nn.Module):
 
     def __init__(self, width: int, head_dim: int, hidden: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = Norm(width)
         self.attention = Attention(width, head_dim)
-        self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward_norm = Norm(width)
         self.feed_forward = GatedFeedForward(width, hidden)
 
     def forward(

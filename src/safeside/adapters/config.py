@@ -87,7 +87,7 @@ class AdapterConfig(BaseModel):
     gate: Literal["layer", "channel"] = "layer"
     """Whether ``lst`` learns one gate for each tapped layer, or one for each of its channels."""
     bottleneck: int = Field(32, ge=1, le=_MOST)
-    """Hidden width of ``rtb``'s token-wise networks (Res-Tuning, section 3.3)."""
+    """Hidden width of ``rtb``'s token-wise networks."""
     readout: Literal["last", "attention"] = "last"
     """A guard reads the newest token's side state, or an attention-weighted mean of all so far."""
     labels: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""LST, ladder side-tuning: a narrow transformer beside the base (Sung et al. 2022, section 3; DSA, section 3).
+"""LST, ladder side-tuning: a narrow transformer beside the base (Sung et al. 2022, section 3; used by DSA).
 
 ``x_0 = D_0 h_0``; ``m_l = mu_l x_{l-1} + (1 - mu_l) D_l h_l`` with ``mu_l = sigmoid(alpha_l / 0.1)`` and alpha_l = 0 at
 the start; ``x_l = Block_l(m_l)``.  Layer 0 is the embedding; when it is not tapped, x_0 is the first tap's projection.

@@ -1,4 +1,4 @@
-"""PLR, prediction from the last representation: a head on one state, linear or through a small MLP (DSA, section 3)."""
+"""PLR, prediction from the last representation: a head on one state, linear or through a small MLP (DSA)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RTB, the Res-Tuning bypass: ``b_l = A_lat(h_l) + A_vert(b_{l-1})`` (Res-Tuning, section 3.3; DSA, section 3).
+"""RTB, the Res-Tuning bypass: ``b_l = A_lat(h_l) + A_vert(b_{l-1})`` (Jiang et al. 2023; used by DSA).
 
 Token-wise: it mixes depth, never positions.  The bypass keeps the full width, so only its running value is stored.
 """

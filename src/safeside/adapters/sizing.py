@@ -1,7 +1,7 @@
 """What an adapter costs beside its base, and the dial that picks one of a wanted size.
 
-Cost is counted in matmul multiply-adds a token (design, section 2): every weight matrix is used once, so the count is
-the number of matrix entries.  The base counts its blocks and one head pass (for mixtures of experts only the experts a
+Cost is counted in matmul multiply-adds a token: every weight matrix is used once, so the count is the number of
+matrix entries.  The base counts its blocks and one head pass (for mixtures of experts only the experts a
 token visits); attention scores are left out on both sides.
 """
 

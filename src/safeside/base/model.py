@@ -290,7 +290,8 @@ def load_base(
     """Load a base from ``"builtin"``, a folder or a hub name, frozen and in evaluation mode.
 
     ``dtype`` is float32 on CPU and the checkpoint's own elsewhere unless given (a torch dtype or its name).  No remote
-    code is ever run.  Unknown architectures are an UnsupportedError that names ``register_family``.
+    code is ever run.  What cannot be found is an InputError; an unknown architecture is an UnsupportedError that names
+    ``register_family``.
     """
     name = str(name_or_path)
     folder = _checkpoint_folder(name, revision)

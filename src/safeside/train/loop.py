@@ -187,7 +187,7 @@ class Loop:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
                 loss = self.loss_of(mine)
             if not loss.isfinite():
-                raise NotFiniteError(f"The loss is {float(loss)} at step {self.state.step}; lower the learning rate.")
+                raise NotFiniteError(f"The loss is {float(loss.detach())} at step {self.state.step}; lower the learning rate.")
             share = loss * (sum(self.weights[row] for row in mine) / weight)
             share.backward()  # type: ignore[no-untyped-call]
             total += share.detach()

@@ -16,7 +16,7 @@ def guard_loss(
     soft: Float[Tensor, "B K"] | None = None,
     soft_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Binary cross-entropy over K labels; with ``soft`` targets in [0, 1] the weighted sum of both (DSA, section 3).
+    """Binary cross-entropy over K labels; with ``soft`` targets in [0, 1] the weighted sum of both (DSA).
 
     ``positive_weight`` multiplies the loss of harmful rows, label by label.
     """

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from safeside.adapters.adapter import TRUNKS
 from safeside.adapters.config import AdapterConfig, HeadDim
 from safeside.adapters.sizing import make_config, sized_config
 from safeside.base.model import Base
@@ -146,8 +147,9 @@ class Recipe(_Section):
     """For guards: the threshold."""
 
     def adapter_config(self, base: Base) -> AdapterConfig:
-        """The adapter's configuration on ``base``."""
+        """The adapter's configuration on ``base``; an unknown kind is an UnknownNameError."""
         section = self.adapter
+        TRUNKS.get(section.kind)
         options: dict[str, object] = {"name": self.name, "kind": section.kind, "role": section.role}
         options["head_dim"] = section.head_dim
         for field in (

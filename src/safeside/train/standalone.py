@@ -13,7 +13,6 @@ from torch import nn
 
 from safeside.adapters.adapter import Adapter, GuardHead
 from safeside.adapters.blocks import Rotary, SideBlock
-from safeside.adapters.lst import Lst
 from safeside.adapters.sizing import adapter_matmuls
 from safeside.base.model import Base
 from safeside.base.taps import Tape
@@ -61,19 +60,19 @@ def create_standalone(base: Base, adapter: Adapter, seed: int = 0) -> Standalone
     """A fresh Standalone with the base's vocabulary that costs what the LST guard ``adapter`` costs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Standalone(matched_shape(adapter, base.model.get_input_embeddings().num_embeddings))
+        model = Standalone(matched_shape(adapter, base.model.config.get_text_config().vocab_size))
     return model.to(base.device)
 
 
 def matched_shape(adapter: Adapter, n_tokens: int) -> StandaloneShape:
     """The adapter's depth and width, and the feed-forward that brings the multiply-adds closest to the adapter's."""
-    trunk = adapter.trunk
-    if not isinstance(trunk, Lst) or adapter.config.role != "guard":
+    config = adapter.config
+    if config.kind != "lst" or config.role != "guard":
         raise ConfigError(
-            f"A standalone baseline is matched to a guard of kind 'lst'; got {adapter.config.kind!r} with role "
-            f"{adapter.config.role!r}. Pass an LST guard."
+            f"A standalone baseline is matched to a guard of kind 'lst'; got {config.kind!r} with role {config.role!r}. "
+            "Pass an LST guard."
         )
-    config, depth = adapter.config, len(trunk.blocks)
+    depth = max(1, len(config.layers) - 1)  # as Lst builds it
     left = adapter_matmuls(adapter) - config.width * len(config.labels) - depth * 4 * config.width**2
     return StandaloneShape(
         n_tokens=n_tokens,

@@ -1,0 +1,118 @@
+"""Tables come from result files, and a block that differs from its file is found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import tables
+
+PAGE = "# Title\n\n<!-- table:core -->\nold\n<!-- /table:core -->\n\nThe end.\n"
+
+
+def figure(metric: str, value: float, **labels: object) -> dict[str, object]:
+    row = {"metric": metric, "value": value, "low": value - 0.1, "high": value + 0.1, "n": 90, "n_unscored": 0}
+    return {"flops_share": 0.0755, "config_hash": "h", "base": "builtin", "seed": 0, **row, **labels}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with a core.json of one task, two methods and two seeds."""
+    rows = [
+        figure("auroc", value, task="toxigen", method=method, seed=seed)
+        for method, values in {"lst": (0.8, 0.82), "plr": (0.6, 0.7)}.items()
+        for seed, value in enumerate(values)
+    ]
+    rows += [figure("trainable_params", 1234, task="toxigen", method=method) for method in ("lst", "plr")]
+    rows.append(figure("flops_share", 0.5, task="geometry", method="lst", base="Big-7B"))
+    write(tmp_path / "core.json", rows)
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text(json.dumps({"commit": "abc", "machine": "a CPU", "rows": rows}))
+
+
+def test_core_table_holds_the_mean_and_the_widest_interval(results: Path) -> None:
+    table = tables.core_table(results / "core.json")
+    assert "| task | plr | lst |" in table
+    assert "| toxigen (90 test rows) | 0.650 (0.500 to 0.800) | 0.810 (0.700 to 0.920) |" in table
+    assert "| multiply-adds, share of the base | 7.55% | 7.55% |" in table
+    assert "| trainable parameters | 1,234 | 1,234 |" in table
+    assert "2 seeds" in table
+    assert "Big-7B" not in table
+
+
+def test_geometry_table_has_a_line_for_each_base(results: Path) -> None:
+    shares = {"plr": 5e-7, "lst": 0.00999}
+    rows = [
+        figure("flops_share", share, method=method, base="Big-7B", flops_share=share)
+        for method, share in shares.items()
+    ]
+    write(results / "geometry.json", rows)
+    assert "| Big-7B | under 0.01% | 0.999% |" in tables.geometry_table(results / "geometry.json")
+
+
+def test_taps_table_tells_the_speed_up(results: Path) -> None:
+    rows = [figure("train_seconds", 40.0, method="live"), figure("train_seconds", 20.0, method="stored")]
+    write(results / "taps.json", [*rows, figure("speed_up", 2.0, method="stored", n=10)])
+    table = tables.taps_table(results / "taps.json")
+    assert "| states stored once (storing included) | 20.0 | 2.00x (1.90 to 2.10) |" in table
+
+
+def test_a_missing_result_file_is_said(tmp_path: Path) -> None:
+    for name, table in tables.TABLES.items():
+        assert f"make bench-{name}" in table(tmp_path / f"{name}.json")
+
+
+def test_a_stale_block_fails_the_check_and_is_written_anew(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert tables.main(["--check", "--results", str(results), str(page)]) == 1
+    assert "stale" in capsys.readouterr().err
+    assert page.read_text() == PAGE
+    assert tables.main(["--write", "--results", str(results), str(page)]) == 0
+    assert tables.main(["--check", "--results", str(results), str(page)]) == 0
+    written = page.read_text()
+    assert "0.810" in written
+    assert written.startswith("# Title\n\n<!-- table:core -->\n")
+    assert written.endswith("<!-- /table:core -->\n\nThe end.\n")
+
+
+def test_a_new_figure_makes_the_block_stale(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    tables.main(["--write", "--results", str(results), str(page)])
+    result = json.loads((results / "core.json").read_text())
+    result["rows"][0]["value"] = 0.9
+    (results / "core.json").write_text(json.dumps(result))
+    assert tables.main(["--check", "--results", str(results), str(page)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<!-- table:core -->\nno end\n", "partner"),
+        ("<!-- /table:core -->\n", "partner"),
+        ("<!-- table:cost -->\n<!-- /table:cost -->\n", "no table 'cost'"),
+    ],
+)
+def test_a_broken_block_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, problem: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    assert tables.main(["--write", str(page)]) == 1
+    assert problem in capsys.readouterr().err
+    assert page.read_text() == text
+
+
+def test_a_page_without_blocks_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# No tables\n")
+    assert tables.main(["--check", str(page)]) == 0

@@ -1,0 +1,171 @@
+"""Scores of whole texts: the same one by one and in any batch, the highest of a text's windows, never a lost row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from safeside import Adapter, Base, Message, attach
+from safeside.adapters.config import Calibration
+from safeside.errors import AttachmentError, InputError
+from safeside.guards.score import judge, score_conversations
+from safeside.guards.windows import windows
+from twin import run_by_hand
+
+# Padding to another length changes the order of float32 sums; scores differ in their last digits.
+SAME_SCORE = 1e-5
+TEXTS = ["how can this be?", "the cat", "a" * 60, "they said there and then " * 5, "no", "sat on the hat; 123"]
+LONG = "the cat sat on the mat and then " * 40
+
+
+def user(*texts: str) -> list[list[Message]]:
+    return [[Message("user", text)] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def guards(session_base: Base, random_guard: Callable[..., Adapter]) -> list[Adapter]:
+    second = random_guard(session_base, name="two", seed=5, kind="rtb", labels=("a", "b"))
+    return [random_guard(session_base, readout="attention"), second]
+
+
+def by_hand(base: Base, guard: Adapter, messages: list[Message]) -> torch.Tensor:
+    """The guard's scores (K,) at a text's last token, without hooks, padding or batches."""
+    return run_by_hand(base, guard, torch.tensor([base.encode(messages).ids])).scores[0, -1]
+
+
+def spoilt(guard: Adapter) -> Adapter:
+    """The guard with a weight that is not a number."""
+    with torch.no_grad():
+        guard.head.linear.weight[0, 0] = math.nan
+    return guard
+
+
+def test_scores_are_those_of_the_slow_twin_in_order(tiny_base: Base, guards: list[Adapter]) -> None:
+    scored = score_conversations(tiny_base, guards, user(*TEXTS), batch_size=4)
+    assert len(scored) == len(TEXTS)
+    for row, messages in zip(scored, user(*TEXTS), strict=True):
+        for guard in guards:
+            expected = by_hand(tiny_base, guard, messages)
+            assert row.by_guard[guard.name] == pytest.approx(expected.tolist(), abs=SAME_SCORE)
+        assert (row.n_windows, row.problem) == (1, None)
+    assert len({row.by_guard["harm"] for row in scored}) == len(TEXTS)  # they differ, so their order is seen
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
+def test_other_rows_of_a_batch_change_nothing(tiny_base: Base, guards: list[Adapter], batch_size: int) -> None:
+    whole = score_conversations(tiny_base, guards, user(*TEXTS))
+    turned = score_conversations(tiny_base, guards, user(*TEXTS[::-1]), batch_size=batch_size)[::-1]
+    for first, second in zip(whole, turned, strict=True):
+        for name, values in first.by_guard.items():
+            assert second.by_guard[name] == pytest.approx(values, abs=SAME_SCORE)
+
+
+def test_an_answer_is_scored_at_its_end(tiny_base: Base, guards: list[Adapter]) -> None:
+    talk = [
+        Message("user", "how?"),
+        Message("assistant", "like this"),
+        Message("user", "and?"),
+        Message("assistant", "no"),
+    ]
+    (row,) = score_conversations(tiny_base, guards, [talk])
+    assert row.by_guard["harm"] == pytest.approx(by_hand(tiny_base, guards[0], talk).tolist(), abs=SAME_SCORE)
+
+
+def test_a_long_text_gets_the_highest_score_of_its_windows(tiny_base: Base, guards: list[Adapter]) -> None:
+    (message,) = user(LONG)
+    parts = windows(tiny_base, message)
+    scored = score_conversations(tiny_base, guards, [message, *user(*TEXTS)], batch_size=3)
+    assert [row.n_windows for row in scored] == [len(parts)] + [1] * len(TEXTS)
+    for guard in guards:
+        expected = torch.stack([by_hand(tiny_base, guard, list(part)) for part in parts]).amax(0)
+        assert scored[0].by_guard[guard.name] == pytest.approx(expected.tolist(), abs=SAME_SCORE)
+    (verdicts, *_) = judge(tiny_base, guards, [message])
+    assert all(f"highest of {len(parts)} windows" in verdict.reason for verdict in verdicts)
+
+
+def test_a_score_that_is_not_a_number_wins_and_flags(
+    tiny_base: Base, random_guard: Callable[..., Adapter], guards: list[Adapter]
+) -> None:
+    broken = spoilt(random_guard(tiny_base, name="broken"))
+    texts = user(LONG, "hi")
+    for row in score_conversations(tiny_base, [guards[0], broken], texts):
+        assert math.isnan(row.by_guard["broken"][0])
+        assert math.isfinite(row.by_guard["harm"][0])
+        assert row.problem == "a score is not a number"
+    for sound, verdict in judge(tiny_base, [guards[0], broken], texts):
+        assert verdict.flagged
+        assert math.isnan(verdict.score)
+        assert verdict.reason.startswith("the score is not a number: failing closed")
+        assert "not a number" not in sound.reason
+
+
+def test_one_bad_window_is_enough(tiny_base: Base, guards: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of which one window cannot be scored has no score, wherever that window stands."""
+    n_windows = len(windows(tiny_base, user(LONG)[0]))
+    for broken_row in range(n_windows):
+        forward = Adapter.forward
+
+        def spoil(self: Adapter, *args: object, forward=forward, broken_row: int = broken_row) -> object:
+            output = forward(self, *args)
+            output.scores[broken_row] = math.nan
+            return output
+
+        monkeypatch.setattr(Adapter, "forward", spoil)
+        (row,) = score_conversations(tiny_base, guards[:1], user(LONG))
+        assert math.isnan(row.by_guard["harm"][0])
+        monkeypatch.undo()
+
+
+def test_a_conversation_that_cannot_be_encoded_stops_no_other(tiny_base: Base, guards: list[Adapter]) -> None:
+    too_large = [Message("user", LONG), Message("assistant", LONG)]
+    conversations = [*user("hi"), too_large, *user("\ud800"), [], *user("the cat")]
+    first, large, surrogate, empty, last = score_conversations(tiny_base, guards, conversations)
+    assert first.problem is last.problem is None
+    for row, words in ((large, "cannot be cut"), (surrogate, "not valid Unicode"), (empty, "at least one message")):
+        assert words in str(row.problem)
+        assert all(math.isnan(score) for scores in row.by_guard.values() for score in scores)
+    verdicts = judge(tiny_base, guards, conversations)
+    assert all(verdict.flagged and "cannot be cut" in verdict.reason for verdict in verdicts[1])
+
+
+def test_progress_counts_every_conversation_once(tiny_base: Base, guards: list[Adapter]) -> None:
+    told: list[int] = []
+    conversations = [*user(LONG, *TEXTS, LONG), []]
+    score_conversations(tiny_base, guards, conversations, batch_size=2, advance=told.append)
+    assert sum(told) == len(conversations)
+
+
+def test_no_conversation_is_no_score(tiny_base: Base, guards: list[Adapter]) -> None:
+    assert score_conversations(tiny_base, guards, []) == []
+    assert judge(tiny_base, guards, []) == []
+
+
+def test_verdicts_carry_calibration_and_label(tiny_base: Base, random_guard: Callable[..., Adapter]) -> None:
+    guard = random_guard(tiny_base, labels=("a", "b"))
+    guard.set_calibration(Calibration(scale=(1e-6, 1e-6), bias=(0.0, 2.0), threshold=(0.4, 0.99)))
+    ((verdict,),) = judge(tiny_base, [guard], user("hi"))
+    assert (verdict.label, verdict.flagged, verdict.threshold) == ("a", True, 0.4)
+    assert verdict.score == pytest.approx(0.5, abs=1e-3)
+
+
+def test_encoders_are_scored_too(tiny_family: Callable[[str], Base], random_guard: Callable[..., Adapter]) -> None:
+    base = tiny_family("bert")
+    guard = random_guard(base)
+    texts = user("the cat", LONG, "no")
+    scored = score_conversations(base, [guard], texts)
+    assert scored[1].n_windows > 1
+    assert scored[0].by_guard["harm"] == pytest.approx(by_hand(base, guard, texts[0]).tolist(), abs=SAME_SCORE)
+
+
+def test_nothing_is_left_attached(
+    tiny_base: Base, guards: list[Adapter], random_aligner: Callable[..., Adapter]
+) -> None:
+    score_conversations(tiny_base, guards, user("hi"))
+    assert tiny_base.attachment is None
+    with pytest.raises(InputError, match="has role 'align' but was passed as 'guard'"):
+        score_conversations(tiny_base, [random_aligner(tiny_base)], user("hi"))
+    with attach(tiny_base, guards=guards), pytest.raises(AttachmentError, match="already has an attachment"):
+        score_conversations(tiny_base, guards, user("hi"))

@@ -1,0 +1,123 @@
+"""Windows: each fits the context, and together they show every character of the text."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from safeside import Base, Message
+from safeside.errors import InputError
+from safeside.guards.windows import windows
+from tiny import N_POSITIONS, SPECIAL
+from tokenizers_for_tests import KINDS, shared_tokenizer
+
+LONG = " ".join(f"{index} {string.ascii_letters[index % 52]}" for index in range(400))
+
+
+def n_tokens(base: Base, messages: tuple[Message, ...]) -> int:
+    return len(base.encode(messages).ids)
+
+
+def is_covered(text: str, pieces: list[str]) -> bool:
+    """Whether pieces, in their order, show every character of ``text`` but white space between them."""
+    reached = 0
+    for piece in pieces:
+        start = text.rfind(piece, 0, reached + len(piece))  # as far on as it can stand without a gap
+        if start < 0:
+            start = text.find(piece, reached)
+        if start < 0 or text[reached:start].strip():
+            return False
+        reached = max(reached, start + len(piece))
+    return not text[reached:].strip()
+
+
+@pytest.mark.parametrize("text", ["hi", "", "the cat " * 20])
+def test_what_fits_is_one_window_as_it_is(tiny_base: Base, text: str) -> None:
+    assert windows(tiny_base, [Message("user", text)]) == [(Message("user", text),)]
+
+
+def test_a_long_text_is_cut_into_overlapping_windows_that_fit(tiny_base: Base) -> None:
+    parts = windows(tiny_base, [Message("user", LONG)])
+    pieces = [part[0].content for part in parts]
+    assert len(parts) > 3
+    assert is_covered(LONG, pieces)
+    assert all(n_tokens(tiny_base, part) <= N_POSITIONS for part in parts)
+    assert all(n_tokens(tiny_base, part) > 0.85 * N_POSITIONS for part in parts[:-1])  # no more windows than needed
+    for before, after in pairwise(pieces):
+        shared = max(size for size in range(len(before) + 1) if after.startswith(before[len(before) - size :]))
+        assert 0.2 * len(before) < shared < 0.35 * len(before)
+
+
+def test_a_limit_may_be_given(tiny_base: Base) -> None:
+    parts = windows(tiny_base, [Message("user", LONG)], 64)
+    assert all(n_tokens(tiny_base, part) <= 64 for part in parts)
+    assert is_covered(LONG, [part[0].content for part in parts])
+
+
+def test_only_the_longest_message_is_cut(tiny_base: Base) -> None:
+    messages = [Message("system", "be kind"), Message("user", "tell me"), Message("assistant", LONG)]
+    parts = windows(tiny_base, messages)
+    assert {part[:2] for part in parts} == {tuple(messages[:2])}
+    assert is_covered(LONG, [part[2].content for part in parts])
+    assert all(n_tokens(tiny_base, part) <= N_POSITIONS for part in parts)
+    first = windows(tiny_base, [Message("user", LONG), Message("assistant", "no")])
+    assert {part[1] for part in first} == {Message("assistant", "no")}
+
+
+def test_messages_that_leave_no_room_are_an_error(tiny_base: Base) -> None:
+    other = Message("user", "x" * (N_POSITIONS - 30))
+    with pytest.raises(InputError, match=r"for a context of 256, and its longest message cannot be cut small enough"):
+        windows(tiny_base, [other, Message("assistant", LONG)])
+    with pytest.raises(InputError, match="Score its messages apart"):
+        windows(tiny_base, [Message("user", LONG)], 34)
+
+
+@pytest.mark.parametrize("spelling", SPECIAL)
+def test_text_that_spells_control_tokens_still_fits(tiny_base: Base, spelling: str) -> None:
+    """Such text takes many more tokens as plain text than as control tokens."""
+    text = spelling * 300
+    parts = windows(tiny_base, [Message("user", text)])
+    assert len(parts) > 1
+    assert all(n_tokens(tiny_base, part) <= N_POSITIONS for part in parts)
+    assert len("".join(part[0].content for part in parts)) >= len(text)
+
+
+def test_white_space_alone_takes_one_window(tiny_base: Base) -> None:
+    text = "\n \t" * 300
+    (part,) = windows(tiny_base, [Message("user", text)])
+    assert n_tokens(tiny_base, part) <= N_POSITIONS
+    padded = windows(tiny_base, [Message("user", text + "kill" + text)])
+    assert any("kill" in part[0].content for part in padded)
+    assert all(n_tokens(tiny_base, part) <= N_POSITIONS for part in padded)
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS])
+@pytest.mark.filterwarnings("ignore:The tokenizer has no chat template")
+def test_every_kind_of_tokenizer_can_be_cut(tiny_base: Base, kind: str) -> None:
+    """Slow ones too, which tell no offsets."""
+    base = replace(tiny_base, tokenizer=shared_tokenizer(kind))
+    parts = windows(base, [Message("user", LONG)], 100)
+    assert len(parts) > 3
+    assert all(n_tokens(base, part) <= 100 for part in parts)
+    assert is_covered(LONG, [part[0].content for part in parts])
+
+
+PIECES = st.sampled_from([*SPECIAL, " ", "\n", "the ", "caf\u00e9", "\U0001f600", "a" * 30, "?!", "\u4f60\u597d"])
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(PIECES | st.text(st.characters(codec="utf-8"), max_size=20), max_size=40), times=st.integers(1, 9)
+)
+def test_any_text_is_covered_by_windows_that_fit(tiny_base: Base, parts: list[str], times: int) -> None:
+    text = "".join(parts) * times
+    found = windows(tiny_base, [Message("user", text)], 80)
+    assert found
+    assert all(n_tokens(tiny_base, part) <= 80 for part in found)
+    if text.strip():
+        assert is_covered(text, [part[0].content for part in found])

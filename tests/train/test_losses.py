@@ -1,0 +1,117 @@
+"""Losses against twins written out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+
+from safeside.train.losses import answer_loss, balanced_weight, guard_loss
+
+SAME = 1e-6  # float32 sums of a few dozen terms
+
+
+def logit_loss(logit: float, target: float, positive: float = 1.0) -> float:
+    score = 1 / (1 + math.exp(-logit))
+    return -(positive * target * math.log(score) + (1 - target) * math.log(1 - score))
+
+
+def mean_loss(logits: Tensor, targets: Tensor, positive: Sequence[float]) -> float:
+    losses = [
+        logit_loss(logits[row, label].item(), targets[row, label].item(), positive[label])
+        for row in range(logits.shape[0])
+        for label in range(logits.shape[1])
+    ]
+    return sum(losses) / len(losses)
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels and soft targets of 8 rows with 3 labels."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 3, generator=generator) * 2
+    labels = (torch.rand(8, 3, generator=generator) < 0.4).float()
+    return logits, labels, torch.rand(8, 3, generator=generator)
+
+
+def test_guard_loss_is_cross_entropy_over_all_labels(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, _ = rows
+    assert guard_loss(logits, labels).item() == pytest.approx(mean_loss(logits, labels, [1, 1, 1]), abs=SAME)
+
+
+def test_class_weights_count_harmful_rows_by_label(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, _ = rows
+    weight = torch.tensor([2.0, 0.5, 7.0])
+    expected = mean_loss(logits, labels, weight.tolist())
+    assert guard_loss(logits, labels, positive_weight=weight).item() == pytest.approx(expected, abs=SAME)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_soft_targets_take_their_share(rows: tuple[Tensor, Tensor, Tensor], share: float) -> None:
+    logits, labels, soft = rows
+    expected = (1 - share) * mean_loss(logits, labels, [3, 1, 1]) + share * mean_loss(logits, soft, [1, 1, 1])
+    weight = torch.tensor([3.0, 1.0, 1.0])
+    found = guard_loss(logits, labels, positive_weight=weight, soft=soft, soft_weight=share)
+    assert found.item() == pytest.approx(expected, abs=SAME)
+
+
+def test_losses_are_float32_whatever_comes_in(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, _ = rows
+    assert guard_loss(logits.bfloat16(), labels).dtype == torch.float32
+    ids, mask = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, True]])
+    assert answer_loss(torch.randn(1, 3, 5).bfloat16(), ids, mask).dtype == torch.float32
+
+
+def test_balanced_weights_give_both_classes_the_same_say() -> None:
+    labels = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    weight = balanced_weight(labels)
+    assert weight.tolist() == [4.0, pytest.approx(2 / 3)]
+    for label in range(2):
+        harmful = labels[:, label].sum()
+        assert weight[label] * harmful == pytest.approx(len(labels) - harmful)
+
+
+def test_balanced_weights_of_one_class_stay_finite() -> None:
+    assert balanced_weight(torch.zeros(4, 1)).tolist() == [3.0]
+    assert balanced_weight(torch.ones(4, 1)).tolist() == [0.25]
+
+
+def test_answer_loss_predicts_each_answer_token_from_the_one_before() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, ids = torch.randn(2, 6, 9, generator=generator), torch.randint(0, 9, (2, 6), generator=generator)
+    is_answer = torch.tensor([[False, False, True, True, True, False], [False, False, False, False, True, True]])
+    losses = [
+        -logits[row, place - 1].log_softmax(-1)[ids[row, place]].item()
+        for row in range(2)
+        for place in range(6)
+        if is_answer[row, place]
+    ]
+    assert answer_loss(logits, ids, is_answer).item() == pytest.approx(sum(losses) / len(losses), abs=SAME)
+
+
+def test_answer_loss_sees_no_prompt_and_no_padding() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, ids = torch.randn(1, 6, 9, generator=generator), torch.randint(0, 9, (1, 6), generator=generator)
+    is_answer = torch.tensor([[False, False, True, True, False, False]])
+    before = answer_loss(logits, ids, is_answer)
+    logits[0, 0] = 50.0  # predicts a prompt token
+    logits[0, 3:] = -50.0  # predict padding
+    ids[0, :2], ids[0, 4:] = 8, 8
+    assert torch.equal(answer_loss(logits, ids, is_answer), before)
+
+
+def test_answer_loss_reaches_exactly_the_places_before_answers() -> None:
+    logits = torch.randn(1, 6, 9, requires_grad=True)
+    is_answer = torch.tensor([[False, False, True, True, False, False]])
+    answer_loss(logits, torch.zeros(1, 6, dtype=torch.long), is_answer).backward()
+    assert (logits.grad[0].abs().sum(-1) > 0).tolist() == [False, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("function", [guard_loss, balanced_weight, answer_loss])
+def test_shapes_in_annotations_can_be_read(function: object) -> None:
+    """An unquoted axis such as ``Float[Tensor, K]`` is a name that does not exist."""
+    assert get_type_hints(function)["return"]

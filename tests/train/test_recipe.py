@@ -1,0 +1,189 @@
+"""Recipes: every field, and every mistake named before anything is computed."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from safeside import Base, flops_share, make_config
+from safeside.adapters.adapter import Adapter
+from safeside.errors import ConfigError, UnknownNameError
+from safeside.train.recipe import Recipe, read_recipe
+
+EVERYTHING = """
+name = "harm"
+output = "runs/harm"
+seed = 7
+stored_dtype = "bfloat16"
+[base]
+name = "some/base"
+revision = "main"
+dtype = "bfloat16"
+[data]
+train = ["a.jsonl", "demo:train.jsonl.gz"]
+validation = ["b.jsonl"]
+limit = 100
+[adapter]
+kind = "lst"
+role = "guard"
+labels = ["harm", "hate"]
+layers = [0, 2, 3]
+width = 64
+feed_forward = 48
+head_dim = 32
+tap_rank = 4
+gate = "channel"
+bottleneck = 16
+readout = "attention"
+[training]
+epochs = 2
+batch_size = 8
+accumulation = 4
+learning_rate = 1e-4
+weight_decay = 0.5
+warmup = 0.25
+max_gradient_norm = 2.0
+patience = 1
+precision = "bfloat16"
+class_weights = "balanced"
+soft_weight = 0.5
+cache_taps = false
+checkpoint_seconds = 5
+[calibration]
+false_positive_rate = 0.01
+"""
+LEAST = """
+name = "harm"
+output = "runs/harm"
+[data]
+train = ["a.jsonl"]
+validation = ["b.jsonl"]
+"""
+
+
+def read(tmp_path: Path, text: str | bytes) -> Recipe:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_recipe(path)
+
+
+def test_every_field_is_read_as_it_stands(tmp_path: Path) -> None:
+    recipe = read(tmp_path, EVERYTHING)
+    values = recipe.model_dump(exclude_none=True)
+    written = tomllib.loads(EVERYTHING)
+    for section, fields in written.items():
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            found = values[section][name]
+            assert (list(found) if isinstance(found, tuple) else found) == value
+    for name in ("name", "output", "seed", "stored_dtype"):
+        assert values[name] == written[name]
+    # What the text leaves out is the second and third way to set the width.
+    assert set(Recipe.model_fields) == set(written)
+    for section in ("base", "data", "training", "calibration"):
+        assert set(values[section]) == set(written[section])
+    assert set(type(recipe.adapter).model_fields) - set(written["adapter"]) == {"size", "reduction"}
+
+
+def test_most_fields_have_defaults(tmp_path: Path) -> None:
+    recipe = read(tmp_path, LEAST)
+    assert recipe.base.name == "builtin"
+    assert (recipe.adapter.kind, recipe.adapter.role) == ("lst", "guard")
+    assert recipe.training.cache_taps
+    assert recipe.calibration.false_positive_rate == 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (LEAST + "extra = 1\n", "data.extra: Extra inputs are not permitted"),
+        (LEAST + "[trianing]\nepochs = 1\n", "trianing: Extra inputs are not permitted"),
+        (LEAST + "[training]\nepoch = 1\n", "training.epoch: Extra inputs are not permitted"),
+        (LEAST + "[training]\nepochs = 0\n", "training.epochs: Input should be greater"),
+        (LEAST + "[training]\nlearning_rate = inf\n", "training.learning_rate: Input should be a finite number"),
+        (LEAST + "[training]\nwarmup = 1.0\n", "training.warmup: Input should be less"),
+        (LEAST + "[training]\nprecision = 'int8'\n", "training.precision: Input should be 'float32' or 'bfloat16'"),
+        (LEAST + "[calibration]\nfalse_positive_rate = 0\n", "calibration.false_positive_rate: Input should be"),
+        (LEAST + "[adapter]\nrole = 'judge'\n", "adapter.role: Input should be 'guard' or 'align'"),
+        (LEAST + "[adapter]\nhead_dim = 48\n", "adapter.head_dim: Input should be 32, 64 or 128"),
+        (LEAST.replace('["a.jsonl"]', "[]"), "data.train: Tuple should have at least 1 item"),
+        (LEAST.replace('"harm"', "3", 1), "name: Input should be a valid string"),
+        (LEAST.replace('"harm"', '""', 1), "name: String should have at least 1 character"),
+        (LEAST.replace('"runs/harm"', '""', 1), "output: String should have at least 1 character"),
+        ("seed = -1\n" + LEAST, "seed: Input should be greater than or equal to 0"),
+        ("seed = 99999999999\n" + LEAST, "seed: Input should be less than"),
+        ("name = 'x'\noutput = 'y'\n", "data: Field required"),
+        ("name = ", "is not TOML"),
+        (b"name = '\xff'", "is not TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str | bytes, problem: str) -> None:
+    with pytest.raises(ConfigError, match="recipe") as caught:
+        read(tmp_path, text)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["none.toml", "."])
+def test_a_missing_recipe_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="There is no recipe"):
+        read_recipe(tmp_path / name)
+
+
+# ---- one dial --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dials", "problem"),
+    [
+        ("size = 0.01\nreduction = 4", "size and reduction all set the width"),
+        ("size = 0.01\nwidth = 32", "size and width all set the width"),
+        ("reduction = 4\nwidth = 32", "reduction and width all set the width"),
+        ("size = 0.01\nlayers = [1]", "size picks the layers too"),
+        ("size = 0.01\nkind = 'rtb'", "size is for kind 'lst'"),
+    ],
+)
+def test_two_dials_are_one_too_many(tmp_path: Path, dials: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        read(tmp_path, LEAST + "[adapter]\n" + dials)
+
+
+def config_of(tmp_path: Path, base: Base, adapter: str) -> object:
+    return read(tmp_path, LEAST + "[adapter]\n" + adapter).adapter_config(base)
+
+
+def test_the_dial_makes_the_adapter(tmp_path: Path, tiny_base: Base) -> None:
+    assert config_of(tmp_path, tiny_base, "reduction = 2") == make_config(tiny_base, reduction=2, name="harm")
+    assert config_of(tmp_path, tiny_base, "width = 32") == make_config(tiny_base, width=32, name="harm")
+    assert config_of(tmp_path, tiny_base, "") == make_config(tiny_base, reduction=16, name="harm")
+    sized = config_of(tmp_path, tiny_base, "size = 0.5")
+    assert flops_share(tiny_base, Adapter(sized)) <= 0.5
+    small = config_of(tmp_path, tiny_base, "size = 0.2")
+    assert flops_share(tiny_base, Adapter(small)) < flops_share(tiny_base, Adapter(sized))
+
+
+def test_every_dimension_reaches_the_adapter(tmp_path: Path, tiny_base: Base) -> None:
+    recipe = read(tmp_path, EVERYTHING)
+    config = recipe.adapter_config(tiny_base)
+    fields = set(type(recipe.adapter).model_fields) - {"size", "reduction"}
+    for field in fields:
+        assert config.model_dump()[field] == recipe.adapter.model_dump()[field]
+    assert config.name == "harm"
+
+
+def test_what_the_base_cannot_carry_is_an_error(tmp_path: Path, tiny_base: Base) -> None:
+    for adapter, problem in (
+        ("layers = [9]", "layers must lie in 0..3"),
+        ("role = 'align'\nlabels = ['a']", "no labels"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            config_of(tmp_path, tiny_base, adapter)
+    with pytest.raises(UnknownNameError, match="Unknown adapter kind 'lts'"):
+        config_of(tmp_path, tiny_base, "kind = 'lts'")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml")), ids=lambda path: path.name
+)
+def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
+    assert read_recipe(path).name

@@ -1,0 +1,395 @@
+"""Recipes end to end on the tiny base: rows in, a calibrated and saved adapter out, and the base as it was."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safeside import Adapter, Base, Message, attach, load_adapter, load_base
+from safeside.artifact import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
+from safeside.errors import ConfigError, InputError, NotFiniteError
+from safeside.guards.score import score_conversations
+from safeside.tasks.rows import BadRow
+from safeside.train import run as module
+from safeside.train.loop import CHECKPOINT, Progress
+from safeside.train.recipe import Recipe
+from safeside.train.run import Run, encode_rows, run_recipe
+from safeside.types import Example
+from twin import hash_of
+
+# Live states come from batches of other lengths than stored ones: float32 sums in another order, amplified by Adam.
+SAME_WEIGHTS = 2e-3
+SAME_SCORE = 1e-5  # see test_score.py
+WORDS = ("cat", "mat", "sat", "then", "they", "said", "how", "be")
+TRAINING = {"epochs": 5, "batch_size": 16, "learning_rate": 0.01, "patience": 5}
+
+
+def guard_rows(n: int, seed: int) -> list[dict[str, object]]:
+    """A rule that a guard can learn: a text with a hat in it is harmful."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        words = generator.choices(WORDS, k=generator.randint(2, 7))
+        label = int(generator.random() < 0.5)
+        if label:
+            words.insert(generator.randrange(len(words)), "hat")
+        rows.append({"prompt": " ".join(words), "label": label, "soft": 0.9 if label else 0.1})
+    return rows
+
+
+def answer_rows(n: int, seed: int) -> list[dict[str, object]]:
+    return [{"prompt": row["prompt"], "response": "no, not that"} for row in guard_rows(n, seed)]
+
+
+def write(path: Path, rows: Sequence[object]) -> None:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for name, make in (("guard", guard_rows), ("answers", answer_rows)):
+        write(root / f"{name}_train.jsonl", make(160, 1))
+        write(root / f"{name}_validation.jsonl", make(80, 2))
+    return root
+
+
+def recipe(kind: str = "guard", **sections: object) -> Recipe:
+    adapter = {"kind": "lst", "reduction": 2, "role": "align" if kind == "answers" else "guard"}
+    values: dict[str, object] = {
+        "name": "toy",
+        "output": "unused",
+        "data": {
+            "train": [f"{kind}_train.jsonl"],
+            "validation": [f"{kind}_validation.jsonl"],
+            "limit": sections.pop("limit", None),
+        },
+        "adapter": {**adapter, **sections.pop("adapter", {})},
+        "training": {**TRAINING, **sections.pop("training", {})},
+        **sections,
+    }
+    return Recipe.model_validate(values)
+
+
+def weights(adapter: Adapter) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().float() for parameter in adapter.parameters()])
+
+
+@pytest.fixture(scope="module")
+def guard_run(session_base: Base, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_recipe(recipe(), data_root=data, output=tmp_path_factory.mktemp("guard"), base=session_base)
+
+
+@pytest.fixture(scope="module")
+def aligner_run(session_base: Base, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_recipe(recipe("answers"), data_root=data, output=tmp_path_factory.mktemp("answers"), base=session_base)
+
+
+# ---- guards ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_guard_learns_its_rule(guard_run: Run) -> None:
+    assert guard_run.validation_metric == "auroc"
+    assert guard_run.outcome.best_metric > 0.95
+    assert guard_run.outcome.best_metric == max(guard_run.outcome.history)
+    assert not guard_run.adapter.training
+
+
+def validation_scores(base: Base, guard: Adapter) -> tuple[np.ndarray, np.ndarray]:
+    rows = guard_rows(80, 2)
+    scored = score_conversations(base, [guard], [[Message("user", str(row["prompt"]))] for row in rows])
+    return np.array([row.by_guard["toy"][0] for row in scored]), np.array([row["label"] for row in rows])
+
+
+def test_the_artifact_scores_as_the_guard_in_memory(tiny_base: Base, guard_run: Run) -> None:
+    loaded = load_adapter(guard_run.folder, tiny_base)
+    assert torch.equal(weights(loaded), weights(guard_run.adapter))
+    assert loaded.config == guard_run.adapter.config
+    found, _ = validation_scores(tiny_base, loaded)
+    expected, _ = validation_scores(tiny_base, guard_run.adapter)
+    assert np.array_equal(found, expected)
+
+
+def test_the_threshold_keeps_its_rate_where_it_was_set(tiny_base: Base, guard_run: Run) -> None:
+    scores, labels = validation_scores(tiny_base, load_adapter(guard_run.folder, tiny_base))
+    flagged = scores >= guard_run.adapter.thresholds[0]
+    assert flagged[labels == 0].mean() <= 0.05
+    assert flagged[labels == 1].mean() > 0.8
+    assert scores[labels == 1].mean() > 0.8 > 0.2 > scores[labels == 0].mean()
+
+
+def test_the_folder_says_where_it_came_from(guard_run: Run) -> None:
+    stamp = json.loads((guard_run.folder / PROVENANCE_FILE).read_text())
+    assert stamp["train_rows"] == "160"
+    assert stamp["train_data"] == "guard_train.jsonl"
+    assert stamp["seed"] == "0"
+    assert float(stamp["train_seconds"]) > 0
+    assert int(stamp["peak_bytes"]) > 0
+    assert int(stamp["trainable_params"]) == weights(guard_run.adapter).numel()
+    assert stamp["validation auroc"] == f"{guard_run.outcome.best_metric:.4f}"
+    assert json.loads((guard_run.folder / CONFIG_FILE).read_text())["calibration"]["false_positive_rate"] == 0.05
+
+
+def test_the_base_is_not_changed_by_a_byte(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    before = hash_of(tiny_base.model)
+    for kind in ("guard", "answers"):
+        for cached in (True, False):
+            short = recipe(kind, training={"epochs": 1, "cache_taps": cached}, limit=32)
+            run_recipe(short, data_root=data, output=tmp_path / f"{kind}-{cached}", base=tiny_base)
+    assert hash_of(tiny_base.model) == before
+    assert all(parameter.grad is None for parameter in tiny_base.model.parameters())
+    assert not any(parameter.requires_grad for parameter in tiny_base.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["guard", "answers"])
+def test_stored_and_live_states_train_the_same_adapter(tiny_base: Base, data: Path, tmp_path: Path, kind: str) -> None:
+    runs = [
+        run_recipe(
+            recipe(kind, training={"epochs": 2, "cache_taps": cached}, limit=64),
+            data_root=data,
+            output=tmp_path / str(cached),
+            base=tiny_base,
+        )
+        for cached in (True, False)
+    ]
+    assert (weights(runs[0].adapter) - weights(runs[1].adapter)).abs().max() < SAME_WEIGHTS
+    assert runs[0].outcome.best_metric == pytest.approx(runs[1].outcome.best_metric, abs=1e-3)
+    assert not (tmp_path / "False" / "taps").exists()
+
+
+@pytest.mark.parametrize("kind", ["plr", "rtb"])
+def test_other_architectures_learn_too(tiny_base: Base, data: Path, tmp_path: Path, kind: str) -> None:
+    """Less well: the last state of a random base tells little of the words before."""
+    values = {"kind": kind, "reduction": None, "readout": "attention"}
+    done = run_recipe(recipe(adapter=values), data_root=data, output=tmp_path, base=tiny_base)
+    assert done.outcome.history[0] < done.outcome.best_metric > 0.6
+
+
+def test_an_encoder_carries_a_guard(tiny_family: Callable[[str], Base], data: Path, tmp_path: Path) -> None:
+    base = tiny_family("bert")
+    done = run_recipe(recipe(), data_root=data, output=tmp_path, base=base)
+    assert done.outcome.history[0] < done.outcome.best_metric > 0.6  # its positions drown the words of 160 rows
+    assert torch.equal(weights(load_adapter(tmp_path, base)), weights(done.adapter))
+
+
+def test_bfloat16_soft_targets_and_class_weights_train(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    """And what is stored in bfloat16 scores as it was calibrated."""
+    training = {"precision": "bfloat16", "soft_weight": 0.5, "class_weights": "balanced", "accumulation": 2}
+    done = run_recipe(
+        recipe(training={**training, "batch_size": 8}, stored_dtype="bfloat16"),
+        data_root=data,
+        output=tmp_path,
+        base=tiny_base,
+    )
+    assert done.outcome.best_metric > 0.9
+    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS_FILE).values()} == {torch.bfloat16}
+    found, labels = validation_scores(tiny_base, load_adapter(tmp_path, tiny_base))
+    expected, _ = validation_scores(tiny_base, done.adapter)
+    assert np.array_equal(found, expected)
+    assert (found[labels == 0] >= done.adapter.thresholds[0]).mean() <= 0.05
+
+
+def test_several_labels_are_learnt_together(tiny_base: Base, tmp_path: Path) -> None:
+    for name, n in (("guard_train", 160), ("guard_validation", 80)):
+        rows = guard_rows(n, n)
+        both = [{**row, "label": {"hat": row["label"], "cat": int("cat" in str(row["prompt"]))}} for row in rows]
+        write(tmp_path / f"{name}.jsonl", [{key: row[key] for key in ("prompt", "label")} for row in both])
+    labels = {"labels": ["hat", "cat"]}
+    done = run_recipe(recipe(adapter=labels), data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+    assert done.outcome.best_metric > 0.9
+    assert len(done.adapter.thresholds) == 2
+
+
+# ---- aligners --------------------------------------------------------------------------------------------------------
+
+
+def test_an_aligner_learns_its_answers(tiny_base: Base, aligner_run: Run) -> None:
+    assert aligner_run.validation_metric == "negative answer loss (nats)"
+    first, last = aligner_run.outcome.history[0], aligner_run.outcome.best_metric
+    assert first < last < 0
+    loaded = load_adapter(aligner_run.folder, tiny_base)
+    prompts = [[Message("user", str(row["prompt"]))] for row in guard_rows(4, 3)]
+    before = [answer.text for answer in tiny_base.chat_batch(prompts, max_new_tokens=8)]
+    with attach(tiny_base, [loaded]):
+        aligned = [answer.text for answer in tiny_base.chat_batch(prompts, max_new_tokens=8)]
+        unaligned = [answer.text for answer in tiny_base.chat_batch(prompts, strength=0.0, max_new_tokens=8)]
+    with attach(tiny_base, [aligner_run.adapter]):
+        assert [answer.text for answer in tiny_base.chat_batch(prompts, max_new_tokens=8)] == aligned
+    assert unaligned == before
+    assert all(text.startswith("no") for text in aligned)
+
+
+def test_an_aligner_starts_at_the_base(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    """The first loss is the base's own on the answers, token by token."""
+    losses: list[Progress] = []
+    run_recipe(
+        recipe("answers", training={"epochs": 1, "batch_size": 160}),
+        data_root=data,
+        output=tmp_path,
+        base=tiny_base,
+        report=losses.append,
+    )
+    total, n_tokens = 0.0, 0
+    for row in answer_rows(160, 1):
+        encoded = tiny_base.encode([Message("user", str(row["prompt"])), Message("assistant", str(row["response"]))])
+        with torch.no_grad():
+            logits = tiny_base.model(torch.tensor([encoded.ids])).logits[0].log_softmax(-1)
+        for place in range(encoded.answer_start, len(encoded.ids)):
+            total -= float(logits[place - 1, encoded.ids[place]])
+            n_tokens += 1
+    assert losses[0].loss == pytest.approx(total / n_tokens, abs=1e-3)
+
+
+def test_an_aligners_steps_do_not_depend_on_how_they_are_split(tiny_base: Base, tmp_path: Path) -> None:
+    """Answers of very different lengths: every token counts the same, in one batch or in four."""
+    rows = [{"prompt": "how?", "response": "no " * (1 + 9 * (index % 4 == 0))} for index in range(32)]
+    for split in ("train", "validation"):
+        write(tmp_path / f"answers_{split}.jsonl", rows)
+    found = []
+    for batch_size in (32, 8):
+        training = {"epochs": 2, "batch_size": batch_size, "accumulation": 32 // batch_size}
+        output = tmp_path / str(batch_size)
+        found.append(
+            run_recipe(recipe("answers", training=training), data_root=tmp_path, output=output, base=tiny_base)
+        )
+    assert (weights(found[0].adapter) - weights(found[1].adapter)).abs().max() < SAME_WEIGHTS
+
+
+# ---- killed, resumed, repeated ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [3, 10, 14])
+def test_a_killed_recipe_ends_at_the_same_artifact(
+    tiny_base: Base, data: Path, tmp_path: Path, step: int, guard_run: Run
+) -> None:
+    def kill(progress: Progress) -> None:
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    values = recipe(training={"checkpoint_seconds": 0})
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(values, data_root=data, output=tmp_path, base=tiny_base, report=kill)
+    done = run_recipe(values, data_root=data, output=tmp_path, base=tiny_base, resume=True)
+    assert torch.equal(weights(done.adapter), weights(guard_run.adapter))
+    assert done.adapter.config == guard_run.adapter.config
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == (guard_run.folder / WEIGHTS_FILE).read_bytes()
+
+
+def test_other_rows_do_not_resume(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path / f"guard_{split}.jsonl", guard_rows(40, 7))
+    short = recipe(training={"epochs": 1})
+    run_recipe(short, data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+    assert (tmp_path / "out" / CHECKPOINT).is_file()
+    swapped = [{**row, "prompt": str(row["prompt"]).replace("cat", "mat")} for row in guard_rows(40, 7)]
+    write(tmp_path / "guard_train.jsonl", swapped)
+    with pytest.raises(ConfigError, match="was made by another run"):
+        run_recipe(short, data_root=tmp_path, output=tmp_path / "out", base=tiny_base, resume=True)
+
+
+def test_the_seed_decides_weights_order_and_limit(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    def trained(seed: int, place: str) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+        values = recipe(training={"epochs": 1}, seed=seed, limit=40)
+        done = run_recipe(values, data_root=data, output=tmp_path / place, base=tiny_base)
+        return weights(done.adapter), done.train.ids
+
+    first, again, other = trained(1, "a"), trained(1, "b"), trained(2, "c")
+    assert len(first[1]) == 40
+    assert torch.equal(first[0], again[0])
+    assert first[1] == again[1] != other[1]
+    assert not torch.equal(first[0], other[0])
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_and_long_rows_are_left_out_and_counted(tiny_base: Base, tmp_path: Path) -> None:
+    long = {"prompt": "the cat sat " * 300, "label": 1}
+    write(
+        tmp_path / "guard_train.jsonl", [*guard_rows(30, 1), "{broken", long, {"prompt": "x"}, *guard_rows(30, 2), long]
+    )
+    write(tmp_path / "guard_validation.jsonl", [*guard_rows(30, 3), {"prompt": 3, "label": 1}])
+    done = run_recipe(recipe(training={"epochs": 1}), data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+    assert (len(done.train.ids), done.train.n_too_long) == (60, 2)
+    assert [row.line for row in done.train.bad] == [31, 33]
+    assert all(row.problem.startswith("guard_train.jsonl: ") for row in done.train.bad)
+    assert [row.line for row in done.validation.bad] == [31]
+
+
+def test_rows_that_the_template_refuses_are_bad_rows(tiny_base: Base) -> None:
+    examples = [
+        Example((Message("user", "hi"),), (1.0,), None, 1),
+        Example((Message("user", "\ud800"),), (1.0,), None, 2),
+    ]
+    rows = encode_rows(tiny_base, examples)
+    assert len(rows.ids) == 1
+    assert [row.line for row in rows.bad] == [2]
+    assert isinstance(rows.bad[0], BadRow)
+
+
+def failing(base: Base, root: Path, values: Recipe, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        run_recipe(values, data_root=root, output=root / "out", base=base)
+    assert not (root / "out" / WEIGHTS_FILE).exists()
+
+
+def test_data_that_cannot_be_learnt_from_is_an_error(tiny_base: Base, tmp_path: Path) -> None:
+    rows = {split: tmp_path / f"guard_{split}.jsonl" for split in ("train", "validation")}
+    failing(tiny_base, tmp_path, recipe(), InputError, r"There is no file .*guard_train\.jsonl")
+    write(rows["train"], ["{broken"])
+    write(rows["validation"], guard_rows(20, 1))
+    failing(
+        tiny_base, tmp_path, recipe(), ConfigError, r"No usable row in guard_train\.jsonl; the first bad row: line 1"
+    )
+    write(rows["train"], [{"prompt": "the cat sat " * 300, "label": 1}])
+    failing(tiny_base, tmp_path, recipe(), ConfigError, "1 are longer than the base's context")
+    write(rows["train"], guard_rows(20, 1))
+    write(rows["validation"], [{"prompt": "hi", "label": 0}] * 5)
+    failing(tiny_base, tmp_path, recipe(), ConfigError, "Validation needs both harmful and harmless rows")
+    write(rows["validation"], guard_rows(20, 1))
+    write(rows["train"], [{key: row[key] for key in ("prompt", "label")} for row in guard_rows(20, 1)])
+    failing(
+        tiny_base, tmp_path, recipe(training={"soft_weight": 0.5}), ConfigError, "not every training row has 'soft'"
+    )
+    for split in rows:
+        write(tmp_path / f"answers_{split}.jsonl", [*answer_rows(5, 1), {"prompt": "how?"}])
+    failing(tiny_base, tmp_path, recipe("answers"), ConfigError, "every row needs 'prompt' and 'response'")
+
+
+def test_a_guard_that_falls_apart_is_an_error(
+    tiny_base: Base, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(base: Base, source: object, rows: module.Rows, batch_size: int = 64) -> np.ndarray:
+        return np.full(tuple(rows.labels.shape), np.nan)
+
+    monkeypatch.setattr(module, "guard_logits", nothing)
+    with pytest.raises(NotFiniteError, match="validation figure is nan"):
+        run_recipe(recipe(training={"epochs": 1}), data_root=data, output=tmp_path, base=tiny_base)
+
+
+def test_an_attached_base_is_refused(
+    tiny_base: Base, data: Path, tmp_path: Path, random_aligner: Callable[..., Adapter]
+) -> None:
+    """With states kept on disk nothing of the attachment would be seen, and the wrong states would be learnt from."""
+    with attach(replace(tiny_base), [random_aligner(tiny_base)]) as attachment:
+        for cached in (True, False):
+            with pytest.raises(RuntimeError, match=r"attach"):
+                run_recipe(
+                    recipe(training={"cache_taps": cached}), data_root=data, output=tmp_path, base=attachment.base
+                )
+
+
+def test_the_recipe_loads_its_own_base(tiny_folder: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    values = recipe(base={"name": str(tiny_folder("llama")), "dtype": "bfloat16"}, training={"epochs": 2})
+    done = run_recipe(values.model_copy(update={"output": str(tmp_path)}), data_root=data)
+    assert done.outcome.best_metric > 0.7
+    base = load_base(tiny_folder("llama"), dtype="bfloat16")
+    assert load_adapter(tmp_path, base).dtype == torch.bfloat16
