@@ -7,7 +7,7 @@ DATA ?= ../shared/data
 TEXT ?= ../shared/pretrain/text
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test check format docs bench-core bench-taps builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The oldest transformers that vLLM pairs with, beside the newest: the same suite.
+test-transformers-5.19: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers-5.19 transformers==5.19.0
+	PYTHONPATH=$(VENV)/transformers-5.19 $(BIN)/python -m pytest
+
 check: setup
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/ruff check src tests scripts benchmarks
@@ -41,6 +46,10 @@ docs: setup
 
 bench-core: setup
 	$(BIN)/python benchmarks/core.py --data $(DATA)
+
+# The share of the base's compute at 7-14B geometries alone: seconds, no data.
+bench-geometry: setup
+	$(BIN)/python benchmarks/geometry.py
 
 bench-taps: setup
 	$(BIN)/python benchmarks/taps.py

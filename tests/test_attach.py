@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from safeside import Adapter, Base, attach, fixed, ramp, step
+from safeside import Adapter, Base, attach, fixed, load_base, ramp, step
 from safeside.errors import AttachmentError, InputError, NotFiniteError, UnsupportedError
-from twin import SAME, base_states, close, count_hooks, mixed_logits, run_by_hand
+from twin import SAME, SAME_BFLOAT16, base_states, close, count_hooks, mixed_logits, run_by_hand
 
 IDS = torch.tensor([[11, 90, 40, 77, 200, 9, 131, 50], [70, 12, 150, 33, 99, 70, 12, 8]])
 
@@ -238,6 +238,16 @@ def test_the_record_holds_the_reference_and_the_parts(tiny_base: Base, aligners:
     close(mixed, rebuilt)
     assert list(record.deltas) == ["first", "second"]
     assert (mixed - final).abs().max() > 1000 * SAME
+
+
+@torch.no_grad()
+def test_a_bfloat16_base_takes_float32_adapters(tiny_folder, random_aligner) -> None:
+    base = load_base(tiny_folder("llama"), dtype="bfloat16")
+    aligner = random_aligner(base).float()
+    with attach(base, [aligner], strength=1.0):
+        found = base.model(IDS).logits
+    assert found.dtype == torch.bfloat16
+    close(found, mixed_logits(base, IDS, [(aligner, 1.0)]), SAME_BFLOAT16)
 
 
 def test_no_gradient_passes_a_tap(tiny_base: Base, aligners: list[Adapter], guard: Adapter) -> None:

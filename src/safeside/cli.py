@@ -101,6 +101,8 @@ def train(
     with _extra("train"):
         from safeside.train.command import train_command
     summary = train_command(recipe, data or recipe.parent, output, resume)
+    if summary is None:
+        return
     if as_json:
         _print_json(summary)
     else:

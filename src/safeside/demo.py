@@ -19,8 +19,9 @@ from safeside.evals.baselines import keyword_scores
 from safeside.evals.guards import GuardReport, report_on
 from safeside.evals.metrics import Figure, guard_figures
 from safeside.evals.report import Section, histogram_picture, roc_picture, strength_picture, write_report
-from safeside.evals.suites import SUITES, gate, run_aligner_suite
+from safeside.evals.suites import SUITES, run_aligner_suite
 from safeside.guards.score import judge
+from safeside.mixing import calibrated_ramp
 from safeside.tasks.rows import load_examples
 from safeside.terminal import note, progress_bar, table
 from safeside.train.loop import Progress
@@ -185,7 +186,7 @@ def _chat(base: Base, refuse: Adapter, harm: Adapter, stage: _Stage) -> None:
     conversations = [[Message("user", prompt)] for prompt in PROMPTS]
     with attach(base, [refuse], [harm]):
         for strength in (*STRENGTHS, None):
-            policy: object = gate(harm, 1.0) if strength is None else strength
+            policy: object = calibrated_ramp(harm) if strength is None else strength
             answers = base.chat_batch(conversations, strength=policy, max_new_tokens=40)
             name = "set by the guard" if strength is None else f"{strength:g}"
             for prompt, answer in zip(PROMPTS, answers, strict=True):

@@ -188,6 +188,17 @@ def ramp(
     return Ramp(_name(guard), low, high, floor, ceiling, latched)
 
 
+def calibrated_ramp(guard: Adapter, ceiling: float = 1.0) -> Ramp:
+    """A latched ramp around the guard's own threshold: 0 up to half of it, ``ceiling`` from it on.
+
+    Of several labels the lowest threshold counts: what flags is aligned in full.
+    """
+    if not guard.thresholds:
+        raise InputError(f"{guard.name!r} is no guard: it has no scores to ask for. Pass a guard.")
+    threshold = min(guard.thresholds)
+    return Ramp(guard.name, threshold / 2, threshold, 0.0, ceiling)
+
+
 def as_policies(strength: object, aligners: Sequence[str]) -> dict[str, Policy]:
     """One policy for each aligner.
 

@@ -15,7 +15,7 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.guards import GuardReport, evaluate_guard
 from safeside.evals.judges import JUDGES
-from safeside.mixing import Ramp
+from safeside.mixing import calibrated_ramp
 from safeside.registry import Registry
 from safeside.tasks.rows import load_examples
 from safeside.types import Message, Result
@@ -99,7 +99,7 @@ def answer(
     """Greedy answers to ``prompts`` with the aligner at ``strength``; ``guard`` gates it by a ramp at its threshold."""
     policy: object = strength
     if guard is not None and strength > 0:
-        policy = gate(guard, strength)
+        policy = calibrated_ramp(guard, strength)
     texts: list[str] = []
     with attach(base, [aligner], [guard] if guard is not None else [], strength=policy):
         for start in range(0, len(prompts), batch_size):
@@ -107,12 +107,6 @@ def answer(
             texts += [completion.text for completion in base.chat_batch(some, max_new_tokens=MAX_NEW_TOKENS)]
             advance(len(some))
     return texts
-
-
-def gate(guard: Adapter, ceiling: float) -> Ramp:
-    """A ramp from 0 at half the guard's threshold to ``ceiling`` at the threshold."""
-    threshold = max(guard.thresholds)
-    return Ramp(guard.name, threshold / 2, threshold, 0.0, ceiling)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

@@ -8,15 +8,18 @@ from pathlib import Path
 from safeside.adapters.sizing import flops_share
 from safeside.base.model import load_base
 from safeside.terminal import note, progress_bars
-from safeside.train.loop import Progress
+from safeside.train.loop import Progress, processes_on
 from safeside.train.recipe import read_recipe
 from safeside.train.run import Run, run_recipe
 
 
-def train_command(path: Path, data_root: Path, output: Path | None, resume: bool) -> dict[str, object]:
-    """Run the recipe at ``path`` and say how it went."""
+def train_command(path: Path, data_root: Path, output: Path | None, resume: bool) -> dict[str, object] | None:
+    """Run the recipe at ``path`` and say how it went; of several processes only the first one does."""
     recipe = read_recipe(path)
     base = load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
+    if not processes_on(base.device).is_main_process:
+        run_recipe(recipe, data_root=data_root, output=output, base=base, resume=resume)
+        return None
     with progress_bars(("read the base", None, "rows"), (f"train {recipe.name}", None, "steps")) as (read, train):
         n_shown = 0
 

@@ -1,8 +1,8 @@
 """The training loop: any module, any source of batches, deterministic, resumable.
 
 The order of rows is a function of seed and epoch alone, so a run that was killed goes on from its last checkpoint
-to the same weights as one that was not.  With ``accelerate launch`` every process takes its share of
-each step's batches and gradients are averaged.
+to the same weights as one that was not.  Under ``torchrun`` (or ``accelerate launch``) every process takes its share of
+each batch and gradients are added up, so the weights are those of one process.
 """
 
 from __future__ import annotations
@@ -187,19 +187,28 @@ class Loop:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
                 loss = self.loss_of(mine)
             if not loss.isfinite():
-                raise NotFiniteError(f"The loss is {float(loss.detach())} at step {self.state.step}; lower the learning rate.")
+                found = float(loss.detach())
+                raise NotFiniteError(f"The loss is {found} at step {self.state.step}; lower the learning rate.")
             share = loss * (sum(self.weights[row] for row in mine) / weight)
             share.backward()  # type: ignore[no-untyped-call]
             total += share.detach()
         if self.processes.num_processes > 1:
-            total = reduce(total, "sum")
-            for parameter in self.parameters:
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = reduce(gradient, "sum")
+            total = self._add_up(total)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(total)
+
+    def _add_up(self, total: Tensor) -> Tensor:
+        """Sum of the loss over all processes, and of every gradient in place, in one message."""
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self.parameters
+        ]
+        flat = reduce(torch.cat([total[None], *(gradient.flatten() for gradient in gradients)]), "sum")
+        sums: tuple[Tensor, ...] = flat.split([1, *(gradient.numel() for gradient in gradients)])
+        for parameter, gradient in zip(self.parameters, sums[1:], strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return sums[0][0]
 
     def _steps(self, epoch: int) -> Iterator[list[int]]:
         """The rows of each optimiser step of an epoch: shuffled by seed and epoch, rows of like length together."""
@@ -265,7 +274,7 @@ class Loop:
 
 
 def processes_on(device: torch.device) -> PartialState:
-    """The processes of this run: one, or those that ``accelerate launch`` started."""
+    """The processes of this run: one, or those that ``torchrun`` or ``accelerate launch`` started."""
     return PartialState(cpu=device.type == "cpu")
 
 

@@ -1,0 +1,113 @@
+"""Measuring a guard: every row is in a figure or counted as left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safeside import Adapter, Base, Message
+from safeside.adapters.config import Calibration
+from safeside.errors import InputError
+from safeside.evals import guards as module
+from safeside.evals.command import evaluate_command, guard_rows
+from safeside.evals.guards import evaluate_guard, report_on
+from safeside.evals.metrics import guard_figures
+from safeside.guards.score import Scores, judge
+from safeside.types import Example
+
+LONG = "the cat sat on the mat and then " * 40
+
+
+@pytest.fixture(scope="module")
+def guard(session_base: Base, random_guard: Callable[..., Adapter]) -> Adapter:
+    guard = random_guard(session_base)
+    guard.set_calibration(Calibration(scale=(1.0,), bias=(0.0,), threshold=(0.45,)))
+    return guard
+
+
+def write(path: Path, rows: list[object]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def rows(n: int = 20) -> list[object]:
+    return [{"text": f"the cat sat {index * 7919}", "label": index % 2} for index in range(n)]
+
+
+def test_figures_are_those_of_the_verdicts(tiny_base: Base, guard: Adapter, tmp_path: Path) -> None:
+    told: list[int] = []
+    report = evaluate_guard(tiny_base, guard, write(tmp_path / "rows.jsonl", rows()), advance=told.append)
+    conversations = [[Message("user", str(row["text"]))] for row in rows()]
+    verdicts = [verdict for (verdict,) in judge(tiny_base, [guard], conversations)]
+    labels = np.array([float(row["label"]) for row in rows()])
+    scores = np.array([verdict.score for verdict in verdicts])
+    assert report.figures["harm"] == guard_figures(labels, report.scores[:, 0], 0.45)
+    assert report.scores[:, 0] == pytest.approx(scores, abs=1e-5)
+    assert report.figures["harm"]["tpr"].value == np.mean(
+        [v.flagged for v, y in zip(verdicts, labels, strict=True) if y]
+    )
+    assert (report.n, report.n_skipped, report.n_unscored, report.n_windowed) == (20, 0, 0, 0)
+    assert sum(told) == 20
+
+
+def test_every_row_that_is_left_out_is_counted_and_named(tiny_base: Base, guard: Adapter, tmp_path: Path) -> None:
+    content = [
+        *rows(6),
+        "{broken",
+        {"text": "hi"},
+        {"text": LONG, "label": 1},
+        {"document": LONG, "summary": LONG, "label": 1},
+    ]
+    report = evaluate_guard(tiny_base, guard, write(tmp_path / "rows.jsonl", content))
+    assert (report.n, report.n_skipped, report.n_unscored, report.n_windowed) == (7, 2, 1, 1)
+    assert [row.line for row in report.bad] == [7, 8, 10]
+    assert "cannot be cut" in report.bad[2].problem
+    assert report.scores.shape == (8, 1)
+    for row in guard_rows(report):
+        assert (row["n"], row["n_skipped"], row["n_windowed"]) == (7, 3, 1)
+
+
+def test_scores_that_are_no_numbers_are_unscored(
+    tiny_base: Base, guard: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(base: Base, guards: object, conversations: list[object], **options: object) -> list[Scores]:
+        found = [Scores({"harm": (index / 10,)}) for index in range(len(conversations))]
+        return [*found[:-1], Scores({"harm": (math.nan,)}, problem="a score is not a number")]
+
+    monkeypatch.setattr(module, "score_conversations", score)
+    examples = [Example((Message("user", "hi"),), (float(index > 4),), line=index + 1) for index in range(10)]
+    report = report_on(tiny_base, guard, examples)
+    assert (report.n, report.n_unscored) == (9, 1)
+    assert [(row.line, row.problem) for row in report.bad] == [(10, "a score is not a number")]
+    assert report.figures["harm"]["auroc"].value == 1.0
+
+
+def test_every_label_has_its_figures(tiny_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path) -> None:
+    both = random_guard(tiny_base, labels=("a", "b"))
+    content = [{"text": f"{index}", "label": {"a": index % 2, "b": int(index % 3 > 0)}} for index in range(12)]
+    report = evaluate_guard(tiny_base, both, write(tmp_path / "rows.jsonl", list(content)))
+    assert list(report.figures) == ["a", "b"]
+    assert {row["label"] for row in guard_rows(report)} == {"a", "b"}
+    assert report.labels[:, 1].tolist() == [float(index % 3 > 0) for index in range(12)]
+
+
+def test_a_file_without_rows_is_an_error(tiny_base: Base, guard: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no usable row"):
+        evaluate_guard(tiny_base, guard, write(tmp_path / "rows.jsonl", []))
+    with pytest.raises(InputError, match="The first problem: line 1, no 'label'"):
+        evaluate_guard(tiny_base, guard, write(tmp_path / "rows.jsonl", [{"text": "hi"}]))
+
+
+def test_what_does_not_go_together_is_an_error(
+    tiny_base: Base, guard: Adapter, random_aligner: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "rows.jsonl", rows())
+    with pytest.raises(InputError, match="'refuse' is an aligner; measure it with --suite"):
+        evaluate_command(tiny_base, random_aligner(tiny_base), path, None, [1.0], None)
+    with pytest.raises(InputError, match="'harm' is a guard; --gate is for aligners"):
+        evaluate_command(tiny_base, guard, None, "demo", [1.0], "builtin:harm")
