@@ -14,7 +14,7 @@ from safeside.adapters.config import Calibration
 from safeside.errors import InputError, UnknownNameError
 from safeside.evals import suites as module
 from safeside.evals.judges import JUDGES
-from safeside.evals.suites import SUITES, Suite, answer, gate, run_aligner_suite, run_guard_suite, suite_prompts, wilson
+from safeside.evals.suites import SUITES, Suite, answer, run_aligner_suite, run_guard_suite, suite_prompts, wilson
 
 ROWS = [("the cat", 1), ("how can", 0), ("hat on mat", 1), ("they said", 0), ("then be", 1), ("sat", 0), ("other", 1)]
 
@@ -83,12 +83,9 @@ def test_a_guard_gates_the_aligner(tiny_base: Base, aligner: Adapter, guard: Ada
     """Each prompt is answered at the strength that its own score asks for."""
     prompts = [prompt for prompt, _ in ROWS]
     gated = answer(tiny_base, aligner, prompts, 1.0, guard=guard, batch_size=1)
-    expected = []
     with attach(tiny_base, [aligner], [guard], strength=ramp(guard, 0.3, 0.6, 0.0, 1.0)):
-        for prompt in prompts:
-            expected.append(tiny_base.chat([Message("user", prompt)], max_new_tokens=5).text)
+        expected = [tiny_base.chat([Message("user", prompt)], max_new_tokens=5).text for prompt in prompts]
     assert gated == expected
-    assert gate(guard, 1.5) == ramp(guard, 0.3, 0.6, 0.0, 1.5)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safeside.adapters.sizing import flops_share
 from safeside.base.model import load_base
-from safeside.terminal import note, progress_bars
+from safeside.terminal import Advance, note, progress_bars
 from safeside.train.loop import Progress, processes_on
 from safeside.train.recipe import read_recipe
 from safeside.train.run import Run, run_recipe
@@ -20,7 +22,19 @@ def train_command(path: Path, data_root: Path, output: Path | None, resume: bool
     if not processes_on(base.device).is_main_process:
         run_recipe(recipe, data_root=data_root, output=output, base=base, resume=resume)
         return None
-    with progress_bars(("read the base", None, "rows"), (f"train {recipe.name}", None, "steps")) as (read, train):
+    with training_bars(recipe.name) as (report, read):
+        run = run_recipe(
+            recipe, data_root=data_root, output=output, base=base, resume=resume, report=report, advance=read
+        )
+    for row in [*run.train.bad, *run.validation.bad]:
+        note(f"line {row.line} was left out: {row.problem}")
+    return summary_of(run, flops_share(base, run.adapter))
+
+
+@contextmanager
+def training_bars(name: str) -> Iterator[tuple[Callable[[Progress], None], Advance]]:
+    """Bars for ``run_recipe``: what it reports to, and what it advances while it reads the base."""
+    with progress_bars(("read the base", None, "rows"), (f"train {name}", None, "steps")) as (read, train):
         n_shown = 0
 
         def report(progress: Progress) -> None:
@@ -30,12 +44,7 @@ def train_command(path: Path, data_root: Path, output: Path | None, resume: bool
             train(progress.step - n_shown, progress.n_steps)  # a resumed run starts in the middle
             n_shown = progress.step
 
-        run = run_recipe(
-            recipe, data_root=data_root, output=output, base=base, resume=resume, report=report, advance=read
-        )
-    for row in [*run.train.bad, *run.validation.bad]:
-        note(f"line {row.line} was left out: {row.problem}")
-    return summary_of(run, flops_share(base, run.adapter))
+        yield report, read
 
 
 def summary_of(run: Run, share: float) -> dict[str, object]:
