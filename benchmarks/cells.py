@@ -47,7 +47,7 @@ class Setup:
     fingerprint: str
     cells: Path
     limit: int
-    test_limit: int | None
+    evaluation_limit: int | None
     epochs: int
     device: str = "cpu"
 
@@ -109,7 +109,7 @@ def key_of(setup: Setup, cell: Cell, hashes: dict[str, str]) -> str:
             "data": hashes,
             "base": setup.fingerprint,
             "final": cell.final,
-            "test_limit": setup.test_limit,
+            "evaluation_limit": setup.evaluation_limit,
         }
     )
 
@@ -120,10 +120,10 @@ def prepare(setup: Setup, task: str) -> Prepared:
     base = load_base(setup.base, device=setup.device, dtype="float32")
     splits = read_splits(setup.data, task)
     train = encode_rows(base, splits.train, setup.limit)
-    validation = encode_rows(base, splits.validation)
+    validation = encode_rows(base, splits.validation, setup.evaluation_limit)
     chosen = splits.test
-    if setup.test_limit is not None and len(chosen) > setup.test_limit:
-        chosen = random.Random(0).sample(chosen, setup.test_limit)
+    if setup.evaluation_limit is not None and len(chosen) > setup.evaluation_limit:
+        chosen = random.Random(0).sample(chosen, setup.evaluation_limit)
     test, row_of_window, n_uncut = _windowed(base, chosen)
     counts = {
         **splits.counts,

@@ -34,6 +34,7 @@ SEEDS = (0, 1, 2)
 GRID = (3e-4, 1e-3, 3e-3)  # learning rates
 # Seconds of an lst cell of 2,000 training rows and 10 epochs on one free core: for the first estimate only.
 STATED_SECONDS = {"toxigen": 60.0, "pku_saferlhf_guard": 210.0, "beavertails": 200.0, "toxic_chat": 130.0}
+FIXED_SECONDS = 5.0  # of any cell: reading rows, resampling
 METHOD_COST = {"plr": 0.15, "rtb": 0.7, "lst": 1.0, "standalone": 0.9}  # beside lst
 
 
@@ -74,8 +75,9 @@ class Board:
 
     def stated_seconds(self, cells: Iterable[Cell]) -> float:
         setup = self.plan.setup
-        scale = setup.limit / 2000 * setup.epochs / 10 / self.workers.n_workers
-        return scale * sum(STATED_SECONDS[cell.task] * METHOD_COST[cell.method] for cell in cells)
+        size = setup.limit / 2000 * setup.epochs / 10
+        seconds = (FIXED_SECONDS + size * STATED_SECONDS[cell.task] * METHOD_COST[cell.method] for cell in cells)
+        return sum(seconds) / self.workers.n_workers
 
     def announce(self, cells: Sequence[Cell]) -> None:
         """Say what there is to do before any of it."""
@@ -215,7 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, run, and say where the results are."""
     options = _parser().parse_args(arguments)
     if options.quick:
-        options.limit, options.epochs, options.test_limit = min(options.limit, 128), 1, options.test_limit or 128
+        options.limit, options.epochs, options.evaluation_limit = (
+            min(options.limit, 128),
+            1,
+            options.evaluation_limit or 128,
+        )
         options.seeds, options.learning_rates = options.seeds[:1], options.learning_rates[1:2]
     scratch = Path(tempfile.gettempdir()) / "safeside-bench"
     prepare.cache_clear()
@@ -226,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         fingerprint=config_hash(fingerprint.model_dump()),
         cells=options.cells or (scratch / "cells" if options.quick else CELLS),
         limit=options.limit,
-        test_limit=options.test_limit,
+        evaluation_limit=options.evaluation_limit,
         epochs=options.epochs,
         device=options.device,
     )
@@ -249,7 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--base", default="builtin", help="as for load_base")
     parser.add_argument("--limit", type=int, default=2000, help="training rows of a cell, 4000 at most")
-    parser.add_argument("--test-limit", type=int, help="test rows of a task; all of them unless given")
+    parser.add_argument(
+        "--evaluation-limit", type=int, help="validation rows, and test rows, of a task; all unless given"
+    )
     parser.add_argument("--epochs", type=int, default=10, help="at most; training stops 3 epochs after its best")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))

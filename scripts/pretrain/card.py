@@ -24,14 +24,14 @@ Licence of the weights: Apache-2.0, as the project; credit share-alike sources a
 
 MAKING = """## Making
 
-The scripts are in `scripts/pretrain/` (README there: the commands).  A first model of 5 layers, trained from nothing on
-20.3 M tokens of the same mixture (65 minutes on two CPU cores, 1.6072 bits per byte on the held-out text), was grown to
-{layers} layers by inserting copies whose outputs start at zero, so that it computed the same function, and trained on
-for {minutes} minutes ({tokens} M tokens more) on two CPU cores that other work shared: planned for 95 minutes, stopped
-at minute 86 and resumed with the schedule stretched to its end, because the other work had slowed it down.  Muon on the hidden matrices,
-AdamW on embedding and norms, bf16 autocast; warm-up, constant, then linear to zero; the last part of the time read chat
-with the loss on answers weighted up.  Validation: 0.5% of the documents of every source, chosen by hash, the same text
-for both runs.  The first line below is the grown model before training.
+The scripts are in `scripts/pretrain/` (README there: the commands). A first model of 5 layers, trained from nothing
+on 20.3 M tokens of the same mixture (65 minutes on two CPU cores, 1.6072 bits per byte on the held-out text), was
+grown to {layers} layers by inserting copies whose outputs start at zero, so that it computed the same function, and
+trained on for {minutes} minutes ({tokens} M tokens more) on two CPU cores that other work shared: planned for 95
+minutes, stopped at minute 86 and resumed with the schedule stretched to its end, because the other work had slowed it
+down. Muon on the hidden matrices, AdamW on embedding and norms, bf16 autocast; warm-up, constant, then linear to
+zero; the last part of the time read chat with the loss on answers weighted up. Validation: 0.5% of the documents of
+every source, chosen by hash, the same text for both runs. The first line below is the grown model before training.
 
 Losses are in nats per token; `bits/byte` is for the held-out text.
 """

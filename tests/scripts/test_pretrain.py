@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "pretrain"))
 import prepare
 import sources
 import sources_chat
-import train
 from model import Shape, build, export, grow, spread
 from rows import Rows, stack
 from synth import MAX_COPIES, synth
+
+import train
 
 CONTEXT = 32
 CONTAMINATED = "What is the name of the largest lake?"
@@ -93,9 +94,7 @@ def read_text(work: Path, name: str, tokenizer: PreTrainedTokenizerFast) -> str:
     ("n_old", "n_new", "originals"),
     [(1, 3, [0, 0, 0]), (5, 5, [0, 1, 2, 3, 4]), (5, 8, [0, 1, 1, 2, 2, 3, 3, 4]), (2, 3, [0, 0, 1])],
 )
-def test_spread_keeps_the_order_and_puts_extras_in_the_middle(
-    n_old: int, n_new: int, originals: list[int]
-) -> None:
+def test_spread_keeps_the_order_and_puts_extras_in_the_middle(n_old: int, n_new: int, originals: list[int]) -> None:
     layers = spread(n_old, n_new)
     assert [layer for layer, _ in layers] == originals
     assert [layer for layer, is_first in layers if is_first] == list(range(n_old))
@@ -160,9 +159,7 @@ def test_a_dialogue_runs_from_the_user_to_the_assistant() -> None:
 def test_prepare_drops_evaluation_questions_and_splits_each_source(
     work: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    texts = {
-        name: read_text(work, name, tokenizer) for name in ("pretrain", "anneal", "val_text", "val_chat")
-    }
+    texts = {name: read_text(work, name, tokenizer) for name in ("pretrain", "anneal", "val_text", "val_chat")}
     assert not [name for name, text in texts.items() if "Rumpelstiltskin" in text]
     meta = json.loads((work / "meta.json").read_text())
     assert meta["dbpedia_abstracts"]["docs"] + meta["_val_text"]["docs"] == 60
@@ -192,9 +189,7 @@ def test_the_export_loads_with_its_template(tokenizer: PreTrainedTokenizerFast, 
         assert torch.equal(value, model.state_dict()[name].to(torch.bfloat16)), name
     ends = [same_tokenizer.convert_tokens_to_ids("<|end|>"), same_tokenizer.eos_token_id]
     assert loaded.generation_config.eos_token_id == ends
-    tokens = same_tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    tokens = same_tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
     expected = "<|bos|><|system|>Answer the user.<|end|><|user|>What is rain?<|end|><|assistant|>"
     assert same_tokenizer.decode(tokens) == expected
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

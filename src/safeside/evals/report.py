@@ -25,14 +25,15 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ 
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #dfe3ea}
 table{border-collapse:collapse;margin:1rem 0;width:100%}th,td{padding:.35rem .6rem;border-bottom:1px solid #e6e9ef;
-text-align:left;vertical-align:top}th{background:#f5f7fa}td.number{text-align:right;font-variant-numeric:tabular-nums}
+text-align:left;vertical-align:top}th{background:#f5f7fa}.number{text-align:right;font-variant-numeric:tabular-nums}
 .pictures{display:flex;flex-wrap:wrap;gap:1rem}.pictures figure{margin:0;flex:1 1 26rem}figcaption{color:#596273;
 font-size:.9rem}svg{max-width:100%;height:auto}.flagged{color:#c0392b;font-weight:600}p.note{color:#596273}
 </style></head><body><h1>{{ title }}</h1><p class="note">{{ subtitle }}</p>
 {% for section in sections %}<h2>{{ section.title }}</h2>{% if section.text %}<p>{{ section.text }}</p>{% endif %}
 {% if section.pictures %}<div class="pictures">{% for caption, picture in section.pictures %}<figure>{{ picture|safe }}
 <figcaption>{{ caption }}</figcaption></figure>{% endfor %}</div>{% endif %}
-{% if section.rows %}<table><thead><tr>{% for column in section.columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
+{% if section.rows %}<table><thead><tr>{% for column in section.columns %}<th{% if
+section.rows[0][loop.index0]|is_number %} class="number"{% endif %}>{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in section.rows %}<tr>{% for cell in row %}<td{% if cell|is_number %} class="number"{% elif
 cell == "FLAGGED" %} class="flagged"{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>{% endif %}
 {% endfor %}</body></html>

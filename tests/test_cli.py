@@ -1,0 +1,399 @@
+"""The command line: data on standard output, the rest on standard error, and exit codes that scripts can trust."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import typer
+
+from safeside import Adapter, Base, Message, cli, save_adapter
+from safeside.adapters.config import Calibration
+from safeside.errors import MissingExtraError
+from safeside.evals import suites
+from safeside.evals.suites import SUITES, Suite
+from safeside.guards.score import judge
+
+OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
+COMMANDS = ("demo", "train", "eval", "guard", "chat", "info", "push")
+SHAPES = {
+    "prompt": lambda text: {"prompt": text},
+    "answer": lambda text: {"prompt": "how?", "response": text},
+    "text": lambda text: {"text": text},
+    "summary": lambda text: {"document": "the cat sat there", "summary": text},
+    "messages": lambda text: {"messages": [{"role": "user", "content": text}]},
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> object:
+        return json.loads(self.out)
+
+    @property
+    def lines(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """``run("guard", folder, stdin=...)`` is the command in this process, as the console script runs it."""
+
+    def command(*words: object, stdin: str = "") -> Ran:
+        monkeypatch.setattr("sys.argv", ["safeside", *map(str, words)])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ran(ended.value.code or 0, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    session_base: Base,
+    random_guard: Callable[..., Adapter],
+    random_aligner: Callable[..., Adapter],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with the guards ``harm`` and ``two`` and the aligner ``refuse`` of the tiny base."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("harm", "two")):
+        guard = random_guard(session_base, name=name, seed=seed + 1)
+        guard.set_calibration(Calibration(scale=(1.0,), bias=(0.0,), threshold=(0.5 + seed / 10,)))
+        save_adapter(guard, root / name, session_base)
+    save_adapter(random_aligner(session_base), root / "refuse", session_base)
+    return root
+
+
+def texts(n: int = 12) -> list[str]:
+    return [f"the cat sat {index * 7919}" for index in range(n)]
+
+
+def write(path: Path, rows: Sequence[object]) -> Path:
+    content = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+# ---- options and start-up --------------------------------------------------------------------------------------------
+
+
+KINDS = {str: "text", Path: "path", int: "integer", bool: "flag", list[str]: "text, repeatable"}
+
+
+def options() -> str:
+    """Every command with its arguments and options: spelling, type, default."""
+    lines = []
+    for command in sorted(cli.app.registered_commands, key=lambda command: str(command.callback.__name__)):
+        lines.append(command.name or command.callback.__name__)
+        hints = get_type_hints(command.callback, include_extras=True)
+        for name, parameter in inspect.signature(command.callback).parameters.items():
+            kind, declared = hints[name].__origin__, hints[name].__metadata__[0]
+            kind = (
+                next(part for part in get_args(kind) or (kind,) if part is not type(None))
+                if kind not in KINDS
+                else kind
+            )
+            written = [word for word in (declared.default, *(declared.param_decls or ())) if str(word).startswith("--")]
+            is_option = isinstance(declared, typer.models.OptionInfo)
+            spelling = (written or [f"--{name.replace('_', '-')}"])[0] if is_option else name.upper()
+            need = "required" if parameter.default is parameter.empty else f"default {parameter.default}"
+            lines.append(f"    {spelling} ({KINDS[kind]}), {need}")
+    return "\n".join(lines) + "\n"
+
+
+def test_options_are_frozen() -> None:
+    assert options() == OPTIONS.read_text(), (
+        f"The options of the command line have changed, and scripts depend on them. If that is meant, tell it in "
+        f"CHANGELOG.md and write the text above into {OPTIONS.relative_to(Path(__file__).parents[1])}."
+    )
+    assert [line for line in options().splitlines() if not line.startswith(" ")] == sorted(COMMANDS)
+
+
+def test_help_and_mistakes_do_not_wait_for_torch() -> None:
+    script = """
+import sys
+from safeside.cli import main
+for words in (["--help"], *([name, "--help"] for name in sys.argv[1:]), ["guard"], ["eval", "x"], ["nothing"]):
+    sys.argv = ["safeside", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        print(words, ended.code, file=sys.stderr)
+slow = {"torch", "transformers", "numpy", "sklearn", "matplotlib"} & set(sys.modules)
+sys.exit(f"imported {slow}" if slow else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script, *COMMANDS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"['{name}', '--help'] 0" in done.stderr
+    for mistake in ("['guard'] 2", "['eval', 'x'] 2", "['nothing'] 2"):
+        assert mistake in done.stderr
+
+
+# ---- exit codes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["guard", "ADAPTERS/harm", "--no-such-flag"], "No such option"),
+        (["guard", "ADAPTERS/harm", "none.jsonl"], "There is no file none.jsonl"),
+        (["guard", "ADAPTERS/refuse", "ROWS"], "has role 'align' but was passed as 'guard'"),
+        (["guard", "ADAPTERS/harm", "ROWS", "--also", "ADAPTERS/harm"], "Adapter names must differ"),
+        (["guard", "builtin:none"], "There is no built-in adapter 'builtin:none'"),
+        (["guard", "ADAPTERS/harm", "--base", "no/such/folder/here"], "Cannot load a base"),
+        (["guard", "ADAPTERS/harm", "--allow-mismatch", "all"], "allow_mismatch can be 'weights'"),
+        (["eval", "ADAPTERS/harm"], "eval needs one of --data FILE and --suite NAME"),
+        (["eval", "ADAPTERS/harm", "--data", "ROWS", "--suite", "demo"], "got neither or both"),
+        (
+            ["eval", "ADAPTERS/harm", "--suite", "dmeo"],
+            "Unknown suite 'dmeo'; expected one of demo. Did you mean 'demo'?",
+        ),
+        (["eval", "ADAPTERS/harm", "--data", "none.jsonl"], "There is no file none.jsonl"),
+        (["eval", "ADAPTERS/refuse", "--data", "ROWS"], "is an aligner; measure it with --suite"),
+        (["eval", "ADAPTERS/refuse", "--suite", "demo", "--strengths", "0,much"], "Strengths must be numbers"),
+        (["chat", "hi", "--gated"], "--gated needs a guard"),
+        (["chat", "hi", "--base", "BASE", "--strengths", "0,1"], "Strengths need an aligner"),
+        (
+            ["chat", "hi", "--base", "BASE", "--aligner", "ADAPTERS/refuse", "--strengths", "3"],
+            "must lie in \\[0, 2\\]",
+        ),
+        (["chat", "hi", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["chat", "hi", "--base", "BASE", "--max-new-tokens", "999"], "nothing is cut silently"),
+        (["train", "none.toml"], "There is no recipe none.toml"),
+        (["info", "builtin:none"], "There is no built-in adapter"),
+    ],
+)
+def test_misuse_is_exit_2_and_one_line(
+    run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path, words: list[str], problem: str
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"text": text, "label": index % 2} for index, text in enumerate(texts())])
+    places = {"ADAPTERS": str(adapters), "ROWS": str(rows), "BASE": str(tiny_base.folder)}
+    for place, found in places.items():
+        words = [word.replace(place, found) for word in words]
+    ran = run(*words)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert problem.replace("\\", "") in " ".join(ran.err.split())
+    assert "Traceback" not in ran.err
+
+
+def test_a_damaged_adapter_is_exit_1(run: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = run("info", tmp_path)
+    assert ran.code == 1
+    assert "has no safeside_config.json" in ran.err
+    assert ran.err.startswith("safeside: ")
+    assert ran.err.count("\n") == 1
+
+
+def test_interrupts_and_missing_extras_are_told(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(
+            MissingExtraError, match=r"needs 'sklearn', which is not installed. Run: pip install 'safeside\[x\]'"
+        ),
+        cli._extra("x"),
+    ):
+        raise ModuleNotFoundError(name="sklearn")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    ran = run("info")
+    assert (ran.code, ran.err) == (1, "safeside: interrupted\n")
+
+
+# ---- guard -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "-"])
+def test_guard_writes_a_line_for_each_row(
+    run: Callable[..., Ran],
+    adapters: Path,
+    tiny_base: Base,
+    random_guard: Callable[..., Adapter],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    rows = [{"prompt": text} for text in texts()]
+    stdin = "\n".join(map(json.dumps, rows))
+    files = [] if name == "-" else [write(tmp_path / name, rows)]
+    ran = run("guard", adapters / "harm", *files, "--also", adapters / "two", stdin=stdin)
+    assert (ran.code, ran.err) == (0, "")
+    assert [line["line"] for line in ran.lines] == list(range(1, 13))
+    for line, text in zip(ran.lines, texts(), strict=True):
+        assert list(line) == ["line", "verdicts"]
+        assert [verdict["task"] for verdict in line["verdicts"]] == ["harm", "two"]
+        for seed, found in enumerate(line["verdicts"]):
+            assert list(found) == ["task", "score", "threshold", "flagged", "reason"]
+            guard = random_guard(tiny_base, name=found["task"], seed=seed + 1)
+            ((verdict,),) = judge(tiny_base, [guard], [[Message("user", text)]])
+            assert found["score"] == pytest.approx(verdict.score, abs=1e-5)
+            assert found["threshold"] == 0.5 + seed / 10
+            assert found["flagged"] == (found["score"] >= found["threshold"])
+
+
+def test_bad_rows_are_told_and_the_run_goes_on(run: Callable[..., Ran], adapters: Path) -> None:
+    stdin = '{"text": "hi"}\n{broken\n\n{"question": "x"}\n{"text": "\\ud800"}\n{"text": "there"}'
+    ran = run("guard", adapters / "harm", stdin=stdin)
+    assert ran.code == 1
+    assert [line["line"] for line in ran.lines] == [1, 2, 4, 5, 6]
+    flagged = {line["line"]: line["verdicts"][0] for line in ran.lines}
+    for number in (2, 4, 5):
+        assert flagged[number]["flagged"] is True
+        assert flagged[number]["score"] is None
+        assert f"safeside: line {number}: " in ran.err
+    assert "3 bad rows; each was flagged" in ran.err
+    collected = run("guard", adapters / "harm", "--json", stdin=stdin)
+    assert collected.code == 1
+    assert collected.json == {"rows": ran.lines, "n_bad": 3}
+
+
+# ---- eval ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eval_reads_every_shape(run: Callable[..., Ran], adapters: Path, tmp_path: Path, shape: str) -> None:
+    rows = [{**SHAPES[shape](text), "label": index % 2} for index, text in enumerate(texts())]
+    ran = run("eval", adapters / "harm", "--data", write(tmp_path / "rows.jsonl.gz", rows), "--json")
+    assert ran.code == 0
+    assert [row["metric"] for row in ran.json] == ["auroc", "auprc", "f1", "tpr", "fpr"]
+    for row in ran.json:
+        assert (row["label"], row["n"], row["n_skipped"]) == ("harm", 12, 0)
+        assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+
+
+def test_eval_counts_bad_rows_and_fails(run: Callable[..., Ran], adapters: Path, tmp_path: Path) -> None:
+    rows = [*({"text": text, "label": index % 2} for index, text in enumerate(texts())), "{broken", {"text": "x"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    ran = run("eval", adapters / "harm", "--data", path, "--json")
+    assert ran.code == 1
+    assert {(row["n"], row["n_skipped"]) for row in ran.json} == {(12, 2)}
+    assert "line 13 was skipped: not JSON" in ran.err
+    assert "line 14 was skipped: no 'label'" in ran.err
+    plain = run("eval", adapters / "harm", "--data", path)
+    assert plain.code == 1
+    for word in ("auroc", "auprc", "f1", "tpr", "fpr", "low", "high", "n_skipped"):
+        assert word in plain.out
+
+
+@pytest.fixture
+def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo suite with two prompts of each label, and very short answers."""
+    demo = SUITES.get("demo")
+    monkeypatch.setitem(SUITES._items, "demo", Suite("demo", demo.path, demo.judge, 2))
+    monkeypatch.setattr(suites, "MAX_NEW_TOKENS", 4)
+
+
+@pytest.mark.usefixtures("small_suite")
+@pytest.mark.parametrize("gate", [[], ["--gate", "ADAPTERS/harm"]])
+def test_eval_measures_an_aligner_by_strength(run: Callable[..., Ran], adapters: Path, gate: list[str]) -> None:
+    gate = [word.replace("ADAPTERS", str(adapters)) for word in gate]
+    ran = run("eval", adapters / "refuse", "--suite", "demo", "--strengths", "0,0.5,1", *gate, "--json")
+    assert ran.code == 0
+    assert [(row["strength"], row["metric"]) for row in ran.json] == [
+        (strength, f"refusal_rate_{kind}") for strength in (0.0, 0.5, 1.0) for kind in ("harmful", "harmless")
+    ]
+    for row in ran.json:
+        assert (row["suite"], row["n"], row["n_unscored"]) == ("demo", 2, 0)
+        assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+
+
+# ---- chat, info, push, train -----------------------------------------------------------------------------------------
+
+
+def test_chat_answers_one_prompt_at_several_strengths(run: Callable[..., Ran], adapters: Path, tiny_base: Base) -> None:
+    words = ("chat", "how?", "--base", tiny_base.folder, "--aligner", adapters / "refuse", "--max-new-tokens", 6)
+    ran = run(*words, "--guard", adapters / "harm", "--strengths", "0,1", "--json")
+    assert ran.code == 0
+    first, second = ran.lines
+    assert [first["requested_strength"], second["requested_strength"]] == [0.0, 1.0]
+    assert first["text"] == tiny_base.chat([Message("user", "how?")], max_new_tokens=6).text != second["text"]
+    assert set(second["strength"]["refuse"]) == {1.0}
+    assert [verdict["reason"] for verdict in second["verdicts"]] == ["prompt", "answer"]
+    plain = run(*words, "--guard", adapters / "harm", "--strengths", "0,1")
+    assert plain.out.startswith("[strength 0] ")
+    assert "harm on the prompt: 0." in plain.err
+    gated = run(*words, "--guard", adapters / "two", "--strengths", "1", "--gated", "--json").json
+    score, used = gated["verdicts"][0]["score"], gated["strength"]["refuse"]
+    assert used == [pytest.approx(min(1.0, max(0.0, (score - 0.3) / 0.3)), abs=1e-4)] * len(used)
+
+
+def test_chat_reads_a_conversation_from_standard_input(run: Callable[..., Ran], tiny_base: Base) -> None:
+    ran = run("chat", "--base", tiny_base.folder, "--max-new-tokens", 5, "--json", stdin="how?\n\n  and then?\n")
+    first, second = ran.lines
+    history = [Message("user", "how?"), Message("assistant", first["text"]), Message("user", "and then?")]
+    assert second["text"] == tiny_base.chat(history, max_new_tokens=5).text
+    assert first["requested_strength"] is None
+
+
+def test_info_tells_the_cost(run: Callable[..., Ran], adapters: Path, tiny_base: Base) -> None:
+    facts = run("info", adapters / "harm", "--json").json
+    assert (facts["adapter"], facts["role"], facts["thresholds"]) == ("harm", "guard", [0.5])
+    assert (
+        facts["flops_share"]
+        == facts["matmuls_per_token"] / run("info", "--base", tiny_base.folder, "--json").json["matmuls_per_token"]
+    )
+    assert "times the 1% target" in facts["cost"]
+    assert run("info", adapters / "refuse", "--json").json["role"] == "align"
+    assert "flops_share" in run("info", adapters / "harm").out
+
+
+def test_push_uploads_a_checked_folder(
+    run: Callable[..., Ran], adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, object]] = []
+
+    class Hub:
+        def create_repo(self, *words: object, **options: object) -> None:
+            calls.append({"repository": words[0], **options})
+
+        def upload_folder(self, **options: object) -> str:
+            calls.append(options)
+            return "https://hub/org/harm"
+
+    monkeypatch.setattr("safeside.artifact.HfApi", Hub)
+    assert run("push", adapters / "harm", "org/harm", "--private").out == "https://hub/org/harm\n"
+    assert run("push", adapters / "harm", "org/harm", "--json").json == {"address": "https://hub/org/harm"}
+    assert [call.get("private") for call in calls[::2]] == [True, False]
+    assert run("push", adapters, "org/harm").code == 1  # no adapter: nothing may be uploaded
+    assert len(calls) == 4
+
+
+def test_train_makes_an_adapter(run: Callable[..., Ran], tiny_base: Base, tmp_path: Path) -> None:
+    rows = [{"text": f"the {'hat' if index % 2 else 'cat'} {index}", "label": index % 2} for index in range(24)]
+    write(tmp_path / "rows.jsonl", [*rows, "{broken"])
+    recipe = tmp_path / "toy.toml"
+    recipe.write_text(
+        f"name = 'toy'\noutput = 'unused'\n[base]\nname = '{tiny_base.folder}'\n[data]\ntrain = ['rows.jsonl']\n"
+        "validation = ['rows.jsonl']\n[adapter]\nkind = 'plr'\n[training]\nepochs = 2\nbatch_size = 8\n"
+    )
+    ran = run("train", recipe, "--output", tmp_path / "toy", "--json")
+    assert ran.code == 0
+    assert (ran.json["adapter"], ran.json["train_rows"], ran.json["bad_rows"]) == (str(tmp_path / "toy"), 24, 2)
+    assert ran.json["trainable_params"] > 0
+    assert "line 25 was left out: rows.jsonl: not JSON" in ran.err
+    assert "epoch 2: validation" in ran.err
+    resumed = run("train", recipe, "--data", tmp_path, "--output", tmp_path / "toy", "--resume")
+    assert resumed.code == 0
+    assert "best validation auroc" in resumed.out
+    scored = run("guard", tmp_path / "toy", tmp_path / "rows.jsonl")
+    assert len(scored.lines) == 25
