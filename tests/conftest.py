@@ -56,12 +56,26 @@ def session_base(tiny_family: Callable[[str], Base]) -> Base:
     return tiny_family("llama")
 
 
+@pytest.fixture(scope="session")
+def pristine(session_base: Base) -> dict[str, torch.Tensor]:
+    """The tiny llama's tensors as they were loaded."""
+    return {name: tensor.clone() for name, tensor in tensors_of(session_base).items()}
+
+
+def tensors_of(base: Base) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, those that are not saved (rotary frequencies) included."""
+    return dict([*base.model.named_parameters(), *base.model.named_buffers()])
+
+
 @pytest.fixture
-def tiny_base(session_base: Base) -> Iterator[Base]:
-    """The tiny llama; whatever a test leaves attached is detached after it."""
+def tiny_base(session_base: Base, pristine: dict[str, torch.Tensor]) -> Iterator[Base]:
+    """The tiny llama; whatever a test leaves attached is detached after it, and no test may change a byte of it."""
     yield session_base
     if session_base.attachment is not None:
         session_base.attachment.detach()
+    left = tensors_of(session_base)
+    assert left.keys() == pristine.keys(), "the test changed the modules of the shared base"
+    assert all(torch.equal(left[name], tensor) for name, tensor in pristine.items())
 
 
 @pytest.fixture(scope="session")

@@ -57,14 +57,6 @@ def test_chat_with_the_builtin_parts_is_quiet_but_for_the_verdicts() -> None:
     assert "harm on the answer: " in done.stderr.splitlines()[1]
 
 
-def test_an_unknown_adapter_is_exit_2_and_one_line() -> None:
-    done = subprocess.run([*COMMAND, "info", "builtin:none"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "There is no built-in adapter 'builtin:none'" in done.stderr
-
-
 @needs_adapters
 def test_a_reader_that_leaves_early_ends_the_command() -> None:
     """As ``safeside guard ... | head -1`` does."""
