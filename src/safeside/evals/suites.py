@@ -62,13 +62,21 @@ def run_aligner_suite(
     harmful, harmless = suite_prompts(suite)
     results = []
     for strength in strengths:
-        for metric, prompts in (("refusal_rate_harmful", harmful), ("refusal_rate_harmless", harmless)):
-            answers = answer(base, aligner, prompts, strength, guard=guard, advance=advance)
-            refused = np.array([JUDGES.get(suite.judge)(text) for text in answers], dtype=np.float64)
+        answers = answer(base, aligner, [*harmful, *harmless], strength, guard=guard, advance=advance)
+        parts = {"harmful": answers[: len(harmful)], "harmless": answers[len(harmful) :]}
+        for kind, texts in parts.items():
+            refused = np.array([JUDGES.get(suite.judge)(text) for text in texts], dtype=np.float64)
             low, high = wilson(int(refused.sum()), len(refused))
             results.append(
                 Result(
-                    suite.name, metric, float(refused.mean()), low, high, len(refused), 0, {"strength": f"{strength:g}"}
+                    suite.name,
+                    f"refusal_rate_{kind}",
+                    float(refused.mean()),
+                    low,
+                    high,
+                    len(refused),
+                    0,
+                    {"strength": f"{strength:g}"},
                 )
             )
     return results
