@@ -65,20 +65,10 @@ def run_aligner_suite(
         answers = answer(base, aligner, [*harmful, *harmless], strength, guard=guard, advance=advance)
         parts = {"harmful": answers[: len(harmful)], "harmless": answers[len(harmful) :]}
         for kind, texts in parts.items():
-            refused = np.array([JUDGES.get(suite.judge)(text) for text in texts], dtype=np.float64)
-            low, high = wilson(int(refused.sum()), len(refused))
-            results.append(
-                Result(
-                    suite.name,
-                    f"refusal_rate_{kind}",
-                    float(refused.mean()),
-                    low,
-                    high,
-                    len(refused),
-                    0,
-                    {"strength": f"{strength:g}"},
-                )
-            )
+            refused = sum(map(JUDGES.get(suite.judge), texts))
+            low, high = wilson(refused, len(texts))
+            rate, setting = refused / len(texts), {"strength": f"{strength:g}"}
+            results.append(Result(suite.name, f"refusal_rate_{kind}", rate, low, high, len(texts), 0, setting))
     return results
 
 
