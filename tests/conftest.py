@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -21,6 +22,8 @@ from safeside.adapters.adapter import DeltaHead  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only costs
+hypothesis.settings.register_profile("busy", deadline=None)  # speed is never a test: machines are shared
+hypothesis.settings.load_profile("busy")
 logging.disable_progress_bar()
 
 

@@ -268,7 +268,7 @@ def test_a_pickle_is_never_read(
     assert flag.exists(), "the payload would have worked"
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     file=st.sampled_from([CONFIG_FILE, WEIGHTS_FILE]),
     place=st.floats(0, 1, exclude_max=True),

@@ -17,7 +17,7 @@ from safeside.errors import InputError
 from tokenizers_for_tests import KINDS, Kind, llama2_style, project_style, shared_tokenizer, unigram_style
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tokenizer has no chat template")
-QUICK = settings(max_examples=30, deadline=None, derandomize=True)
+QUICK = settings(max_examples=30, derandomize=True)
 
 ROLES = (
     ("user",),
@@ -298,7 +298,7 @@ def test_the_tokenizers_own_setting_comes_back(setting: bool, monkeypatch: pytes
 
 
 @given(rows=st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6), min_size=1, max_size=5), left=st.booleans())
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 def test_pad_batch_keeps_every_token(rows: list[list[int]], left: bool) -> None:
     ids, keep = pad_batch(rows, pad_id=0, side="left" if left else "right")
     assert [row[mask].tolist() for row, mask in zip(ids, keep, strict=True)] == rows

@@ -10,6 +10,8 @@ from importlib.resources import files
 
 import pytest
 
+from safeside.cli import main
+
 BUILTIN = files("safeside.builtin")
 COMMAND = [sys.executable, "-c", "from safeside.cli import main; main()"]
 pytestmark = pytest.mark.timeout(600)  # each is a Python process that imports torch, perhaps on a busy machine
@@ -45,19 +47,6 @@ def test_guard_reads_a_pipe_and_writes_a_line_for_each_row() -> None:
 
 
 @needs_adapters
-def test_chat_with_the_builtin_parts_is_quiet_but_for_the_verdicts() -> None:
-    words = ["--aligner", "builtin:refuse", "--guard", "builtin:harm", "--gated", "--max-new-tokens", "24"]
-    done = subprocess.run(
-        [*COMMAND, "chat", "Tell me how to steal a car.", *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("[strength 1] ")
-    assert len(done.stderr.splitlines()) == 2
-    assert "harm on the prompt: " in done.stderr.splitlines()[0]
-    assert "harm on the answer: " in done.stderr.splitlines()[1]
-
-
-@needs_adapters
 def test_a_reader_that_leaves_early_ends_the_command() -> None:
     """As ``safeside guard ... | head -1`` does."""
     rows = BUILTIN / "demo" / "test.jsonl.gz"
@@ -69,3 +58,18 @@ def test_a_reader_that_leaves_early_ends_the_command() -> None:
         errors = child.stderr.read()
     assert child.returncode == 1
     assert "Traceback" not in errors
+
+
+@needs_adapters
+def test_the_builtin_parts_work_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, where warnings are errors: an answer, and a line for each verdict."""
+    words = ["--aligner", "builtin:refuse", "--guard", "builtin:harm", "--gated", "--max-new-tokens", "24"]
+    monkeypatch.setattr("sys.argv", ["safeside", "chat", "Tell me how to steal a car.", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert not ended.value.code
+    assert out.startswith("[strength 1] ")
+    first, second = err.splitlines()
+    assert "harm on the prompt: " in first
+    assert "harm on the answer: " in second

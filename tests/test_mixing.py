@@ -14,7 +14,7 @@ from safeside import fixed, mix, ramp, step
 from safeside.errors import InputError, NotFiniteError
 from safeside.mixing import MAX_STRENGTH, Fixed, Policy, Ramp, Step, as_policies
 
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+QUICK = settings(max_examples=60, derandomize=True)
 FLOAT32_ROUNDING = 1e-5  # relative, of a sum of a few float32 values
 BFLOAT16_ROUNDING = 2.0**-8  # relative, of the one cast at the end
 

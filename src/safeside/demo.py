@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -191,19 +191,19 @@ def _chat(base: Base, refuse: Adapter, harm: Adapter, stage: _Stage) -> None:
 
 
 def _strengths(base: Base, refuse: Adapter, harm: Adapter, stage: _Stage, quick: bool) -> list[Result]:
-    suite = SUITES.get("demo")
-    limited = type(suite)(suite.name, suite.path, suite.judge, 5 if quick else 60)
-    total = 2 * len(STRENGTHS) * 2 * limited.limit
-    curves: dict[str, list[tuple[float, float, float]]] = {}
-    everything: list[Result] = []
+    suite = replace(SUITES.get("demo"), limit=5 if quick else 60)
+    strengths = STRENGTHS[::2] if quick else STRENGTHS
+    total = (2 * len(strengths) - 1) * 2 * suite.limit
     with progress_bar("answer at several strengths", total, "prompts") as advance:
-        for guard, suffix in ((None, ""), (harm, ", guard sets the strength")):
-            results = run_aligner_suite(base, refuse, limited, STRENGTHS, guard=guard, advance=advance)
-            everything += results if guard is None else []
-            for metric, name in (("refusal_rate_harmful", "harmful"), ("refusal_rate_harmless", "harmless")):
-                curves[f"{name} prompts{suffix}"] = [
-                    (result.value, result.low, result.high) for result in results if result.metric == metric
-                ]
+        plain = run_aligner_suite(base, refuse, suite, strengths, advance=advance)
+        gated = run_aligner_suite(base, refuse, suite, strengths[1:], guard=harm, advance=advance)
+    curves = {
+        f"{kind} prompts{suffix}": [
+            (result.value, result.low, result.high) for result in results if result.metric == f"refusal_rate_{kind}"
+        ]
+        for suffix, results in (("", plain), (", guard sets the strength", [*plain[:2], *gated]))  # 0 is 0 for both
+        for kind in ("harmful", "harmless")
+    }
     rows = [
         (name, *(f"{value:.0%} ({low:.0%} to {high:.0%})" for value, low, high in points))
         for name, points in curves.items()
@@ -211,10 +211,10 @@ def _strengths(base: Base, refuse: Adapter, harm: Adapter, stage: _Stage, quick:
     stage.add(
         Section(
             "Refusals by strength",
-            f"{limited.limit} prompts of each kind; a word list decides what is a refusal.",
-            [("Refusals by strength", strength_picture(STRENGTHS, curves))],
-            ("prompts", *(f"strength {strength:g}" for strength in STRENGTHS)),
+            f"{suite.limit} prompts of each kind; a word list decides what is a refusal.",
+            [("Refusals by strength", strength_picture(strengths, curves))],
+            ("prompts", *(f"strength {strength:g}" for strength in strengths)),
             rows,
         )
     )
-    return everything
+    return plain
