@@ -168,7 +168,7 @@ def test_other_weights_can_be_allowed_and_every_verdict_says_so(tiny_base: Base,
     with attach(sibling, guards=[guard]):
         verdicts = sibling.chat([Message("user", "hi")], max_new_tokens=2).verdicts
     assert len(verdicts) == 2
-    assert all("weights differ" in verdict.reason for verdict in verdicts)
+    assert all("chat template differ" in verdict.reason for verdict in verdicts)
     again = load_adapter(save_adapter(guard, tmp_path / "again"), tiny_base)
     assert not again.config.allow_mismatch
     assert not load_adapter(saved, tiny_base, allow_mismatch="weights").config.allow_mismatch

@@ -93,5 +93,5 @@ def test_a_guard_on_other_weights_says_so(tiny_base: Base, random_guard, tmp_pat
     guard.config = guard.config.model_copy(update={"base": reference.model_copy(update={"fingerprint": other})})
     loaded = load_adapter(save_adapter(guard, tmp_path / "guard"), tiny_base, allow_mismatch="weights")
     assert verdict_of(loaded, (0.1,), "prompt").reason == (
-        "prompt; the base's weights differ from those the guard was trained on"
+        "prompt; the base's weights or chat template differ from those the guard was trained on"
     )

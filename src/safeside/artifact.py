@@ -80,7 +80,7 @@ def load_adapter(
     """Load a guard or aligner for ``base``, in its dtype and on its device.
 
     ``name_or_path`` is a folder, a hub name, or ``builtin:harm`` and ``builtin:refuse``.  Another architecture or
-    tokenizer is a MismatchError; so are other weights of the same architecture unless ``allow_mismatch="weights"``,
+    tokenizer is a MismatchError; so are other weights or another chat template unless ``allow_mismatch="weights"``,
     and then every verdict says so.  A damaged, unsafe or newer folder is a FormatError.
     """
     if allow_mismatch not in (None, "weights"):
@@ -189,13 +189,14 @@ def _check_base(config: AdapterConfig, base: Base, name: str, allow_mismatch: st
     what = " and another ".join(part for part, (wanted, found) in parts.items() if wanted != found)
     if what:
         raise MismatchError(f"Adapter {name!r} was {both}: another {what}. Load the base that it was made for.")
-    differs = trained.weights != given.weights
-    if differs and allow_mismatch != "weights":
+    other = [part for part in ("weights", "template") if trained.model_dump()[part] != given.model_dump()[part]]
+    if other and allow_mismatch != "weights":
+        found = " and ".join({"weights": "other weights", "template": "another chat template"}[part] for part in other)
         raise MismatchError(
-            f"Adapter {name!r} was {both}: the same architecture with other weights. Load the matching base, or pass "
+            f"Adapter {name!r} was {both}: the same architecture with {found}. Load the matching base, or pass "
             'allow_mismatch="weights" and check its figures on this one.'
         )
-    return config.model_copy(update={"allow_mismatch": differs})
+    return config.model_copy(update={"allow_mismatch": bool(other)})
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -28,7 +28,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 BaseName = Annotated[str | None, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
 Mismatch = Annotated[
-    str | None, typer.Option(help="'weights' lets an adapter run on other weights of its architecture.")
+    str | None, typer.Option(help="'weights' lets an adapter run on other weights, or with another chat template.")
 ]
 _MISUSE = (InputError, ConfigError, UnknownNameError, MissingExtraError)
 

@@ -22,7 +22,7 @@ def verdict_of(guard: Adapter, scores: Sequence[float], reason: str = "", notes:
     if broken:
         reasons.append("the score is not a number: failing closed")
     if config.allow_mismatch:
-        reasons.append("the base's weights differ from those the guard was trained on")
+        reasons.append("the base's weights or chat template differ from those the guard was trained on")
     return Verdict(
         task=guard.name,
         score=scores[worst],

@@ -17,7 +17,11 @@ from safeside import load_base
 from safeside.base.fingerprint import Fingerprint, take_fingerprint
 from safeside.errors import InputError
 
-PARTS = ("architecture", "tokenizer", "weights")
+PARTS = ("architecture", "tokenizer", "template", "weights")
+
+PADDING = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+PADDING["pad_token"] = "<pad>"
+TRUNCATION = {"max_length": 9, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
 
 
 @pytest.fixture
@@ -36,7 +40,11 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(kept, indent=3))
 
 
-def test_a_fingerprint_is_three_short_hashes(folder: Path) -> None:
+def edit_whole(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
+
+
+def test_a_fingerprint_is_four_short_hashes(folder: Path) -> None:
     found = take_fingerprint(folder)
     assert all(len(value) == 16 and int(value, 16) >= 0 for value in found.model_dump().values())
     assert str(found) == "-".join(value[:6] for value in found.model_dump().values())
@@ -58,17 +66,47 @@ def test_one_weight_changes_the_weights_only(folder: Path) -> None:
     assert changed(before, take_fingerprint(folder)) == {"weights"}
 
 
-@pytest.mark.parametrize("values", [{"normalizer": {"type": "NFKC"}}, {"added_tokens": []}])
-def test_the_tokenizers_rules_change_the_tokenizer_only(folder: Path, values: dict[str, object]) -> None:
+def test_the_tokenizers_rules_change_the_tokenizer_only(folder: Path) -> None:
     before = take_fingerprint(folder)
-    edit(folder / "tokenizer.json", **values)
+    edit(folder / "tokenizer.json", normalizer={"type": "NFKC"})
     assert changed(before, take_fingerprint(folder)) == {"tokenizer"}
+
+
+def test_another_word_in_the_vocabulary_changes_the_tokenizer_only(folder: Path) -> None:
+    before = take_fingerprint(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["neverseen"] = vocabulary.pop(max(vocabulary, key=vocabulary.__getitem__))
+    merges = [pair for pair in content["model"]["merges"] if "".join(pair) in vocabulary]
+    edit(folder / "tokenizer.json", model={**content["model"], "merges": merges})
+    assert changed(before, take_fingerprint(folder)) == {"tokenizer"}
+
+
+def test_another_chat_template_is_seen(folder: Path) -> None:
+    before = take_fingerprint(folder)
+    (folder / "chat_template.jinja").write_text("### {{ messages[0]['content'] }}")
+    assert changed(before, take_fingerprint(folder)) == {"template"}
+
+
+def test_a_checkpoint_written_by_an_older_transformers_keeps_its_fingerprint(folder: Path, tmp_path: Path) -> None:
+    """Its config and merges were spelled otherwise; loaded and saved again, as a fine-tune does, they are the same."""
+    content = json.loads((folder / "config.json").read_text())
+    rope = content.pop("rope_parameters")
+    edit_whole(folder / "config.json", {**content, "rope_theta": rope["rope_theta"], "rope_scaling": None})
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    edit_whole(folder / "tokenizer.json", content)
+    old = load_base(folder)
+    old.model.save_pretrained(tmp_path / "new")
+    old.tokenizer.save_pretrained(tmp_path / "new")
+    assert "rope_theta" not in json.loads((tmp_path / "new" / "config.json").read_text())
+    assert take_fingerprint(tmp_path / "new") == old.fingerprint
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        {"padding": {"strategy": {"Fixed": 9}}, "truncation": {"max_length": 9}},  # left there by the last call
+        {"padding": PADDING, "truncation": TRUNCATION},  # left there by the last call
         {},  # only laid out anew
     ],
 )
@@ -132,15 +170,16 @@ def test_every_shard_of_a_checkpoint_counts(folder: Path) -> None:
     assert load_base(folder).fingerprint == before
 
 
-def test_an_old_tokenizer_counts_all_its_files(folder: Path) -> None:
+def test_an_old_tokenizer_of_two_files_is_read(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer.json").unlink()
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).write_text("first")
+    edit_whole(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
+    edit_whole(folder / "vocab.json", model["vocab"])
+    merges = [" ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     before = take_fingerprint(folder)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).write_text("second")
-        assert changed(before, take_fingerprint(folder)) == {"tokenizer"}
-        (folder / name).write_text("first")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges[::-1]]))
+    assert changed(before, take_fingerprint(folder)) == {"tokenizer"}
 
 
 def test_blobs_of_the_hub_are_known_by_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ class BaseReference(BaseModel):
     model_type: str
     """Architecture, as config.json names it."""
     fingerprint: Fingerprint
-    """Hashes of architecture, tokenizer and weights; compared when the adapter is loaded."""
+    """Hashes of architecture, tokenizer, chat template and weights; compared when the adapter is loaded."""
     n_layers: int = Field(ge=1, le=_MOST)
     """Transformer blocks, L."""
     d_model: int = Field(ge=1, le=_MOST)
@@ -97,7 +97,7 @@ class AdapterConfig(BaseModel):
     calibration: Calibration | None = None
     """How logits become scores; none until a guard is calibrated (then sigmoid, and thresholds of 0.5)."""
     allow_mismatch: bool = False
-    """Set on loading: the base has other weights than those that the adapter was trained on."""
+    """Set on loading: the base has other weights or another chat template than the adapter was trained with."""
 
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:

@@ -34,7 +34,7 @@ def geometry_base(config: PreTrainedConfig, name: str = "geometry") -> Base:
         model = (AutoModel if family.is_encoder else AutoModelForCausalLM).from_config(config)  # type: ignore[no-untyped-call]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))  # type: ignore[no-untyped-call]
     base = Base(model, tokenizer, family, name, Path())
-    base.fingerprint = Fingerprint(architecture="", tokenizer="", weights="")
+    base.fingerprint = Fingerprint(architecture="", tokenizer="", template="", weights="")
     return base
 
 
