@@ -159,6 +159,18 @@ def test_strengths_that_do_not_fit_are_refused(tiny_base: Base, aligners: list[A
     assert tiny_base.attachment is None
 
 
+@pytest.mark.parametrize("settings", [{"strength": [0.0, 1.0]}, {"prompt_end": [3, 8]}])
+def test_a_wider_batch_needs_to_be_announced(
+    tiny_base: Base, aligners: list[Adapter], settings: dict[str, object]
+) -> None:
+    """Two settings for four rows: whose are they?  Only ``copies`` says that each row was repeated."""
+    with attach(tiny_base, aligners) as attachment:
+        with attachment.request(**settings), pytest.raises(InputError, match="2 values for a batch of 4 rows"):
+            logits_of(tiny_base, IDS.repeat_interleave(2, 0))
+        with attachment.request(**settings, copies=2):
+            logits_of(tiny_base, IDS.repeat_interleave(2, 0))
+
+
 def test_latched_strengths_need_the_prompts_end(tiny_base: Base, aligners: list[Adapter], guard: Adapter) -> None:
     with attach(tiny_base, aligners, [guard], strength=ramp(guard)) as attachment:
         with pytest.raises(

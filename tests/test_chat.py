@@ -171,7 +171,7 @@ def test_a_prompt_begins_its_answer(kind: Kind, roles: tuple[str, ...], contents
 def test_an_answer_alone_gets_the_templates_lead(kind: Kind) -> None:
     encoded = encode(kind, [Message("assistant", "the cat")])
     text = shared_tokenizer(kind.name).decode(encoded.ids[encoded.answer_start :], skip_special_tokens=True)
-    assert text.replace(" ", "").strip() == "thecat"
+    assert text.replace(" ", "").strip().removesuffix("<|end|>") == "thecat"  # added-roles: not a special token
     if kind.name == "project":
         lead = shared_tokenizer(kind.name).convert_ids_to_tokens(encoded.ids[: encoded.answer_start])
         assert lead == ["<|bos|>", "<|assistant|>"]

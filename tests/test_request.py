@@ -78,9 +78,9 @@ def test_interleaved_caches_never_meet(attachment: Attachment) -> None:
         with attachment.request(strength=strength, prompt_end=[4]):
             alone.append(run(attachment, ids, use_cache=False))
             found[index].append(run(attachment, ids[:, :5], caches[index]))
-    for start, stop in ((5, 6), (6, 9), (9, 12)):
+    for start in range(5, 12):
         for index, (ids, _) in enumerate(settings):
-            found[index].append(run(attachment, ids[:, start:stop], caches[index]))
+            found[index].append(run(attachment, ids[:, start : start + 1], caches[index]))
     for index, expected in enumerate(alone):
         close(torch.cat(found[index], 1), expected)
 
@@ -98,6 +98,16 @@ def test_a_cache_keeps_the_settings_it_began_with(attachment: Attachment) -> Non
         run(attachment, OTHER[:, :1], cache)
     assert request_layer(cache).request.prompt_end == (4,)
     assert attachment.verdicts(cache)[0][0].reason == "prompt"
+
+
+def test_a_gate_does_not_hold_for_a_turn_that_it_did_not_judge(attachment: Attachment) -> None:
+    """Tokens of an answer may follow one by one; several at once are a new turn and need their own request."""
+    cache = DynamicCache()
+    with attachment.request(strength=step("harm", 1.0), prompt_end=[4]):
+        run(attachment, TEXT[:, :6], cache)
+    run(attachment, TEXT[:, 6:7], cache)
+    with pytest.raises(AttachmentError, match=r"2 tokens follow a prompt that has set the strength of refuse already"):
+        run(attachment, TEXT[:, 7:9], cache)
 
 
 @pytest.mark.parametrize("strength", [1.0, step("harm", 0.5, low=0.3, high=1.5), ramp("harm", latched=False)], ids=str)

@@ -58,7 +58,7 @@ def rig(tiny_folder, random_guard, random_aligner) -> Rig:
 def sampling(rig: Rig) -> None:
     """One prompt and several samples are the prompt repeated; strengths are repeated with their rows."""
     options = {"do_sample": True}
-    with rig.attach(fixed([0.0, 1.0])):
+    with rig.attach(fixed([0.0, 1.0])) as attachment, attachment.request(copies=2):
         torch.manual_seed(0)
         several = rig.generate(num_return_sequences=2, **options)
     with rig.attach(fixed([0.0, 0.0, 1.0, 1.0])):
@@ -68,7 +68,7 @@ def sampling(rig: Rig) -> None:
 
 
 def beams(rig: Rig) -> None:
-    with rig.attach(fixed([0.4, 1.0])):
+    with rig.attach(fixed([0.4, 1.0])) as attachment, attachment.request(copies=2):
         cached = rig.generate(num_beams=2)
         assert cached.tolist() == rig.generate(num_beams=2, use_cache=False).tolist()
     with rig.attach(1.0):
@@ -300,8 +300,18 @@ class Way:
 
 
 SUPPORTED = [
-    Way("sampling, `num_return_sequences`", True, sampling, "strengths and gates go with each copy of a row"),
-    Way("beam search, fixed strength", True, beams, "one strength, or one for each row"),
+    Way(
+        "sampling, `num_return_sequences`",
+        True,
+        sampling,
+        "`attachment.request(copies=n)`: strengths and gates go with each copy of a row",
+    ),
+    Way(
+        "beam search, fixed strength",
+        True,
+        beams,
+        "one strength, or one for each row with `attachment.request(copies=num_beams)`",
+    ),
     Way("prompt-lookup decoding", True, prompt_lookup, "the same text as greedy decoding"),
     Way(
         "assisted (speculative) decoding", True, assisted, "the draft model runs without adapters; the text is the same"

@@ -78,6 +78,14 @@ def project_style() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def added_roles() -> PreTrainedTokenizerFast:
+    """The project's template over roles that are added tokens, not special ones: it spells none of them whole."""
+    tokenizer = _byte_level(PROJECT_SPECIALS[:3], PROJECT_SPECIALS[3:], pad_token="<|pad|>", bos_token="<|bos|>")
+    tokenizer.eos_token = "<|eos|>"
+    tokenizer.chat_template = PROJECT_TEMPLATE
+    return tokenizer
+
+
 def chatml_style() -> PreTrainedTokenizerFast:
     """Qwen-like: a default system turn, and added tokens that are not special but that the template writes."""
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -215,6 +223,7 @@ def builtin_style() -> PreTrainedTokenizerBase:
 _CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
 KINDS = (
     Kind("project", project_style, PROJECT_SPECIALS, is_lossless=True, trims=True),
+    Kind("added-roles", added_roles, PROJECT_SPECIALS, is_lossless=True, trims=True),
     Kind("chatml", chatml_style, _CHATML, is_lossless=True),
     Kind("gpt2", gpt2_style, ("<|endoftext|>",), is_lossless=True, is_clean=False, has_template=False),
     Kind("llama2", llama2_style, ("<s>", "</s>", "[INST]"), is_clean=False, trims=True),

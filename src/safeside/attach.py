@@ -92,11 +92,14 @@ class Attachment:
             self.base.attachment = None
 
     @contextlib.contextmanager
-    def request(self, *, strength: object = None, prompt_end: Sequence[int] | Tensor | None = None) -> Iterator[None]:
+    def request(
+        self, *, strength: object = None, prompt_end: Sequence[int] | Tensor | None = None, copies: int = 1
+    ) -> Iterator[None]:
         """Settings for the forward passes that this thread runs inside the ``with`` block.
 
         ``strength`` replaces the attachment's (anything that ``attach`` takes); ``prompt_end`` holds the number of
-        prompt tokens of each row, padding not counted, and is what latched policies wait for.
+        prompt tokens of each row, padding not counted, and is what latched policies wait for.  ``copies`` is how many
+        rows ``generate`` makes of each: ``num_beams`` or ``num_return_sequences``.
         """
         self._check_attached()
         policies = self.policies if strength is None else as_policies(strength, list(self.aligners))
@@ -104,7 +107,7 @@ class Attachment:
         ends = None if prompt_end is None else tuple(int(end) for end in prompt_end)
         if ends is not None and min(ends, default=0) < 1:
             raise InputError(f"prompt_end counts tokens and starts at 1; got {ends}.")
-        before, self._thread.request = self._thread.request, Request(policies, ends)
+        before, self._thread.request = self._thread.request, Request(policies, ends, copies)
         try:
             yield
         finally:
@@ -170,7 +173,7 @@ class Attachment:
         n_past = cache.get_seq_length() if cache is not None else 0
         refuse_packed(bound, n_new)
         keep = keep_mask(bound.get("attention_mask"), n_rows, n_new, n_past, inputs.device)
-        request = self._request_of(cache, n_past, n_rows)
+        request = self._request_of(cache, n_past, n_rows, n_new)
         tape = Tape(keep, n_new, is_causal=not self.base.is_encoder)
         self._thread.current = _Pass({name: tape.fork() for name in self._adapters}, cache, request)
         return args, kwargs
@@ -194,7 +197,7 @@ class Attachment:
             )
         return cache
 
-    def _request_of(self, cache: DynamicCache | None, n_past: int, n_rows: int) -> Request:
+    def _request_of(self, cache: DynamicCache | None, n_past: int, n_rows: int, n_new: int) -> Request:
         """The request in force: the thread's own, else the one that the cache already carries, else the default."""
         layer = request_layer(cache) if cache is not None else None
         if layer is not None and layer.owner is not self:
@@ -206,6 +209,8 @@ class Attachment:
                 "pass failed. Start with a new DynamicCache()."
             )
         request = self._thread.request or (layer.request if layer is not None else Request(self.policies))
+        if layer is not None and self._thread.request is None:
+            layer.refuse_new_turn(n_new)
         if request.prompt_end is None and layer is not None:
             request = replace(request, prompt_end=layer.request.prompt_end)
         request = request.for_rows(n_rows)

@@ -4,7 +4,7 @@ A chat template and its control tokens are trusted; the contents of messages are
 tokenised whole, as the model was trained.  When a control token would cover any character of a content, the
 conversation is tokenised in pieces instead and contents are encoded with control tokens switched off, so that a
 content spelling ``<|assistant|>`` becomes ordinary text.  Control tokens are the special tokens and every other added
-token that the template spells, such as ``<think>``.
+token that the template spells, such as ``<think>``, or puts together, such as ``'<|' + role + '|>'``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -273,15 +274,26 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     template, names = _template_of(tokenizer), tuple(tokenizer.special_tokens_map.values())
     state = (template, names, len(tokenizer))
     if tokenizer not in _CONTROL or _CONTROL[tokenizer][0] != state:
+        skeletons = "".join(_skeletons(tokenizer))
         written = {
             index
             for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special or (token.content in template and not token.content.isspace())
+            if token.special
+            or (not token.content.isspace() and (token.content in template or token.content in skeletons))
         }
         # The unknown token may stand for odd characters, unless it has a second job, such as ending a text.
         unknown = {tokenizer.unk_token_id} if names.count(tokenizer.unk_token) == 1 else set()
         _CONTROL[tokenizer] = state, frozenset((written | set(tokenizer.all_special_ids)) - unknown)
     return _CONTROL[tokenizer][1]
+
+
+def _skeletons(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What the template writes around the contents of every role, of those conversations that it takes."""
+    for roles in (("user",), ("user", "assistant"), ("system", "user"), ("system", "user", "assistant")):
+        turns = [{"role": role, "content": _MARK_OPEN} for role in roles]
+        for generation in (False, True):
+            with suppress(InputError):
+                yield _apply_template(tokenizer, turns, generation)
 
 
 def _prompt_and_answer(

@@ -25,6 +25,8 @@ class Request:
 
     policies: Mapping[str, Policy]
     prompt_end: tuple[int, ...] | None = None
+    copies: int = 1
+    """Rows that ``generate`` makes of each row before the first pass."""
 
     def __post_init__(self) -> None:
         latched = [name for name, policy in self.policies.items() if policy.latched]
@@ -51,12 +53,25 @@ class Request:
         return any(policy.guard is not None for policy in self.policies.values())
 
     def for_rows(self, n_rows: int) -> Request:
-        """The same request for a batch that ``generate`` widened: every row repeated in place."""
-        policies = {name: _rows_of(policy, n_rows) for name, policy in self.policies.items()}
+        """The request for a batch of ``n_rows``: each row as often as ``copies`` says."""
+        policies = {name: self._rows_of(policy, n_rows) for name, policy in self.policies.items()}
         end = self.prompt_end
         if end is not None and len(end) != n_rows:
-            end = tuple(_repeat(end, n_rows, "prompt_end"))
-        return replace(self, policies=policies, prompt_end=end)
+            end = tuple(self._repeat(end, n_rows, "prompt_end"))
+        return replace(self, policies=policies, prompt_end=end, copies=1)
+
+    def _rows_of(self, policy: Policy, n_rows: int) -> Policy:
+        if isinstance(policy, Fixed) and len(policy.values) not in (1, n_rows):
+            return replace(policy, values=tuple(self._repeat(policy.values, n_rows, "strength")))
+        return policy
+
+    def _repeat(self, values: tuple[float, ...] | tuple[int, ...], n_rows: int, what: str) -> list[int]:
+        if n_rows != len(values) * self.copies:
+            raise InputError(
+                f"{what} has {len(values)} values for a batch of {n_rows} rows; expected one for each row. Where "
+                "generate widens the batch, pass attachment.request(copies=num_beams or num_return_sequences)."
+            )
+        return [value for value in values for _ in range(self.copies)]  # type: ignore[misc]
 
     def select(self, rows: list[int]) -> Request:
         """The same request for some of its rows."""
@@ -68,19 +83,6 @@ class Request:
         }
         end = None if self.prompt_end is None else tuple(self.prompt_end[row] for row in rows)
         return replace(self, policies=policies, prompt_end=end)
-
-
-def _rows_of(policy: Policy, n_rows: int) -> Policy:
-    if isinstance(policy, Fixed) and len(policy.values) not in (1, n_rows):
-        return replace(policy, values=tuple(_repeat(policy.values, n_rows, "strength")))
-    return policy
-
-
-def _repeat(values: tuple[float, ...] | tuple[int, ...], n_rows: int, what: str) -> list[int]:
-    if n_rows % len(values):
-        raise InputError(f"{what} has {len(values)} values for a batch of {n_rows} rows; expected one for each row.")
-    times = n_rows // len(values)
-    return [value for value in values for _ in range(times)]  # type: ignore[misc]
 
 
 class SideLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -104,6 +106,15 @@ class RequestLayer(SideLayer):
         self.owner = owner
         self.request = request
         self.skipped: set[str] = set()
+
+    def refuse_new_turn(self, n_new: int) -> None:
+        """Raise where several tokens follow a decided gate without a request of their own: it would stay as it is."""
+        latched = [name for name, policy in self.request.policies.items() if policy.latched]
+        if latched and n_new > 1 and self.get_seq_length() >= min(self.request.prompt_end or (0,)):
+            raise AttachmentError(
+                f"{n_new} tokens follow a prompt that has set the strength of {', '.join(latched)} already. Run a new "
+                "turn inside attachment.request(prompt_end=[...]), so that its own prompt is judged."
+            )
 
     def reset(self) -> None:
         """Forget every token, and that aligners were skipped on them."""
@@ -129,7 +140,7 @@ class RequestLayer(SideLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.keys is not None:
-            self.request = self.request.for_rows(self.keys.shape[0])
+            self.request = replace(self.request, copies=repeats).for_rows(self.keys.shape[0])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from safeside import Adapter, Base, Message, attach, load_base, ramp
 from safeside.adapters.config import Calibration
+from safeside.base.model import _NOT_FOR_CHAT
 from safeside.errors import InputError, UnsupportedError
 from tiny import FAMILY_NAMES, N_LAYERS, N_POSITIONS, WIDTH
 from twin import SAME, answer_by_hand, base_states, close, run_by_hand
@@ -177,6 +178,19 @@ def test_rows_that_stop_early_are_judged_at_their_own_end(tiny_base, guard, alig
         assert mine.score == pytest.approx(theirs.score, abs=SAME)
 
 
+def test_a_stop_token_of_the_callers_own_is_the_end(tiny_base, guard, aligner) -> None:
+    """Padding behind a row that ended early is no part of its answer: a guard would read it and pass."""
+    prompt = ids_of(tiny_base, SHORT)
+    free = tiny_base.model.generate(torch.tensor([prompt]), **PLENTY, do_sample=False)[0, len(prompt) :].tolist()
+    for stop in (free[3], [free[3], free[5]]):
+        with attach(tiny_base, [aligner], [guard], strength=0.0):
+            found, _ = tiny_base.chat_batch([SHORT, QUESTION], max_new_tokens=N_NEW, eos_token_id=stop)
+            alone = tiny_base.chat(SHORT, max_new_tokens=N_NEW, eos_token_id=stop)
+        assert (found.text, found.n_new_tokens, found.finish_reason) == (alone.text, free.index(free[3]), "stop")
+        for mine, theirs in zip(found.verdicts, alone.verdicts, strict=True):
+            assert mine.score == pytest.approx(theirs.score, abs=SAME)
+
+
 def test_a_stop_token_ends_the_text_and_is_heard(tiny_base: Base, guard: Adapter, stop_at) -> None:
     prompt = ids_of(tiny_base, SHORT)
     free = tiny_base.model.generate(torch.tensor([prompt]), **PLENTY, do_sample=False)[0].tolist()
@@ -228,8 +242,8 @@ def test_what_chat_refuses(tiny_base: Base, tiny_family, aligner: Adapter) -> No
         tiny_family("bert").chat(SHORT)
     with pytest.raises(InputError, match=r"nothing is attached\. Call attach"):
         tiny_base.chat(SHORT, strength=1.0)
-    for option in ("num_beams", "num_return_sequences", "past_key_values", "return_dict_in_generate"):
-        with pytest.raises(UnsupportedError, match=rf"one answer a row.*got {option}\. Call base\.model\.generate"):
+    for option in sorted(_NOT_FOR_CHAT):
+        with pytest.raises(UnsupportedError, match=rf"one answer a row.*got {option}\. Leave it out, or call"):
             tiny_base.chat(SHORT, **{option: 2})
     with attach(tiny_base, [aligner]), pytest.raises(InputError, match="has 2 values for 4 rows"):
         tiny_base.chat_batch([SHORT] * 4, strength=[0.0, 1.0], max_new_tokens=1)

@@ -34,7 +34,10 @@ from safeside.errors import InputError, UnsupportedError
 from safeside.types import Completion, Message, Verdict
 
 BUILTIN_NAME = "builtin"
-_NOT_FOR_CHAT = {"num_beams", "num_return_sequences", "past_key_values", "return_dict_in_generate"}
+_NOT_FOR_CHAT = {
+    "num_beams", "num_return_sequences", "past_key_values", "return_dict_in_generate", "use_cache", "stop_strings",
+    "stopping_criteria",
+}  # fmt: skip
 
 
 class AttachedAdapters(Protocol):
@@ -156,8 +159,9 @@ class Base:
         """One answer.  ``strength`` overrides the attachment's for this request (see ``attach``).
 
         Greedy unless ``do_sample=True``; ``generate`` holds further options of transformers' ``generate``.  A prompt
-        that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut.  Beams, several samples and a cache
-        of the caller's own are an UnsupportedError.
+        that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut.  Beams, several samples, stop
+        strings and a cache of the caller's own are an UnsupportedError; ``eos_token_id`` replaces the base's stop
+        tokens.
         """
         return self.chat_batch([messages], strength=strength, max_new_tokens=max_new_tokens, **generate)[0]
 
@@ -178,8 +182,8 @@ class Base:
         foreign = sorted(_NOT_FOR_CHAT & set(generate))
         if foreign:
             raise UnsupportedError(
-                f"chat gives one answer a row and keeps its own cache; got {', '.join(foreign)}. "
-                "Call base.model.generate itself for these."
+                f"chat gives one answer a row, keeps its own cache and ends answers at stop tokens; got "
+                f"{', '.join(foreign)}. Leave it out, or call base.model.generate itself."
             )
         if not conversations:
             return []
@@ -202,7 +206,8 @@ class Base:
             )
             if self.attachment:
                 self._score_last_token(output, keep, cache)
-        return self._completions(output[:, ids.shape[1] :].tolist(), ends, cache)
+        stop_ids = self._stop_ids(generate.get("eos_token_id"))
+        return self._completions(output[:, ids.shape[1] :].tolist(), ends, cache, stop_ids)
 
     def _score_last_token(self, output: Tensor, keep: Tensor, cache: DynamicCache) -> None:
         """``generate`` never feeds the last token it made; guards see it through one more step."""
@@ -216,10 +221,10 @@ class Base:
             use_cache=True,
         )
 
-    def _completions(self, answers: list[list[int]], ends: list[int], cache: DynamicCache) -> list[Completion]:
-        stops = [
-            next((index for index, token in enumerate(answer) if token in self._stop_ids), None) for answer in answers
-        ]
+    def _completions(
+        self, answers: list[list[int]], ends: list[int], cache: DynamicCache, stop_ids: set[int]
+    ) -> list[Completion]:
+        stops = [next((index for index, token in enumerate(answer) if token in stop_ids), None) for answer in answers]
         lengths = [len(answer) if stop is None else stop + 1 for answer, stop in zip(answers, stops, strict=True)]
         attached = self.attachment
         verdicts = attached.verdicts(cache, lengths) if attached else [()] * len(ends)
@@ -250,10 +255,12 @@ class Base:
     @property
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else next(iter(self._stop_ids), 0))
+        return int(pad if pad is not None else next(iter(self._stop_ids()), 0))
 
-    @property
-    def _stop_ids(self) -> set[int]:
+    def _stop_ids(self, given: object = None) -> set[int]:
+        """The tokens that end an answer: those ``given``, as ``generate`` takes them, else the base's own."""
+        if given is not None:
+            return set(torch.as_tensor(given).flatten().tolist())
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ids = configured if isinstance(configured, list) else [configured, self.tokenizer.eos_token_id]
         return {int(token) for token in ids if token is not None}
