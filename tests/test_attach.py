@@ -137,7 +137,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny_base, tiny_family, aligners, 
 
 def test_strengths_that_do_not_fit_are_refused(tiny_base: Base, aligners: list[Adapter], guard: Adapter) -> None:
     with pytest.raises(InputError, match="asks guard 'harm', which is not attached; attached guards: none"):
-        attach(tiny_base, aligners, strength=ramp("harm"))
+        attach(tiny_base, aligners, strength=ramp("harm", 0.2, 0.8))
     with pytest.raises(InputError, match="No aligner called frist; attached are first, second, third"):
         attach(tiny_base, aligners, strength={"frist": 1.0})
     with attach(tiny_base, aligners, [guard]) as attachment:

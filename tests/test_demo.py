@@ -37,8 +37,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, obje
 def test_the_figures_are_there(demo: tuple[Path, dict[str, object], str]) -> None:
     _, result, _ = demo
     json.dumps(result, allow_nan=False)
-    assert 0.4 < result["guard_auroc"] <= 1
-    assert 0.4 < result["tfidf_auroc"] <= 1
+    assert 0.4 < result["guard_auroc"]["value"] <= 1
+    assert 0.4 < result["tfidf_auroc"]["value"] <= 1
     assert result["n_test"] == 100
     assert 0 < result["train_seconds"] < result["seconds"]
     rates = {(row["strength"], row["metric"]): row["value"] for row in result["refusal"]}

@@ -232,7 +232,7 @@ def test_one_label_that_is_nan_is_enough(rig: Rig) -> None:
     bias = rig.guards[0].head.linear.bias.data
     before = bias.clone()
     bias[1] = float("nan")
-    with rig.attach({"refuse": ramp("harm", ceiling=0.7, latched=False)}) as attachment:
+    with rig.attach({"refuse": ramp("harm", 0.2, 0.8, ceiling=0.7, latched=False)}) as attachment:
         rig.base.model(torch.tensor([PROMPT]))
     bias.copy_(before)
     assert attachment.record.strengths["refuse"].tolist() == [[pytest.approx(0.7)] * len(PROMPT)]

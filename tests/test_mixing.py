@@ -181,7 +181,7 @@ def test_a_fixed_strength_is_one_column() -> None:
 def test_a_step_takes_the_guards_own_threshold(tiny_base: object, random_guard: object) -> None:
     guard = random_guard(tiny_base, name="harm")
     assert step(guard) == Step("harm", 0.5)
-    assert ramp(guard) == Ramp("harm")
+    assert ramp(guard) == Ramp("harm", guard.thresholds[0] / 2, guard.thresholds[0])
 
 
 def test_a_step_is_on_wherever_the_verdict_flags(tiny_base: object, random_guard: object) -> None:
@@ -206,11 +206,13 @@ def test_a_step_is_on_wherever_the_verdict_flags(tiny_base: object, random_guard
         lambda: step("harm", math.nan),
         lambda: step("harm", 0.5, low=1.0, high=0.5),
         lambda: step("harm", 0.5, high=2.5),
+        lambda: ramp("harm"),
+        lambda: ramp("harm", 0.2),
         lambda: ramp("harm", 0.8, 0.2),
         lambda: ramp("harm", 0.5, 0.5),
         lambda: ramp("harm", -0.1, 0.5),
-        lambda: ramp("harm", floor=1.0, ceiling=0.5),
-        lambda: ramp("harm", ceiling=math.nan),
+        lambda: ramp("harm", 0.2, 0.8, floor=1.0, ceiling=0.5),
+        lambda: ramp("harm", 0.2, 0.8, ceiling=math.nan),
     ],
 )
 def test_bad_arguments_are_input_errors(make: object) -> None:

@@ -72,7 +72,7 @@ def test_threads_with_their_own_settings_get_what_each_gets_alone(attachment: At
 
 def test_interleaved_caches_never_meet(attachment: Attachment) -> None:
     """Each goes on at the strength it began with, whichever ran last."""
-    settings = [(TEXT, 0.3), (OTHER, 1.2), (OTHER, ramp("harm", ceiling=2.0))]
+    settings = [(TEXT, 0.3), (OTHER, 1.2), (OTHER, ramp("harm", 0.2, 0.8, ceiling=2.0))]
     caches, found, alone = [DynamicCache() for _ in settings], [[] for _ in settings], []
     for index, (ids, strength) in enumerate(settings):
         with attachment.request(strength=strength, prompt_end=[4]):
@@ -110,7 +110,9 @@ def test_a_gate_does_not_hold_for_a_turn_that_it_did_not_judge(attachment: Attac
         run(attachment, TEXT[:, 7:9], cache)
 
 
-@pytest.mark.parametrize("strength", [1.0, step("harm", 0.5, low=0.3, high=1.5), ramp("harm", latched=False)], ids=str)
+@pytest.mark.parametrize(
+    "strength", [1.0, step("harm", 0.5, low=0.3, high=1.5), ramp("harm", 0.2, 0.8, latched=False)], ids=str
+)
 def test_a_cropped_cache_goes_on_like_a_fresh_one(attachment: Attachment, strength: object) -> None:
     for keep in (9, 4, 1):
         with attachment.request(strength=strength, prompt_end=[6]):
@@ -123,7 +125,9 @@ def test_a_cropped_cache_goes_on_like_a_fresh_one(attachment: Attachment, streng
             close(history_of(cache).scores[0], attachment.record.scores["harm"][0])
 
 
-@pytest.mark.parametrize("strength", [1.0, step("harm", 0.5, low=0.3, high=1.5), ramp("harm", latched=False)], ids=str)
+@pytest.mark.parametrize(
+    "strength", [1.0, step("harm", 0.5, low=0.3, high=1.5), ramp("harm", 0.2, 0.8, latched=False)], ids=str
+)
 def test_a_second_turn_on_a_cache_is_a_fresh_run_over_everything(attachment: Attachment, strength: object) -> None:
     """Prompt of 5, answer to 8, second prompt to 16, answer to 20: the new prompt's end decides anew."""
     whole = torch.cat([TEXT, OTHER], 1)[:, :20]
@@ -142,7 +146,7 @@ def test_a_second_turn_on_a_cache_is_a_fresh_run_over_everything(attachment: Att
 
 def test_a_copied_cache_goes_its_own_way(attachment: Attachment) -> None:
     cache = DynamicCache()
-    with attachment.request(strength=ramp("harm"), prompt_end=[5]):
+    with attachment.request(strength=ramp("harm", 0.2, 0.8), prompt_end=[5]):
         run(attachment, TEXT[:, :6], cache)
         twin = copy.deepcopy(cache)
         assert request_layer(twin) is not request_layer(cache)
@@ -220,7 +224,7 @@ def test_a_token_that_is_not_there_is_an_error(attachment: Attachment) -> None:
 
 
 def test_beams_may_not_trade_gates() -> None:
-    layer = RequestLayer(None, Request({"refuse": ramp("harm", latched=False)}))
+    layer = RequestLayer(None, Request({"refuse": ramp("harm", 0.2, 0.8, latched=False)}))
     with pytest.raises(UnsupportedError, match="Beam search with a strength that a guard sets is refused"):
         layer.reorder_cache(torch.tensor([1, 0]))
     layer = RequestLayer(None, Request({"refuse": fixed([0.1, 0.2])}, prompt_end=(3, 4)))

@@ -189,7 +189,7 @@ def encoder_guards(rig: Rig) -> None:
 
 
 def gated_beams(rig: Rig) -> None:
-    with rig.attach(ramp("harm", latched=False)):
+    with rig.attach(ramp("harm", 0.2, 0.8, latched=False)):
         rig.generate(num_beams=2)
 
 

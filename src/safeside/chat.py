@@ -288,7 +288,9 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def _skeletons(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """What the template writes around the contents of every role, of those conversations that it takes."""
+    """What the tokenizer's own template writes around the contents of every role, where it takes the conversation."""
+    if tokenizer.chat_template is None:
+        return
     for roles in (("user",), ("user", "assistant"), ("system", "user"), ("system", "user", "assistant")):
         turns = [{"role": role, "content": _MARK_OPEN} for role in roles]
         for generation in (False, True):

@@ -14,7 +14,7 @@ from safeside.artifact import load_adapter
 from safeside.attach import attach
 from safeside.base.model import load_base
 from safeside.errors import InputError
-from safeside.mixing import calibrated_ramp
+from safeside.mixing import ramp
 from safeside.terminal import note
 from safeside.types import Completion, Message
 
@@ -59,7 +59,7 @@ def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> Non
 def _policy(options: ChatOptions, guards: list[Adapter], strength: float) -> object:
     if not options.gated or strength == 0:
         return strength
-    return calibrated_ramp(guards[0], strength)
+    return ramp(guards[0], ceiling=strength)
 
 
 def _typed_lines() -> Iterator[str]:

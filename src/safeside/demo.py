@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ from safeside.attach import attach
 from safeside.base.model import Base, load_base
 from safeside.evals.baselines import keyword_scores
 from safeside.evals.guards import GuardReport, report_on
-from safeside.evals.metrics import Figure, guard_figures
+from safeside.evals.metrics import Figure, auroc, guard_figures, paired_difference
 from safeside.evals.report import Section, histogram_picture, roc_picture, strength_picture, write_report
 from safeside.evals.suites import SUITES, run_aligner_suite
 from safeside.guards.calibrate import threshold_at
 from safeside.guards.score import judge
-from safeside.mixing import calibrated_ramp
-from safeside.tasks.rows import load_examples
+from safeside.mixing import ramp
+from safeside.tasks.rows import BadRow, load_examples, open_rows, parse_rows
 from safeside.terminal import note, progress_bar, table
 from safeside.train.command import training_bars
 from safeside.train.recipe import Recipe
@@ -70,7 +70,7 @@ def run_demo(output: Path, *, quick: bool = False, show: bool = True) -> dict[st
     base = load_base("builtin")
     stage = _Stage(show)
     run = _train(base, output, quick)
-    report, keyword = _measure(base, run.adapter, stage, quick)
+    report, figures = _measure(base, run.adapter, stage, quick)
     _score_prompts(base, run.adapter, stage)
     refuse, harm = load_adapter("builtin:refuse", base), load_adapter("builtin:harm", base)
     _chat(base, refuse, harm, stage)
@@ -84,8 +84,7 @@ def run_demo(output: Path, *, quick: bool = False, show: bool = True) -> dict[st
     )
     note(f"wrote {page}")
     return {
-        "guard_auroc": report.figures["harm"]["auroc"].value,
-        "tfidf_auroc": keyword["auroc"].value,
+        **{f"{name}_auroc": asdict(figure) for name, figure in figures.items()},
         "n_test": report.n,
         "train_seconds": run.outcome.train_seconds,
         "seconds": time.perf_counter() - started,
@@ -116,6 +115,13 @@ def _demo_rows(split: str, quick: bool) -> list[Example]:
     return examples[:: 10 if quick else 1]
 
 
+def _topics(split: str, quick: bool) -> list[str]:
+    """The topic of each row: prompts on one topic are variants, and are resampled together."""
+    with open_rows(find_data(f"demo:{split}.jsonl.gz", Path())) as handle:
+        topics = [str(row[1]["topic"]) for row in parse_rows(handle) if not isinstance(row, BadRow)]
+    return topics[:: 10 if quick else 1]
+
+
 def _measure(base: Base, guard: Adapter, stage: _Stage, quick: bool) -> tuple[GuardReport, dict[str, Figure]]:
     train, test = _demo_rows("train", quick), _demo_rows("test", quick)
     with progress_bar("score the test prompts", len(test)) as advance:
@@ -126,13 +132,16 @@ def _measure(base: Base, guard: Adapter, stage: _Stage, quick: bool) -> tuple[Gu
     harmless = np.array([example.labels[0] == 0 for example in held_out])
     threshold = threshold_at(held_out_scores[harmless], FALSE_POSITIVE_RATE)  # chosen as the guard's is
     labels, scores = report.labels[:, 0], report.scores[:, 0]
-    keyword = guard_figures(labels, keywords, threshold)
-    own = report.figures["harm"]
+    topics = _topics("test", quick)
+    keyword = guard_figures(labels, keywords, threshold, groups=topics)
+    own = guard_figures(labels, scores, guard.thresholds[0], groups=topics)
+    gain = paired_difference(auroc, labels, scores, keywords, groups=topics)
     stage.add(
         Section(
             "Guard and keywords on prompts whose templates and topics were never seen",
             "The guard reads the base's hidden states; TF-IDF with logistic regression sees words only. Both "
-            f"thresholds were set to flag {FALSE_POSITIVE_RATE:.0%} of the harmless validation prompts.",
+            f"thresholds were set to flag {FALSE_POSITIVE_RATE:.0%} of the harmless validation prompts. "
+            "Intervals resample topics, for prompts on one topic are variants of one another.",
             [
                 ("ROC on the test prompts", roc_picture(labels, {"guard (LST)": scores, "TF-IDF": keywords})),
                 ("Scores of the guard", histogram_picture(labels, scores, guard.thresholds[0])),
@@ -141,10 +150,11 @@ def _measure(base: Base, guard: Adapter, stage: _Stage, quick: bool) -> tuple[Gu
             [
                 _figure_row("guard (lst)", own, report.n),
                 _figure_row("TF-IDF + logistic regression", keyword, report.n),
+                ("guard minus TF-IDF", f"{gain.value:+.3f}", f"{gain.low:+.3f} to {gain.high:+.3f}", "", "", ""),
             ],
         )
     )
-    return report, keyword
+    return report, {"guard": own["auroc"], "tfidf": keyword["auroc"], "guard_minus_tfidf": gain}
 
 
 def _figure_row(name: str, figures: dict[str, Figure], n: int) -> tuple[str, ...]:
@@ -173,7 +183,7 @@ def _chat(base: Base, refuse: Adapter, harm: Adapter, stage: _Stage) -> None:
     conversations = [[Message("user", prompt)] for prompt in PROMPTS]
     with attach(base, [refuse], [harm]):
         for strength in (*STRENGTHS, None):
-            policy: object = calibrated_ramp(harm) if strength is None else strength
+            policy: object = ramp(harm) if strength is None else strength
             answers = base.chat_batch(conversations, strength=policy, max_new_tokens=40)
             name = "set by the guard" if strength is None else f"{strength:g}"
             for prompt, answer in zip(PROMPTS, answers, strict=True):

@@ -107,9 +107,9 @@ class Ramp:
 
     guard: str
     """Name of the guard; of several labels the highest score counts."""
-    low: float = 0.2
+    low: float
     """Score in [0, 1] at which the strength starts to rise."""
-    high: float = 0.8
+    high: float
     """Score in [0, 1] at which it is full."""
     floor: float = 0.0
     """Strength in [0, 2] up to score ``low``."""
@@ -162,18 +162,14 @@ def step(
     an InputError.
     """
     if threshold is None:
-        if isinstance(guard, str):
-            raise InputError("step() needs a threshold when the guard is given by name; pass threshold=...")
-        if not guard.thresholds:
-            raise InputError(f"{guard.name!r} is no guard: it has no scores to ask for. Pass a guard, or its name.")
-        threshold = min(guard.thresholds)
+        threshold = _threshold_of(guard)
     return Step(_name(guard), threshold, low, high, latched)
 
 
 def ramp(
     guard: Adapter | str,
-    low: float = 0.2,
-    high: float = 0.8,
+    low: float | None = None,
+    high: float | None = None,
     floor: float = 0.0,
     ceiling: float = 1.0,
     *,
@@ -181,22 +177,16 @@ def ramp(
 ) -> Ramp:
     """Strength that rises from ``floor`` at score ``low`` to ``ceiling`` at score ``high``, in a straight line.
 
+    Without ``high`` it is the guard's own calibrated threshold, and of several labels the lowest: what flags is aligned
+    in full.  Without ``low`` it is half of ``high``.
+
     ``latched`` decides once, by the score at the prompt's end; otherwise every token decides for itself.  A score that
     is not a number gets ``ceiling``.  Scores outside [0, 1], strengths outside [0, 2] and a ramp that falls are an
     InputError.
     """
-    return Ramp(_name(guard), low, high, floor, ceiling, latched)
-
-
-def calibrated_ramp(guard: Adapter, ceiling: float = 1.0) -> Ramp:
-    """A latched ramp around the guard's own threshold: 0 up to half of it, ``ceiling`` from it on.
-
-    Of several labels the lowest threshold counts: what flags is aligned in full.
-    """
-    if not guard.thresholds:
-        raise InputError(f"{guard.name!r} is no guard: it has no scores to ask for. Pass a guard.")
-    threshold = min(guard.thresholds)
-    return Ramp(guard.name, threshold / 2, threshold, 0.0, ceiling)
+    if high is None:
+        high = _threshold_of(guard)
+    return Ramp(_name(guard), high / 2 if low is None else low, high, floor, ceiling, latched)
 
 
 def as_policies(strength: object, aligners: Sequence[str]) -> dict[str, Policy]:
@@ -222,6 +212,17 @@ def _as_policy(strength: object) -> Policy:
     raise InputError(
         f"A strength cannot be {strength!r}; expected a number, one number a row, fixed(), step() or ramp()."
     )
+
+
+def _threshold_of(guard: Adapter | str) -> float:
+    """The lowest of a guard's thresholds, so that what flags is aligned."""
+    if isinstance(guard, str):
+        raise InputError(
+            f"The guard is given by its name {guard!r} only, which tells no threshold; pass one, or the guard."
+        )
+    if not guard.thresholds:
+        raise InputError(f"{guard.name!r} is no guard: it has no scores to ask for. Pass a guard, or its name.")
+    return min(guard.thresholds)
 
 
 def _name(guard: Adapter | str) -> str:

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from safeside.errors import InputError
-from safeside.evals.metrics import auprc, auroc, bootstrap, guard_figures, rates
+from safeside.evals.metrics import Figure, auprc, auroc, bootstrap, guard_figures, paired_difference, rates
 
 SAME = 1e-12  # float64
 
@@ -127,3 +127,55 @@ def test_one_class_is_an_error(label: float) -> None:
 def test_a_score_that_is_not_a_number_is_an_error(score: float) -> None:
     with pytest.raises(InputError, match="take unscored rows out and count them"):
         guard_figures(np.array([0.0, 1.0]), np.array([0.3, score]), 0.5)
+
+
+# ---- rows that are variants of one another, and two scorers on the same rows -----------------------------------------
+
+
+def test_groups_are_drawn_together() -> None:
+    """Every row three times tells no more than once: drawn as groups the interval stays, drawn as rows it shrinks."""
+    labels, scores = draw_rows(np.random.default_rng(5), 60)
+    once = bootstrap({"auroc": auroc}, labels, scores)["auroc"]
+    thrice = np.repeat(labels, 3), np.repeat(scores, 3)
+    names = [str(row // 3) for row in range(3 * len(labels))]
+    grouped = bootstrap({"auroc": auroc}, *thrice, groups=names)["auroc"]
+    apart = bootstrap({"auroc": auroc}, *thrice)["auroc"]
+    assert grouped.value == pytest.approx(once.value)
+    assert grouped.high - grouped.low == pytest.approx(once.high - once.low, rel=0.15)
+    assert apart.high - apart.low < 0.75 * (once.high - once.low)
+
+
+def test_a_group_of_its_own_for_every_row_is_no_group() -> None:
+    labels, scores = draw_rows(np.random.default_rng(6), 80)
+    names = [str(row) for row in range(len(labels))]
+    found = bootstrap({"auroc": auroc}, labels, scores, groups=names)["auroc"]
+    plain = bootstrap({"auroc": auroc}, labels, scores)["auroc"]
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.02)
+
+
+def test_the_difference_of_a_scorer_and_itself_is_nothing() -> None:
+    labels, scores = draw_rows(np.random.default_rng(7), 50)
+    assert paired_difference(auroc, labels, scores, scores, n_resamples=50) == Figure(0.0, 0.0, 0.0)
+
+
+def test_a_paired_difference_is_of_means_over_seeds() -> None:
+    generator = np.random.default_rng(8)
+    labels, _ = draw_rows(generator, 90)
+    better = np.stack([labels + generator.normal(0, 0.5, len(labels)) for _ in range(3)])
+    worse = np.stack([labels + generator.normal(0, 3.0, len(labels)) for _ in range(2)])
+    found = paired_difference(auroc, labels, better, worse, n_resamples=200)
+    means = [np.mean([auroc(labels, line) for line in lines]) for lines in (better, worse)]
+    assert found.value == pytest.approx(means[0] - means[1])
+    assert 0 < found.low < found.value < found.high
+    turned = paired_difference(auroc, labels, worse, better, n_resamples=200)
+    assert turned.value == pytest.approx(-found.value)
+    assert turned.high < 0
+
+
+def test_what_both_scorers_share_is_no_part_of_their_difference() -> None:
+    """Nearly equal scorers on few rows: each interval is wide, that of the paired difference is narrow."""
+    labels, scores = draw_rows(np.random.default_rng(9), 60)
+    other = scores + np.random.default_rng(10).normal(0, 1e-3, len(scores))
+    alone = bootstrap({"auroc": auroc}, labels, scores)["auroc"]
+    pair = paired_difference(auroc, labels, scores, other, n_resamples=300)
+    assert pair.high - pair.low < 0.2 * (alone.high - alone.low)

@@ -160,3 +160,13 @@ def test_training_reaches_the_adapter_and_no_byte_of_the_base(rig: Rig) -> None:
     assert len(changed) == len(weights)
     assert all(parameter.grad is None for parameter in rig.base.model.parameters())
     assert hash_of(rig.base.model) == before
+
+
+def test_beams_are_the_same_with_and_without_a_cache(rig: Rig) -> None:
+    options = {"num_beams": 2, "do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+    with attached(rig, fixed([0.0, STRENGTH])) as attachment, attachment.request(copies=2):
+        cached = rig.base.model.generate(rig.ids, attention_mask=rig.keep, **options)
+        again = rig.base.model.generate(rig.ids, attention_mask=rig.keep, use_cache=False, **options)
+    assert cached.tolist() == again.tolist()
+    plain = rig.base.model.generate(rig.ids, attention_mask=rig.keep, **options)
+    assert cached[0].tolist() == plain[0].tolist()  # the row at strength 0

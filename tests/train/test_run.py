@@ -299,6 +299,34 @@ def test_other_rows_do_not_resume(tiny_base: Base, data: Path, tmp_path: Path) -
         run_recipe(short, data_root=tmp_path, output=tmp_path / "out", base=tiny_base, resume=True)
 
 
+@pytest.mark.parametrize("change", ["labels", "validation labels", "head_dim", "label name"])
+def test_a_run_that_teaches_something_else_does_not_resume(
+    tiny_base: Base, data: Path, tmp_path: Path, change: str
+) -> None:
+    """Ids and shapes are the same in all of them: a checkpoint of the first must not go on as the second."""
+    rows = guard_rows(40, 7)
+    flipped = [{**row, "label": 1 - int(str(row["label"]))} for row in rows]
+
+    def write_rows(train: list[dict[str, object]], validation: list[dict[str, object]]) -> None:
+        write(tmp_path / "guard_train.jsonl", train)
+        write(tmp_path / "guard_validation.jsonl", validation)
+
+    write_rows(rows, rows)
+    values = {"width": 64, "reduction": None, "head_dim": 32}
+    run_recipe(recipe(training={"epochs": 1}, adapter=values), data_root=tmp_path, output=tmp_path, base=tiny_base)
+    if "labels" in change:
+        write_rows(rows if "validation" in change else flipped, flipped if "validation" in change else rows)
+    values |= {"head_dim": {"head_dim": 64}, "label name": {"labels": ["spam"]}}.get(change, {})
+    with pytest.raises(ConfigError, match="was made by another run"):
+        run_recipe(
+            recipe(training={"epochs": 1}, adapter=values),
+            data_root=tmp_path,
+            output=tmp_path,
+            base=tiny_base,
+            resume=True,
+        )
+
+
 def test_the_seed_decides_weights_order_and_limit(tiny_base: Base, data: Path, tmp_path: Path) -> None:
     def trained(seed: int, place: str) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
         values = recipe(training={"epochs": 1}, seed=seed, limit=40)

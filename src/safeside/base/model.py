@@ -38,6 +38,7 @@ _NOT_FOR_CHAT = {
     "num_beams", "num_return_sequences", "past_key_values", "return_dict_in_generate", "use_cache", "stop_strings",
     "stopping_criteria",
 }  # fmt: skip
+_GREEDY: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 class AttachedAdapters(Protocol):
@@ -192,8 +193,7 @@ class Base:
         ids, keep = pad_batch([item.ids for item in encoded], self._pad_id, side="left")
         ids, keep, cache = ids.to(self.device), keep.to(self.device), DynamicCache()
         ends = [len(item.ids) for item in encoded]
-        greedy: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        options = generate if generate.get("do_sample") else {**greedy, **generate}
+        options = generate if generate.get("do_sample") else {**_GREEDY, **generate}
         scope = self.attachment.request(strength=strength, prompt_end=ends) if self.attachment else nullcontext()
         with scope:
             output = self.model.generate(  # type: ignore[operator]
@@ -206,8 +206,8 @@ class Base:
             )
             if self.attachment:
                 self._score_last_token(output, keep, cache)
-        stop_ids = self._stop_ids(generate.get("eos_token_id"))
-        return self._completions(output[:, ids.shape[1] :].tolist(), ends, cache, stop_ids)
+        answers, stop_ids = output[:, ids.shape[1] :].tolist(), self._stop_ids(generate.get("eos_token_id"))
+        return self._completions(answers, ends, cache, stop_ids)
 
     def _score_last_token(self, output: Tensor, keep: Tensor, cache: DynamicCache) -> None:
         """``generate`` never feeds the last token it made; guards see it through one more step."""

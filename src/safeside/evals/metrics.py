@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,9 @@ def rates(labels: Array, flagged: NDArray[np.bool_]) -> tuple[float, float, floa
     return f1, hits / max(float(harmful.sum()), 1.0), false_alarms / max(float((~harmful).sum()), 1.0)
 
 
-def guard_figures(labels: Array, scores: Array, threshold: float, seed: int = 0) -> dict[str, Figure]:
+def guard_figures(
+    labels: Array, scores: Array, threshold: float, *, groups: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, Figure]:
     """auroc, auprc, and f1, tpr, fpr at ``threshold``, from (n,) labels in {0, 1} and scores in [0, 1].
 
     Rows of one class only are an InputError, and so is a score that is not a number: those count as unscored and must
@@ -73,7 +75,7 @@ def guard_figures(labels: Array, scores: Array, threshold: float, seed: int = 0)
         "tpr": lambda some, score: rates(some, score >= threshold)[1],
         "fpr": lambda some, score: rates(some, score >= threshold)[2],
     }
-    return bootstrap(functions, labels, scores, seed=seed)
+    return bootstrap(functions, labels, scores, groups=groups, seed=seed)
 
 
 def bootstrap(
@@ -81,18 +83,68 @@ def bootstrap(
     labels: Array,
     scores: Array,
     *,
+    groups: Sequence[str] | None = None,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Figure]:
-    """Each function of (labels, scores) with its interval; rows are resampled within each class, so both remain."""
-    generator = np.random.default_rng(seed)
-    classes = [np.flatnonzero(labels == value) for value in np.unique(labels)]
+    """Each function of (labels, scores) with its interval; rows are resampled within each class, so both remain.
+
+    Rows that are variants of one another belong to one of ``groups`` (a name for each row) and are drawn together:
+    taken one by one they would make the interval too narrow.
+    """
     draws: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(n_resamples):
-        rows = np.concatenate([generator.choice(members, len(members)) for members in classes])
+    for rows in _resamples(labels, groups, n_resamples, seed):
         for name, function in functions.items():
             draws[name].append(function(labels[rows], scores[rows]))
-    return {
-        name: Figure(function(labels, scores), *(float(value) for value in np.quantile(draws[name], [0.025, 0.975])))
-        for name, function in functions.items()
-    }
+    return {name: _figure(function(labels, scores), draws[name]) for name, function in functions.items()}
+
+
+def paired_difference(
+    function: Callable[[Array, Array], float],
+    labels: Array,
+    first: Array,
+    second: Array,
+    *,
+    groups: Sequence[str] | None = None,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> Figure:
+    """How much higher ``function`` of (labels, scores) is for ``first`` than for ``second``, on the same rows.
+
+    Scores are (S, n), one line for each training seed, or (n,); the figure is of the means over seeds, and every
+    resample draws rows (or ``groups``) and seeds anew.
+    """
+    first, second = np.atleast_2d(first), np.atleast_2d(second)
+
+    def difference(rows: NDArray[np.int64], seeds: Sequence[NDArray[np.int64]]) -> float:
+        means = [
+            np.mean([function(labels[rows], scores[index, rows]) for index in chosen])
+            for scores, chosen in zip((first, second), seeds, strict=True)
+        ]
+        return float(means[0] - means[1])
+
+    generator = np.random.default_rng([seed, 1])  # not the stream that draws rows
+    sizes = (len(first), len(second))
+    draws = [
+        difference(rows, [generator.integers(size, size=size) for size in sizes])
+        for rows in _resamples(labels, groups, n_resamples, seed)
+    ]
+    return _figure(difference(np.arange(len(labels)), [np.arange(size) for size in sizes]), draws)
+
+
+def _resamples(labels: Array, groups: Sequence[str] | None, n_resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Row indices of each resample: as many rows of each class, or as many groups, as there are."""
+    generator = np.random.default_rng(seed)
+    classes = [np.flatnonzero(labels == value) for value in np.unique(labels)]
+    if groups is None:
+        for _ in range(n_resamples):
+            yield np.concatenate([generator.choice(members, len(members)) for members in classes])
+        return
+    names = np.asarray(groups)
+    pools = [[members[names[members] == name] for name in np.unique(names[members])] for members in classes]
+    for _ in range(n_resamples):
+        yield np.concatenate([pool[index] for pool in pools for index in generator.integers(len(pool), size=len(pool))])
+
+
+def _figure(value: float, draws: Sequence[float]) -> Figure:
+    return Figure(value, *(float(end) for end in np.quantile(draws, [0.025, 0.975])))

@@ -15,7 +15,7 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.guards import GuardReport, evaluate_guard
 from safeside.evals.judges import JUDGES
-from safeside.mixing import calibrated_ramp
+from safeside.mixing import ramp
 from safeside.registry import Registry
 from safeside.tasks.rows import load_examples
 from safeside.types import Message, Result
@@ -97,7 +97,7 @@ def answer(
     """Greedy answers to ``prompts`` with the aligner at ``strength``; ``guard`` gates it by a ramp at its threshold."""
     policy: object = strength
     if guard is not None and strength > 0:
-        policy = calibrated_ramp(guard, strength)
+        policy = ramp(guard, ceiling=strength)
     texts: list[str] = []
     with attach(base, [aligner], [guard] if guard is not None else [], strength=policy):
         for start in range(0, len(prompts), batch_size):

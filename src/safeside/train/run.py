@@ -158,7 +158,7 @@ def run_recipe(
         recipe.training,
         weights=weights,
         seed=recipe.seed,
-        identity=key_of(base, train.ids, config.layers),
+        identity=_identity(base, adapter, [train, validation]),
         folder=folder,
         report=report,
     )
@@ -293,6 +293,20 @@ def _answer_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float
         return -total / count
 
     return metric_of
+
+
+def _identity(base: Base, adapter: Adapter, splits: Sequence[Rows]) -> str:
+    """Hash of what a checkpoint hangs on beside the training settings: base, adapter, rows and what they teach."""
+    rows = [
+        [
+            key_of(base, split.ids, ()),
+            split.labels.tolist(),
+            split.answer_starts,
+            None if split.soft is None else split.soft.tolist(),
+        ]
+        for split in splits
+    ]
+    return config_hash([adapter.config.model_dump(mode="json"), rows])
 
 
 def _facts(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[str, str]:
