@@ -22,6 +22,9 @@ from safeside.base.families import FAMILIES, find_family
 from safeside.base.taps import SideCache, Tape
 from safeside.errors import UnsupportedError
 from safeside.evals.judges import JUDGES
+from safeside.tasks.task import TASKS
+from tasks.conformance import CHECKS as TASK_CHECKS
+from tasks.conformance import task_named
 
 PLUGIN_PACKAGE = Path(__file__).parents[1] / "plugin_package"
 VARIANTS: tuple[dict[str, object], ...] = (
@@ -140,7 +143,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for folder in (PLUGIN_PACKAGE, tmp_path):
         monkeypatch.syspath_prepend(folder)
     yield
-    for registry in (TRUNKS, FAMILIES, JUDGES):
+    for registry in (TRUNKS, FAMILIES, JUDGES, TASKS):
         for name in [name for name in registry if name.startswith("example/")]:
             registry.unregister(name)
     registry_module._loaded_plugins.discard("safeside_example:register")
@@ -149,7 +152,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_nothing_of_the_plugin_is_known_without_it() -> None:
-    assert not [name for registry in (TRUNKS, FAMILIES, JUDGES) for name in registry if name.startswith("example/")]
+    assert not [
+        name for registry in (TRUNKS, FAMILIES, JUDGES, TASKS) for name in registry if name.startswith("example/")
+    ]
     with pytest.raises(UnsupportedError, match="olmo"):
         find_family("olmo")
 
@@ -164,7 +169,8 @@ def test_a_plugin_is_found_at_the_first_unknown_name(plugin: None) -> None:
 
 @pytest.mark.parametrize("look", [
     lambda: find_family("olmo"), lambda: JUDGES.get("example/shouts"), lambda: list(TRUNKS).index("example/middle"),
-    lambda: FAMILIES.get("example/olmo"), lambda: None if "example/middle" in TRUNKS else 1 / 0,
+    lambda: FAMILIES.get("example/olmo"), lambda: TASKS.get("example/shouting"),
+    lambda: None if "example/middle" in TRUNKS else 1 / 0,
 ])  # fmt: skip
 def test_any_registry_is_the_first_to_ask(plugin: None, look: Callable[[], object]) -> None:
     look()
@@ -177,3 +183,8 @@ def test_a_plugins_kind_conforms(
     check: Callable[..., None], role: str, plugin: None, tiny_base: Base, makers: dict[str, object]
 ) -> None:
     run(check, tiny_base, role, makers, {"kind": "example/middle", "tap_rank": 8})
+
+
+@pytest.mark.parametrize("check", TASK_CHECKS, ids=name_of)
+def test_a_plugins_task_conforms(check: Callable[..., None], plugin: None, tmp_path: Path) -> None:
+    check(task_named("example/shouting"), tmp_path)

@@ -2,12 +2,21 @@
 
 from safeside import Family, register_adapter, register_family
 from safeside.evals.judges import JUDGES
+from safeside.tasks.sources import Part, Source
+from safeside.tasks.task import Task, register_task
+
+SHOUTING = Task(
+    name="example/shouting",
+    labels=("shouting",),
+    sources=(Source("forum", Part("forum/train.jsonl"), test=Part("forum/test.jsonl")),),
+)
 
 
 def register() -> None:
     """Called once by safeside, when it first meets a name that it does not know."""
     register_adapter("example/middle", "safeside_example.middle:Middle")
     register_family(Family("example/olmo", ("olmo",)))
+    register_task("example/shouting", SHOUTING)
     JUDGES.register("example/shouts", shouts)
 
 
