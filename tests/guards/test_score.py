@@ -86,6 +86,106 @@ def test_a_long_text_gets_the_highest_score_of_its_windows(tiny_base: Base, guar
     assert all(f"highest of {len(parts)} windows" in verdict.reason for verdict in verdicts)
 
 
+CLAIM = Message("assistant", "the cat is on it")
+
+
+def test_of_a_documents_windows_the_lowest_score_counts(
+    tiny_base: Base, random_guard: Callable[..., Adapter], guards: list[Adapter]
+) -> None:
+    grounded = random_guard(tiny_base, name="grounded", seed=7, windows="min")
+    talk = [Message("user", LONG * 2), CLAIM]
+    parts = windows(tiny_base, talk, combine="min")
+    assert len(parts) > 2
+    expected = torch.stack([by_hand(tiny_base, grounded, list(part)) for part in parts]).amin(0)
+    (alone,) = score_conversations(tiny_base, [grounded], [talk], batch_size=2)
+    assert alone.by_guard["grounded"] == pytest.approx(expected.tolist(), abs=SAME_SCORE)
+    assert alone.n_windows == len(parts)
+    ((verdict,),) = judge(tiny_base, [grounded], [talk])
+    assert verdict.reason == f"lowest of {len(parts)} windows"
+    both = judge(tiny_base, [guards[0], grounded], [talk])[0]
+    assert "highest of" in both[0].reason
+    assert "lowest of" in both[1].reason
+    assert both[1].score == pytest.approx(verdict.score, abs=SAME_SCORE)
+
+
+def test_guards_that_combine_otherwise_do_not_touch_each_other(
+    tiny_base: Base, random_guard: Callable[..., Adapter], guards: list[Adapter]
+) -> None:
+    """Texts that fit, one cut alike for both, one cut apart, one that only one of them can be given."""
+    grounded = random_guard(tiny_base, name="grounded", seed=7, windows="min")
+    answer = [Message("user", "the cat " * 20), Message("assistant", LONG[:400])]
+    talks = [[Message("user", "hi")], [Message("user", LONG), CLAIM], answer, [Message("user", LONG)]]
+    together = score_conversations(tiny_base, [guards[0], grounded], talks, batch_size=3)
+    for guard in (guards[0], grounded):
+        for row, alone in zip(together, score_conversations(tiny_base, [guard], talks), strict=True):
+            assert row.by_guard[guard.name] == pytest.approx(alone.by_guard[guard.name], abs=SAME_SCORE, nan_ok=True)
+            assert row.windows_of[guard.name] == alone.n_windows
+    assert math.isnan(together[3].by_guard["grounded"][0])
+    sound, closed = judge(tiny_base, [guards[0], grounded], talks)[3]
+    assert "document" not in sound.reason
+    assert closed.flagged
+    assert "Send the document as a message of its own" in closed.reason
+
+
+@pytest.mark.parametrize("combine", ["max", "min"])
+def test_a_window_that_is_not_a_number_fails_closed_either_way(
+    tiny_base: Base, random_guard: Callable[..., Adapter], combine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = random_guard(tiny_base, windows=combine)
+    talk = [Message("user", LONG), CLAIM]
+    forward = Adapter.forward
+    for broken_row in range(len(windows(tiny_base, talk, combine=combine))):
+
+        def spoil(self: Adapter, *args: object, broken_row: int = broken_row) -> object:
+            output = forward(self, *args)
+            output.scores[broken_row] = math.nan
+            return output
+
+        monkeypatch.setattr(Adapter, "forward", spoil)
+        ((verdict,),) = judge(tiny_base, [guard], [talk])
+        assert verdict.flagged
+        assert math.isnan(verdict.score)
+        monkeypatch.undo()
+
+
+def test_every_turn_of_a_conversation_counts(tiny_base: Base, guards: list[Adapter]) -> None:
+    """Changing any message changes the score; and it is that of the whole conversation."""
+    turns = [Message("user", "how?"), Message("assistant", "so"), Message("user", "and?"), Message("assistant", "no")]
+    changed = [[*turns[:place], Message(turns[place].role, "hat"), *turns[place + 1 :]] for place in range(4)]
+    scored = score_conversations(tiny_base, guards[:1], [turns, *changed])
+    assert len({row.by_guard["harm"] for row in scored}) == 5
+    for row, talk in zip(scored, [turns, *changed], strict=True):
+        assert row.by_guard["harm"] == pytest.approx(by_hand(tiny_base, guards[0], talk).tolist(), abs=SAME_SCORE)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", ["text", "turns"])
+def test_a_needle_in_a_long_text_counts_wherever_it_is(
+    tiny_base: Base, guards: list[Adapter], shape: str, place: float
+) -> None:
+    """The text gets at least the score of each window that holds it, and one holds it whole."""
+    needle = "hat; hat; 123 hat"
+    hay = [f"they said there and then {index}" for index in range(40)]
+    hay.insert(int(place * len(hay)), needle)
+    messages = user(" ".join(hay))[0] if shape == "text" else [turn for (turn,) in user(*hay)]
+    parts = [part for part in windows(tiny_base, messages) if any(needle in turn.content for turn in part)]
+    assert parts
+    (row,) = score_conversations(tiny_base, guards[:1], [messages])
+    assert row.n_windows > 2
+    for part in parts:
+        assert row.by_guard["harm"][0] >= by_hand(tiny_base, guards[0], list(part)).item() - SAME_SCORE
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t" * 200, "\u200b", "<|pad|>" * 100])
+def test_empty_texts_and_padding_alone_are_scored(tiny_base: Base, guards: list[Adapter], text: str) -> None:
+    (row,) = score_conversations(tiny_base, guards, user(text))
+    assert row.problem is None
+    assert all(0 <= score <= 1 for scores in row.by_guard.values() for score in scores)
+    parts = windows(tiny_base, user(text)[0])
+    alone = torch.stack([by_hand(tiny_base, guards[0], list(part)) for part in parts]).amax(0)
+    assert row.by_guard["harm"] == pytest.approx(alone.tolist(), abs=SAME_SCORE)
+
+
 def test_a_score_that_is_not_a_number_wins_and_flags(
     tiny_base: Base, random_guard: Callable[..., Adapter], guards: list[Adapter]
 ) -> None:

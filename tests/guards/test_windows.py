@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -75,6 +76,79 @@ def test_messages_that_leave_no_room_are_an_error(tiny_base: Base) -> None:
         windows(tiny_base, [other, Message("assistant", LONG)])
     with pytest.raises(InputError, match="Score its messages apart"):
         windows(tiny_base, [Message("user", LONG)], 34)
+
+
+def talk(n_exchanges: int, size: int = 3) -> list[Message]:
+    """A conversation of many short turns, each unlike the others."""
+    return [
+        Message(role, " ".join(f"{word}{index}" for word in "abcdefgh"[:size]))
+        for index in range(n_exchanges)
+        for role in ("user", "assistant")
+    ]
+
+
+@pytest.mark.parametrize("system", [[], [Message("system", "be kind")]])
+def test_a_long_conversation_is_cut_between_exchanges(tiny_base: Base, system: list[Message]) -> None:
+    turns = talk(60)
+    parts = windows(tiny_base, [*system, *turns, Message("user", "and now?")])
+    assert len(parts) > 4
+    assert all(n_tokens(tiny_base, part) <= N_POSITIONS for part in parts)
+    assert all(list(part[: len(system)]) == system for part in parts)
+    bodies = [part[len(system) :] for part in parts]
+    assert all(body[0].role == "user" for body in bodies)
+    for before, after in pairwise(bodies):
+        n_shared = next(size for size in range(len(before), -1, -1) if before[len(before) - size :] == after[:size])
+        assert 0.1 * len(before) < n_shared < 0.4 * len(before)
+    assert list(dict.fromkeys(turn for body in bodies for turn in body)) == [*turns, Message("user", "and now?")]
+
+
+def test_a_long_message_among_many_turns_is_cut_by_itself(tiny_base: Base) -> None:
+    turns = [*talk(20), Message("user", LONG), Message("assistant", "no"), *talk(20)]
+    parts = windows(tiny_base, turns)
+    assert all(n_tokens(tiny_base, part) <= N_POSITIONS for part in parts)
+    pieces = [
+        turn.content for part in parts for turn in part if turn.content not in {turn.content for turn in talk(20)}
+    ]
+    assert is_covered(LONG, [piece for piece in pieces if piece != "no"])
+    assert {turn for part in parts for turn in part} >= set(talk(20))
+
+
+def test_a_claim_is_never_cut(tiny_base: Base) -> None:
+    claim = Message("assistant", "the cat sat on a mat")
+    document = Message("user", LONG)
+    parts = windows(tiny_base, [document, claim], combine="min")
+    assert len(parts) > 3
+    assert {part[1] for part in parts} == {claim}
+    assert is_covered(LONG, [part[0].content for part in parts])
+    longer = Message("assistant", "word " * 30)
+    parts = windows(tiny_base, [Message("user", LONG[:140]), longer], 200, "min")
+    assert len(parts) > 1
+    assert {part[1] for part in parts} == {longer}  # though it is the longest message
+    assert windows(tiny_base, [Message("user", "a"), claim], combine="min") == [(Message("user", "a"), claim)]
+
+
+def test_a_claim_that_leaves_no_room_is_an_error(tiny_base: Base) -> None:
+    with pytest.raises(InputError, match="its longest message before the claim cannot be cut small enough"):
+        windows(tiny_base, [Message("user", LONG), Message("assistant", LONG)], combine="min")
+    with pytest.raises(InputError, match="Send the document as a message of its own before the claim"):
+        windows(tiny_base, [Message("user", LONG)], combine="min")
+
+
+def test_the_cost_is_linear_in_the_length(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters that are encoded to cut a text: so many times the text, however long it is."""
+    encode, seen = Base.encode, []
+
+    def counted(self: Base, messages: Sequence[Message]) -> object:
+        seen.append(sum(len(message.content) for message in messages))
+        return encode(self, messages)
+
+    monkeypatch.setattr(Base, "encode", counted)
+    shares = []
+    for n_times in (4, 16):
+        seen.clear()
+        windows(tiny_base, [Message("user", LONG * n_times)])
+        shares.append(sum(seen) / (len(LONG) * n_times))
+    assert shares[1] < 1.2 * shares[0] < 12
 
 
 @pytest.mark.parametrize("spelling", SPECIAL)

@@ -92,6 +92,8 @@ class AdapterConfig(BaseModel):
     """A guard reads the newest token's side state, or an attention-weighted mean of all so far."""
     labels: tuple[str, ...] = ()
     """Names of a guard's K outputs, each a risk of its own; none for an aligner."""
+    windows: Literal["max", "min"] = "max"
+    """Of a guard: whether the highest score of a long text's windows counts, or the lowest (grounding)."""
     base: BaseReference
     """The base that it reads."""
     calibration: Calibration | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -19,7 +21,12 @@ from safeside.types import Message, Verdict
 from safeside.verdicts import LORA_NOTE, verdict_of
 
 Conversation = Sequence[Message]
+Combine = Literal["max", "min"]
 
+_COMBINE: Mapping[Combine, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "max": torch.maximum,
+    "min": torch.minimum,
+}  # of either NaN is the result: a text of which one window cannot be scored fails closed
 _NOT_A_NUMBER = "a score is not a number"  # verdicts say so themselves
 
 
@@ -30,9 +37,11 @@ class Scores:
     by_guard: dict[str, tuple[float, ...]]
     """By guard, one score in [0, 1] for each label; NaN where it could not score."""
     n_windows: int = 1
-    """Windows that the text was cut into; 1 when it fits the base's context."""
+    """Windows that the text was cut into, the most of any guard; 1 when it fits the base's context."""
     problem: str | None = None
     """Why it has no score, or one that is not a number; None when all is well."""
+    windows_of: Mapping[str, int] = field(default_factory=dict)
+    """Windows by guard, where they were cut for some guards' highest score and for others' lowest."""
 
 
 @torch.no_grad()
@@ -44,53 +53,81 @@ def score_conversations(
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Scores]:
-    """Scores in the order given.  Longer texts are scored in windows and the highest score of each label counts.
+    """Scores in the order given.  Longer texts are scored in windows and the highest score of each label counts, or
+    the lowest for a guard whose configuration says so.
 
     A conversation that cannot be encoded, or not cut to size, gets NaN and its ``problem``: no row stops the others.
     ``advance`` is told how many conversations were finished, for a progress bar.
     """
-    parts = [_encoded_windows(base, messages) for messages in conversations]
-    windows_of = [(row, ids) for row, (encoded, _) in enumerate(parts) for ids in encoded]
+    modes = {guard.name: guard.config.windows for guard in guards}
+    cuts = [_cuts(base, messages, sorted(set(modes.values()))) for messages in conversations]
+    windows_of = [(row, ids, wanted) for row, cut in enumerate(cuts) for ids, wanted in cut.windows]
     windows_of.sort(key=lambda window: len(window[1]))
-    waiting = [len(encoded) for encoded, _ in parts]
-    best: list[dict[str, torch.Tensor]] = [{} for _ in parts]
+    waiting = [len(cut.windows) for cut in cuts]
+    found: list[dict[str, torch.Tensor]] = [{} for _ in cuts]
     advance(waiting.count(0))
     with attach(base, guards=guards) as attachment:
         for start in range(0, len(windows_of), batch_size):
             batch = windows_of[start : start + batch_size]
-            ids, keep = pad_batch([encoded for _, encoded in batch], base.tokenizer.pad_token_id or 0)
+            ids, keep = pad_batch([encoded for _, encoded, _ in batch], base.tokenizer.pad_token_id or 0)
             base.decoder(input_ids=ids.to(base.device), attention_mask=keep.to(base.device), use_cache=False)
             last = keep.sum(1) - 1
             for name, scores in attachment.record.scores.items():
                 ends = scores[torch.arange(len(batch)), last].float().cpu()  # (B, K)
-                for (row, _), value in zip(batch, ends, strict=True):
-                    best[row][name] = torch.maximum(best[row].get(name, value), value)  # NaN wins: fails closed
-            for row, _ in batch:
+                for (row, _, wanted), value in zip(batch, ends, strict=True):
+                    if modes[name] in wanted:
+                        found[row][name] = _COMBINE[modes[name]](found[row].get(name, value), value)
+            for row, _, _ in batch:
                 waiting[row] -= 1
                 advance(int(waiting[row] == 0))
-    return [
-        unscored(guards, problem) if problem else _scores(row, len(encoded))
-        for row, (encoded, problem) in zip(best, parts, strict=True)
-    ]
+    return [_scores(guards, by_guard, cut) for by_guard, cut in zip(found, cuts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A conversation as windows that fit."""
+
+    windows: list[tuple[tuple[int, ...], list[Combine]]]
+    """Ids of each window, and the ways of combining that it was cut for."""
+    counts: dict[Combine, int]
+    """Windows for each way; none where the conversation cannot be cut for it."""
+    problem: str | None
+    """Why not."""
+
+
+def _cuts(base: Base, messages: Conversation, modes: Sequence[Combine]) -> _Cut:
+    cut: dict[tuple[tuple[int, ...], ...], list[Combine]] = defaultdict(list)
+    counts: dict[Combine, int] = {}
+    problem = None
+    for mode in modes:
+        try:
+            encoded = tuple(base.encode(part).ids for part in windows(base, messages, combine=mode))
+        except InputError as error:
+            problem = str(error)
+            continue
+        counts[mode] = len(encoded)
+        cut[encoded].append(mode)  # a text that fits is read once for all
+    return _Cut([(ids, wanted) for encoded, wanted in cut.items() for ids in encoded], counts, problem)
 
 
 def unscored(guards: Sequence[Adapter], problem: str) -> Scores:
     """The scores of a text that no guard could score: NaN, with the reason."""
-    return Scores({guard.name: (math.nan,) * len(guard.config.labels) for guard in guards}, problem=problem)
+    return Scores(_no_scores(guards), problem=problem)
 
 
-def _scores(by_guard: dict[str, torch.Tensor], n_windows: int) -> Scores:
-    is_finite = all(bool(values.isfinite().all()) for values in by_guard.values())
-    values = {name: tuple(values.tolist()) for name, values in by_guard.items()}
-    return Scores(values, n_windows, None if is_finite else _NOT_A_NUMBER)
+def _no_scores(guards: Sequence[Adapter]) -> dict[str, tuple[float, ...]]:
+    return {guard.name: (math.nan,) * len(guard.config.labels) for guard in guards}
 
 
-def _encoded_windows(base: Base, messages: Conversation) -> tuple[list[tuple[int, ...]], str | None]:
-    """Ids of every window of a conversation, or none and why it cannot be encoded."""
-    try:
-        return [base.encode(part).ids for part in windows(base, messages)], None
-    except InputError as error:
-        return [], str(error)
+def _scores(guards: Sequence[Adapter], by_guard: dict[str, torch.Tensor], cut: _Cut) -> Scores:
+    values = _no_scores(guards) | {name: tuple(scores.tolist()) for name, scores in by_guard.items()}
+    is_finite = all(math.isfinite(score) for scores in values.values() for score in scores)
+    return Scores(
+        values,
+        max(cut.counts.values(), default=1),
+        cut.problem or (None if is_finite else _NOT_A_NUMBER),
+        {guard.name: cut.counts.get(guard.config.windows, 1) for guard in guards},
+    )
 
 
 def judge(
@@ -103,9 +140,15 @@ def judge(
 
 def verdicts_of(base: Base, guards: Sequence[Adapter], scores: Scores) -> tuple[Verdict, ...]:
     """One verdict of each guard on the conversation that ``scores`` belong to; without a score it is flagged."""
-    notes = [
-        *([scores.problem] if scores.problem and scores.problem != _NOT_A_NUMBER else []),
-        *([f"highest of {scores.n_windows} windows"] if scores.n_windows > 1 else []),
+    return tuple(verdict_of(guard, scores.by_guard[guard.name], notes=_notes(base, guard, scores)) for guard in guards)
+
+
+def _notes(base: Base, guard: Adapter, scores: Scores) -> list[str]:
+    is_scored = all(map(math.isfinite, scores.by_guard[guard.name]))
+    n_windows = scores.windows_of.get(guard.name, scores.n_windows)
+    which = "highest" if guard.config.windows == "max" else "lowest"
+    return [
+        *([scores.problem] if scores.problem and scores.problem != _NOT_A_NUMBER and not is_scored else []),
+        *([f"{which} of {n_windows} windows"] if n_windows > 1 else []),
         *([LORA_NOTE] if has_lora(base.model) else []),
     ]
-    return tuple(verdict_of(guard, scores.by_guard[guard.name], notes=notes) for guard in guards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from safeside.base.model import Base
 from safeside.errors import InputError
@@ -13,17 +14,22 @@ _OVERLAP = 0.25  # share of a window that the next one repeats, so that a phrase
 _LEAST_ROOM = 32  # tokens: smaller windows would say nothing
 
 
-def windows(base: Base, messages: Sequence[Message], limit: int | None = None) -> list[tuple[Message, ...]]:
+def windows(
+    base: Base, messages: Sequence[Message], limit: int | None = None, combine: Literal["max", "min"] = "max"
+) -> list[tuple[Message, ...]]:
     """The conversation as one or more conversations that each fit ``limit`` tokens (the base's context by default).
 
-    Only the longest message is cut, with a quarter of overlap; the others are repeated in every window.  A conversation
-    whose other messages leave too little room is an InputError.
+    Only the longest message is cut, with a quarter of overlap; the others are repeated in every window.  Where that
+    leaves too little room, each window holds as many whole exchanges (a user's message and what follows it) as fit,
+    about a quarter of them from the window before, after the system message; a single exchange without room is an
+    InputError.  Where the lowest score of the windows counts (``min``), the last message is a claim: it is never cut,
+    stands in every window, and one that leaves no room is an InputError.
     """
     limit = base.max_tokens if limit is None else limit
     n_tokens = len(base.encode(messages).ids)
     if n_tokens <= limit:
         return [tuple(messages)]
-    index = max(range(len(messages)), key=lambda place: len(messages[place].content))
+    index = _longest_of(messages if combine == "max" else messages[:-1])
     text = messages[index].content
 
     def window(piece: str) -> tuple[Message, ...]:
@@ -35,12 +41,59 @@ def windows(base: Base, messages: Sequence[Message], limit: int | None = None) -
         return limit - len(base.encode(window(piece)).ids)
 
     if n_spare(text.strip()[:1]) < _LEAST_ROOM:
+        exchanges = _exchanges(messages)
+        if combine == "max" and len(exchanges) > 1:
+            return _runs(base, exchanges, [message for message in messages[:1] if message.role == "system"], limit)
         raise InputError(
-            f"The conversation has {n_tokens} tokens for a context of {limit}, and its longest message cannot be cut "
-            "small enough. Score its messages apart."
+            f"The conversation has {n_tokens} tokens for a context of {limit}, and its longest message "
+            f"{'before the claim ' if combine == 'min' else ''}cannot be cut small enough. Score its messages apart."
         )
     pieces = _cut(text, lambda piece: n_spare(piece) >= 0, len(text) * limit // n_tokens)
     return [window(piece) for piece in pieces if piece.strip()] or [window(pieces[0])]
+
+
+def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
+    """The turns after a first system message, cut before each user's message."""
+    turns = messages[1:] if messages[0].role == "system" else messages
+    found: list[list[Message]] = []
+    for message in turns:
+        if message.role == "user" or not found:
+            found.append([])
+        found[-1].append(message)
+    return found
+
+
+def _runs(
+    base: Base, exchanges: Sequence[Sequence[Message]], system: Sequence[Message], limit: int
+) -> list[tuple[Message, ...]]:
+    """Windows of whole exchanges; one that does not fit by itself is cut."""
+
+    def joined(start: int, stop: int) -> tuple[Message, ...]:
+        return (*system, *(message for exchange in exchanges[start:stop] for message in exchange))
+
+    def fits(start: int, stop: int) -> bool:
+        return len(base.encode(joined(start, stop)).ids) <= limit
+
+    found: list[tuple[Message, ...]] = []
+    start, stop = 0, 0
+    while stop < len(exchanges):
+        if not fits(start, stop + 1):
+            start = stop  # beside the next exchange nothing of the window before has room
+        stop += 1
+        while stop < len(exchanges) and fits(start, stop + 1):
+            stop += 1
+        found += windows(base, joined(start, stop), limit)
+        start = max(start + 1, stop - max(1, round((stop - start) * _OVERLAP)))
+    return found
+
+
+def _longest_of(messages: Sequence[Message]) -> int:
+    if not messages:
+        raise InputError(
+            "A claim that is longer than the context cannot be checked without a document: a part of it says nothing "
+            "of the rest. Send the document as a message of its own before the claim."
+        )
+    return max(range(len(messages)), key=lambda place: len(messages[place].content))
 
 
 def _cut(text: str, fits: Callable[[str], bool], size: int) -> list[str]:
