@@ -69,6 +69,45 @@ def read(tmp_path: Path, text: str | bytes) -> Recipe:
     return read_recipe(path)
 
 
+TASK = """
+name = "hate"
+output = "runs/hate"
+[data]
+task = "grounding"
+sources = ["summedits"]
+"""
+
+
+def test_a_task_stands_in_place_of_files(tmp_path: Path, tiny_base: Base) -> None:
+    recipe = read(tmp_path, TASK)
+    assert (recipe.data.task, recipe.data.sources, recipe.data.train) == ("grounding", ("summedits",), ())
+    config = recipe.adapter_config(tiny_base)
+    assert (config.labels, config.windows) == (("unsupported",), "min")
+    chosen = read(tmp_path, TASK.replace("grounding", "hate") + '[adapter]\nlabels = ["hate", "harassment"]\n')
+    assert (chosen.adapter_config(tiny_base).labels, chosen.adapter_config(tiny_base).windows) == (
+        ("hate", "harassment"),
+        "max",
+    )
+    assert read(tmp_path, LEAST).adapter_config(tiny_base).windows == "max"
+    with pytest.raises(UnknownNameError, match=r"Unknown task 'hat'.*Did you mean 'hate'"):
+        read(tmp_path, TASK.replace("grounding", "hat")).adapter_config(tiny_base)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (TASK + 'train = ["a.jsonl"]\n', "task and the files train, validation exclude each other"),
+        (TASK + 'validation = ["a.jsonl"]\n', "exclude each other"),
+        (TASK + '[adapter]\nrole = "align"\n', "task 'grounding' trains a guard"),
+        (LEAST.replace('train = ["a.jsonl"]', ""), "train and validation need a file each"),
+        (LEAST + 'sources = ["a"]\n', "sources are those of a task"),
+    ],
+)
+def test_files_and_tasks_do_not_mix(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        read(tmp_path, text)
+
+
 def test_every_field_is_read_as_it_stands(tmp_path: Path) -> None:
     recipe = read(tmp_path, EVERYTHING)
     values = recipe.model_dump(exclude_none=True)
@@ -107,7 +146,7 @@ def test_most_fields_have_defaults(tmp_path: Path) -> None:
         (LEAST + "[calibration]\nfalse_positive_rate = 0\n", "calibration.false_positive_rate: Input should be"),
         (LEAST + "[adapter]\nrole = 'judge'\n", "adapter.role: Input should be 'guard' or 'align'"),
         (LEAST + "[adapter]\nhead_dim = 48\n", "adapter.head_dim: Input should be 32, 64 or 128"),
-        (LEAST.replace('["a.jsonl"]', "[]"), "data.train: Tuple should have at least 1 item"),
+        (LEAST.replace('["a.jsonl"]', "[]"), "data: Value error, train and validation need a file each"),
         (LEAST.replace('"harm"', "3", 1), "name: Input should be a valid string"),
         (LEAST.replace('"harm"', '""', 1), "name: String should have at least 1 character"),
         (LEAST.replace('"runs/harm"', '""', 1), "output: String should have at least 1 character"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from safeside.artifact import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from safeside.errors import ConfigError, InputError, NotFiniteError
 from safeside.guards.score import score_conversations
 from safeside.tasks.rows import BadRow
+from safeside.tasks.sources import Part, Source
+from safeside.tasks.task import TASKS, Task, load_task, register_task
 from safeside.train import run as module
 from safeside.train.loop import CHECKPOINT, Progress
 from safeside.train.recipe import Recipe
@@ -354,6 +356,45 @@ def test_bad_and_long_rows_are_left_out_and_counted(tiny_base: Base, tmp_path: P
     assert [row.line for row in done.train.bad] == [31, 33]
     assert all(row.problem.startswith("guard_train.jsonl: ") for row in done.train.bad)
     assert [row.line for row in done.validation.bad] == [31]
+
+
+@pytest.fixture
+def jokes(tmp_path: Path) -> Iterator[str]:
+    for split, seed in (("train", 1), ("validation", 2), ("test", 3)):
+        write(tmp_path / f"{split}.jsonl", [*guard_rows(120, seed), "{broken"])
+    parts = [Part(f"{split}.jsonl") for split in ("train", "validation", "test")]
+    register_task("tests/jokes", Task("tests/jokes", ("joke",), (Source("one", *parts),), windows="min"))
+    yield "tests/jokes"
+    TASKS.unregister("tests/jokes")
+
+
+def test_a_task_is_trained_on_its_rows(tiny_base: Base, jokes: str, tmp_path: Path) -> None:
+    run = run_recipe(recipe(data={"task": jokes}), data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+    assert run.outcome.best_metric > 0.9
+    assert (run.adapter.config.labels, run.adapter.config.windows) == (("joke",), "min")
+    found = load_task(jokes, tmp_path)
+    assert (len(run.train.ids), len(run.validation.ids)) == (len(found.of("train")), len(found.of("validation")))
+    assert len(run.train.ids) < 120  # repeated rows are gone
+    assert [row.problem.startswith("one: not JSON") for row in run.train.bad] == [True]
+    loaded = load_adapter(tmp_path / "out", tiny_base)
+    assert loaded.config.windows == "min"
+    assert json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())["train_data"] == f"task {jokes}"
+
+
+def test_what_a_task_cannot_teach_is_an_error(tiny_base: Base, jokes: str, tmp_path: Path) -> None:
+    def train(**sections: object) -> None:
+        run_recipe(recipe(data={"task": jokes}, **sections), data_root=tmp_path, output=tmp_path / "x", base=tiny_base)
+
+    with pytest.raises(ConfigError, match=r"no risky and harmless rows for privacy in train and validation.*: joke\."):
+        train(adapter={"labels": ["joke", "privacy"]})
+    write(tmp_path / "validation.jsonl", [{"prompt": "one class only", "label": 1}] * 3)
+    with pytest.raises(ConfigError, match="Validation needs both harmful and harmless rows"):
+        train()
+    write(tmp_path / "validation.jsonl", [{"prompt": "outside the set", "label": 2}] * 3)
+    with pytest.raises(
+        ConfigError, match="No usable row in validation of task 'tests/jokes'; the first bad row: line 1"
+    ):
+        train()
 
 
 def test_rows_that_the_template_refuses_are_bad_rows(tiny_base: Base) -> None:

@@ -13,6 +13,7 @@ from safeside.adapters.config import AdapterConfig, HeadDim
 from safeside.adapters.sizing import make_config, sized_config
 from safeside.base.model import Base
 from safeside.errors import ConfigError
+from safeside.tasks.task import TASKS
 
 
 class _Section(BaseModel):
@@ -31,17 +32,31 @@ class BaseSection(_Section):
 
 
 class DataSection(_Section):
-    """Which rows.  Paths are relative to the data root (``--data``, else the recipe's folder).
+    """Which rows: files, or a task.  Paths are relative to the data root (``--data``, else the recipe's folder).
 
     ``demo:FILE`` names a file of the packaged demo set.
     """
 
-    train: tuple[str, ...] = Field(min_length=1)
+    train: tuple[str, ...] = ()
     """Files to learn from."""
-    validation: tuple[str, ...] = Field(min_length=1)
+    validation: tuple[str, ...] = ()
     """Files for early stopping and calibration."""
+    task: str | None = None
+    """A registered task such as ``hate``, in place of files: its rows, its labels, and how it combines windows."""
+    sources: tuple[str, ...] | None = None
+    """Those sources of the task only; all unless given."""
     limit: int | None = Field(None, ge=1)
     """Keep that many training rows, drawn by the seed; all unless given."""
+
+    @model_validator(mode="after")
+    def _files_or_task(self) -> DataSection:
+        if self.task is not None and (self.train or self.validation):
+            raise ValueError("task and the files train, validation exclude each other; keep one")
+        if self.task is None and not (self.train and self.validation):
+            raise ValueError("train and validation need a file each; name them, or a task")
+        if self.task is None and self.sources is not None:
+            raise ValueError("sources are those of a task; add task, or name files in train and validation")
+        return self
 
 
 class AdapterSection(_Section):
@@ -52,7 +67,7 @@ class AdapterSection(_Section):
     role: Literal["guard", "align"] = "guard"
     """What to train: a guard or an aligner."""
     labels: tuple[str, ...] | None = None
-    """Names of a guard's outputs; ``harm`` unless given."""
+    """Names of a guard's outputs; ``harm`` or the task's own unless given.  After that of a task: categories."""
     size: float | None = Field(None, gt=0)
     """Most that an ``lst`` may cost, as a share of the base's matmuls: 0.01 is 1%."""
     reduction: float | None = Field(None, ge=1)
@@ -146,6 +161,12 @@ class Recipe(_Section):
     calibration: CalibrationSection = CalibrationSection()
     """For guards: the threshold."""
 
+    @model_validator(mode="after")
+    def _tasks_are_for_guards(self) -> Recipe:
+        if self.data.task is not None and self.adapter.role != "guard":
+            raise ValueError(f"task {self.data.task!r} trains a guard; an aligner needs files in train and validation")
+        return self
+
     def adapter_config(self, base: Base) -> AdapterConfig:
         """The adapter's configuration on ``base``; an unknown kind is an UnknownNameError."""
         section = self.adapter
@@ -165,6 +186,9 @@ class Recipe(_Section):
             value = section.model_dump()[field]
             if value is not None:
                 options[field] = value
+        if self.data.task is not None:
+            task = TASKS.get(self.data.task)
+            options = {"labels": task.labels, "windows": task.windows, **options}
         if section.size is not None:
             return sized_config(base, section.size, **options)
         return make_config(base, reduction=section.reduction or 16, **options)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from safeside.errors import ConfigError, InputError
 from safeside.guards.calibrate import fit_calibration
 from safeside.provenance import config_hash
 from safeside.tasks.rows import BadRow, load_examples
+from safeside.tasks.task import Split, load_task
 from safeside.train.loop import Loop, Outcome, Progress, processes_on
 from safeside.train.losses import answer_loss, balanced_weight, guard_loss
 from safeside.train.recipe import Recipe
@@ -110,11 +111,39 @@ def load_rows(
         bad += [BadRow(row.line, f"{name}: {row.problem}") for row in problems]
     rows = encode_rows(base, examples, limit, seed)
     rows.bad = [*bad, *rows.bad]
+    return _require_rows(rows, ", ".join(names))
+
+
+def _require_rows(rows: Rows, name: str) -> Rows:
     if not rows.ids:
         first = f"; the first bad row: line {rows.bad[0].line}, {rows.bad[0].problem}" if rows.bad else ""
         long = f"; {rows.n_too_long} are longer than the base's context" if rows.n_too_long else ""
-        raise ConfigError(f"No usable row in {', '.join(names)}{first}{long}. Check the files.")
+        raise ConfigError(f"No usable row in {name}{first}{long}. Check the files.")
     return rows
+
+
+def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
+    """Training and validation rows of a recipe, from its files or its task.
+
+    A category that the task has no rows for is a ConfigError.
+    """
+    data = recipe.data
+    if data.task is None:
+        train = load_rows(base, data.train, root, labels, data.limit, recipe.seed)
+        return train, load_rows(base, data.validation, root, labels, None, recipe.seed)
+    task = load_task(data.task, root, labels=labels, sources=data.sources or ())
+    if task.unsupported:
+        raise ConfigError(
+            f"Task {data.task!r} has no risky and harmless rows for {', '.join(task.unsupported)} in train and "
+            f"validation; supported here: {', '.join(task.task.labels)}. Take the others off [adapter] labels."
+        )
+    splits = []
+    limits: dict[Split, int | None] = {"train": data.limit, "validation": None}
+    for split, limit in limits.items():
+        rows = encode_rows(base, task.of(split), limit, recipe.seed)
+        rows.bad = [*task.bad(split), *rows.bad]
+        splits.append(_require_rows(rows, f"{split} of task {data.task!r}"))
+    return splits[0], splits[1]
 
 
 def run_recipe(
@@ -136,8 +165,7 @@ def run_recipe(
     folder = output or Path(recipe.output)
     config = recipe.adapter_config(base)
     labels = config.labels
-    train = load_rows(base, recipe.data.train, data_root, labels, recipe.data.limit, recipe.seed)
-    validation = load_rows(base, recipe.data.validation, data_root, labels, None, recipe.seed)
+    train, validation = load_splits(base, recipe, data_root, labels)
     adapter = create_adapter(base, config, recipe.seed)
     processes = processes_on(base.device)
     with processes.main_process_first():
@@ -309,13 +337,20 @@ def _identity(base: Base, adapter: Adapter, splits: Sequence[Rows]) -> str:
     return config_hash([adapter.config.model_dump(mode="json"), rows])
 
 
+def _data_name(recipe: Recipe) -> str:
+    data = recipe.data
+    if data.task is None:
+        return ", ".join(Path(name).name for name in data.train)
+    return f"task {data.task}" + (f" ({', '.join(data.sources)})" if data.sources else "")
+
+
 def _facts(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[str, str]:
     """What the artifact's provenance and card say of the run."""
     return {
         "recipe_hash": config_hash(recipe.model_dump()),
         "seed": str(recipe.seed),
         "train_rows": str(len(train.ids)),
-        "train_data": ", ".join(Path(name).name for name in recipe.data.train),
+        "train_data": _data_name(recipe),
         f"validation {metric}": f"{outcome.best_metric:.4f}",
         "train_seconds": f"{outcome.train_seconds:.1f}",
         "peak_bytes": str(outcome.peak_bytes),
