@@ -92,21 +92,21 @@ FAMILY_NAMES = tuple(name for name in _CONFIGS if name not in (*ENCODERS, "coher
 WINDOWED = ("mistral", "gemma2", "gemma3", "gpt-oss")
 
 
-def tiny_config(family_name: str) -> PreTrainedConfig:
+def tiny_config(family_name: str, **changes: object) -> PreTrainedConfig:
     """The configuration of the tiny model of ``family_name``, one of FAMILY_NAMES, ENCODERS or ``cohere2``."""
     model_type, values = _CONFIGS[family_name]
     config = CONFIG_MAPPING[model_type](
-        vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, **values
+        vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, **{**values, **changes}
     )
     assert isinstance(config, PreTrainedConfig)
     return config
 
 
-def make_tiny(family_name: str, folder: Path) -> Path:
-    """Write the tiny model and its tokenizer to ``folder``; returns it."""
+def make_tiny(family_name: str, folder: Path, **changes: object) -> Path:
+    """Write the tiny model and its tokenizer to ``folder``; returns it.  ``changes`` are of its configuration."""
     is_encoder = family_name in ENCODERS
     loader = AutoModel if is_encoder else AutoModelForCausalLM
-    model = loader.from_config(tiny_config(family_name))
+    model = loader.from_config(tiny_config(family_name, **changes))
     _randomise(model, seed=zlib.crc32(family_name.encode()))
     if family_name.startswith("gemma"):  # multiplies its embeddings by 8; unscaled, texts would repeat one token
         with torch.no_grad():

@@ -31,10 +31,15 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B 1 T h"], Float[Tensor, "B 1 T h"]]:
         """(B, 1, T, head_dim) cosines and sines."""
-        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
-        angles = positions[..., None].float() * _ROPE_BASE**-exponents
+        angles = positions[..., None].float() * rotary_frequencies(self.head_dim, positions.device)
         both = torch.cat([angles, angles], dim=-1)[:, None]
         return both.cos(), both.sin()
+
+
+def rotary_frequencies(head_dim: int, device: torch.device | None = None) -> Float[Tensor, " pairs"]:
+    """Angle (radians) a token by which each pair of a head's entries, (i, i + head_dim / 2), is turned."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    return _ROPE_BASE**-exponents
 
 
 def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -1,0 +1,261 @@
+"""A start from the base's own weights: structured pruning by importance (LST, Sung et al. 2022, "fisher" start).
+
+What is kept, and how it is carried over:
+
+- *Residual stream.*  One set of ``width`` indices for the whole network, those whose weights have the highest summed
+  importance over all blocks: side states are added up across blocks and mixed with projected taps, so an index must
+  mean the same everywhere.  Down-projections start as the selection of these indices, norms inherit them.
+- *Heads.*  A side head is one query head with the keys and values of its group.  Groups are taken whole, most important
+  first; the last one may give only its best query heads.  Of a head wider than the side's, queries and keys keep those
+  rotary pairs (i, i + h/2) whose frequency is nearest to the side pair's own: the same where both turn by powers of
+  10,000 and one width divides the other, else the nearest that keep their order.  Without rotary positions the most
+  important entries are kept.  Values keep the most important entries.
+- *Feed-forward.*  The hidden units of highest importance over gate, up and down together.
+
+Block l of the ladder starts from block l of the base.  A tap is at unit root-mean-square, so what a block adds is
+divided by the mean root-mean-square of the states that it read in the base.
+
+What has no counterpart is left out: biases, the norms of qwen3 on queries and keys, the means that encoders' norms
+subtract, sliding windows, gpt-oss's sinks.  A feed-forward without a gate (encoders) or of experts keeps its random
+start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safeside.adapters.adapter import Adapter
+from safeside.adapters.blocks import SideBlock, TapProjection, rotary_frequencies
+from safeside.adapters.lst import Lst
+from safeside.base.layouts import BlockWeights, Heads, block_weights, heads_of, layout_of
+from safeside.base.model import Base
+from safeside.errors import ConfigError
+from safeside.train.importance import Importance
+from safeside.train.standalone import Standalone, create_standalone
+
+
+@dataclass(frozen=True, slots=True)
+class KeptHead:
+    """What one side head takes of one query head of the base."""
+
+    query_head: int
+    """Index of the query head."""
+    group: int
+    """Index of its key and value head."""
+    matched: Tensor
+    """(head_dim,) entries of queries and keys, in the side head's order."""
+    values: Tensor
+    """(head_dim,) entries of values, rising."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBlock:
+    """What one side block takes of one block of the base."""
+
+    heads: tuple[KeptHead, ...]
+    """One for each side head."""
+    feed_forward: Tensor | None
+    """Hidden units, rising; None where they cannot be carried over."""
+
+
+def start_from_base(base: Base, adapter: Adapter, importance: Importance) -> Tensor:
+    """Give an ``lst`` adapter the pruned weights of ``base``; returns the kept residual indices, rising.
+
+    An aligner's up-projection stays zero.  Another kind, heads narrower than the adapter's and more side heads than
+    the base has query heads are ConfigErrors.
+    """
+    trunk: nn.Module = adapter.trunk
+    if not isinstance(trunk, Lst):
+        raise ConfigError(f"Only kind 'lst' starts from the base's weights; got {adapter.config.kind!r}.")
+    scores = stream_importance(importance)
+    stream = top(scores, trunk.width)
+    for projection in trunk.taps.values():
+        assert isinstance(projection, TapProjection)
+        _select(projection, stream, scores)
+    for block, layer in zip(trunk.blocks, trunk.rungs or [trunk.first], strict=True):
+        assert isinstance(block, SideBlock)
+        index = max(layer, 1) - 1
+        prune_block(base, index, block, stream, importance)
+    return stream
+
+
+def create_pruned_standalone(base: Base, adapter: Adapter, importance: Importance, seed: int = 0) -> Standalone:
+    """The standalone baseline of ``adapter``, started from the base: kept columns of its embeddings, blocks likewise.
+
+    What the base does not have (a read-out, more hidden units than its own) keeps its random start.
+    """
+    model = create_standalone(base, adapter, seed)
+    embedding = base.model.get_input_embeddings().get_parameter("weight").detach()
+    if embedding.shape[1] != base.d_model:
+        raise ConfigError(
+            f"The embeddings of {base.name} are {embedding.shape[1]} wide and its states {base.d_model}; expected the "
+            "same width. Use a plain standalone."
+        )
+    stream = top(stream_importance(importance), model.shape.width)
+    with torch.no_grad():
+        model.embedding.weight.copy_(embedding[:, stream.to(embedding.device)])
+    layers = adapter.config.layers[1:] or adapter.config.layers
+    for block, layer in zip(model.blocks, layers, strict=True):
+        assert isinstance(block, SideBlock)
+        prune_block(base, max(layer, 1) - 1, block, stream, importance, is_normed=False)
+    return model
+
+
+def top(scores: Tensor, n_kept: int) -> Tensor:
+    """Indices of the highest scores, rising; of equals the first."""
+    order = torch.sort(scores, descending=True, stable=True).indices[:n_kept]
+    return order.sort().values
+
+
+def stream_importance(importance: Importance) -> Tensor:
+    """(D,) importance of each index of the residual stream: of every weight that reads or writes it."""
+    total = torch.zeros(importance.blocks[0].output.shape[0])
+    for block in importance.blocks:
+        readers = (block.queries, block.keys, block.values, block.gate, block.up)
+        writers = (block.output, block.down)
+        total += sum(weight.sum(0) for weight in readers if weight is not None)
+        total += sum(weight.sum(1) for weight in writers if weight is not None)
+    return total
+
+
+def _select(projection: TapProjection, stream: Tensor, scores: Tensor) -> None:
+    """Start a down-projection as the selection of ``stream``; one of low rank selects the most important of them."""
+    first, last = projection.project[0], projection.project[-1]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.bias.zero_()
+        last.weight.zero_()
+        if first is last:
+            last.weight[torch.arange(len(stream)), stream] = 1.0
+            return
+        places = top(scores[stream], first.out_features)
+        ranks = torch.arange(len(places))
+        first.weight.zero_()
+        first.weight[ranks, stream[places]] = 1.0
+        last.weight[places, ranks] = 1.0
+
+
+def keep_block(squares: BlockWeights, heads: Heads, head_dim: int, n_heads: int, n_hidden: int) -> KeptBlock:
+    """What to keep of one block, by the importance of its weights."""
+    hidden = None
+    if squares.gate is not None and squares.up is not None and squares.down is not None:
+        hidden = top(squares.gate.sum(1) + squares.up.sum(1) + squares.down.sum(0), n_hidden)
+    return KeptBlock(
+        tuple(_keep_head(squares, heads, head_dim, query_head) for query_head in keep_heads(squares, heads, n_heads)),
+        hidden,
+    )
+
+
+def keep_heads(squares: BlockWeights, heads: Heads, n_heads: int) -> list[int]:
+    """Query heads, group by group: the most important groups, of the last one the most important heads; rising."""
+    queries = squares.queries.sum(1) + squares.output.sum(0)
+    by_head = queries.view(heads.n_queries, heads.width).sum(1)
+    shared = (squares.keys.sum(1) + squares.values.sum(1)).view(heads.n_groups, heads.width).sum(1)
+    in_group = heads.n_queries // heads.n_groups
+    by_group = by_head.view(heads.n_groups, in_group).sum(1) + shared
+    kept: list[int] = []
+    for group in torch.sort(by_group, descending=True, stable=True).indices.tolist():
+        members = by_head[group * in_group : (group + 1) * in_group]
+        kept += [group * in_group + int(place) for place in top(members, n_heads - len(kept))]
+        if len(kept) == n_heads:
+            break
+    return sorted(kept)
+
+
+def _keep_head(squares: BlockWeights, heads: Heads, head_dim: int, query_head: int) -> KeptHead:
+    group = query_head * heads.n_groups // heads.n_queries
+    queried = slice(query_head * heads.width, (query_head + 1) * heads.width)
+    grouped = slice(group * heads.width, (group + 1) * heads.width)
+    if heads.frequencies is None:
+        matched = top(squares.queries[queried].sum(1) + squares.keys[grouped].sum(1), head_dim)
+    else:
+        pairs = keep_pairs(heads.frequencies, rotary_frequencies(head_dim))
+        matched = torch.cat([pairs, pairs + heads.width // 2])
+    values = top(squares.values[grouped].sum(1) + squares.output[:, queried].sum(0), head_dim)
+    return KeptHead(query_head, group, matched, values)
+
+
+def keep_pairs(frequencies: Tensor, wanted: Tensor) -> Tensor:
+    """For each wanted frequency (falling), the index of the nearest one by ratio; each once and in order."""
+    kept: list[int] = []
+    for place, frequency in enumerate(wanted):
+        first = kept[-1] + 1 if kept else 0
+        beyond = len(frequencies) - (len(wanted) - place - 1)
+        ratios = (frequencies[first:beyond].log() - frequency.log()).abs()
+        kept.append(first + int(ratios.argmin()))
+    return torch.tensor(kept)
+
+
+def prune_block(
+    base: Base, index: int, side: SideBlock, stream: Tensor, importance: Importance, *, is_normed: bool = True
+) -> None:
+    """Copy what is kept of the base's block ``index`` into ``side``.
+
+    With ``is_normed`` side states are the base's at unit root-mean-square; otherwise they are as in the base.
+    """
+    heads, scale = heads_of(base), importance.scales[index]
+    head_dim = side.attention.head_dim
+    n_heads = len(stream) // head_dim
+    _check_fit(base, heads, head_dim, n_heads)
+    n_hidden = side.feed_forward.down.in_features
+    kept = keep_block(importance.blocks[index], heads, head_dim, n_heads, n_hidden)
+    weights = block_weights(base, base.blocks[index], lambda parameter: parameter.detach().float().cpu())
+    written = heads.residual / scale if is_normed else heads.residual
+    with torch.no_grad():
+        _copy_attention(side, weights, kept.heads, heads, stream)
+        side.attention.output.weight.mul_(written)
+        offset = layout_of(base).norm_offset
+        if weights.attention_norm is None:
+            side.attention_norm.weight.fill_(scale)
+        else:
+            side.attention_norm.weight.copy_(weights.attention_norm[stream] + offset)
+        side.feed_forward_norm.weight.copy_(weights.feed_forward_norm[stream] + offset)
+        if kept.feed_forward is not None:
+            _copy_feed_forward(side, weights, kept.feed_forward, stream, written)
+
+
+def _check_fit(base: Base, heads: Heads, head_dim: int, n_heads: int) -> None:
+    if head_dim > heads.width:
+        raise ConfigError(
+            f"The heads of {base.name} are {heads.width} wide; a pruned head cannot be {head_dim} wide. Use a smaller "
+            "head_dim, or start = 'random'."
+        )
+    if n_heads > heads.n_queries:
+        raise ConfigError(
+            f"{base.name} has {heads.n_queries} heads; {n_heads} cannot be kept of them. Use a smaller width, a larger "
+            "head_dim, or start = 'random'."
+        )
+
+
+def _copy_attention(
+    side: SideBlock, weights: BlockWeights, kept: Sequence[KeptHead], heads: Heads, stream: Tensor
+) -> None:
+    """Queries take up the base's scale: the side divides by the root of its own head_dim."""
+    head_dim = side.attention.head_dim
+    parts: list[list[Tensor]] = [[], [], []]
+    outputs = []
+    for head in kept:
+        queried, grouped = head.query_head * heads.width, head.group * heads.width
+        parts[0].append(weights.queries[queried + head.matched] * (heads.scale * head_dim**0.5))
+        parts[1].append(weights.keys[grouped + head.matched])
+        parts[2].append(weights.values[grouped + head.values])
+        outputs.append(weights.output[:, queried + head.values])
+    stacked = torch.cat([torch.cat(rows) for rows in parts])
+    side.attention.queries_keys_values.weight.copy_(stacked[:, stream])
+    side.attention.output.weight.copy_(torch.cat(outputs, 1)[stream])
+
+
+def _copy_feed_forward(side: SideBlock, weights: BlockWeights, hidden: Tensor, stream: Tensor, written: float) -> None:
+    """Units beyond those of the base keep their random start."""
+    assert weights.gate is not None
+    assert weights.up is not None
+    assert weights.down is not None
+    gate, up = side.feed_forward.gate_and_up.weight.chunk(2)
+    gate[: len(hidden)].copy_(weights.gate[hidden][:, stream])
+    up[: len(hidden)].copy_(weights.up[hidden][:, stream])
+    side.feed_forward.down.weight[:, : len(hidden)].copy_(weights.down[stream][:, hidden] * written)
