@@ -22,8 +22,10 @@ from safeside.evals.metrics import auroc, bootstrap
 from safeside.guards.windows import windows
 from safeside.provenance import config_hash, git_commit, machine
 from safeside.train.loop import Loop
+from safeside.train.objectives import guard_logits, guard_metric, guard_objective
 from safeside.train.recipe import Recipe
-from safeside.train.run import Rows, encode_rows, guard_logits, guard_metric, guard_objective
+from safeside.train.rows import Rows
+from safeside.train.splits import encode_rows
 from safeside.train.standalone import create_standalone, standalone_matmuls
 from safeside.train.taps import Source, StoredTaps, TapStore
 from safeside.types import Example

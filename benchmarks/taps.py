@@ -25,8 +25,10 @@ from safeside.errors import SafesideError
 from safeside.provenance import config_hash
 from safeside.terminal import note
 from safeside.train.loop import Loop, Progress
+from safeside.train.objectives import guard_objective
 from safeside.train.recipe import Recipe
-from safeside.train.run import Rows, guard_objective, load_rows
+from safeside.train.rows import Rows
+from safeside.train.splits import encode_rows, read_files
 from safeside.train.taps import LiveTaps, Source, StoredTaps, TapStore
 from tidy import RESULTS, Row, figure_row, result_of, write_json
 
@@ -51,7 +53,7 @@ class Times:
 def measure(base: Base, n_adapters: int, n_rows: int, folder: Path) -> tuple[Times, Recipe, Rows]:
     """Train every adapter twice and take the time."""
     recipe = demo_recipe(base, n_rows)
-    rows = load_rows(base, recipe.data.train, Path(), ("harm",), n_rows, 0)
+    rows = encode_rows(base, read_files(recipe.data.train, Path(), ("harm",))[0], n_rows)
     times = Times()
     _train(base, recipe, rows, 0, lambda adapter: LiveTaps(base, adapter), n_steps=1)  # warm caches, outside the times
     started = time.perf_counter()

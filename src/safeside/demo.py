@@ -26,7 +26,8 @@ from safeside.tasks.rows import BadRow, load_examples, open_rows, parse_rows
 from safeside.terminal import note, progress_bar, table
 from safeside.train.command import training_bars
 from safeside.train.recipe import Recipe
-from safeside.train.run import Run, find_data, run_recipe
+from safeside.train.run import Run, run_recipe
+from safeside.train.splits import find_data
 from safeside.types import Example, Message, Result
 
 STRENGTHS = (0.0, 0.5, 1.0)

@@ -67,7 +67,7 @@ class Example:
     messages: tuple[Message, ...]
     """The conversation; it ends with the message that is judged or learnt."""
     labels: tuple[float, ...] = ()
-    """K values, 0 or 1, in the order of the guard's labels; empty for an aligner's rows."""
+    """K values, 0 or 1, in the order of the guard's labels, NaN where unknown; empty for an aligner's rows."""
     soft: tuple[float, ...] | None = None
     """K scores in [0, 1] of a bigger guard, for distillation."""
     line: int = 0

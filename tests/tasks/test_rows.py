@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 from safeside import Message
 from safeside.errors import InputError
-from safeside.tasks.rows import BadRow, example_of, load_examples, messages_of, open_rows, parse_rows
+from safeside.tasks.rows import (
+    BadRow,
+    example_of,
+    for_one_label,
+    load_examples,
+    messages_of,
+    open_rows,
+    parse_rows,
+    soft_of,
+)
 
 LABELS = ("harm", "hate")
 
@@ -31,6 +41,11 @@ def write(path: Path, *lines: str | bytes | dict[str, object]) -> Path:
     content = b"\n".join(part if isinstance(part, bytes) else part.encode() for part in parts)
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
+
+
+def same(found: tuple[float, ...] | None, expected: tuple[float, ...]) -> bool:
+    """Whether the values are equal, NaN being equal to NaN."""
+    return found is not None and [str(value) for value in found] == [str(value) for value in expected]
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -115,6 +130,47 @@ def test_one_label_is_a_number_too(label: object) -> None:
 
 def test_an_aligner_needs_no_label() -> None:
     assert example_of({"prompt": "a", "response": "b", "label": "?"}, ()).labels == ()
+
+
+# ---- labels that are not known ---------------------------------------------------------------------------------------
+
+
+def test_a_partial_row_knows_some_of_its_labels(tmp_path: Path) -> None:
+    row = {"text": "a", "label": {"hate": 1}}
+    with pytest.raises(InputError, match="expected 0 or 1"):
+        example_of(row, LABELS)
+    assert same(example_of(row, LABELS, partial=True).labels, (math.nan, 1.0))
+    whole = {"text": "a", "label": {"hate": 1, "harm": 0, "other": 3}}
+    assert example_of(whole, LABELS, partial=True).labels == (0.0, 1.0)
+    path = write(tmp_path / "rows.jsonl", row, {"text": "b", "label": [1, 0]}, {"text": "c", "label": {"other": 1}})
+    found, bad = load_examples(path, LABELS, partial=True)
+    assert len(found) == 2
+    assert [(item.line, "knows none of harm, hate" in item.problem) for item in bad] == [(3, True)]
+    assert [item.line for item in load_examples(path, LABELS)[1]] == [1, 3]
+
+
+@pytest.mark.parametrize("label", [{"hate": 2}, {"hate": None}, {"hate": "1"}, {"hate": math.nan}, {}, [1], 1, None])
+def test_partial_labels_are_still_checked(label: object) -> None:
+    with pytest.raises(InputError, match="label"):
+        example_of({"text": "a", "label": label}, LABELS, partial=True)
+
+
+def test_a_file_may_know_one_label() -> None:
+    alone = example_of({"text": "a", "label": 1, "soft": 0.75}, ("hate",))
+    widened = for_one_label(alone, "hate", LABELS)
+    assert same(widened.labels, (math.nan, 1.0))
+    assert same(widened.soft, (math.nan, 0.75))
+    assert widened.messages == alone.messages
+    unscored = for_one_label(example_of({"text": "a", "label": 0}, ("harm",)), "harm", LABELS)
+    assert same(unscored.labels, (0.0, math.nan))
+    assert unscored.soft is None
+
+
+def test_a_row_of_scores_needs_them() -> None:
+    assert soft_of({"soft": {"hate": 0.5, "harm": 1}}, LABELS) == (1.0, 0.5)
+    for row in ({}, {"soft": None}, {"soft": {"hate": 0.5}}):
+        with pytest.raises(InputError, match="soft"):
+            soft_of(row, LABELS)
 
 
 @pytest.mark.parametrize("soft", [[0.25, 1], {"hate": 1, "harm": 0.25}])

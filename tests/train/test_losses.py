@@ -9,6 +9,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from safeside.train.losses import answer_loss, balanced_weight, guard_loss
 
@@ -78,6 +79,64 @@ def test_balanced_weights_give_both_classes_the_same_say() -> None:
 def test_balanced_weights_of_one_class_stay_finite() -> None:
     assert balanced_weight(torch.zeros(4, 1)).tolist() == [3.0]
     assert balanced_weight(torch.ones(4, 1)).tolist() == [0.25]
+
+
+def test_unknown_labels_count_for_nothing(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The twin adds up the known entries one by one."""
+    logits, labels, soft = rows
+    labels[torch.rand(8, 3, generator=torch.Generator().manual_seed(3)) < 0.5] = torch.nan
+    soft[2:5, 1] = torch.nan
+    positive = [3.0, 0.5, 2.0]
+
+    def by_hand(targets: Tensor, weight: Sequence[float]) -> float:
+        losses = [
+            logit_loss(logits[row, label].item(), targets[row, label].item(), weight[label])
+            for row in range(8)
+            for label in range(3)
+            if not math.isnan(targets[row, label].item())
+        ]
+        return sum(losses) / len(losses)
+
+    weight = torch.tensor(positive)
+    assert guard_loss(logits, labels, positive_weight=weight).item() == pytest.approx(
+        by_hand(labels, positive), abs=SAME
+    )
+    found = guard_loss(logits, labels, positive_weight=weight, soft=soft, soft_weight=0.3)
+    expected = 0.7 * by_hand(labels, positive) + 0.3 * by_hand(soft, [1, 1, 1])
+    assert found.item() == pytest.approx(expected, abs=SAME)
+
+
+def test_unknown_labels_send_no_gradient(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, _ = rows
+    labels[:, 1] = torch.nan
+    logits.requires_grad_(True)
+    guard_loss(logits, labels).backward()
+    assert (logits.grad.abs().sum(0) > 0).tolist() == [True, False, True]
+    nothing = guard_loss(logits, torch.full_like(labels, torch.nan))
+    assert nothing.item() == 0.0
+    assert nothing.requires_grad
+
+
+def test_with_every_label_known_the_loss_is_pytorchs_to_the_bit(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, _ = rows
+    assert torch.equal(guard_loss(logits, labels), F.binary_cross_entropy_with_logits(logits, labels))
+
+
+def test_balanced_weights_leave_unknown_labels_out() -> None:
+    labels = torch.tensor([[1.0, 0.0], [0.0, math.nan], [0.0, 1.0], [math.nan, 1.0]])
+    assert balanced_weight(labels).tolist() == [2.0, 0.5]
+
+
+def test_a_temperature_softens_both_sides(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, soft = rows
+    expected = 0.0
+    for logit, target in zip(logits.flatten().tolist(), soft.flatten().tolist(), strict=True):
+        cooled = 1 / (1 + math.exp(-math.log(target / (1 - target)) / 2))
+        expected += 4 * logit_loss(logit / 2, cooled) / soft.numel()
+    found = guard_loss(logits, labels, soft=soft, soft_weight=1.0, temperature=2.0)
+    assert found.item() == pytest.approx(expected, abs=10 * SAME)
+    certain = guard_loss(logits, labels, soft=labels, soft_weight=1.0, temperature=2.0)
+    assert certain.isfinite()
 
 
 def test_answer_loss_predicts_each_answer_token_from_the_one_before() -> None:

@@ -25,6 +25,8 @@ dtype = "bfloat16"
 train = ["a.jsonl", "demo:train.jsonl.gz"]
 validation = ["b.jsonl"]
 limit = 100
+partial_labels = true
+label_of = { "a.jsonl" = "hate" }
 [adapter]
 kind = "lst"
 role = "guard"
@@ -37,6 +39,8 @@ tap_rank = 4
 gate = "channel"
 bottleneck = 16
 readout = "attention"
+start = "pruned"
+start_rows = 64
 [training]
 epochs = 2
 batch_size = 8
@@ -49,8 +53,15 @@ patience = 1
 precision = "bfloat16"
 class_weights = "balanced"
 soft_weight = 0.5
+temperature = 2.0
 cache_taps = false
 checkpoint_seconds = 5
+[teacher]
+rank = 4
+epochs = 2
+learning_rate = 1e-3
+batch_size = 4
+folds = 3
 [calibration]
 false_positive_rate = 0.01
 """
@@ -118,9 +129,9 @@ def test_every_field_is_read_as_it_stands(tmp_path: Path) -> None:
             assert (list(found) if isinstance(found, tuple) else found) == value
     for name in ("name", "output", "seed", "stored_dtype"):
         assert values[name] == written[name]
-    # What the text leaves out is the second and third way to set the width.
+    # What the text leaves out is the second way to give scores, and the second and third to set the width.
     assert set(Recipe.model_fields) == set(written)
-    for section in ("base", "data", "training", "calibration"):
+    for section in ("base", "data", "training", "teacher", "calibration"):
         assert set(values[section]) == set(written[section])
     assert set(type(recipe.adapter).model_fields) - set(written["adapter"]) == {"size", "reduction"}
 
@@ -147,6 +158,17 @@ def test_most_fields_have_defaults(tmp_path: Path) -> None:
         (LEAST + "[adapter]\nrole = 'judge'\n", "adapter.role: Input should be 'guard' or 'align'"),
         (LEAST + "[adapter]\nhead_dim = 48\n", "adapter.head_dim: Input should be 32, 64 or 128"),
         (LEAST.replace('["a.jsonl"]', "[]"), "data: Value error, train and validation need a file each"),
+        (LEAST + "[adapter]\nkind = 'plr'\nstart = 'pruned'\n", "only kind 'lst' has a pruned start; got 'plr'"),
+        (LEAST + "[adapter]\nstart = 'fisher'\n", "adapter.start: Input should be 'random' or 'pruned'"),
+        (LEAST + "[teacher]\nfolds = 1\n", "teacher.folds: Input should be greater than or equal to 2"),
+        (LEAST + "[teacher]\nrank = 2\n", "count for nothing while soft_weight is 0"),
+        (LEAST + "soft = 's.jsonl'\n", "count for nothing while soft_weight is 0"),
+        (
+            LEAST + "soft = 's.jsonl'\n[adapter]\nrole = 'align'\n[training]\nsoft_weight = 0.5\n",
+            "soft targets are for guards",
+        ),
+        (LEAST + "soft = 's.jsonl'\n[training]\nsoft_weight = 0.5\n[teacher]\nrank = 2\n", "keep one"),
+        (LEAST + "[training]\ntemperature = 0\n", "training.temperature: Input should be greater than 0"),
         (LEAST.replace('"harm"', "3", 1), "name: Input should be a valid string"),
         (LEAST.replace('"harm"', '""', 1), "name: String should have at least 1 character"),
         (LEAST.replace('"runs/harm"', '""', 1), "output: String should have at least 1 character"),
@@ -204,7 +226,8 @@ def test_the_dial_makes_the_adapter(tmp_path: Path, tiny_base: Base) -> None:
 def test_every_dimension_reaches_the_adapter(tmp_path: Path, tiny_base: Base) -> None:
     recipe = read(tmp_path, EVERYTHING)
     config = recipe.adapter_config(tiny_base)
-    fields = set(type(recipe.adapter).model_fields) - {"size", "reduction"}
+    of_training = {"start", "start_rows"}
+    fields = set(type(recipe.adapter).model_fields) - {"size", "reduction"} - of_training
     for field in fields:
         assert config.model_dump()[field] == recipe.adapter.model_dump()[field]
     assert config.name == "harm"

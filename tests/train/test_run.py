@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recipes_for_tests import SAME_WEIGHTS, answer_rows, guard_rows, recipe, weights, write, write_rows
 from safeside import Adapter, Base, Message, attach, load_adapter, load_base
 from safeside.artifact import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from safeside.errors import ConfigError, InputError, NotFiniteError
@@ -20,69 +20,18 @@ from safeside.guards.score import score_conversations
 from safeside.tasks.rows import BadRow
 from safeside.tasks.sources import Part, Source
 from safeside.tasks.task import TASKS, Task, load_task, register_task
-from safeside.train import run as module
+from safeside.train import objectives as module
 from safeside.train.loop import CHECKPOINT, Progress
 from safeside.train.recipe import Recipe
-from safeside.train.run import Run, encode_rows, run_recipe
+from safeside.train.run import Run, run_recipe
+from safeside.train.splits import encode_rows
 from safeside.types import Example
 from twin import hash_of
-
-# Live states come from batches of other lengths than stored ones: float32 sums in another order, amplified by Adam.
-SAME_WEIGHTS = 2e-3
-SAME_SCORE = 1e-5  # see test_score.py
-WORDS = ("cat", "mat", "sat", "then", "they", "said", "how", "be")
-TRAINING = {"epochs": 5, "batch_size": 16, "learning_rate": 0.01, "patience": 5}
-
-
-def guard_rows(n: int, seed: int) -> list[dict[str, object]]:
-    """A rule that a guard can learn: a text with a hat in it is harmful."""
-    generator = random.Random(seed)
-    rows = []
-    for _ in range(n):
-        words = generator.choices(WORDS, k=generator.randint(2, 7))
-        label = int(generator.random() < 0.5)
-        if label:
-            words.insert(generator.randrange(len(words)), "hat")
-        rows.append({"prompt": " ".join(words), "label": label, "soft": 0.9 if label else 0.1})
-    return rows
-
-
-def answer_rows(n: int, seed: int) -> list[dict[str, object]]:
-    return [{"prompt": row["prompt"], "response": "no, not that"} for row in guard_rows(n, seed)]
-
-
-def write(path: Path, rows: Sequence[object]) -> None:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    for name, make in (("guard", guard_rows), ("answers", answer_rows)):
-        write(root / f"{name}_train.jsonl", make(160, 1))
-        write(root / f"{name}_validation.jsonl", make(80, 2))
-    return root
-
-
-def recipe(kind: str = "guard", **sections: object) -> Recipe:
-    adapter = {"kind": "lst", "reduction": 2, "role": "align" if kind == "answers" else "guard"}
-    values: dict[str, object] = {
-        "name": "toy",
-        "output": "unused",
-        "data": {
-            "train": [f"{kind}_train.jsonl"],
-            "validation": [f"{kind}_validation.jsonl"],
-            "limit": sections.pop("limit", None),
-        },
-        "adapter": {**adapter, **sections.pop("adapter", {})},
-        "training": {**TRAINING, **sections.pop("training", {})},
-        **sections,
-    }
-    return Recipe.model_validate(values)
-
-
-def weights(adapter: Adapter) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten().float() for parameter in adapter.parameters()])
+    return write_rows(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from safeside.adapters.sizing import adapter_matmuls
 from safeside.base.fingerprint import Fingerprint
 from safeside.errors import ConfigError
 from safeside.train.loop import Loop
+from safeside.train.objectives import guard_metric, guard_objective
 from safeside.train.recipe import Recipe
-from safeside.train.run import Rows, guard_metric, guard_objective
+from safeside.train.rows import Rows
 from safeside.train.standalone import Standalone, create_standalone, matched_shape, standalone_matmuls
 from safeside.train.taps import Batch
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedIOBase
 from pathlib import Path
 from reprlib import repr as shortened
@@ -102,15 +103,49 @@ def _text(values: Mapping[str, object], key: str) -> str:
     return text
 
 
-def example_of(values: Mapping[str, object], labels: tuple[str, ...], line: int = 0) -> Example:
-    """The row as an Example.  With ``labels`` (K names) it must be labelled; without, ``label`` is not read."""
+def example_of(
+    values: Mapping[str, object], labels: tuple[str, ...], line: int = 0, *, partial: bool = False
+) -> Example:
+    """The row as an Example.  With ``labels`` (K names) it must be labelled; without, ``label`` is not read.
+
+    With ``partial`` an object of labels may leave some out, but not all: those are NaN.
+    """
     messages = messages_of(values)
     if not labels:
         return Example(messages, line=line)
     if "label" not in values:
         raise InputError(f"no 'label'; expected 0 or 1 for {', '.join(labels)}")
-    soft = _values(values["soft"], labels, "soft") if values.get("soft") is not None else None
-    return Example(messages, _values(values["label"], labels, "label", binary=True), soft, line)
+    soft = soft_of(values, labels) if values.get("soft") is not None else None
+    label = values["label"]
+    if partial and isinstance(label, Mapping):
+        return Example(messages, _known_values(label, labels), soft, line)
+    return Example(messages, _values(label, labels, "label", binary=True), soft, line)
+
+
+def soft_of(values: Mapping[str, object], labels: tuple[str, ...]) -> tuple[float, ...]:
+    """The row's scores in [0, 1], one for each label; a row without is an InputError."""
+    if values.get("soft") is None:
+        raise InputError(f"no 'soft'; expected a score in [0, 1] for {', '.join(labels)}")
+    return _values(values["soft"], labels, "soft")
+
+
+def _known_values(found: Mapping[str, object], labels: tuple[str, ...]) -> tuple[float, ...]:
+    """0 or 1 for each label that ``found`` has, NaN for the others."""
+    known = tuple(label for label in labels if label in found)
+    if not known:
+        raise InputError(f"'label' knows none of {', '.join(labels)}; expected 0 or 1 for at least one")
+    values = dict(zip(known, _values(found, known, "label", binary=True), strict=True))
+    return tuple(values.get(label, math.nan) for label in labels)
+
+
+def for_one_label(example: Example, label: str, labels: tuple[str, ...]) -> Example:
+    """An example that was read with ``label`` alone as one of all ``labels``, the others unknown: NaN."""
+
+    def widened(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(values[0] if name == label else math.nan for name in labels)
+
+    soft = None if example.soft is None else widened(example.soft)
+    return replace(example, labels=widened(example.labels), soft=soft)
 
 
 def _values(found: object, labels: tuple[str, ...], what: str, binary: bool = False) -> tuple[float, ...]:
@@ -128,8 +163,10 @@ def _values(found: object, labels: tuple[str, ...], what: str, binary: bool = Fa
     return tuple(numbers)
 
 
-def load_examples(path: str | Path, labels: tuple[str, ...]) -> tuple[list[Example], list[BadRow]]:
-    """All usable rows of a file in order, and the bad ones with their line numbers."""
+def load_examples(
+    path: str | Path, labels: tuple[str, ...], *, partial: bool = False
+) -> tuple[list[Example], list[BadRow]]:
+    """All usable rows of a file in order, and the bad ones with their line numbers; ``partial`` as in example_of."""
     examples: list[Example] = []
     bad: list[BadRow] = []
     with open_rows(path) as handle:
@@ -138,7 +175,7 @@ def load_examples(path: str | Path, labels: tuple[str, ...]) -> tuple[list[Examp
                 bad.append(row)
                 continue
             try:
-                examples.append(example_of(row[1], labels, row[0]))
+                examples.append(example_of(row[1], labels, row[0], partial=partial))
             except InputError as error:
                 bad.append(BadRow(row[0], str(error)))
     return examples, bad

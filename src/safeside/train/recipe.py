@@ -47,6 +47,12 @@ class DataSection(_Section):
     """Those sources of the task only; all unless given."""
     limit: int | None = Field(None, ge=1)
     """Keep that many training rows, drawn by the seed; all unless given."""
+    soft: str | None = None
+    """File of scores of a bigger guard: the training rows again, each with ``soft`` in place of ``label``."""
+    partial_labels: bool = False
+    """Whether a row's ``label`` object may leave labels out: what a row does not know is not learnt from it."""
+    label_of: dict[str, str] = {}
+    """By file, the one label that its rows know: their ``label`` is 0 or 1 of that label, the others are unknown."""
 
     @model_validator(mode="after")
     def _files_or_task(self) -> DataSection:
@@ -88,6 +94,10 @@ class AdapterSection(_Section):
     """Hidden width of ``rtb``'s networks; 32 unless given."""
     readout: Literal["last", "attention"] | None = None
     """What a guard reads: the last token's state, or an attention-weighted mean."""
+    start: Literal["random", "pruned"] = "random"
+    """First weights of an ``lst``: random, or the base's own, pruned by Fisher importance."""
+    start_rows: int = Field(1024, ge=1)
+    """Training rows that importance is measured on, drawn by the seed."""
 
     @model_validator(mode="after")
     def _one_dial(self) -> AdapterSection:
@@ -98,6 +108,8 @@ class AdapterSection(_Section):
             raise ValueError("size picks the layers too; give reduction or width with layers")
         if self.size is not None and self.kind != "lst":
             raise ValueError(f"size is for kind 'lst'; give the dimensions of {self.kind!r} themselves")
+        if self.start == "pruned" and self.kind != "lst":
+            raise ValueError(f"only kind 'lst' has a pruned start; got {self.kind!r}")
         return self
 
 
@@ -125,11 +137,31 @@ class TrainingSection(_Section):
     class_weights: Literal["none", "balanced"] = "none"
     """``balanced`` gives harmful and harmless rows the same say."""
     soft_weight: float = Field(0.0, ge=0, le=1)
-    """Share of the loss that goes to soft targets of a bigger guard (rows need ``soft``)."""
+    """Share of the loss that goes to soft targets of a bigger guard (rows' ``soft``, a file's, or a teacher's)."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits of guard and soft targets in that share; above 1 it stresses how sure the bigger guard is."""
     cache_taps: bool = True
     """Compute the base's states once, keep them in a memory-mapped file, and train from there."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Seconds between checkpoints; one is also written after every epoch."""
+
+
+class TeacherSection(_Section):
+    """A LoRA guard on the whole base that is trained first, on the same rows, and whose scores are learnt from.
+
+    Each training row is scored by a teacher that did not see it.
+    """
+
+    rank: int = Field(8, ge=1)
+    """Of the LoRA, on every linear layer of the blocks; updates are multiplied by 2."""
+    epochs: int = Field(3, ge=1)
+    """Most passes over its rows."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak of AdamW's rate."""
+    batch_size: int = Field(16, ge=1)
+    """Rows of one step."""
+    folds: int = Field(2, ge=2)
+    """Teachers; each learns from all rows but its own share, and scores that."""
 
 
 class CalibrationSection(_Section):
@@ -158,6 +190,8 @@ class Recipe(_Section):
     """The side network."""
     training: TrainingSection = TrainingSection()
     """The training loop."""
+    teacher: TeacherSection | None = None
+    """For guards: where soft targets come from."""
     calibration: CalibrationSection = CalibrationSection()
     """For guards: the threshold."""
 
@@ -165,6 +199,17 @@ class Recipe(_Section):
     def _tasks_are_for_guards(self) -> Recipe:
         if self.data.task is not None and self.adapter.role != "guard":
             raise ValueError(f"task {self.data.task!r} trains a guard; an aligner needs files in train and validation")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_scores(self) -> Recipe:
+        has_scores = self.teacher is not None or self.data.soft is not None
+        if has_scores and self.adapter.role != "guard":
+            raise ValueError("soft targets are for guards; remove teacher and soft, or set role = 'guard'")
+        if has_scores and self.training.soft_weight == 0:
+            raise ValueError("soft targets count for nothing while soft_weight is 0; set it, 0.5 for example")
+        if self.teacher is not None and self.data.soft is not None:
+            raise ValueError("teacher and data.soft both give soft targets; keep one")
         return self
 
     def adapter_config(self, base: Base) -> AdapterConfig:

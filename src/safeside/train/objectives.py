@@ -1,0 +1,160 @@
+"""What training minimises and what it maximises on validation rows, for guards and for aligners."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from safeside.base.model import Base
+from safeside.errors import ConfigError
+from safeside.train.losses import answer_loss, balanced_weight, guard_loss
+from safeside.train.recipe import Recipe
+from safeside.train.rows import Rows
+from safeside.train.taps import Batch, Source, make_batch
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a Loop needs to know of a role."""
+
+    loss_of: Callable[[Sequence[int]], Tensor]
+    """The loss of some training rows."""
+    metric_of: Callable[[], float]
+    """A figure to maximise on validation rows."""
+    metric: str
+    """Its name."""
+    weights: list[float] | None
+    """How much of the mean each row is, where a loss is a mean over more than rows."""
+
+
+def objective_of(base: Base, sources: Sequence[Source], splits: Sequence[Rows], recipe: Recipe) -> Objective:
+    """The objective of the recipe's role; ``sources`` and ``splits`` are those of training and validation."""
+    (source, validation_source), (train, validation) = sources, splits
+    if recipe.adapter.role == "guard":
+        known = (~train.labels.isnan()).sum(1)
+        return Objective(
+            guard_objective(base, source, train, recipe),
+            guard_metric(base, validation_source, validation),
+            "auroc",
+            None if bool((known == train.labels.shape[1]).all()) else known.double().tolist(),
+        )
+    return Objective(
+        answer_objective(base, source, train),
+        answer_metric(base, validation_source, validation),
+        "negative answer loss (nats)",
+        [length - start for length, start in zip(train.lengths, train.answer_starts, strict=True)],
+    )
+
+
+def _last(values: Tensor, batch: Batch) -> Tensor:
+    """The entry at each row's last kept token: (B, T, K) to (B, K)."""
+    return values[torch.arange(len(batch.rows), device=values.device), batch.keep.sum(1) - 1]
+
+
+def guard_objective(base: Base, source: Source, rows: Rows, recipe: Recipe) -> Callable[[Sequence[int]], Tensor]:
+    """The loss of some rows: logits at the last token against the labels that are known, and soft targets."""
+    training = recipe.training
+    weight = balanced_weight(rows.labels).to(base.device) if training.class_weights == "balanced" else None
+    if training.soft_weight and rows.soft is None:
+        raise ConfigError("soft_weight is set but not every training row has 'soft' scores. Add them, or set it to 0.")
+
+    def loss_of(some: Sequence[int]) -> Tensor:
+        batch = make_batch(base, rows.ids, some)
+        output = source(batch).output
+        assert output.logits is not None
+        chosen = torch.tensor(batch.rows)
+        soft = rows.soft[chosen].to(base.device) if rows.soft is not None and training.soft_weight else None
+        labels = rows.labels[chosen].to(base.device)
+        return guard_loss(
+            _last(output.logits, batch),
+            labels,
+            positive_weight=weight,
+            soft=soft,
+            soft_weight=training.soft_weight,
+            temperature=training.temperature,
+        )
+
+    return loss_of
+
+
+@torch.no_grad()
+def guard_logits(base: Base, source: Source, rows: Rows, batch_size: int = 64) -> NDArray[np.float64]:
+    """Raw logits (n, K) at every row's last token, in the order of ``rows``."""
+    order = sorted(range(len(rows.ids)), key=lambda row: len(rows.ids[row]))
+    result = np.zeros(tuple(rows.labels.shape))
+    for start in range(0, len(order), batch_size):
+        batch = make_batch(base, rows.ids, order[start : start + batch_size])
+        output = source(batch).output
+        assert output.logits is not None
+        result[list(batch.rows)] = _last(output.logits, batch).double().cpu().numpy()
+    return result
+
+
+def guard_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]:
+    """Mean over labels of the AUROC on the ``rows`` that know the label; NaN where a logit is not finite."""
+    labels = rows.labels.double().numpy()
+    known = ~np.isnan(labels)
+    if any(len(set(label[some].tolist())) < 2 for label, some in zip(labels.T, known.T, strict=True)):
+        raise ConfigError("Validation needs both harmful and harmless rows for every label. Add rows.")
+
+    def metric_of() -> float:
+        logits = guard_logits(base, source, rows)
+        if not np.isfinite(logits).all():
+            return math.nan
+        columns = zip(labels.T, logits.T, known.T, strict=True)
+        return float(np.mean([roc_auc_score(label[some], logit[some]) for label, logit, some in columns]))
+
+    return metric_of
+
+
+def _answer_logits(base: Base, source: Source, batch: Batch) -> Tensor:
+    forward = source(batch)
+    assert forward.base_state is not None
+    assert forward.output.delta is not None
+    mixed = forward.base_state.float() + forward.output.delta.float()
+    return base.head_logits(mixed.to(base.dtype))
+
+
+def _answer_mask(rows: Rows, batch: Batch) -> Tensor:
+    starts = torch.tensor([rows.answer_starts[row] for row in batch.rows], device=batch.ids.device)
+    return batch.keep & (torch.arange(batch.ids.shape[1], device=batch.ids.device) >= starts[:, None])
+
+
+def _check_answers(rows: Rows) -> None:
+    if any(start >= length for start, length in zip(rows.answer_starts, rows.lengths, strict=True)):
+        raise ConfigError("An aligner learns from answers: every row needs 'prompt' and 'response'. Check the data.")
+
+
+def answer_objective(base: Base, source: Source, rows: Rows) -> Callable[[Sequence[int]], Tensor]:
+    """The loss of some rows: of the tokens of their answers under the mixed distribution at strength 1."""
+    _check_answers(rows)
+
+    def loss_of(some: Sequence[int]) -> Tensor:
+        batch = make_batch(base, rows.ids, some)
+        return answer_loss(_answer_logits(base, source, batch), batch.ids, _answer_mask(rows, batch))
+
+    return loss_of
+
+
+def answer_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]:
+    """Minus the mean loss (nats) of the answer tokens of ``rows``."""
+    _check_answers(rows)
+
+    def metric_of() -> float:
+        total, count = 0.0, 0
+        for start in range(0, len(rows.ids), 32):
+            batch = make_batch(base, rows.ids, range(start, min(start + 32, len(rows.ids))))
+            mask = _answer_mask(rows, batch)
+            n_tokens = int(mask.sum())
+            total += float(answer_loss(_answer_logits(base, source, batch), batch.ids, mask)) * n_tokens
+            count += n_tokens
+        return -total / count
+
+    return metric_of

@@ -1,0 +1,46 @@
+"""Encoded rows of one split: what training and calibration read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from safeside.tasks.rows import BadRow
+from safeside.types import Example
+
+
+@dataclass(slots=True)
+class Rows:
+    """Encoded rows of one split, and what could not be used."""
+
+    ids: list[tuple[int, ...]]
+    """Token ids of each row."""
+    answer_starts: list[int]
+    """Index of each row's first answer token."""
+    labels: Tensor
+    """(n, K), 0 or 1; NaN where a row does not know the label."""
+    soft: Tensor | None
+    """(n, K) soft targets in [0, 1]; None unless every row has them."""
+    bad: list[BadRow] = field(default_factory=list)
+    """Rows that could not be used, and why."""
+    n_too_long: int = 0
+    """Rows beyond the base's context."""
+    examples: list[Example] = field(default_factory=list)
+    """The rows before they were encoded."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row) for row in self.ids]
+
+    def chosen(self, places: Sequence[int]) -> Rows:
+        """Some of the rows, in the order of ``places``."""
+        return Rows(
+            ids=[self.ids[place] for place in places],
+            answer_starts=[self.answer_starts[place] for place in places],
+            labels=self.labels[list(places)],
+            soft=None if self.soft is None else self.soft[list(places)],
+            examples=[self.examples[place] for place in places] if self.examples else [],
+        )

@@ -1,0 +1,129 @@
+"""A recipe's training and validation rows, read from its files or its task and encoded for its base."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from safeside.base.model import Base
+from safeside.chat import Encoded
+from safeside.errors import ConfigError, InputError
+from safeside.tasks.rows import BadRow, for_one_label, load_examples
+from safeside.tasks.task import Split, load_task
+from safeside.train.recipe import DataSection, Recipe
+from safeside.train.rows import Rows
+from safeside.train.teacher import read_scores, with_scores
+from safeside.types import Example
+
+DEMO_PREFIX = "demo:"
+
+
+def find_data(name: str, root: Path) -> Path:
+    """The file that a recipe names: ``demo:FILE`` is packaged, anything else lies under ``root``."""
+    if name.startswith(DEMO_PREFIX):
+        return Path(str(files("safeside.builtin") / "demo" / name.removeprefix(DEMO_PREFIX)))
+    return root / name
+
+
+def encode_rows(base: Base, examples: Sequence[Example], limit: int | None = None, seed: int = 0) -> Rows:
+    """Token ids and labels of ``examples``; rows that are bad or beyond the base's context are left out and counted."""
+    encoded: list[tuple[Example, Encoded]] = []
+    bad: list[BadRow] = []
+    for example in examples:
+        try:
+            encoded.append((example, base.encode(example.messages)))
+        except InputError as error:
+            bad.append(BadRow(example.line, str(error)))
+    fitting = [pair for pair in encoded if len(pair[1].ids) <= base.max_tokens]
+    n_too_long = len(encoded) - len(fitting)
+    if limit is not None and len(fitting) > limit:
+        fitting = random.Random(seed).sample(fitting, limit)
+    soft = [example.soft for example, _ in fitting]
+    known = [values for values in soft if values is not None]
+    return Rows(
+        ids=[item.ids for _, item in fitting],
+        answer_starts=[item.answer_start for _, item in fitting],
+        labels=torch.tensor([example.labels for example, _ in fitting], dtype=torch.float32),
+        soft=torch.tensor(known, dtype=torch.float32) if known and len(known) == len(soft) else None,
+        bad=bad,
+        n_too_long=n_too_long,
+        examples=[example for example, _ in fitting],
+    )
+
+
+def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
+    """Training and validation rows of a recipe; its file of scores, if it names one, gives the former soft targets.
+
+    A split without a usable row, a ``label_of`` that names no such file or label, and a category that the task has no
+    rows for are a ConfigError.
+    """
+    data = recipe.data
+    if data.task is None:
+        train, validation = _from_files(base, recipe, root, labels)
+    else:
+        train, validation = _from_task(base, recipe, root, labels)
+    if data.soft is not None:
+        train = with_scores(train, read_scores(find_data(data.soft, root), labels))
+    return train, validation
+
+
+def _from_files(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
+    data = recipe.data
+    unknown = sorted(set(data.label_of.values()) - set(labels))
+    if unknown:
+        raise ConfigError(f"label_of names {', '.join(unknown)}; expected labels of the guard: {', '.join(labels)}.")
+    unread = sorted(set(data.label_of) - {*data.train, *data.validation})
+    if unread:
+        raise ConfigError(f"label_of names {', '.join(unread)}, which is neither a training nor a validation file.")
+    splits = []
+    for names, limit in ((data.train, data.limit), (data.validation, None)):
+        splits.append(_encoded(base, read_files(names, root, labels, data), limit, recipe.seed, ", ".join(names)))
+    return splits[0], splits[1]
+
+
+def read_files(
+    names: Sequence[str], root: Path, labels: tuple[str, ...], data: DataSection | None = None
+) -> tuple[list[Example], list[BadRow]]:
+    """The usable rows of several files in order, and the bad ones, each problem beginning with its file's name.
+
+    ``data`` says which files know one label only and whether rows may leave labels out.
+    """
+    label_of, partial = (data.label_of, data.partial_labels) if data else ({}, False)
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    for name in names:
+        only = (label_of[name],) if name in label_of else None
+        some, problems = load_examples(find_data(name, root), only or labels, partial=partial)
+        examples += [for_one_label(example, only[0], labels) for example in some] if only else some
+        bad += [BadRow(row.line, f"{name}: {row.problem}") for row in problems]
+    return examples, bad
+
+
+def _from_task(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
+    data = recipe.data
+    task = load_task(str(data.task), root, labels=labels, sources=data.sources or ())
+    if task.unsupported:
+        raise ConfigError(
+            f"Task {data.task!r} has no risky and harmless rows for {', '.join(task.unsupported)} in train and "
+            f"validation; supported here: {', '.join(task.task.labels)}. Take the others off [adapter] labels."
+        )
+    limits: dict[Split, int | None] = {"train": data.limit, "validation": None}
+    splits = [
+        _encoded(base, (task.of(split), task.bad(split)), limit, recipe.seed, f"{split} of task {data.task!r}")
+        for split, limit in limits.items()
+    ]
+    return splits[0], splits[1]
+
+
+def _encoded(base: Base, found: tuple[list[Example], list[BadRow]], limit: int | None, seed: int, name: str) -> Rows:
+    rows = encode_rows(base, found[0], limit, seed)
+    rows.bad = [*found[1], *rows.bad]
+    if not rows.ids:
+        first = f"; the first bad row: line {rows.bad[0].line}, {rows.bad[0].problem}" if rows.bad else ""
+        long = f"; {rows.n_too_long} are longer than the base's context" if rows.n_too_long else ""
+        raise ConfigError(f"No usable row in {name}{first}{long}. Check the files.")
+    return rows
