@@ -15,7 +15,7 @@ def reference(n_layers: int = 3, d_model: int = 64, *, is_encoder: bool = False)
     return BaseReference(
         name="nowhere",
         model_type="llama",
-        fingerprint=Fingerprint(architecture="a", tokenizer="t", weights="w"),
+        fingerprint=Fingerprint(architecture="a", tokenizer="t", template="c", weights="w"),
         n_layers=n_layers,
         d_model=d_model,
         is_encoder=is_encoder,

@@ -28,7 +28,8 @@ _FLAT_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
 
 def recipe_page() -> str:
     """Every field of a recipe, by section, with an example and the shapes of rows."""
-    sections = {name: info.annotation for name, info in Recipe.model_fields.items() if _is_model(info.annotation)}
+    models = {name: _model_of(info.annotation) for name, info in Recipe.model_fields.items()}
+    sections = {name: model for name, model in models.items() if model is not None}
     parts = [
         "A recipe is a TOML file, and a run: `safeside train recipe.toml`. It is checked before anything is computed; "
         "a field that is not listed here is an error.",
@@ -64,6 +65,11 @@ def _on_one_line(match: re.Match[str]) -> str:
     return f"[{' '.join(match[1].split())}]"
 
 
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, or holds unless it is left out."""
+    return next((part for part in (annotation, *get_args(annotation)) if _is_model(part)), None)
+
+
 def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
@@ -96,6 +102,8 @@ def _default(info: FieldInfo) -> str:
         return code(str(value).lower())
     if isinstance(value, tuple):
         return code(str(list(value)))
+    if value == {}:
+        return ""
     return code(f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value))
 
 
@@ -111,6 +119,8 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     elif origin is tuple:
         kind, *bounds = type_text(arguments[0]).split(", ")
         text = ", ".join([f"list of {kind}s", *(f"each {bound}" for bound in bounds)])
+    elif origin is dict:
+        text = f"table of {type_text(arguments[1])}s"
     elif _is_model(annotation):
         text = "object"
     else:

@@ -23,7 +23,7 @@ PADDING = 1e-5  # float32 sums over masked slots, in another order
 
 
 def reference(d_model: int, n_layers: int) -> BaseReference:
-    fingerprint = Fingerprint(architecture="a", tokenizer="b", weights="c")
+    fingerprint = Fingerprint(architecture="a", tokenizer="b", template="t", weights="c")
     return BaseReference(
         name="made up", model_type="llama", fingerprint=fingerprint, n_layers=n_layers, d_model=d_model
     )
