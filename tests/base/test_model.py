@@ -77,7 +77,9 @@ def test_dtype_is_float32_on_cpu_unless_given(tiny_folder, tmp_path: Path, store
 
 
 def test_what_cannot_be_loaded_says_what_to_give(tiny_folder, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Cannot load a base from 'no such name'.*Expected 'builtin', a folder"):
+    with pytest.raises(
+        InputError, match=r"Cannot load a base from 'no such name'.*Expected 'builtin', 'minilm', a folder"
+    ):
         load_base("no such name")
     with pytest.raises(InputError, match=r"has no config\.json; expected a folder made by save_pretrained"):
         load_base(tmp_path)

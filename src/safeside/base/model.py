@@ -29,6 +29,7 @@ from transformers.utils.generic import ModelOutput
 
 from safeside.base.families import Family, decoder_of, find_family, locate
 from safeside.base.fingerprint import Fingerprint, take_fingerprint
+from safeside.base.packaged import PACKAGED, packaged_folder
 from safeside.chat import Encoded, encode_chat, pad_batch
 from safeside.errors import InputError, UnsupportedError
 from safeside.types import Completion, Message, Verdict
@@ -273,14 +274,16 @@ def _explained_download(name: str) -> Iterator[None]:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise InputError(
             f"Cannot load a base from {name!r}: no such folder, and the model hub gave: {error}. "
-            "Expected 'builtin', a folder with a saved model, or a hub name such as 'Qwen/Qwen3-0.6B'."
+            "Expected 'builtin', 'minilm', a folder with a saved model, or a hub name such as 'Qwen/Qwen3-0.6B'."
         ) from error
 
 
 def _checkpoint_folder(name: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint: the packaged one, the user's own, or a downloaded snapshot."""
+    """The local folder of a checkpoint: a packaged one, the user's own, or a downloaded snapshot."""
     if name == BUILTIN_NAME:
         return Path(str(files("safeside.builtin") / "base"))
+    if name in PACKAGED:
+        return packaged_folder(name)
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -296,9 +299,9 @@ def load_base(
 ) -> Base:
     """Load a base from ``"builtin"``, a folder or a hub name, frozen and in evaluation mode.
 
-    ``dtype`` is float32 on CPU and the checkpoint's own elsewhere unless given (a torch dtype or its name).  No remote
-    code is ever run.  What cannot be found is an InputError; an unknown architecture is an UnsupportedError that names
-    ``register_family``.
+    ``"minilm"`` is the encoder all-MiniLM-L6-v2, which the extra of that name installs.  ``dtype`` is float32 on CPU
+    and the checkpoint's own elsewhere unless given (a torch dtype or its name).  No remote code is ever run.  What
+    cannot be found is an InputError; an unknown architecture is an UnsupportedError that names ``register_family``.
     """
     name = str(name_or_path)
     folder = _checkpoint_folder(name, revision)
