@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
 from safeside.artifact import load_adapter
 from safeside.attach import attach
 from safeside.base.model import Base, load_base
-from safeside.evals.baselines import keyword_scores
+from safeside.evals.baselines import fit_keywords
 from safeside.evals.guards import GuardReport, report_on
 from safeside.evals.metrics import Figure, auroc, guard_figures, paired_difference
 from safeside.evals.report import Section, histogram_picture, roc_picture, strength_picture, write_report
@@ -128,8 +127,8 @@ def _measure(base: Base, guard: Adapter, stage: _Stage, quick: bool) -> tuple[Gu
     with progress_bar("score the test prompts", len(test)) as advance:
         report = report_on(base, guard, test, [], advance=advance)
     held_out = _demo_rows("validation", quick)
-    both: NDArray[np.float64] = keyword_scores(train, [*held_out, *test])
-    held_out_scores, keywords = both[: len(held_out)], both[len(held_out) :]
+    baseline = fit_keywords(train, held_out)
+    held_out_scores, keywords = baseline.scores(held_out), baseline.scores(test)
     harmless = np.array([example.labels[0] == 0 for example in held_out])
     threshold = threshold_at(held_out_scores[harmless], FALSE_POSITIVE_RATE)  # chosen as the guard's is
     labels, scores = report.labels[:, 0], report.scores[:, 0]

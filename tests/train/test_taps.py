@@ -109,6 +109,18 @@ def test_stored_states_are_the_live_ones(tiny_base: Base, tmp_path: Path, batch_
             assert not state[place, len(encoded[row]) :].any()
 
 
+def test_states_at_rows_are_those_of_the_last_token_and_the_mean(tiny_base: Base, tmp_path: Path) -> None:
+    encoded = rows()
+    places = TapStore.build(tiny_base, encoded, (FINAL, 2), tmp_path).at_rows()
+    assert set(places) == {f"{where}, {how}" for where in ("layer 2", "final state") for how in ("last token", "mean")}
+    for row, ids in enumerate(encoded):
+        alone = record_states(tiny_base, make_batch(tiny_base, [ids], [0]), (2,))
+        for layer, where in ((2, "layer 2"), (FINAL, "final state")):
+            state = alone[layer][0]
+            close(torch.tensor(places[f"{where}, last token"][row]), state[-1], 1e-5)
+            close(torch.tensor(places[f"{where}, mean"][row]), state.mean(0), 1e-5)
+
+
 def test_a_store_is_opened_again_and_not_computed(tiny_base: Base, tmp_path: Path, computed: list[int]) -> None:
     told: list[int] = []
     first = TapStore.build(tiny_base, rows(), LAYERS, tmp_path, batch_size=4, advance=told.append)

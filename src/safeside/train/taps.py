@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from safeside.adapters.adapter import Adapter, SideOutput
@@ -133,6 +135,21 @@ class TapStore:
             stacked[place, : self.lengths[row]] = self.states[self.starts[row] : self.starts[row] + self.lengths[row]]
         stacked = stacked.to(batch.ids.device)
         return {layer: stacked[:, :, index] for index, layer in enumerate(self.layers)}
+
+    def at_rows(self) -> dict[str, NDArray[np.float64]]:
+        """Two (n, D) states of every row for each layer: at its last token, and the mean over its tokens.
+
+        What a linear probe is fitted on.  Keys are ``layer 3, last token`` and ``layer 3, mean``.
+        """
+        spans = [slice(start, start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
+        ends = torch.stack([self.states[span][-1] for span in spans]).double()  # (n, layers, D)
+        means = torch.stack([self.states[span].double().mean(0) for span in spans])
+        result = {}
+        for index, layer in enumerate(self.layers):
+            place = "final state" if layer == FINAL else f"layer {layer}"
+            result[f"{place}, last token"] = ends[:, index].numpy()
+            result[f"{place}, mean"] = means[:, index].numpy()
+        return result
 
 
 class StoredTaps:
