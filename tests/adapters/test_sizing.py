@@ -148,3 +148,10 @@ def test_nothing_made_for_a_geometry_loads_on_a_real_base(tiny_base: Base, tmp_p
     assert base_matmuls(base) == base_matmuls(tiny_base)
     with pytest.raises(MismatchError, match="geometry"):
         load_adapter(save_adapter(Adapter(make_config(base)), tmp_path), tiny_base)
+
+
+def test_guards_on_encoders_pool_unless_told_otherwise(tiny_family: Callable[[str], Base]) -> None:
+    assert make_config(tiny_family("bert")).readout == "attention"
+    assert make_config(tiny_family("bert"), readout="last").readout == "last"
+    assert make_config(tiny_family("llama")).readout == "last"
+    assert sized_config(tiny_family("bert"), 0.5).readout == "attention"

@@ -82,9 +82,9 @@ def make_config(
     """A configuration for ``base`` with the usual layers and ``width = D / reduction`` where the kind has a width.
 
     The width is rounded to a multiple of ``head_dim`` and is at least that.  ``layers`` are all from the embedding (0)
-    up, for ``plr`` the last.  A guard has the one label ``harm`` unless ``labels`` are given.  ``plr`` as a guard is a
-    linear probe unless ``width`` is given.  Further ``dimensions`` are fields of AdapterConfig.  What does not fit
-    together is a ConfigError.
+    up, for ``plr`` the last.  A guard has the one label ``harm`` unless ``labels`` are given; on an encoder its
+    ``readout`` is ``attention`` unless given.  ``plr`` as a guard is a linear probe unless ``width`` is given.  Further
+    ``dimensions`` are fields of AdapterConfig.  What does not fit together is a ConfigError.
     """
     reference = reference_of(base) if isinstance(base, Base) else base
     values: dict[str, object] = {
@@ -96,6 +96,8 @@ def make_config(
         "head_dim": head_dim,
         "base": reference,
     }
+    if role == "guard" and reference.is_encoder:
+        values["readout"] = "attention"
     if kind == "lst" or (kind == "plr" and role == "align"):
         values["width"] = max(head_dim, round(reference.d_model / reduction / head_dim) * head_dim)
     return require_valid({**values, **dimensions})
