@@ -10,11 +10,12 @@ from torch import Tensor
 
 from references import randomise, whole_tape
 from safeside.adapters.adapter import DeltaHead, GuardHead
-from safeside.adapters.blocks import Attention, Rotary, TapProjection, normed, rotate
+from safeside.adapters.blocks import Attention, Rotary, TapProjection, attention_bias, normed, rotate
 from safeside.adapters.config import Calibration
 from safeside.base.taps import Tape
 
 SAME = 1e-5  # float32 in another order
+BFLOAT16 = 2**-7  # two roundings to 8 bits: of the scale, and of the product
 
 
 def test_rotated_products_depend_on_distance_only() -> None:
@@ -50,6 +51,30 @@ def test_normed_states_have_unit_size(scale: float) -> None:
     assert normed(large).tolist() == torch.ones(1, 1, 64).tolist()
 
 
+def test_states_in_bfloat16_are_normed_without_a_copy_in_float32() -> None:
+    states = (torch.randn(2, 50, 896) * torch.tensor([0.05, 300.0])[:, None, None]).bfloat16()
+    expected = torch.nn.functional.rms_norm(states.float(), (896,), eps=1e-6)
+    found = normed(states)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=BFLOAT16, atol=0.0)
+
+
+def test_queries_and_keys_turn_together_as_they_do_apart() -> None:
+    rotary = Rotary(32)(torch.tensor([[3, 4, 5], [0, 1, 2]]))
+    both = torch.randn(2, 2, 4, 3, 32)  # queries and keys, B, heads, T, head_dim
+    assert torch.equal(rotate(both, *rotary), torch.stack([rotate(half, *rotary) for half in both]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_masks_as_the_mask_does(dtype: torch.dtype) -> None:
+    tape = Tape(torch.tensor([[False, True, True, True], [True, True, True, False]]), 3)
+    queries, keys, values = torch.randn(3, 2, 2, 4, 32).to(dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(queries[:, :, 1:], keys, values, attn_mask=tape.attend)
+    found = attend(queries[:, :, 1:], keys, values, attn_mask=attention_bias(tape.attend, dtype))
+    assert torch.equal(found, expected)
+
+
 def test_low_rank_taps_have_two_matrices_and_one_bias() -> None:
     shapes = [tuple(parameter.shape) for parameter in TapProjection(64, 32, 4).parameters()]
     assert shapes == [(4, 64), (32, 4), (32,)]
@@ -63,7 +88,7 @@ def test_a_padded_token_reaches_nobody_and_stays_finite() -> None:
 
     def run(values: Tensor) -> Tensor:
         with torch.no_grad():
-            return attention(values, Rotary(32)(tape.positions), tape.attend, None, 0)
+            return attention(values, Rotary(32)(tape.positions), attention_bias(tape.attend, values.dtype), None, 0)
 
     found = run(states)
     changed = states.clone()

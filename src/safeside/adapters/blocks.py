@@ -10,13 +10,14 @@ from torch.nn import functional as F
 from safeside.base.taps import SideCache
 
 _ROPE_BASE = 10000.0
+_EPSILON = 1e-6  # of every norm
 
 
 class Norm(nn.RMSNorm):
     """Root-mean-square norm in the dtype of its weight: under autocast its input comes in another one."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
+        super().__init__(width, eps=_EPSILON)
 
     def forward(self, states: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
         return super().forward(states.to(self.weight.dtype))
@@ -43,10 +44,16 @@ def rotary_frequencies(head_dim: int, device: torch.device | None = None) -> Flo
 
 
 def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Apply rotary positions to (B, heads, T, head_dim) states, in float32, returned in their dtype."""
-    first, second = states.float().chunk(2, dim=-1)
+    """Apply rotary positions to (..., B, heads, T, head_dim) states, in float32, returned in their dtype."""
+    wide = states.float()
+    first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (states.float() * cosines + turned * sines).to(states.dtype)
+    return (wide * cosines + turned * sines).to(states.dtype)
+
+
+def attention_bias(attend: Bool[Tensor, "B 1 T S"], dtype: torch.dtype) -> Float[Tensor, "B 1 T S"]:
+    """0 where a token may attend and -inf elsewhere: made once, where every block would make it of a bool mask."""
+    return torch.zeros(attend.shape, dtype=dtype, device=attend.device).masked_fill_(~attend, -torch.inf)
 
 
 class Attention(nn.Module):
@@ -62,17 +69,18 @@ class Attention(nn.Module):
         self,
         states: Float[Tensor, "B T d"],
         rotary: tuple[Tensor, Tensor],
-        attend: Bool[Tensor, "B 1 T S"],
+        bias: Float[Tensor, "B 1 T S"],
         cache: SideCache | None,
         layer: int,
     ) -> Float[Tensor, "B T d"]:
         batch, length, width = states.shape
         heads = self.queries_keys_values(states).view(batch, length, 3, -1, self.head_dim)
-        queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
-        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, head_dim)
+        queries, keys = rotate(heads[:2], *rotary)
+        values = heads[2]
         if cache is not None:
             keys, values = cache.update(keys, values, layer)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attend)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
 
 
@@ -103,18 +111,26 @@ class SideBlock(nn.Module):
         self,
         states: Float[Tensor, "B T d"],
         rotary: tuple[Tensor, Tensor],
-        attend: Bool[Tensor, "B 1 T S"],
+        bias: Float[Tensor, "B 1 T S"],
         cache: SideCache | None,
         layer: int,
     ) -> Float[Tensor, "B T d"]:
         """The next side states; ``layer`` counts this adapter's own layers of the cache, from 0."""
-        states = states + self.attention(self.attention_norm(states), rotary, attend, cache, layer)
+        states = states + self.attention(self.attention_norm(states), rotary, bias, cache, layer)
         return states + self.feed_forward(self.feed_forward_norm(states))  # type: ignore[no-any-return]
 
 
 def normed(hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-    """``hidden`` at unit root-mean-square: blocks of different bases and depths differ in scale a thousandfold."""
-    return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6).to(hidden.dtype)
+    """``hidden`` at unit root-mean-square: blocks of different bases and depths differ in scale a thousandfold.
+
+    In bfloat16 the scale alone is computed in float32: a copy of the states in float32 costs more than projecting them.
+    The range of float16 is too small for that.
+    """
+    if hidden.dtype != torch.bfloat16:
+        return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=_EPSILON).to(hidden.dtype)
+    length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+    scale: Tensor = (length.square() / hidden.shape[-1] + _EPSILON).rsqrt()
+    return hidden * scale.to(hidden.dtype)
 
 
 class TapProjection(nn.Module):

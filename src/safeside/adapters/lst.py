@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safeside.adapters.blocks import Rotary, SideBlock, TapProjection
+from safeside.adapters.blocks import Rotary, SideBlock, TapProjection, attention_bias
 from safeside.adapters.config import AdapterConfig
 from safeside.base.taps import SideCache, Tape
 
@@ -44,12 +44,13 @@ class Lst(nn.Module):
 
     def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T d"]:
         states = tape.hidden[self.first]
-        rotary, attend = self.rotary(tape.positions), tape.attend
+        rotary, bias = self.rotary(tape.positions), attention_bias(tape.attend, states.dtype)
         if not self.rungs:
-            return self.blocks[0](states, rotary, attend, cache, 0)  # type: ignore[no-any-return]
-        for index, (layer, gate, block) in enumerate(zip(self.rungs, self.gates, self.blocks, strict=True)):
-            mu = torch.sigmoid(gate.float() / _GATE_TEMPERATURE).to(states.dtype)
-            states = block(mu * states + (1 - mu) * tape.hidden[layer], rotary, attend, cache, index)
+            return self.blocks[0](states, rotary, bias, cache, 0)  # type: ignore[no-any-return]
+        mu = torch.sigmoid(torch.stack(tuple(self.gates)).float() / _GATE_TEMPERATURE).to(states.dtype)
+        shares = zip(mu, 1 - mu, strict=True)  # of the ladder and of the tap, for all rungs at once
+        for index, (layer, (own, tapped), block) in enumerate(zip(self.rungs, shares, self.blocks, strict=True)):
+            states = block(own * states + tapped * tape.hidden[layer], rotary, bias, cache, index)
         return states
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from safeside.adapters.adapter import Adapter, GuardHead
-from safeside.adapters.blocks import Rotary, SideBlock
+from safeside.adapters.blocks import Rotary, SideBlock, attention_bias
 from safeside.adapters.sizing import adapter_matmuls
 from safeside.base.model import Base
 from safeside.base.taps import Tape
@@ -51,9 +51,9 @@ class Standalone(nn.Module):
         """Logits (B, T, K) at every token; padding on either side changes nothing."""
         tape = Tape(batch.keep, batch.ids.shape[1], is_causal=self.shape.is_causal)
         states = self.embedding(batch.ids)
-        rotary, attend = self.rotary(tape.positions), tape.attend
+        rotary, bias = self.rotary(tape.positions), attention_bias(tape.attend, states.dtype)
         for index, block in enumerate(self.blocks):
-            states = block(states, rotary, attend, None, index)
+            states = block(states, rotary, bias, None, index)
         return Forward(self.head(states, tape, None, 0), None)
 
 
