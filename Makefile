@@ -7,7 +7,7 @@ DATA ?= ../shared/data
 TEXT ?= ../shared/pretrain/text
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-overhead builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,10 @@ bench-geometry: setup
 
 bench-taps: setup
 	$(BIN)/python benchmarks/taps.py
+
+# Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
+bench-overhead: setup
+	$(BIN)/python benchmarks/overhead.py
 
 # The built-in base and its adapters from their text and rows (hours on two cores, minutes on a GPU).
 builtin: setup

@@ -1,0 +1,237 @@
+"""What a guard adds to its base in time and memory, beside a second pass and a standalone guard, in one run.
+
+    python benchmarks/overhead.py                     # 0.5B geometry with random weights, and the built-in base
+    python benchmarks/overhead.py --device cuda       # 7B geometry, batch 1 to 64
+
+Every round times all variants once, in an order that rotates, so a machine that slows down slows all.  A ratio is the
+median over rounds of a variant's time to the base's of the same round, with a bootstrap interval over rounds; a goal is
+met only if the upper end meets it.  On CPU peak memory is that of a process of its own for each variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from overhead_variants import VARIANTS, Alone, Guarded, Plan, build
+from safeside.provenance import config_hash
+from safeside.terminal import note
+from tidy import RESULTS, Row, figure_row, result_of, write_json
+
+GOALS = {
+    "flops_share": 0.01,
+    "prefill": 1.03,
+    "decode": 1.05,
+    "peak_ratio": 1.02,
+}  # for the guard, without the built-in
+PHASES = ("prefill", "decode")
+N_RESAMPLES = 2000
+N_PEAKS = 3  # processes for each peak; the lowest counts, for an allocator only ever adds
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is timed: prompts of ``n_tokens``, ``n_steps`` tokens of decoding, in ``pairs`` rounds."""
+
+    n_tokens: int = 512
+    n_steps: int = 16
+    pairs: int = 30
+    device: str = "cpu"
+    threads: int = 2
+
+
+def seconds_of(variant: Alone, ids: torch.Tensor, settings: Settings, caches: Sequence[DynamicCache] = ()) -> float:
+    """Seconds of one prefill, or behind ``caches`` of one decoded token (the mean of ``n_steps``)."""
+    if not caches:
+        started = _now(settings.device)
+        variant.prefill(ids)
+        return _now(settings.device) - started
+    n_rows, n_tokens = ids.shape
+    mask = torch.ones(n_rows, n_tokens + settings.n_steps, dtype=torch.long, device=ids.device)
+    started = _now(settings.device)
+    for step in range(settings.n_steps):
+        variant.step(ids[:, step : step + 1], mask[:, : n_tokens + step + 1], caches)
+    seconds = _now(settings.device) - started
+    for cache in caches:
+        cache.crop(-settings.n_steps)
+    return seconds / settings.n_steps
+
+
+@torch.no_grad()
+def measure(variants: dict[str, Alone], phase: str, batch: int, settings: Settings) -> dict[str, list[float]]:
+    """Seconds by variant, one for each round; one round before is thrown away."""
+    ids = _prompt(variants, batch, settings)
+    caches = {name: variant.prefill(ids) if phase == "decode" else [] for name, variant in variants.items()}
+    names: list[str] = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(-1, settings.pairs):
+        shift = round_ % len(names)
+        for name in [*names[shift:], *names[:shift]]:
+            taken = seconds_of(variants[name], ids, settings, caches[name])
+            if round_ >= 0:
+                seconds[name].append(taken)
+        note(f"{phase} batch {batch}: round {round_ + 1} of {settings.pairs}")
+    return seconds
+
+
+def ratio_figure(seconds: Sequence[float], base: Sequence[float], seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Median over rounds of the ratio to the base, and its 95% bootstrap interval over rounds."""
+    ratios = np.asarray(seconds) / np.asarray(base)
+    draws = np.random.default_rng(seed).integers(0, len(ratios), (N_RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+    return float(np.median(ratios)), (float(low), float(high))
+
+
+def rows_of(labels: dict[str, object], seconds: dict[str, list[float]], variants: dict[str, Alone]) -> list[Row]:
+    """Seconds, ratio to the base and share of its compute of every variant."""
+    rows = []
+    for name, taken in seconds.items():
+        mine = {**labels, "variant": name}
+        costs = {"flops_share": variants[name].extra_matmuls, "config_hash": config_hash(mine)}
+        middle = float(np.median(taken))
+        spread = (float(np.quantile(taken, 0.025)), float(np.quantile(taken, 0.975)))
+        rows.append(figure_row(mine, "seconds", middle, spread, **{**costs, "n": len(taken)}))
+        if name != "base":
+            value, interval = ratio_figure(taken, seconds["base"])
+            rows.append(figure_row(mine, "ratio_to_base", value, interval, **{**costs, "n": len(taken)}))
+            rows.append(figure_row(mine, "flops_share", variants[name].extra_matmuls, **costs))
+    return rows
+
+
+def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Which goals of the guard are met: at the upper end of the interval."""
+    result = []
+    for row in rows:
+        goal = GOALS.get(str(row["phase"] if row["metric"] == "ratio_to_base" else row["metric"]))
+        if row["variant"] == "guard" and row["geometry"] != "builtin" and goal is not None:
+            named = {name: row[name] for name in ("geometry", "phase", "batch", "metric", "value", "high")}
+            result.append({**named, "goal": goal, "met": row["high"] <= goal})
+    return result
+
+
+def peak_rows(plan: Plan, phase: str, batch: int, settings: Settings) -> list[Row]:
+    """Peak memory of each variant over the base's; every process holds the base's weights and the libraries too."""
+    peaks = {name: min(_peak(plan, name, phase, batch, settings) for _ in range(N_PEAKS)) for name in plan.variants}
+    rows = []
+    for name in plan.variants:
+        labels = {"geometry": plan.geometry, "phase": phase, "batch": batch, "variant": name}
+        rows.append(figure_row(labels, "peak_bytes", peaks[name], n=N_PEAKS, config_hash=config_hash(labels)))
+        if name != "base":
+            ratio = peaks[name] / peaks["base"]
+            rows.append(figure_row(labels, "peak_ratio", ratio, n=N_PEAKS, config_hash=config_hash(labels)))
+    return rows
+
+
+def _peak(plan: Plan, name: str, phase: str, batch: int, settings: Settings) -> int:
+    job = {"geometry": plan.geometry, "name": name, "phase": phase, "batch": batch, "settings": asdict(settings)}
+    command = [sys.executable, str(Path(__file__)), "--peak", json.dumps(job)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@torch.no_grad()
+def print_peak(job: dict[str, object]) -> None:
+    """Run one variant in this process and print the most memory that it had, in bytes."""
+    values = job["settings"]
+    assert isinstance(values, dict)
+    settings = Settings(**values)
+    torch.set_num_threads(settings.threads)
+    name, batch = str(job["name"]), int(str(job["batch"]))
+    variants = build(Plan(str(job["geometry"]), (name,), settings.device))
+    ids = _prompt(variants, batch, settings)
+    caches = variants[name].prefill(ids)
+    if job["phase"] == "decode":
+        seconds_of(variants[name], ids, settings, caches)
+    is_cuda = settings.device == "cuda"
+    print(torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _prompt(variants: dict[str, Alone], batch: int, settings: Settings) -> torch.Tensor:
+    base = next(iter(variants.values())).base
+    n_tokens = min(settings.n_tokens, base.max_tokens - settings.n_steps)
+    if n_tokens < settings.n_tokens:
+        raise SystemExit(f"{base.name} holds {base.max_tokens} tokens; expected {settings.n_tokens} and more.")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (batch, n_tokens), generator=generator).to(base.device)
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run(plan: Plan, batches: Sequence[int], phases: Sequence[str], settings: Settings, peaks: bool) -> list[Row]:
+    """All rows of one geometry."""
+    variants, rows = build(plan), []
+    for phase in phases:
+        for batch in batches:
+            labels: dict[str, object] = {"geometry": plan.geometry, "phase": phase, "batch": batch}
+            rows += rows_of(labels, measure(variants, phase, batch, settings), variants)
+    for variant in variants.values():
+        if isinstance(variant, Guarded):
+            variant.attachment.detach()
+    del variants
+    gc.collect()
+    for phase in phases if peaks else ():
+        for batch in batches:
+            rows += peak_rows(plan, phase, batch, settings)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--geometries", nargs="+", help="Qwen2.5-0.5B and builtin on CPU, Qwen2.5-7B on CUDA")
+    parser.add_argument("--batches", nargs="+", type=int, help="1 and 8 on CPU, 1 to 64 on CUDA")
+    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
+    parser.add_argument("--taps", nargs="*", type=int, default=[], help="guards on so many layers, at equal FLOPs")
+    parser.add_argument("--only", nargs="+", default=VARIANTS[1:], choices=VARIANTS[1:], help="variants beside base")
+    parser.add_argument("--tokens", type=int, default=512, help="of the prompt; the built-in base takes 448 at most")
+    parser.add_argument("--steps", type=int, default=16, help="decoded tokens of one timing")
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-peaks", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.peak:
+        print_peak(options.peak)
+        sys.exit()
+    started, on_gpu = time.perf_counter(), options.device == "cuda"
+    torch.set_num_threads(options.threads)
+    variants = ("base", *options.only, *(f"guard_{count}" for count in options.taps))
+    rows: list[Row] = []
+    for geometry in options.geometries or (["Qwen2.5-7B"] if on_gpu else ["Qwen2.5-0.5B", "builtin"]):
+        n_tokens = min(options.tokens, 448) if geometry == "builtin" else options.tokens
+        settings = Settings(n_tokens, options.steps, options.pairs, options.device, options.threads)
+        batches = options.batches or ([1, 4, 16, 64] if on_gpu else [1, 8])
+        rows += run(Plan(geometry, variants, options.device), batches, options.phases, settings, not options.no_peaks)
+    notes = {
+        "goals": goals_of(rows),
+        "settings": asdict(settings),
+        "interval": "ratio_to_base: 95% bootstrap over rounds of the median; seconds: 2.5% and 97.5% of the rounds",
+        "peak": "most resident memory of a process of its own (libraries and weights included), lowest of three",
+    }
+    path = write_json(
+        options.output / "overhead.json", result_of("overhead", time.perf_counter() - started, rows, notes)
+    )
+    note(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The overhead bench on a tiny geometry: what is timed is what it says, and goals are judged at the upper end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import overhead
+import overhead_variants
+from overhead import Settings, goals_of, ratio_figure, seconds_of
+from overhead_variants import Guarded, Plan, SecondPass, WithStandalone, build, random_base, tapped_config
+from safeside.adapters.adapter import Adapter
+from safeside.adapters.sizing import flops_share
+from safeside.train.taps import Batch
+from tidy import figure_row
+from tiny import VOCABULARY, tiny_config
+
+SMALL = Settings(n_tokens=8, n_steps=3, pairs=3, threads=1)
+SAME = 1e-5  # float32 in another order
+
+
+@pytest.fixture
+def geometry(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tiny llama as a geometry, in float32."""
+
+    def opened(name: str, device: str) -> object:
+        assert (name, device) == ("tiny", "cpu")
+        return random_base(tiny_config("llama"), name, device, torch.float32)
+
+    monkeypatch.setattr(overhead_variants, "open_base", opened)
+    return "tiny"
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+def mask(ids: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(ids)
+
+
+@torch.no_grad()
+def test_variants_share_their_weights_and_nothing_else(geometry: str, ids: torch.Tensor) -> None:
+    variants = build(Plan(geometry, ("base", "guard", "second_pass", "standalone")))
+    weights = [variant.base.model.get_input_embeddings().weight for variant in variants.values()]
+    assert all(weight is weights[0] for weight in weights)
+    plain = variants["base"].base.decoder(input_ids=ids)[0]
+    assert all(torch.equal(variant.base.decoder(input_ids=ids)[0], plain) for variant in variants.values())
+    assert variants["base"].base.attachment is None
+    assert variants["guard"].base.attachment is not None
+
+
+@torch.no_grad()
+def test_decoding_goes_on_from_the_prompt(geometry: str, ids: torch.Tensor) -> None:
+    """Each guard's judgement after one step is that of the whole text at once."""
+    variants = build(Plan(geometry, ("guard", "second_pass", "standalone")))
+    last = ids[:, -1:]
+
+    guard = variants["guard"]
+    assert isinstance(guard, Guarded)
+    guard.step(last, mask(ids), guard.prefill(ids[:, :-1]))
+    stepped = guard.attachment.record.scores["harm"][:, -1]
+    guard.prefill(ids)
+    torch.testing.assert_close(stepped, guard.attachment.record.scores["harm"][:, -1], rtol=SAME, atol=SAME)
+
+    second = variants["second_pass"]
+    assert isinstance(second, SecondPass)
+    for name, tensor in second.tuned.named_parameters():
+        if "lora_B" in name:  # zero at the start: a second pass would be the first
+            tensor.fill_(0.1)
+    cache = second.prefill(ids[:, :-1])[1]
+    stepped = second._judge(last, mask(ids), cache)
+    whole = second.head(second.tuned(input_ids=ids, output_hidden_states=True).hidden_states[-1][:, -1]).sigmoid()
+    torch.testing.assert_close(stepped, whole, rtol=SAME, atol=SAME)
+
+    standalone = variants["standalone"]
+    assert isinstance(standalone, WithStandalone)
+    stepped = standalone._judge(last, mask(ids), standalone.prefill(ids[:, :-1])[1])[:, -1]
+    whole = standalone.model(Batch((0, 1), ids, mask(ids).bool())).output.scores
+    torch.testing.assert_close(stepped, whole[:, -1], rtol=SAME, atol=SAME)
+
+
+@torch.no_grad()
+def test_a_timing_leaves_the_caches_as_they_were(geometry: str, ids: torch.Tensor) -> None:
+    for variant in build(Plan(geometry, ("base", "guard", "second_pass", "standalone"))).values():
+        caches = variant.prefill(ids)
+        assert seconds_of(variant, ids, SMALL, caches) > 0
+        assert [cache.get_seq_length() for cache in caches] == [8] * len(caches)
+
+
+def test_fewer_taps_cost_no_more(geometry: str) -> None:
+    config = overhead_variants.config_of("Qwen2.5-0.5B")
+    base = overhead_variants.geometry_base(config)
+    shares = {}
+    for n_taps in (None, 12, 3, 1):
+        made = tapped_config(base, n_taps)
+        with torch.device("meta"):
+            shares[n_taps] = flops_share(base, Adapter(made))
+        assert made.layers[-1] == 24
+        assert len(made.layers) == (n_taps or 25)
+    assert all(0.007 < share <= 0.01 for share in shares.values())  # widths come in steps of 32
+
+
+def test_the_median_ratio_and_its_interval_are_of_rounds() -> None:
+    base = [1.0, 2.0, 4.0, 8.0, 16.0] * 6  # the machine slows down, both sides alike
+    value, (low, high) = ratio_figure([1.1 * taken for taken in base], base)
+    assert (value, low, high) == pytest.approx((1.1, 1.1, 1.1))
+    noisy = [taken * factor for taken, factor in zip(base, [0.9, 1.0, 1.1] * 10, strict=True)]
+    value, (low, high) = ratio_figure(noisy, base)
+    assert value == pytest.approx(1.0)
+    assert low < 1.0 < high
+
+
+def test_a_goal_is_met_at_the_upper_end_only() -> None:
+    def row(variant: str, geometry: str, value: float, high: float) -> dict[str, object]:
+        labels = {"geometry": geometry, "phase": "prefill", "batch": 1, "variant": variant}
+        return figure_row(labels, "ratio_to_base", value, (value, high))
+
+    rows = [row("guard", "x", 1.01, 1.02), row("guard", "x", 1.01, 1.04), row("guard", "builtin", 2.0, 2.0)]
+    goals = goals_of([*rows, row("second_pass", "x", 2.0, 2.1)])
+    assert [(goal["goal"], goal["met"]) for goal in goals] == [(1.03, True), (1.03, False)]
+
+
+def test_it_writes_every_row(tmp_path: Path, geometry: str) -> None:
+    small = ["--tokens", "8", "--steps", "2", "--pairs", "2", "--threads", "1", "--batches", "1", "2", "--no-peaks"]
+    path = overhead.main([*small, "--geometries", geometry, "--taps", "2", "--output", str(tmp_path)])
+    result = json.loads(path.read_text())
+    found = {(row["phase"], row["batch"], row["variant"], row["metric"]) for row in result["rows"]}
+    beside = ("guard", "second_pass", "standalone", "guard_2")
+    cases = [(phase, batch) for phase in ("prefill", "decode") for batch in (1, 2)]
+    assert found == {
+        *((*case, name, metric) for case in cases for name in beside for metric in ("ratio_to_base", "flops_share")),
+        *((*case, name, "seconds") for case in cases for name in ("base", *beside)),
+    }
+    assert {goal["metric"] for goal in result["notes"]["goals"]} == {"ratio_to_base", "flops_share"}
+    assert all(row["low"] <= row["value"] <= row["high"] for row in result["rows"])
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_process_prints_its_peak(geometry: str, phase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    job = {"geometry": geometry, "name": "guard", "phase": phase, "batch": 1, "settings": asdict(SMALL)}
+    overhead.print_peak(job)
+    assert int(capsys.readouterr().out) > 50 * 2**20  # the libraries alone take more
+
+
+def test_a_prompt_longer_than_the_base_holds_is_refused(geometry: str) -> None:
+    variants = build(Plan(geometry, ("base",)))
+    with pytest.raises(SystemExit, match="holds 256 tokens; expected 300"):
+        overhead.measure(variants, "prefill", 1, Settings(n_tokens=300, n_steps=3, pairs=1))
