@@ -31,6 +31,7 @@ class StandaloneShape:
     head_dim: int = 32
     n_labels: int = 1
     is_causal: bool = True
+    pooled: bool = False
 
 
 class Standalone(nn.Module):
@@ -45,7 +46,7 @@ class Standalone(nn.Module):
             SideBlock(shape.width, shape.head_dim, shape.feed_forward) for _ in range(shape.depth)
         )
         self.rotary = Rotary(shape.head_dim)
-        self.head = GuardHead(shape.width, shape.n_labels, pooled=False)
+        self.head = GuardHead(shape.width, shape.n_labels, pooled=shape.pooled)
 
     def forward(self, batch: Batch) -> Forward:
         """Logits (B, T, K) at every token; padding on either side changes nothing."""
@@ -83,6 +84,7 @@ def matched_shape(adapter: Adapter, n_tokens: int) -> StandaloneShape:
         head_dim=config.head_dim,
         n_labels=len(config.labels),
         is_causal=not config.base.is_encoder,
+        pooled=config.readout == "attention",
     )
 
 

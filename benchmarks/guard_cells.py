@@ -1,0 +1,368 @@
+"""One cell of the guards benchmark: one method, trained on one task for one base with one seed, then measured once."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cells import narrowed
+from safeside.adapters.adapter import Adapter
+from safeside.adapters.sizing import adapter_matmuls, base_matmuls
+from safeside.artifact import create_adapter
+from safeside.base.model import Base, load_base
+from safeside.errors import InputError
+from safeside.evals.baselines import States, fit_keywords, fit_probe
+from safeside.evals.prompted import QUESTIONS, choose_question, prompted_scores
+from safeside.guards.windows import windows
+from safeside.provenance import config_hash, git_commit, machine
+from safeside.tasks.rows import load_examples
+from safeside.tasks.task import Task, load_task
+from safeside.train.importance import Importance, Sample, measure_importance
+from safeside.train.loop import Loop
+from safeside.train.lora import LoraShape, create_lora
+from safeside.train.objectives import guard_logits, guard_metric, guard_objective
+from safeside.train.pruning import create_pruned_standalone, start_from_base
+from safeside.train.recipe import Recipe
+from safeside.train.rows import Rows
+from safeside.train.splits import encode_rows
+from safeside.train.standalone import create_standalone, standalone_matmuls
+from safeside.train.taps import Source, StoredTaps, TapStore
+from safeside.train.teacher import teacher_scores
+from safeside.types import Example
+
+Array = NDArray[np.float64]
+
+FORMAT = 1  # of a cell; raise it when cells of an older kind must not be used again
+SPLITS = ("train", "validation", "test", "harmless")
+LST = {"kind": "lst", "reduction": 4}
+ADAPTERS = {
+    "plr": {"kind": "plr"},
+    "rtb": {"kind": "rtb", "bottleneck": 32},
+    "lst": LST,
+    "lst_distilled": {**LST, "start": "pruned"},
+    "standalone": LST,
+    "standalone_distilled": LST,
+    "standalone_pruned": {**LST, "start": "pruned"},
+}
+FITTED = ("probe", "tfidf", "prompted")
+METHODS = (*ADAPTERS, *FITTED, "lora_full")
+# Chosen by the core benchmark on validation rows, from one grid for every method; distilled and pruned ones as theirs.
+LEARNING_RATES = {"plr": 3e-3, "rtb": 3e-3, "lst": 3e-3, "standalone": 1e-3, "lora": 5e-4}
+TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "batch_size": 16, "folds": 2}
+HARMLESS = {"xstest/test.jsonl.gz": 250, "benign_prompts/alpaca_test.jsonl.gz": 250}  # prompts to leave alone, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all cells of a run share.  ``bases`` are (what tables call it, what it is loaded by, its fingerprint)."""
+
+    data: Path
+    bases: tuple[tuple[str, str, str], ...]
+    cells: Path
+    limit: int
+    evaluation_limit: int
+    epochs: int
+
+    def base_of(self, name: str) -> tuple[str, str]:
+        return next((source, fingerprint) for label, source, fingerprint in self.bases if label == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One method on one task and base with one seed."""
+
+    task: str
+    base: str
+    method: str
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} {self.base} {self.method} seed {self.seed}"
+
+
+@dataclass(slots=True)
+class Split:
+    """Rows of one split in windows: ``rows`` are windows, ``row_of_window`` the row of each."""
+
+    examples: list[Example]
+    rows: Rows
+    row_of_window: NDArray[np.int64]
+    n_uncut: int
+
+    @property
+    def labels(self) -> Array:
+        return np.array([example.labels[0] for example in self.examples])
+
+    @property
+    def is_windowed(self) -> NDArray[np.bool_]:
+        return np.bincount(self.row_of_window, minlength=len(self.examples)) > 1
+
+    def combined(self, values: Array, how: str) -> Array:
+        """A value for each row from those of its windows; a row that could not be cut has NaN."""
+        worst = -np.inf if how == "max" else np.inf
+        result = np.full(len(self.examples), worst)
+        (np.maximum if how == "max" else np.minimum).at(result, self.row_of_window, values)
+        return np.where(np.isinf(result), np.nan, result)
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A task's rows, encoded for one base."""
+
+    base: Base
+    task: Task
+    train: Rows
+    splits: dict[str, Split]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def rows(self, split: str) -> Rows:
+        return self.train if split == "train" else self.splits[split].rows
+
+
+@functools.lru_cache(maxsize=1)
+def prepare(setup: Setup, task: str, base_name: str) -> Prepared:
+    """Read and encode the rows of ``task``; kept in memory until another pair is asked for."""
+    base = load_base(setup.base_of(base_name)[0], dtype="float32")
+    found = load_task(task, setup.data)
+    train = encode_rows(base, found.of("train"), setup.limit)
+    splits = {}
+    for split in ("validation", "test"):
+        splits[split] = _windowed(base, _drawn(found.of(split), setup.evaluation_limit), found.task.windows)
+    splits["harmless"] = _windowed(base, _harmless(setup, task), found.task.windows)
+    left_out = {f"{split}_{reason}": 0 for split in ("train", "validation", "test") for reason in ("leaks", "bad")}
+    for (_, split), left in found.left_out.items():
+        left_out[f"{split}_leaks"] += left.exact + left.near
+        left_out[f"{split}_bad"] += len(left.bad)
+    counts = {**left_out, "train": len(train.ids), "train_too_long": train.n_too_long}
+    counts |= {split: len(part.examples) for split, part in splits.items()}
+    counts |= {f"{split}_windowed": int(part.is_windowed.sum()) for split, part in splits.items() if part.examples}
+    return Prepared(base, found.task, train, splits, counts)
+
+
+def _drawn(examples: Sequence[Example], limit: int) -> list[Example]:
+    return list(examples) if len(examples) <= limit else random.Random(0).sample(list(examples), limit)
+
+
+def _harmless(setup: Setup, task: str) -> list[Example]:
+    """Harmless prompts that a guard of prompts should leave alone; none for tasks that judge answers and claims."""
+    if task not in ("hate", "prompt_harm"):
+        return []
+    examples = []
+    for name, limit in HARMLESS.items():
+        rows = [row for row in load_examples(setup.data / name, ("harm",))[0] if row.labels[0] == 0]
+        examples += _drawn(rows, limit)
+    return examples
+
+
+def _windowed(base: Base, examples: Sequence[Example], how: str) -> Split:
+    ids: list[tuple[int, ...]] = []
+    row_of_window: list[int] = []
+    n_uncut = 0
+    for row, example in enumerate(examples):
+        try:
+            parts = windows(base, example.messages, combine="max" if how == "max" else "min")
+        except InputError:
+            n_uncut += 1
+            continue
+        ids += [base.encode(part).ids for part in parts]
+        row_of_window += [row] * len(parts)
+    labels = torch.tensor([examples[row].labels[:1] for row in row_of_window]).reshape(len(ids), 1)
+    return Split(list(examples), Rows(ids, [0] * len(ids), labels, None), np.array(row_of_window, dtype=int), n_uncut)
+
+
+def recipe_of(setup: Setup, cell: Cell) -> Recipe:
+    """The cell as a recipe: everything about it but the bytes of data and base."""
+    is_distilled = cell.method.endswith("distilled")
+    family = cell.method.partition("_")[0]
+    return Recipe.model_validate(
+        {
+            "name": f"{cell.task}-{cell.method}",
+            "output": "none",
+            "seed": cell.seed,
+            "base": {"name": cell.base},
+            "data": {"task": cell.task, "limit": setup.limit},
+            "adapter": {**ADAPTERS.get(cell.method, LST), "labels": ("risk",)},
+            "training": {
+                "epochs": TEACHER["epochs"] if family == "lora" else setup.epochs,
+                "batch_size": 16 if family == "lora" else 32,
+                "learning_rate": LEARNING_RATES.get(family, 1e-3),
+                "soft_weight": 0.5 if is_distilled else 0.0,
+                "checkpoint_seconds": 1e9,
+            },
+            **({"teacher": TEACHER} if is_distilled else {}),
+        }
+    )
+
+
+def key_of(setup: Setup, cell: Cell, data: str) -> str:
+    """Hash of recipe, data, base and seed: the name of the cell's file."""
+    values = {"format": FORMAT, "recipe": recipe_of(setup, cell).model_dump(), "method": cell.method, "data": data}
+    values |= {"base": setup.base_of(cell.base)[1], "evaluation_limit": setup.evaluation_limit, "harmless": HARMLESS}
+    return config_hash(values)
+
+
+def store_of(setup: Setup, cell: Cell, split: str) -> TapStore:
+    """The base's states at all layers for one split, shared by the cells of task and base; computed on first use."""
+    data = prepare(setup, cell.task, cell.base)
+    folder = setup.cells / "taps" / cell.task / cell.base
+    return TapStore.build(data.base, data.rows(split).ids, range(data.base.n_layers + 1), folder, batch_size=16)
+
+
+def build_store(setup: Setup, job: tuple[Cell, str]) -> float:
+    """Seconds that it took to have the states of one split on disk, rows read before."""
+    prepare(setup, job[0].task, job[0].base)
+    started = time.perf_counter()
+    store_of(setup, *job)
+    return time.perf_counter() - started
+
+
+@functools.lru_cache(maxsize=1)
+def importance_of(setup: Setup, task: str, base_name: str) -> Importance:
+    """What the pruned starts of a task and base share."""
+    data = prepare(setup, task, base_name)
+    return measure_importance(data.base, Sample(data.train.ids, data.train.labels))
+
+
+@dataclass(slots=True)
+class Trained:
+    """Values by split (higher is riskier), and what the method cost."""
+
+    values: dict[str, Array]
+    matmuls: float
+    facts: dict[str, object]
+
+
+def run_cell(setup: Setup, cell: Cell, key: str) -> dict[str, object]:
+    """Fit or train the method and give every split's values."""
+    started = time.perf_counter()
+    data = prepare(setup, cell.task, cell.base)
+    trained = fitted(setup, cell) if cell.method in FITTED else trained_of(setup, cell)
+    how = data.task.windows
+    return {
+        "key": key, "task": cell.task, "base": cell.base, "method": cell.method, "seed": cell.seed,
+        "commit": git_commit(), "machine": machine(), "counts": data.counts,
+        "flops_share": trained.matmuls / base_matmuls(data.base),
+        "labels": {split: part.labels.tolist() for split, part in data.splits.items()},
+        "windowed": data.splits["test"].is_windowed.tolist(),
+        "values": {
+            split: (data.splits[split].combined(values, how) if len(values) else values).tolist()
+            for split, values in trained.values.items()
+        },
+        **trained.facts,
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def trained_of(setup: Setup, cell: Cell) -> Trained:
+    """A guard of the Loop: adapters, standalones, and the LoRA on the whole base."""
+    data, recipe = prepare(setup, cell.task, cell.base), recipe_of(setup, cell)
+    if cell.method == "lora_full":
+        with create_lora(data.base, 1, LoraShape(TEACHER["rank"], 2.0 * TEACHER["rank"]), cell.seed) as guard:
+            return _looped(data, recipe, guard, dict.fromkeys(SPLITS, guard), guard.matmuls())
+    adapter = create_adapter(data.base, recipe.adapter_config(data.base), cell.seed)
+    is_pruned = recipe.adapter.start == "pruned"
+    if cell.method.startswith("standalone"):
+        model = (
+            create_pruned_standalone(data.base, adapter, importance_of(setup, cell.task, cell.base), cell.seed)
+            if is_pruned
+            else create_standalone(data.base, adapter, cell.seed)
+        )
+        return _looped(
+            _taught(setup, cell, data), recipe, model, dict.fromkeys(SPLITS, model), standalone_matmuls(model)
+        )
+    if is_pruned:
+        start_from_base(data.base, adapter, importance_of(setup, cell.task, cell.base))
+    taps = {split: _taps(setup, cell, adapter, split) for split in SPLITS if data.rows(split).ids}
+    return _looped(_taught(setup, cell, data), recipe, adapter, taps, adapter_matmuls(adapter))
+
+
+def _taps(setup: Setup, cell: Cell, adapter: Adapter, split: str) -> Source:
+    return StoredTaps(narrowed(store_of(setup, cell, split), adapter.config.layers), adapter)
+
+
+def _taught(setup: Setup, cell: Cell, data: Prepared) -> Prepared:
+    """The data with the soft targets of one teacher, the same for every seed, where the method is distilled."""
+    if not cell.method.endswith("distilled"):
+        return data
+    recipe = recipe_of(setup, Cell(cell.task, cell.base, cell.method, 0))
+    train = teacher_scores(data.base, recipe, (data.train, data.splits["validation"].rows), setup.cells / "teachers")
+    return Prepared(data.base, data.task, train, data.splits, data.counts)
+
+
+def _looped(data: Prepared, recipe: Recipe, model: nn.Module, sources: dict[str, Source], matmuls: float) -> Trained:
+    loop = Loop(
+        model,
+        data.train.lengths,
+        guard_objective(data.base, sources["train"], data.train, recipe),
+        guard_metric(data.base, sources["validation"], data.splits["validation"].rows),
+        recipe.training,
+        seed=recipe.seed,
+    )
+    outcome = loop.run()
+    model.eval()
+    values = {
+        split: guard_logits(data.base, sources[split], part.rows)[:, 0] if part.rows.ids else np.zeros(0)
+        for split, part in data.splits.items()
+    }
+    facts: dict[str, object] = {"train_seconds": outcome.train_seconds, "peak_bytes": outcome.peak_bytes}
+    facts |= {"trainable_params": outcome.trainable_params, "epochs": outcome.epochs}
+    return Trained(values, matmuls, facts)
+
+
+def fitted(setup: Setup, cell: Cell) -> Trained:
+    """Baselines that are fitted and not trained; texts are seen whole by keywords, in windows by the probe."""
+    data = prepare(setup, cell.task, cell.base)
+    started = time.perf_counter()
+    values, matmuls, n_params = _FITS[cell.method](setup, cell, data)
+    facts: dict[str, object] = {"train_seconds": time.perf_counter() - started, "peak_bytes": 0, "epochs": 0}
+    return Trained(values, matmuls, {**facts, "trainable_params": n_params})
+
+
+def _fit_keywords(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, Array], float, int]:
+    model = fit_keywords(data.train.examples, data.splits["validation"].examples, cell.seed)
+    values = {
+        split: model.scores(part.examples)[part.row_of_window] if part.examples else np.zeros(0)
+        for split, part in data.splits.items()
+    }
+    return values, 0.0, model.model.coef_.size
+
+
+def _fit_probe(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, Array], float, int]:
+    states = functools.cache(lambda split: store_of(setup, cell, split).at_rows())
+    validation = data.splits["validation"]
+    model = fit_probe(
+        States(states("train"), data.train.labels[:, 0].double().numpy()),
+        States(states("validation"), validation.labels[validation.row_of_window]),
+        cell.seed,
+    )
+    values = {
+        split: model.scores(states(split)) if part.rows.ids else np.zeros(0) for split, part in data.splits.items()
+    }
+    return values, float(data.base.d_model), data.base.d_model + 1
+
+
+def _fit_prompted(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, Array], float, int]:
+    questions = QUESTIONS[cell.task]
+    question, _ = choose_question(data.base, data.splits["validation"].examples, questions)
+    values, share = {}, 0.0
+    for split, part in data.splits.items():
+        if not part.examples:
+            values[split] = np.zeros(0)
+            continue
+        result = prompted_scores(data.base, [example.messages for example in part.examples], [question])
+        values[split] = result.scores[part.row_of_window, 0]
+        share = result.flops_share[0] if split == "test" else share
+    return values, share * base_matmuls(data.base), 0
+
+
+_FITS = {"tfidf": _fit_keywords, "probe": _fit_probe, "prompted": _fit_prompted}
