@@ -24,7 +24,7 @@ from safeside.evals.suites import SUITES, Suite
 from safeside.guards.score import judge
 
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
-COMMANDS = ("demo", "train", "eval", "guard", "chat", "info", "push")
+COMMANDS = ("demo", "train", "eval", "guard", "chat", "info", "patch", "port", "push")
 SHAPES = {
     "prompt": lambda text: {"prompt": text},
     "answer": lambda text: {"prompt": "how?", "response": text},
@@ -355,6 +355,38 @@ def test_info_tells_the_cost(run: Callable[..., Ran], adapters: Path, tiny_base:
     assert "times the 1% target" in facts["cost"]
     assert run("info", adapters / "refuse", "--json").json["role"] == "align"
     assert "flops_share" in run("info", adapters / "harm").out
+
+
+def test_patch_learns_and_rolls_back(run: Callable[..., Ran], adapters: Path, tmp_path: Path) -> None:
+    new = write(tmp_path / "new.jsonl", [{"prompt": f"#%*! {text}", "label": 1} for text in texts()])
+    replay = write(
+        tmp_path / "replay.jsonl", [{"prompt": text, "label": index % 2} for index, text in enumerate(texts(40))]
+    )
+    folder = tmp_path / "patched"
+    done = run("patch", adapters / "harm", "--examples", new, "--replay", replay, "--output", folder, "--json")
+    assert done.code == 0
+    assert done.json["adapter"] == str(folder)
+    assert done.json["patch examples"] == "9"
+    assert run("guard", folder, stdin='{"text": "hi"}').code == 0
+    assert run("patch", folder, "--rollback", "--json").json == {"adapter": str(folder), "versions_before": 0}
+    for name in ("adapter.safetensors", "safeside_config.json", "provenance.json", "README.md"):
+        assert (folder / name).read_bytes() == (adapters / "harm" / name).read_bytes()
+    again = run("patch", folder, "--rollback")
+    assert (again.code, again.out) == (2, "")
+    assert "keeps no earlier version" in again.err
+    assert "--rollback; got neither or both" in run("patch", folder).err
+
+
+def test_port_carries_a_guard_over(
+    run: Callable[..., Ran], adapters: Path, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = write(tmp_path / "text.jsonl", [{"text": text} for text in texts(30)])
+    words = ("port", adapters / "harm", "--to", tiny_folder("gpt2"), "--text", text, "--output")
+    done = run(*words, tmp_path / "ported", "--method", "map", "--json")
+    assert done.code == 0
+    assert done.json["port method"] == "map"
+    assert run("guard", tmp_path / "ported", stdin='{"text": "hi"}').code == 0
+    assert "expected one of map, distill, both" in run(*words, tmp_path / "other", "--method", "mop").err
 
 
 def test_push_uploads_a_checked_folder(

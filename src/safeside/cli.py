@@ -75,6 +75,16 @@ def _print_json(values: object) -> None:
     print(json.dumps(values, indent=2))
 
 
+def _print_summary(values: dict[str, object], title: str, as_json: bool) -> None:
+    """Facts of a finished command, as JSON or as a table."""
+    if as_json:
+        _print_json(values)
+    else:
+        from safeside.terminal import table
+
+        table(["fact", "value"], [[key, str(value)] for key, value in values.items()], title=title)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the trained guard and report.html.")] = Path("demo_output"),
@@ -101,14 +111,8 @@ def train(
     with _extra("train"):
         from safeside.train.command import train_command
     summary = train_command(recipe, data or recipe.parent, output, resume)
-    if summary is None:
-        return
-    if as_json:
-        _print_json(summary)
-    else:
-        from safeside.terminal import table
-
-        table(["fact", "value"], [[key, str(value)] for key, value in summary.items()], title=str(recipe))
+    if summary is not None:
+        _print_summary(summary, str(recipe), as_json)
 
 
 @app.command("eval")
@@ -206,6 +210,50 @@ def info(
         from safeside.terminal import table
 
         table(["fact", "value"], [[key, _cell(value)] for key, value in facts.items()])
+
+
+@app.command()
+def patch(
+    adapter: Annotated[str, typer.Argument(help="Guard: a folder, a hub name or builtin:harm.")],
+    examples: Annotated[Path | None, typer.Option(help="Labelled rows of the new family, 16 to 64 or more.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Labelled rows like those it learnt from.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="More of the family, only measured.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A new folder (default: the adapter's own).")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Undo the last patch, bit for bit.")] = False,
+    base: BaseName = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Teach a guard a new family of unsafe texts from a few examples; --rollback undoes the last patch."""
+    if (examples is None) == (not rollback):
+        raise InputError("patch needs one of --examples FILE and --rollback; got neither or both.")
+    if rollback:
+        from safeside.guards.versions import rollback_command
+
+        summary = rollback_command(adapter, output)
+    else:
+        assert examples is not None
+        with _extra("train"):
+            from safeside.train.patch_command import PatchFiles, patch_command
+        summary = patch_command(adapter, PatchFiles(examples, replay, held_out), output, base, seed)
+    _print_summary(summary, adapter, as_json)
+
+
+@app.command()
+def port(
+    adapter: Annotated[str, typer.Argument(help="Adapter: a folder, a hub name or builtin:harm.")],
+    to: Annotated[str, typer.Option(help="The new base: 'builtin', a folder or a hub name.")],
+    text: Annotated[Path, typer.Option(help="Rows of text without labels, .jsonl or .jsonl.gz.")],
+    output: Annotated[Path, typer.Option(help="A new folder for the ported adapter.")],
+    method: Annotated[str | None, typer.Option(help="map, distill or both (default: both where maps can be).")] = None,
+    base: BaseName = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of first weights and every draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Carry an adapter over to another base, with text but no labels."""
+    with _extra("train"):
+        from safeside.train.port_command import PortOptions, port_command
+    _print_summary(port_command(adapter, PortOptions(to, text, output, method, base, seed)), adapter, as_json)
 
 
 @app.command()

@@ -114,7 +114,8 @@ def guard_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]:
     return metric_of
 
 
-def _answer_logits(base: Base, source: Source, batch: Batch) -> Tensor:
+def answer_logits(base: Base, source: Source, batch: Batch) -> Tensor:
+    """Next-token logits (B, T, V) of the base with the source's aligner at strength 1."""
     forward = source(batch)
     assert forward.base_state is not None
     assert forward.output.delta is not None
@@ -122,7 +123,8 @@ def _answer_logits(base: Base, source: Source, batch: Batch) -> Tensor:
     return base.head_logits(mixed.to(base.dtype))
 
 
-def _answer_mask(rows: Rows, batch: Batch) -> Tensor:
+def answer_mask(rows: Rows, batch: Batch) -> Tensor:
+    """(B, T), True at the tokens of each row's answer."""
     starts = torch.tensor([rows.answer_starts[row] for row in batch.rows], device=batch.ids.device)
     return batch.keep & (torch.arange(batch.ids.shape[1], device=batch.ids.device) >= starts[:, None])
 
@@ -138,7 +140,7 @@ def answer_objective(base: Base, source: Source, rows: Rows) -> Callable[[Sequen
 
     def loss_of(some: Sequence[int]) -> Tensor:
         batch = make_batch(base, rows.ids, some)
-        return answer_loss(_answer_logits(base, source, batch), batch.ids, _answer_mask(rows, batch))
+        return answer_loss(answer_logits(base, source, batch), batch.ids, answer_mask(rows, batch))
 
     return loss_of
 
@@ -151,9 +153,9 @@ def answer_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]
         total, count = 0.0, 0
         for start in range(0, len(rows.ids), 32):
             batch = make_batch(base, rows.ids, range(start, min(start + 32, len(rows.ids))))
-            mask = _answer_mask(rows, batch)
+            mask = answer_mask(rows, batch)
             n_tokens = int(mask.sum())
-            total += float(answer_loss(_answer_logits(base, source, batch), batch.ids, mask)) * n_tokens
+            total += float(answer_loss(answer_logits(base, source, batch), batch.ids, mask)) * n_tokens
             count += n_tokens
         return -total / count
 

@@ -1,0 +1,128 @@
+"""Patched adapters and the way back: a folder keeps the version before its last patch in ``before/``, file by file.
+
+``before/`` is an adapter folder itself, with a ``before/`` of its own after a second patch.  Rolling back copies its
+files, so weights, thresholds and card are what they were bit for bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from safeside.adapters.adapter import Adapter
+from safeside.artifact import (
+    CARD_FILE,
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    WEIGHTS_FILE,
+    find_adapter,
+    read_adapter,
+    save_adapter,
+)
+from safeside.base.model import Base
+from safeside.errors import InputError
+
+BEFORE = "before"
+_FILES = (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, WEIGHTS_FILE)
+_STAGE = ".patch"
+
+
+def count_versions(folder: Path) -> int:
+    """How many earlier versions ``folder`` keeps: the patches that can be rolled back."""
+    return 1 + count_versions(folder / BEFORE) if (folder / BEFORE).is_dir() else 0
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What the weights in ``folder`` are stored in."""
+    _, weights = read_adapter(folder)
+    return next(iter(weights.values())).dtype
+
+
+def output_of(adapter_name: str, source: Path, output: Path | None) -> Path:
+    """Where a patched or rolled back adapter goes; an InputError where that would overwrite anything else."""
+    if output is None:
+        if source != Path(adapter_name):
+            raise InputError(
+                f"{adapter_name!r} is not a folder of yours; give one for the result with --output FOLDER."
+            )
+        return source
+    if output.exists() and output.resolve() != source.resolve():
+        raise InputError(f"{output} exists already; expected a new folder. Remove it or choose another.")
+    return output
+
+
+def save_patched(adapter: Adapter, source: Path, output: Path, base: Base, facts: Mapping[str, str]) -> Path:
+    """Write the patched ``adapter`` to ``output`` in the dtype of ``source``, whose version is kept in ``before/``.
+
+    ``output`` may be ``source`` itself.  The old version is in place before the first new file is, so a kill in between
+    leaves a folder that can be rolled back.
+    """
+    stage = _empty_stage(output)
+    save_adapter(adapter, stage, base, facts, dtype=stored_dtype(source))
+    _copy_version(source, stage / BEFORE)
+    if (output / BEFORE).is_dir():
+        (output / BEFORE).rename(stage / "older")
+    (stage / BEFORE).rename(output / BEFORE)
+    _replace_files(stage, output)
+    shutil.rmtree(stage)
+    return output
+
+
+def roll_back(folder: Path, output: Path) -> Path:
+    """Put the version before the last patch of ``folder`` into ``output`` (which may be ``folder``), bit for bit.
+
+    A folder without an earlier version is an InputError, a damaged one a FormatError; then nothing is changed.
+    """
+    before = folder / BEFORE
+    if not before.is_dir():
+        raise InputError(
+            f"{folder} keeps no earlier version; expected a folder that `safeside patch` wrote. It was never patched, "
+            "was rolled back already, or came from the model hub, where only the newest version goes."
+        )
+    read_adapter(before)
+    stage = _empty_stage(output)
+    _copy_version(before, stage)
+    _replace_files(stage, output)
+    if (output / BEFORE).is_dir():
+        (output / BEFORE).rename(stage / "undone")
+    if (stage / BEFORE).is_dir():
+        (stage / BEFORE).rename(output / BEFORE)
+    shutil.rmtree(stage)
+    return output
+
+
+def rollback_command(adapter_name: str, output: Path | None) -> dict[str, object]:
+    """What ``safeside patch ADAPTER --rollback`` does; returns what it says."""
+    source = find_adapter(adapter_name)
+    target = roll_back(source, output_of(adapter_name, source, output))
+    return {"adapter": str(target), "versions_before": count_versions(target)}
+
+
+def _empty_stage(folder: Path) -> Path:
+    """A folder inside ``folder`` to prepare files in; what a killed run left there goes."""
+    stage = folder / _STAGE
+    if stage.exists():
+        shutil.rmtree(stage)
+    stage.mkdir(parents=True)
+    return stage
+
+
+def _copy_version(source: Path, target: Path) -> None:
+    """The files of an adapter folder and the versions that it keeps; nothing else that lies there."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / BEFORE).is_dir():
+        _copy_version(source / BEFORE, target / BEFORE)
+
+
+def _replace_files(stage: Path, folder: Path) -> None:
+    for name in _FILES:
+        if (stage / name).is_file():
+            (stage / name).replace(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)

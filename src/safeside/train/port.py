@@ -1,0 +1,221 @@
+"""Porting an adapter to another base without labels: by maps between the bases' states, by distillation, or both.
+
+A guard is ported by linear maps (``safeside.train.port_map``), by learning the old guard's scores and read-out on
+unlabelled text (``safeside.train.port_distill``), or by the second from where the first ends.  An aligner is ported by
+learning its mixed next-token distribution, for which both bases must share their tokenizer.  A ported guard is
+calibrated anew on text that it did not learn from: its scores get the old ones' mean and spread, and it flags no larger
+share of it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from safeside.adapters.adapter import Adapter, GuardHead
+from safeside.adapters.config import Calibration
+from safeside.artifact import create_adapter
+from safeside.attach import attach
+from safeside.base.model import Base
+from safeside.errors import MismatchError, UnsupportedError
+from safeside.guards.calibrate import threshold_at
+from safeside.train.loop import Progress
+from safeside.train.port_distill import chunks, distill_aligner, distill_guard, guard_outputs
+from safeside.train.port_map import Maps, check_mappable, ported_config
+from safeside.train.port_text import Method, PortSettings, PortText, Side, read_text
+from safeside.train.taps import FINAL, TapStore
+from safeside.types import Example, Message
+
+_LEAST_SPREAD = 1e-3  # of a new guard's logits
+_N_ANSWERS = 25  # written in one batch
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A ported adapter and how it went."""
+
+    adapter: Adapter
+    """On the new base, a guard's thresholds set."""
+    n_rows: int
+    """Rows of text behind it, the held-out fifth included."""
+    n_left_out: int
+    """Rows that one of the bases cannot read whole."""
+    n_pairs: int
+    """Positions that the maps were fitted on; 0 without maps."""
+    seconds: float
+    """Wall-clock seconds, the passes of both bases included."""
+    agreement: float
+    """On held-out text.  Guards: correlation of new and old logits.  Aligners: KL(old || new) in nats a token."""
+    flagged: tuple[float, float]
+    """Share of the held-out text's labels that the old guard flags, and the new one; NaN for aligners."""
+
+
+def port_adapter(
+    old: tuple[Base, Adapter],
+    base: Base,
+    text: Sequence[Example],
+    settings: PortSettings | None = None,
+    *,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Port:
+    """An adapter for ``base`` that does what the old one does on its own base.  ``text`` needs no labels.
+
+    An aligner needs ``method="distill"`` and bases of one tokenizer and chat template, else it is a MismatchError; to
+    prompts without an answer the old base writes one, with the aligner.  A kind that no map carries is an
+    UnsupportedError.
+    """
+    settings = settings or PortSettings()
+    started = time.perf_counter()
+    old_base, teacher = old
+    is_guard = teacher.config.role == "guard"
+    rows = (_guard_text if is_guard else _aligner_text)(old, base, text, settings)
+    student = create_adapter(base, ported_config(teacher.config, base), settings.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        old_side = _side(old_base, teacher.float(), rows.old.ids, folder)
+        new_side = _side(base, student, rows.new.ids, folder)
+        if is_guard:
+            agreement, flagged = _port_guard(old_side, new_side, rows, settings, report)
+        else:
+            agreement = distill_aligner(old_side, new_side, rows, settings, report)
+            flagged = math.nan, math.nan
+    student.eval().requires_grad_(False)
+    return Port(
+        adapter=student,
+        n_rows=rows.n_rows,
+        n_left_out=rows.n_left_out,
+        n_pairs=sum(map(len, rows.pairs[: rows.n_learnt])),
+        seconds=time.perf_counter() - started,
+        agreement=agreement,
+        flagged=flagged,
+    )
+
+
+def best_method(adapter: Adapter) -> Method:
+    """``both`` where maps can carry the adapter, else ``distill``."""
+    try:
+        check_mappable(adapter)
+    except UnsupportedError:
+        return "distill"
+    return "both"
+
+
+def _guard_text(old: tuple[Base, Adapter], base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
+    if settings.method != "distill":
+        check_mappable(old[1])
+    return read_text(old[0], base, text, settings)
+
+
+def _aligner_text(old: tuple[Base, Adapter], base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
+    """Rows with answers, in the same tokens for both bases."""
+    old_base, aligner = old
+    if settings.method != "distill":
+        check_mappable(aligner)
+    if base.is_encoder:
+        raise UnsupportedError(f"{base.name} is an encoder: it has no next-token distribution, so guards only.")
+    if old_base.fingerprint.tokenizer != base.fingerprint.tokenizer:
+        raise MismatchError(
+            f"{aligner.name!r} gives distributions over the tokens of {old_base.name} (tokenizer "
+            f"{old_base.fingerprint.tokenizer}), but {base.name} has another tokenizer ({base.fingerprint.tokenizer}). "
+            "An aligner is ported between bases of one tokenizer only; train one on the new base instead."
+        )
+    rows = read_text(old_base, base, answered(old_base, aligner, text, settings.max_new_tokens), settings)
+    if rows.old.ids != rows.new.ids:
+        raise MismatchError(
+            f"{old_base.name} and {base.name} share a tokenizer but not a chat template: the same conversation becomes "
+            "other tokens. Give both the same template."
+        )
+    return rows
+
+
+def answered(base: Base, aligner: Adapter, text: Sequence[Example], max_new_tokens: int) -> list[Example]:
+    """The conversations that end in an answer, after those that did not got one: the aligned base's own, greedy.
+
+    A prompt too long to be answered stays as it is, and so does one that is answered with nothing.
+    """
+    done = [row for row in text if row.messages[-1].role == "assistant"]
+    asked = [row for row in text if row.messages[-1].role != "assistant"]
+    fits = [row for row in asked if len(base.encode(row.messages).ids) + max_new_tokens <= base.max_tokens]
+    with attach(base, [aligner]):
+        for start in range(0, len(fits), _N_ANSWERS):
+            some = fits[start : start + _N_ANSWERS]
+            answers = base.chat_batch([row.messages for row in some], max_new_tokens=max_new_tokens)
+            done += [
+                replace(row, messages=(*row.messages, Message("assistant", answer.text)))
+                for row, answer in zip(some, answers, strict=True)
+                if answer.text
+            ]
+    return done
+
+
+def _side(base: Base, adapter: Adapter, ids: Sequence[tuple[int, ...]], folder: str) -> Side:
+    layers = (*adapter.config.layers, *([FINAL] if adapter.config.role == "align" else []))
+    return Side(base, adapter, ids, TapStore.build(base, ids, layers, Path(folder)))
+
+
+def _port_guard(
+    old: Side, new: Side, rows: PortText, settings: PortSettings, report: Callable[[Progress], None]
+) -> tuple[float, tuple[float, float]]:
+    """Map, distil and calibrate; the correlation of logits and both flag rates on held-out text."""
+    if settings.method != "distill":
+        Maps(old, new, rows.pairs[: rows.n_learnt], settings.ridge).fold()
+    if settings.method != "map":
+        distill_guard(old, new, rows, settings, report)
+    held_out = range(rows.n_learnt, rows.n_rows)
+    with torch.no_grad():
+        logits = [guard_logits_of(side, held_out) for side in (old, new)]
+    flagged = calibrate_like(new.adapter, old.adapter, logits[0], logits[1])
+    return _correlation(logits[0], logits[1]), flagged
+
+
+def guard_logits_of(side: Side, rows: range) -> Array:
+    """(n, K) raw logits at the last tokens of some rows."""
+    return torch.cat([guard_outputs(side, some)[0] for some in chunks(rows)]).double().numpy()
+
+
+def calibrate_like(new: Adapter, old: Adapter, old_logits: Array, new_logits: Array) -> tuple[float, float]:
+    """Calibrate ``new`` to score as ``old`` on the same (n, K) rows; returns the shares of labels that each flags.
+
+    Scaled logits get the old ones' mean and spread.  Where the old guard flags some of the rows, the threshold is set
+    so that the new one flags as many at most; where it flags none or all, its threshold stays.
+    """
+    assert isinstance(old.head, GuardHead)
+    wanted = old.head.scale.cpu().double().numpy() * old_logits + old.head.bias.cpu().double().numpy()
+    scale = wanted.std(0).clip(_LEAST_SPREAD) / new_logits.std(0).clip(_LEAST_SPREAD)
+    bias = wanted.mean(0) - scale * new_logits.mean(0)
+    thresholds, rates = [], []
+    for label, threshold in enumerate(old.thresholds):
+        before = _scores(wanted[:, label])
+        after = _scores(scale[label] * new_logits[:, label] + bias[label])
+        rate = float((before >= threshold).mean())
+        if 0 < rate < 1:
+            threshold = threshold_at(after, rate)
+        thresholds.append(threshold)
+        rates.append((rate, float((after >= threshold).mean())))
+    calibration = old.config.calibration or Calibration(scale=tuple(scale), bias=tuple(bias), threshold=old.thresholds)
+    values = {"scale": tuple(scale.tolist()), "bias": tuple(bias.tolist()), "threshold": tuple(thresholds)}
+    new.set_calibration(calibration.model_copy(update=values))
+    mean_before, mean_after = np.mean(rates, axis=0).tolist()
+    return mean_before, mean_after
+
+
+def _scores(scaled: Array) -> Array:
+    return np.asarray(torch.sigmoid(torch.from_numpy(scaled).float()).double())
+
+
+def _correlation(old: Array, new: Array) -> float:
+    """Pearson correlation of logits, mean over labels; 0 where either is constant."""
+    values = []
+    for before, after in zip(old.T, new.T, strict=True):
+        spread = before.std() * after.std()
+        values.append(float(((before - before.mean()) * (after - after.mean())).mean() / spread) if spread else 0.0)
+    return float(np.mean(values))

@@ -1,0 +1,83 @@
+"""What ``safeside port`` does: read the text, port with a progress bar, save."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from safeside.artifact import find_adapter, load_adapter, read_config, save_adapter
+from safeside.base.model import load_base
+from safeside.errors import InputError
+from safeside.guards.versions import stored_dtype
+from safeside.tasks.rows import load_examples
+from safeside.terminal import note
+from safeside.train.command import training_bars
+from safeside.train.port import Port, best_method, port_adapter
+from safeside.train.port_text import METHODS, Method, PortSettings
+
+
+@dataclass(frozen=True, slots=True)
+class PortOptions:
+    """The options of ``safeside port``."""
+
+    to: str
+    """The new base."""
+    text: Path
+    """Rows without labels."""
+    output: Path
+    """A new folder."""
+    method: str | None = None
+    """One of METHODS; the best that the adapter's kind allows, unless given."""
+    base: str | None = None
+    """The old base; the one that the adapter names, unless given."""
+    seed: int = 0
+    """Of the first weights and of every draw."""
+
+
+def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
+    """Port an adapter and save it; returns what the card says of it."""
+    if options.output.exists():
+        raise InputError(f"{options.output} exists already; expected a new folder. Remove it or choose another.")
+    examples, bad = load_examples(options.text, ())
+    for row in bad:
+        note(f"{options.text.name}: line {row.line} was left out: {row.problem}")
+    if not examples:
+        raise InputError(f"{options.text} holds no usable row; expected rows as JSON lines. Check the file.")
+    source = find_adapter(adapter_name)
+    old_base, base = load_base(options.base or read_config(source).base.name), load_base(options.to)
+    old = load_adapter(adapter_name, old_base)
+    settings = PortSettings(method=_method(options.method) or best_method(old), seed=options.seed)
+    with training_bars(old.name) as (report, _):
+        done = port_adapter((old_base, old), base, examples, settings, report=report)
+    facts = port_facts(done, settings, options)
+    came_from = {"ported from": f"{old.name} on {old_base.name} ({old_base.fingerprint})"}
+    save_adapter(done.adapter, options.output, base, {**came_from, **facts}, dtype=stored_dtype(source))
+    return {"adapter": str(options.output), **came_from, **facts, "bad_rows": len(bad)}
+
+
+def _method(name: str | None) -> Method | None:
+    for method in METHODS:
+        if name == method:
+            return method
+    if name is None:
+        return None
+    raise InputError(f"There is no method {name!r}; expected one of {', '.join(METHODS)}.")
+
+
+def port_facts(done: Port, settings: PortSettings, options: PortOptions) -> dict[str, str]:
+    """What provenance and card say of a port."""
+    what = "divergence (nats a token)" if done.adapter.config.role == "align" else "correlation"
+    facts = {
+        "port method": settings.method,
+        "port text": options.text.name,
+        "port rows": str(done.n_rows),
+        "port rows left out": str(done.n_left_out),
+        "port paired positions": str(done.n_pairs),
+        f"port held-out {what}": f"{done.agreement:.4f}",
+        "port seconds": f"{done.seconds:.1f}",
+        "port seed": str(settings.seed),
+    }
+    if math.isfinite(done.flagged[0]):
+        facts["port flagged held-out"] = f"{done.flagged[0]:.4f} by the old, {done.flagged[1]:.4f} by the new"
+    return facts

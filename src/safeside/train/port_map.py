@@ -1,0 +1,138 @@
+"""Linear maps from one base's states to what an adapter took from another's, folded into its down-projections.
+
+No labels and no training: on the same text, at tokens that have read the same characters, the states of the new base
+are regressed (ridge) on what each block of the old adapter was fed.  A block's input is linear in a down-projection, so
+the map *is* the new down-projection.  Rungs are fitted from the bottom up, each on what the ported rungs below it leave
+to explain, so a shallower base, for which rungs are dropped, and errors of lower maps are made up for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from safeside.adapters.adapter import Adapter
+from safeside.adapters.blocks import TapProjection, normed
+from safeside.adapters.config import AdapterConfig, reference_of, require_valid
+from safeside.adapters.lst import Lst
+from safeside.adapters.plr import Plr
+from safeside.base.model import Base
+from safeside.errors import UnsupportedError
+from safeside.train.port_text import Side
+from safeside.train.taps import StoredTaps
+
+INPUT, OUTPUT = 0, 1  # of a module
+_BATCH = 32
+
+
+def ported_config(source: AdapterConfig, base: Base) -> AdapterConfig:
+    """The same side network on ``base``, its projections of full rank.
+
+    Taps stay at their relative depth, so they are fewer where the base is shallower.
+    """
+    layers = tuple(sorted({_new_layer(layer, source, base) for layer in source.layers}))
+    values = {**source.model_dump(), "tap_rank": 0, "layers": layers, "base": reference_of(base), "calibration": None}
+    return require_valid({**values, "allow_mismatch": False})
+
+
+def _new_layer(layer: int, source: AdapterConfig, base: Base) -> int:
+    return math.floor(layer * base.n_layers / source.base.n_layers + 0.5)
+
+
+def _trunk_of(adapter: Adapter) -> nn.Module:
+    """The trunk as the module that it is, to be asked for its class."""
+    trunk: nn.Module = adapter.trunk
+    return trunk
+
+
+def check_mappable(adapter: Adapter) -> None:
+    """Raise unless a linear map can be folded into the adapter's projections."""
+    trunk = _trunk_of(adapter)
+    is_probe = isinstance(trunk, Plr) and trunk.hidden is None
+    if adapter.config.role != "guard" or is_probe or not isinstance(trunk, Lst | Plr):
+        kind = f"its kind {adapter.config.kind!r} has no down-projection that a map could become"
+        reason = "it is an aligner" if adapter.config.role == "align" else kind
+        raise UnsupportedError(
+            f"{adapter.name!r} cannot be ported by maps: {reason}; expected a guard of kind 'lst', or 'plr' with a "
+            "width. Use --method distill."
+        )
+
+
+class Maps:
+    """Two sides and the positions at which they have read the same text: (old, new) pairs of each row."""
+
+    def __init__(self, old: Side, new: Side, pairs: Sequence[Sequence[tuple[int, int]]], ridge: float) -> None:
+        check_mappable(old.adapter)
+        self.old, self.new, self.pairs, self.ridge = old, new, pairs, ridge
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Give the new adapter the old one's blocks and head, and fit its down-projections."""
+        old, new = _trunk_of(self.old.adapter), _trunk_of(self.new.adapter)
+        self.new.adapter.head.load_state_dict(self.old.adapter.head.state_dict())
+        if isinstance(old, Plr) and isinstance(new, Plr):
+            assert old.hidden is not None
+            assert new.hidden is not None
+            self._fit(new.hidden, new.layer, (old.hidden, OUTPUT), None)
+        elif isinstance(old, Lst) and isinstance(new, Lst):
+            self._fold_ladder(old, new)
+
+    def _fold_ladder(self, old: Lst, new: Lst) -> None:
+        """Rung by rung: a block is fed ``(x + D h) / 2``, so ``D h`` is fitted to twice the old input less ``x``."""
+        source = {_new_layer(layer, self.old.adapter.config, self.new.base): layer for layer in (old.first, *old.rungs)}
+        old_blocks = dict(zip(old.rungs or [old.first], old.blocks, strict=True))
+        for block, layer in zip(new.blocks, new.rungs or [new.first], strict=True):
+            block.load_state_dict(old_blocks[source[layer]].state_dict())
+        below: nn.Module = new.taps[str(new.first)]
+        if not new.rungs:
+            self._fit(below, new.first, (old_blocks[source[new.first]], INPUT), None)
+            return
+        bottom = source[new.first]
+        begins = old.taps[str(bottom)] if bottom == old.first else old_blocks[bottom]
+        self._fit(below, new.first, (begins, OUTPUT), None)
+        for layer, block in zip(new.rungs, new.blocks, strict=True):
+            self._fit(new.taps[str(layer)], layer, (old_blocks[source[layer]], INPUT), below)
+            below = block
+
+    def _fit(self, tap: nn.Module, layer: int, wanted: tuple[nn.Module, int], below: nn.Module | None) -> None:
+        """Ridge regression of one down-projection from ``layer``; ``below`` feeds the other half of its block."""
+        assert isinstance(tap, TapProjection)
+        n_inputs = self.new.base.d_model + 1
+        squares = torch.zeros(n_inputs, n_inputs, dtype=torch.float64)
+        products = torch.zeros(n_inputs, self.new.adapter.config.width, dtype=torch.float64)
+        for start in range(0, len(self.pairs), _BATCH):
+            rows = range(start, min(start + _BATCH, len(self.pairs)))
+            places = [(place, *pair) for place, row in enumerate(rows) for pair in self.pairs[row]]
+            row_of, old_at, new_at = torch.tensor(places).T
+            targets = _passing(self.old, rows, *wanted)[row_of, old_at].double()
+            if below is not None:
+                targets = 2 * targets - _passing(self.new, rows, below, OUTPUT)[row_of, new_at].double()
+            states = normed(self.new.store.read(self.new.batch(rows))[layer].float())[row_of, new_at].cpu().double()
+            inputs = torch.cat([states, torch.ones(len(states), 1, dtype=torch.float64)], dim=1)
+            squares += inputs.T @ inputs
+            products += inputs.T @ targets
+        penalty = self.ridge * squares.diagonal()[:-1].mean() * torch.eye(n_inputs, dtype=torch.float64)
+        penalty[-1, -1] = 1e-9 * squares[-1, -1]  # the mean is not shrunk
+        solution = torch.linalg.solve(squares + penalty, products)
+        (projection,) = tap.project
+        assert isinstance(projection, nn.Linear)
+        projection.weight.copy_(solution[:-1].T)
+        projection.bias.copy_(solution[-1])
+
+
+def _passing(side: Side, rows: Sequence[int], module: nn.Module, end: int) -> Tensor:
+    """What goes into or comes out of ``module`` (B, T, d) while the side's adapter reads some rows."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output)[end].detach().float().cpu())
+
+    handle = module.register_forward_hook(keep)
+    try:
+        StoredTaps(side.store, side.adapter)(side.batch(rows))
+    finally:
+        handle.remove()
+    return seen[0]

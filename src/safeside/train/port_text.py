@@ -1,0 +1,114 @@
+"""The text behind a port: rows that two bases can both read, and where they have read the same of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from safeside.adapters.adapter import Adapter
+from safeside.base.model import Base
+from safeside.chat import Encoded
+from safeside.errors import InputError
+from safeside.train.offsets import characters_read, paired_positions
+from safeside.train.rows import Rows
+from safeside.train.taps import Batch, TapStore, make_batch
+from safeside.types import Example
+
+Method = Literal["map", "distill", "both"]
+METHODS: tuple[Method, ...] = ("map", "distill", "both")
+_HELD_OUT = 0.2  # of the text: chooses the best epoch and calibrates
+_LEAST_ROWS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PortSettings:
+    """How to port."""
+
+    method: Method = "both"
+    """``map`` is a regression, ``distill`` trains from fresh weights, ``both`` trains from the maps."""
+    epochs: int = 10
+    """Most passes over the text."""
+    learning_rate: float = 2e-3
+    """Peak of AdamW's rate."""
+    batch_size: int = 32
+    """Rows of one step."""
+    readout_weight: float = 1.0
+    """Weight of the squared distance between the normed read-outs of both guards."""
+    ridge: float = 1e-3
+    """Penalty of the maps, over the mean variance of an input."""
+    max_new_tokens: int = 32
+    """Longest answer that an aligner's base writes to a prompt without one."""
+    seed: int = 0
+    """Of the first weights and of every draw."""
+
+
+@dataclass(frozen=True, slots=True)
+class PortText:
+    """The usable rows, encoded for both bases; the last fifth is held out."""
+
+    old: Rows
+    """For the base that the adapter was made for."""
+    new: Rows
+    """For the base that it goes to."""
+    pairs: list[list[tuple[int, int]]]
+    """By row, (old, new) positions that have read the same characters; empty where no maps are wanted."""
+    n_left_out: int
+    """Rows too long for either base, or whose tokens cannot be traced to characters."""
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.old.ids)
+
+    @property
+    def n_learnt(self) -> int:
+        """Rows to learn from, the first ones."""
+        return self.n_rows - int(self.n_rows * _HELD_OUT)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One base with its adapter, the encoded text, and the base's states on it."""
+
+    base: Base
+    adapter: Adapter
+    ids: Sequence[tuple[int, ...]]
+    store: TapStore
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        return make_batch(self.base, self.ids, rows)
+
+
+def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
+    """``text`` in a random order for both bases.  Rows that one of them cannot read whole are left out and counted.
+
+    Fewer than 20 usable rows are an InputError.
+    """
+    text = list(text)
+    random.Random(settings.seed).shuffle(text)
+    encoded: list[tuple[Encoded, Encoded]] = []
+    pairs: list[list[tuple[int, int]]] = []
+    for example in text:
+        both = old_base.encode(example.messages), base.encode(example.messages)
+        if len(both[0].ids) > old_base.max_tokens or len(both[1].ids) > base.max_tokens:
+            continue
+        if settings.method != "distill":
+            read = [characters_read(some, example.messages) for some in (old_base, base)]
+            if read[0] is None or read[1] is None:
+                continue
+            pairs.append(paired_positions(read[0], read[1]))
+        encoded.append(both)
+    if len(encoded) < _LEAST_ROWS:
+        raise InputError(
+            f"Both bases can read {len(encoded)} of {len(text)} rows of text; expected at least {_LEAST_ROWS}, and "
+            "several hundred for a good port. Give more text of the kind that the adapter reads."
+        )
+    old, new = (_rows([both[side] for both in encoded]) for side in (0, 1))
+    return PortText(old, new, pairs, len(text) - len(encoded))
+
+
+def _rows(encoded: Sequence[Encoded]) -> Rows:
+    return Rows([item.ids for item in encoded], [item.answer_start for item in encoded], torch.zeros(0), None)

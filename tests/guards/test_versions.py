@@ -1,0 +1,104 @@
+"""A patched folder keeps what was before it, and gives it back bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safeside import Adapter, Base, load_adapter, save_adapter
+from safeside.artifact import WEIGHTS_FILE
+from safeside.errors import FormatError, InputError
+from safeside.guards.versions import BEFORE, count_versions, output_of, roll_back, save_patched, stored_dtype
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """sha256 of every file under ``folder``, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def changed(guard: Adapter, by: float) -> Adapter:
+    with torch.no_grad():
+        guard.head.linear.bias.add_(by)
+    return guard
+
+
+@pytest.fixture
+def folder(tiny_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path) -> Path:
+    return save_adapter(random_guard(tiny_base), tmp_path / "harm", tiny_base, dtype=torch.bfloat16)
+
+
+def test_two_patches_are_rolled_back_one_after_the_other(tiny_base: Base, folder: Path) -> None:
+    states = [sums(folder)]
+    for by in (1.0, 2.0):
+        save_patched(changed(load_adapter(folder, tiny_base), by), folder, folder, tiny_base, {"by": str(by)})
+        states.append(sums(folder))
+    assert len({state[WEIGHTS_FILE] for state in states}) == 3
+    assert count_versions(folder) == 2
+    for state in states[1::-1]:
+        assert roll_back(folder, folder) == folder
+        assert sums(folder) == state
+    assert count_versions(folder) == 0
+    load_adapter(folder, tiny_base)
+
+
+def test_the_patched_weights_keep_the_stored_dtype(tiny_base: Base, folder: Path) -> None:
+    assert stored_dtype(folder) == torch.bfloat16
+    save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, folder, tiny_base, {})
+    assert {tensor.dtype for tensor in load_file(folder / WEIGHTS_FILE).values()} == {torch.bfloat16}
+
+
+def test_another_folder_leaves_the_first_as_it_was(tiny_base: Base, folder: Path, tmp_path: Path) -> None:
+    before, new, back = sums(folder), tmp_path / "new", tmp_path / "back"
+    save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, new, tiny_base, {})
+    patched = sums(new)
+    roll_back(new, back)
+    assert sums(folder) == before == sums(back)
+    assert sums(new) == patched
+
+
+def test_other_files_in_the_folder_stay(tiny_base: Base, folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, folder, tiny_base, {})
+    roll_back(folder, folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_killed_run_left_is_cleared_away(tiny_base: Base, folder: Path) -> None:
+    before = sums(folder)
+    (folder / ".patch" / BEFORE).mkdir(parents=True)
+    save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, folder, tiny_base, {})
+    assert sums(roll_back(folder, folder)) == before
+
+
+def test_an_unpatched_folder_cannot_be_rolled_back(folder: Path) -> None:
+    before = sums(folder)
+    with pytest.raises(InputError, match="keeps no earlier version"):
+        roll_back(folder, folder)
+    assert sums(folder) == before
+
+
+def test_a_damaged_earlier_version_is_not_put_back(tiny_base: Base, folder: Path) -> None:
+    save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, folder, tiny_base, {})
+    weights = folder / BEFORE / WEIGHTS_FILE
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1  # the low byte of a bfloat16: another number, and still one
+    weights.write_bytes(content)
+    before = sums(folder)
+    with pytest.raises(FormatError, match="checksum"):
+        roll_back(folder, folder)
+    assert sums(folder) == before
+
+
+def test_outputs_never_overwrite_another_folder(folder: Path, tmp_path: Path) -> None:
+    assert output_of(str(folder), folder, None) == folder
+    assert output_of(str(folder), folder, tmp_path / "new") == tmp_path / "new"
+    with pytest.raises(InputError, match="exists already"):
+        output_of(str(folder), folder, tmp_path)
+    with pytest.raises(InputError, match="give one for the result with --output"):
+        output_of("builtin:harm", folder, None)

@@ -1,0 +1,228 @@
+"""A patch teaches a family from a few examples, keeps the other scores, and leaves the base as it was."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from safeside import Adapter, Base, Message, load_adapter, save_adapter
+from safeside.adapters.config import Calibration
+from safeside.artifact import CARD_FILE, PROVENANCE_FILE
+from safeside.errors import InputError
+from safeside.guards.score import score_conversations
+from safeside.guards.versions import roll_back
+from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard
+from safeside.train.patch_command import PatchFiles, patch_command
+from safeside.train.recipe import Recipe
+from safeside.train.run import run_recipe
+from safeside.types import Example
+from twin import hash_of
+
+WORDS = ("cat", "mat", "sat", "then", "they", "said", "how", "be")
+SAME_SCORE = 1e-5  # float32 sums in another order
+QUICK = PatchSettings(steps=60, replay_limit=120)
+
+
+def rows(n: int, seed: int, word: str = "hat", share: float = 0.5, suffix: str = "") -> list[Example]:
+    """Texts of a few words; those with ``word`` in them are harmful.  ``suffix`` is put behind each."""
+    generator = random.Random(seed)
+    result = []
+    for _ in range(n):
+        words = generator.choices(WORDS, k=generator.randint(2, 6))
+        label = float(generator.random() < share)
+        if label:
+            words.insert(generator.randrange(len(words)), word)
+        result.append(Example((Message("user", " ".join(words) + suffix),), (label,)))
+    return result
+
+
+def family(n: int, seed: int) -> list[Example]:
+    """A family that the guard has never seen: every text with these symbols in it is harmful."""
+    return rows(n, seed, "#%*!", share=1.0)
+
+
+def write(path: Path, examples: list[Example]) -> Path:
+    lines = [{"prompt": row.messages[0].content, "label": int(row.labels[0])} for row in examples]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(session_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guard of the tiny base that knows that hats are harmful."""
+    root = tmp_path_factory.mktemp("patch")
+    write(root / "train.jsonl", rows(240, 1))
+    write(root / "validation.jsonl", rows(120, 2))
+    values = {
+        "name": "harm",
+        "output": "unused",
+        "data": {"train": ["train.jsonl"], "validation": ["validation.jsonl"]},
+        "adapter": {"kind": "lst", "reduction": 2},
+        "training": {"epochs": 6, "batch_size": 16, "learning_rate": 0.01, "patience": 6},
+    }
+    return run_recipe(Recipe.model_validate(values), data_root=root, output=root / "harm", base=session_base).folder
+
+
+def scores(base: Base, guard: Adapter, some: list[Example]) -> np.ndarray:
+    return np.array([row.by_guard["harm"][0] for row in score_conversations(base, [guard], [r.messages for r in some])])
+
+
+@pytest.fixture(scope="module")
+def patched(session_base: Base, trained: Path) -> tuple[Adapter, PatchReport]:
+    guard = load_adapter(trained, session_base)
+    return guard, patch_guard(session_base, guard, PatchRows(family(16, 3), rows(200, 4), family(40, 5)), QUICK)
+
+
+def test_the_family_is_learnt_and_the_rest_is_kept(patched: tuple[Adapter, PatchReport]) -> None:
+    _, report = patched
+    assert report.detected[0] < 0.6  # symbols that it never saw
+    assert report.detected[1] > 0.9
+    assert report.auroc_elsewhere[0] > 0.9
+    assert report.elsewhere_change > -0.03
+    assert report.flagged_elsewhere[1] <= report.flagged_elsewhere[0]
+    assert (report.n_examples, report.n_held_out, report.n_replay) == (16, 40, 120)
+
+
+def test_the_report_is_what_scoring_says(tiny_base: Base, trained: Path, patched: tuple[Adapter, PatchReport]) -> None:
+    guard, report = patched
+    held_out = family(40, 5)
+    old = load_adapter(trained, tiny_base)
+    assert report.detected[0] == (scores(tiny_base, old, held_out) >= old.thresholds[0]).mean()
+    assert report.detected[1] == (scores(tiny_base, guard, held_out) >= guard.thresholds[0]).mean()
+    assert report.threshold == (old.thresholds, guard.thresholds)
+    assert guard.thresholds >= old.thresholds
+
+
+def test_without_replay_the_guard_forgets(tiny_base: Base, trained: Path, patched: tuple[Adapter, PatchReport]) -> None:
+    """What replay is for: with its weight at zero other scores move."""
+    moved = []
+    for weight in (0.0, 1.0):
+        guard = load_adapter(trained, tiny_base)
+        before = scores(tiny_base, guard, rows(60, 9))
+        patch_guard(tiny_base, guard, PatchRows(family(16, 3), rows(200, 4)), replace(QUICK, replay_weight=weight))
+        moved.append(np.abs(scores(tiny_base, guard, rows(60, 9)) - before).mean())
+    assert moved[0] > 2 * moved[1]
+
+
+def test_a_pull_keeps_the_weights_near(tiny_base: Base, trained: Path) -> None:
+    distances = []
+    for pull in (0.0, 10.0):
+        guard, old = load_adapter(trained, tiny_base), load_adapter(trained, tiny_base)
+        patch_guard(tiny_base, guard, PatchRows(family(16, 3), rows(80, 4)), replace(QUICK, pull=pull, steps=20))
+        pairs = zip(guard.parameters(), old.parameters(), strict=True)
+        distances.append(sum(float((new - was).square().sum()) for new, was in pairs))
+    assert distances[1] < distances[0] / 4
+
+
+def test_the_base_is_untouched_and_the_same_seed_gives_the_same_guard(tiny_base: Base, trained: Path) -> None:
+    before = hash_of(tiny_base.model)
+    guards = [load_adapter(trained, tiny_base) for _ in range(2)]
+    for guard in guards:
+        patch_guard(tiny_base, guard, PatchRows(family(8, 3), rows(60, 4)), replace(QUICK, steps=8))
+    assert all(torch.equal(*pair) for pair in zip(*(guard.parameters() for guard in guards), strict=True))
+    assert hash_of(tiny_base.model) == before
+
+
+def test_a_quarter_of_each_class_is_held_out(tiny_base: Base, trained: Path) -> None:
+    guard = load_adapter(trained, tiny_base)
+    mixed = [*family(8, 3), *rows(8, 6, share=0.0, suffix=" #%*!")]
+    report = patch_guard(tiny_base, guard, PatchRows(mixed, rows(60, 4)), replace(QUICK, steps=8))
+    assert (report.n_examples, report.n_held_out) == (12, 4)
+    assert np.isfinite([*report.detected, *report.passed]).all()
+
+
+def test_long_examples_are_read_in_windows(tiny_base: Base, trained: Path) -> None:
+    long = Example((Message("user", "the cat sat " * 100 + "#%*!"),), (1.0,))
+    guard = load_adapter(trained, tiny_base)
+    report = patch_guard(tiny_base, guard, PatchRows([long], rows(40, 4), [long]), replace(QUICK, steps=20))
+    assert report.n_windowed == 2
+    found = scores(tiny_base, guard, [long])[0] >= guard.thresholds[0]
+    assert report.detected[1] == float(found)
+
+
+def test_bfloat16_weights_are_measured_as_stored(tiny_base: Base, trained: Path) -> None:
+    guard = load_adapter(trained, tiny_base)
+    patch_guard(tiny_base, guard, PatchRows(family(8, 3), rows(60, 4)), replace(QUICK, steps=8), dtype=torch.bfloat16)
+    assert all(torch.equal(value, value.bfloat16().float()) for value in guard.parameters())
+    assert not any(parameter.requires_grad for parameter in guard.parameters())
+
+
+def test_a_threshold_rises_only_where_more_would_be_flagged(tiny_base: Base, trained: Path) -> None:
+    """A guard taught that everything is harmful: the threshold follows the harmless replay rows."""
+    guard = load_adapter(trained, tiny_base)
+    all_harmful = [replace(row, labels=(1.0,)) for row in rows(64, 7)]
+    report = patch_guard(tiny_base, guard, PatchRows(all_harmful, rows(80, 4)), replace(QUICK, replay_weight=0.0))
+    assert report.threshold[1] > report.threshold[0]
+    assert report.flagged_elsewhere[1] <= report.flagged_elsewhere[0]
+
+
+def test_rows_that_cannot_teach_are_refused(
+    tiny_base: Base, trained: Path, random_aligner: Callable[..., Adapter]
+) -> None:
+    guard = load_adapter(trained, tiny_base)
+    harmless = rows(40, 4, share=0.0)
+    for examples, replay, words in (
+        (harmless, harmless, "are all harmless"),
+        (family(4, 1), family(8, 2), "too few harmless ones"),
+        (family(4, 1), [], "too few harmless ones"),
+        ([], harmless, "no example to learn from"),
+    ):
+        with pytest.raises(InputError, match=words):
+            patch_guard(tiny_base, guard, PatchRows(examples, replay), QUICK)
+    with pytest.raises(InputError, match="is an aligner"):
+        patch_guard(tiny_base, random_aligner(tiny_base), PatchRows(family(4, 1), harmless), QUICK)
+
+
+def test_an_uncalibrated_guard_with_two_labels_is_patched(
+    tiny_base: Base, random_guard: Callable[..., Adapter]
+) -> None:
+    guard = random_guard(tiny_base, labels=("a", "b"))
+    both = [replace(row, labels=(row.labels[0], 0.0)) for row in family(8, 1)]
+    replay = [replace(row, labels=(0.0, row.labels[0])) for row in rows(60, 2)]
+    report = patch_guard(tiny_base, guard, PatchRows(both, replay), replace(QUICK, steps=8))
+    assert isinstance(guard.config.calibration, Calibration)
+    assert len(report.threshold[1]) == 2
+    assert np.isfinite(report.auroc_elsewhere).all()  # label a has one class there and is left out
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_card_tells_of_the_patch_and_rollback_undoes_it(tiny_base: Base, trained: Path, tmp_path: Path) -> None:
+    folder = save_adapter(load_adapter(trained, tiny_base), tmp_path / "harm", tiny_base, {"train_rows": "240"})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = PatchFiles(
+        write(tmp_path / "new.jsonl", family(16, 3)),
+        write(tmp_path / "replay.jsonl", rows(80, 4)),
+        write(tmp_path / "more.jsonl", family(20, 5)),
+    )
+    summary = patch_command(str(folder), files, None, None, 0)
+    stamp = json.loads((folder / PROVENANCE_FILE).read_text())
+    assert summary["versions_before"] == 1
+    assert stamp["patch file"] == "new.jsonl"
+    assert (stamp["patch examples"], stamp["patch held-out examples"], stamp["train_rows"]) == ("16", "20", "240")
+    assert stamp["patch detected held-out"] == summary["patch detected held-out"]
+    assert "| patch auroc elsewhere |" in (folder / CARD_FILE).read_text()
+    assert "patch passed held-out" not in stamp  # no harmless row there
+    roll_back(folder, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path: Path) -> None:
+    new = write(tmp_path / "new.jsonl", family(8, 3))
+    with pytest.raises(InputError, match="Give rows like them with --replay"):
+        patch_command(str(trained), PatchFiles(new), tmp_path / "out", None, 0)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("nothing\n")
+    with pytest.raises(InputError, match="holds no usable row"):
+        patch_command(str(trained), PatchFiles(empty, new), tmp_path / "out", None, 0)
+    new.write_text(new.read_text() + "\nbroken\n")
+    replay = write(tmp_path / "replay.jsonl", rows(40, 4))
+    assert patch_command(str(trained), PatchFiles(new, replay), tmp_path / "out", None, 0)["bad_rows"] == 1

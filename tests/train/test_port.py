@@ -1,0 +1,278 @@
+"""Ports: maps that are exact where they can be, distillation that agrees, thresholds that flag as often as before."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from safeside import Adapter, Base, Message, attach, create_adapter, load_adapter, load_base, make_config, save_adapter
+from safeside.adapters.config import Calibration
+from safeside.artifact import PROVENANCE_FILE
+from safeside.errors import InputError, MismatchError, UnsupportedError
+from safeside.guards.score import score_conversations
+from safeside.train.port import answered, best_method, calibrate_like, port_adapter
+from safeside.train.port_command import PortOptions, port_command
+from safeside.train.port_map import Maps, ported_config
+from safeside.train.port_text import PortSettings, Side, read_text
+from safeside.train.taps import TapStore, record_states
+from safeside.types import Example
+from tiny import CHAT_TEMPLATE, make_tiny
+from twin import hash_of
+
+WORDS = ("cat", "mat", "sat", "then", "they", "said", "how", "be", "hat", "the", "other", "there")
+EXACT = 2e-3  # a small ridge, float32 states, and a trunk of several layers behind the fitted projections
+MAP = PortSettings(method="map", ridge=1e-9)
+DISTILL = PortSettings(method="distill", epochs=4, batch_size=8, max_new_tokens=4)
+
+
+def texts(n: int, seed: int = 0) -> list[Example]:
+    generator = random.Random(seed)
+    some = [" ".join(generator.choices(WORDS, k=generator.randint(2, 9))) for _ in range(n)]
+    return [Example((Message("user", text),)) for text in some]
+
+
+def write(path: Path, rows: list[Example]) -> Path:
+    path.write_text("\n".join(json.dumps({"text": row.messages[0].content}) for row in rows))
+    return path
+
+
+def scores(base: Base, guard: Adapter, some: list[Example]) -> np.ndarray:
+    return np.array([row.by_guard["harm"][0] for row in score_conversations(base, [guard], [r.messages for r in some])])
+
+
+@pytest.fixture
+def guard(tiny_base: Base, random_guard: Callable[..., Adapter]) -> Adapter:
+    made = random_guard(tiny_base)
+    some = scores(tiny_base, made, texts(60, 9))
+    made.set_calibration(Calibration(scale=(1.0,), bias=(0.0,), threshold=(float(np.quantile(some, 0.7)),)))
+    return made
+
+
+# ---- maps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"kind": "lst"}, {"kind": "lst", "layers": (2,)}, {"kind": "plr", "width": 32}])
+def test_a_map_to_the_same_base_is_the_identity(
+    tiny_base: Base, random_guard: Callable[..., Adapter], options: dict[str, object]
+) -> None:
+    """The old projections are the exact solution, and with enough text it is the only one."""
+    old = random_guard(tiny_base, **options)
+    done = port_adapter((tiny_base, old), tiny_base, texts(120), MAP)
+    assert done.agreement > 1 - 1e-4
+    assert np.abs(scores(tiny_base, done.adapter, texts(20, 5)) - scores(tiny_base, old, texts(20, 5))).max() < EXACT
+    assert done.n_pairs > 0
+    assert (done.n_rows, done.n_left_out) == (120, 0)
+
+
+def test_a_fitted_projection_is_ordinary_least_squares(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter, tmp_path: Path
+) -> None:
+    """The slow twin: numpy's lstsq on the states of both bases, row by row, for the lowest tap."""
+    new_base = tiny_family("gpt2")
+    rows = read_text(tiny_base, new_base, texts(40), MAP)
+    student = create_adapter(new_base, ported_config(guard.config, new_base))
+    sides = [
+        Side(base, adapter, some.ids, TapStore.build(base, some.ids, adapter.config.layers, tmp_path))
+        for base, adapter, some in ((tiny_base, guard, rows.old), (new_base, student, rows.new))
+    ]
+    ridge = 1e-3
+    Maps(*sides, rows.pairs, ridge).fold()
+    inputs, targets = [], []
+    for row, pairs in enumerate(rows.pairs):
+        states = [record_states(side.base, side.batch([row]), (0,))[0] for side in sides]
+        wanted = guard.trunk.taps["0"](states[0])[0].detach().numpy()
+        given = torch.nn.functional.rms_norm(states[1][0], (new_base.d_model,), eps=1e-6).numpy()
+        inputs += [np.append(given[second], 1.0) for _, second in pairs]
+        targets += [wanted[first] for first, _ in pairs]
+    matrix = np.array(inputs, np.float64)
+    penalty = np.full(matrix.shape[1], ridge * (matrix[:, :-1] ** 2).sum(0).mean())
+    penalty[-1] = 1e-9 * len(matrix)  # the bias
+    stacked = np.vstack([matrix, np.diag(penalty**0.5)])
+    expected, *_ = np.linalg.lstsq(stacked, np.vstack([targets, np.zeros((len(penalty), guard.config.width))]))
+    fitted = student.trunk.taps["0"].project[0]
+    found = np.vstack([fitted.weight.detach().numpy().T, fitted.bias.detach().numpy()])
+    assert np.abs(found - expected).max() < EXACT
+
+
+def test_a_map_to_another_base_carries_part_of_the_guard(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter
+) -> None:
+    base = tiny_family("gpt2")
+    done = port_adapter((tiny_base, guard), base, texts(160), PortSettings(method="map"))
+    fresh = port_adapter((tiny_base, guard), base, texts(160), replace(DISTILL, epochs=1, learning_rate=1e-9))
+    assert done.agreement > abs(fresh.agreement) + 0.1
+    assert done.adapter.config.base.fingerprint == base.fingerprint
+
+
+@pytest.mark.parametrize(("n_layers", "expected"), [(1, (0, 1)), (2, (0, 1, 2)), (3, (0, 1, 2, 3)), (6, (0, 2, 4, 6))])
+def test_taps_stay_at_their_relative_depth(
+    tiny_base: Base, guard: Adapter, tmp_path: Path, n_layers: int, expected: tuple[int, ...]
+) -> None:
+    """Shallower bases lose rungs, deeper ones are tapped as often as before; maps work on all of them."""
+    from transformers import AutoModelForCausalLM
+
+    from tiny import tiny_config, tiny_tokenizer
+
+    config = tiny_config("llama")
+    config.num_hidden_layers, config.hidden_size = n_layers, 32
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = load_base(tmp_path)
+    assert ported_config(guard.config, base).layers == expected
+    done = port_adapter((tiny_base, guard), base, texts(60), PortSettings(method="map"))
+    assert np.isfinite(scores(base, done.adapter, texts(5))).all()
+
+
+@pytest.mark.parametrize("options", [{"kind": "rtb"}, {"kind": "plr"}])
+def test_kinds_as_wide_as_the_base_have_no_map(
+    tiny_base: Base, tiny_family: Callable[[str], Base], random_guard: Callable[..., Adapter], options: dict[str, str]
+) -> None:
+    old = random_guard(tiny_base, **options)
+    assert best_method(old) == "distill"
+    with pytest.raises(UnsupportedError, match="Use --method distill"):
+        port_adapter((tiny_base, old), tiny_family("gpt2"), texts(30), PortSettings())
+    done = port_adapter((tiny_base, old), tiny_family("gpt2"), texts(30), DISTILL)
+    assert done.n_pairs == 0
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["distill", "both"])
+def test_a_distilled_guard_agrees_with_the_old_one(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter, method: str
+) -> None:
+    base = tiny_family("gpt2")
+    before = hash_of(tiny_base.model), hash_of(base.model)
+    settings = PortSettings(method=method, epochs=8, batch_size=16, learning_rate=5e-3)
+    done = port_adapter((tiny_base, guard), base, texts(240), settings)
+    assert done.agreement > 0.3  # random bases: the old states of a text say little of the new ones
+    assert (hash_of(tiny_base.model), hash_of(base.model)) == before
+    assert not any(parameter.requires_grad for parameter in done.adapter.parameters())
+
+
+def test_flag_rates_are_matched(tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter) -> None:
+    base = tiny_family("bert")
+    done = port_adapter((tiny_base, guard), base, texts(200), PortSettings(method="map"))
+    held_out = 40
+    assert done.flagged[0] - 1 / held_out <= done.flagged[1] <= done.flagged[0]
+    assert done.flagged[0] > 0
+
+
+def test_calibration_copies_mean_spread_and_rate(tiny_base: Base, guard: Adapter) -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(400, 1))
+    new = create_adapter(tiny_base, guard.config)
+    rates = calibrate_like(new, guard, logits, 3 * logits - 5)
+    assert new.config.calibration.scale[0] == pytest.approx(1 / 3)
+    assert new.config.calibration.bias[0] == pytest.approx(5 / 3)
+    assert rates[0] == pytest.approx(rates[1], abs=1 / 400)
+    rare = guard.config.calibration.model_copy(update={"threshold": (0.999999,)})
+    guard.set_calibration(rare)
+    assert calibrate_like(new, guard, logits, logits) == (0.0, 0.0)
+    assert new.thresholds == (0.999999,)
+
+
+def test_rows_that_a_base_cannot_read_whole_are_counted(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter
+) -> None:
+    odd = [Example((Message("user", "the cat " * 200),)), Example((Message("user", "say <|assistant|> now"),))]
+    assert port_adapter((tiny_base, guard), tiny_family("gpt2"), [*texts(40), *odd], MAP).n_left_out == 2
+    assert port_adapter((tiny_base, guard), tiny_family("gpt2"), [*texts(40), *odd], DISTILL).n_left_out == 1
+
+
+def test_too_little_text_is_refused(tiny_base: Base, guard: Adapter) -> None:
+    for some in ([], texts(19)):
+        with pytest.raises(InputError, match=f"can read {len(some)} of {len(some)} rows"):
+            port_adapter((tiny_base, guard), tiny_base, some, MAP)
+
+
+# ---- aligners --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sibling(tmp_path: Path) -> Base:
+    """Another architecture with the tiny llama's tokenizer and template."""
+    return load_base(make_tiny("qwen2", tmp_path / "sibling"))
+
+
+def test_an_aligner_is_ported_where_the_tokenizer_is_shared(
+    tiny_base: Base, sibling: Base, random_aligner: Callable[..., Adapter]
+) -> None:
+    aligner = random_aligner(tiny_base)
+    before = port_adapter((tiny_base, aligner), sibling, texts(40), replace(DISTILL, epochs=1, learning_rate=1e-9))
+    done = port_adapter((tiny_base, aligner), sibling, texts(40), replace(DISTILL, epochs=6, learning_rate=1e-2))
+    assert 0 < done.agreement < 0.9 * before.agreement
+    with attach(sibling, [done.adapter]):
+        assert sibling.chat([Message("user", "the cat")], max_new_tokens=3).strength
+
+
+def test_prompts_get_the_aligned_bases_own_answers(tiny_base: Base, random_aligner: Callable[..., Adapter]) -> None:
+    aligner = random_aligner(tiny_base)
+    given = Example((Message("user", "hi"), Message("assistant", "no")))
+    rows = answered(tiny_base, aligner, [*texts(3), given], 4)
+    with attach(tiny_base, [aligner]):
+        expected = [tiny_base.chat(row.messages, max_new_tokens=4).text for row in texts(3)]
+    assert rows[0] == given
+    assert [row.messages[-1].content for row in rows[1:]] == [text for text in expected if text]
+
+
+def test_aligners_of_other_tokenizers_templates_and_methods_are_refused(
+    tiny_base: Base, tiny_family: Callable[[str], Base], random_aligner: Callable[..., Adapter], sibling: Base
+) -> None:
+    aligner = random_aligner(tiny_base)
+    assert best_method(aligner) == "distill"
+    with pytest.raises(UnsupportedError, match="cannot be ported by maps"):
+        port_adapter((tiny_base, aligner), sibling, texts(30), PortSettings())
+    with pytest.raises(UnsupportedError, match="is an encoder"):
+        port_adapter((tiny_base, aligner), tiny_family("bert"), texts(30), DISTILL)
+    with pytest.raises(MismatchError, match="has another tokenizer"):
+        port_adapter((tiny_base, aligner), load_base("builtin"), texts(30), DISTILL)
+    sibling.tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|eos|>")
+    with pytest.raises(MismatchError, match="other tokens"):
+        port_adapter((tiny_base, aligner), sibling, texts(30), DISTILL)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_says_where_it_came_from(
+    tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path
+) -> None:
+    source = save_adapter(guard, tmp_path / "harm", tiny_base, dtype=torch.bfloat16)
+    text, output = write(tmp_path / "text.jsonl", texts(60)), tmp_path / "ported"
+    summary = port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output, "map"))
+    stamp = json.loads((output / PROVENANCE_FILE).read_text())
+    assert stamp["ported from"].startswith("harm on ")
+    assert str(tiny_base.fingerprint) in stamp["ported from"]
+    assert (stamp["port method"], stamp["port rows"], stamp["port text"]) == ("map", "60", "text.jsonl")
+    assert summary["port held-out correlation"] == stamp["port held-out correlation"]
+    base = load_base(tiny_folder("gpt2"))
+    assert np.isfinite(scores(base, load_adapter(output, base), texts(3))).all()
+    with pytest.raises(InputError, match="exists already"):
+        port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output))
+
+
+def test_bad_calls_are_refused(
+    tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path
+) -> None:
+    source, empty = save_adapter(guard, tmp_path / "harm", tiny_base), write(tmp_path / "empty.jsonl", [])
+    options = PortOptions(str(tiny_folder("gpt2")), empty, tmp_path / "ported")
+    with pytest.raises(InputError, match="holds no usable row"):
+        port_command(str(source), options)
+    text = write(tmp_path / "text.jsonl", texts(30))
+    with pytest.raises(InputError, match="no method 'maps'; expected one of map, distill, both"):
+        port_command(str(source), replace(options, text=text, method="maps"))
+
+
+def test_layers_without_a_base_of_their_own_stay_sorted(tiny_base: Base, tiny_family: Callable[[str], Base]) -> None:
+    config = make_config(tiny_base, layers=(1, 3), reduction=2)
+    assert ported_config(config, tiny_family("gpt2")).layers == (1, 3)
