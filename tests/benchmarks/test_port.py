@@ -1,0 +1,32 @@
+"""The bench of ports, on two tiny bases and a few rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import port
+
+
+def test_every_pair_and_method_gets_its_figures(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    bases = [word for name in ("llama", "gpt2") for word in ("--base", str(tiny_folder(name)))]
+    small = ["--rows", "40", "--test-rows", "80", "--threads", "1"]
+    result = json.loads(port.main([*bases, *small, "--output", str(tmp_path)]).read_text())
+    kept = [row for row in result["rows"] if row["metric"] == "kept_auroc"]
+    assert [(row["source"], row["target"], row["method"]) for row in kept] == [
+        (*pair, method)
+        for pair in (("llama", "gpt2"), ("gpt2", "llama"))
+        for method in ("map", "distill", "both", "scratch")
+    ]
+    figures = {(row["source"], row["method"], row["metric"]): row["value"] for row in result["rows"]}
+    for row in kept:
+        key = row["source"], row["method"]
+        assert row["value"] == pytest.approx(figures[*key, "auroc"] / figures[*key, "source_auroc"])
+        assert row["low"] <= row["value"] <= row["high"]
+    assert result["notes"]["bases"]["gpt2"].startswith("3 layers of width 64")
