@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -268,8 +270,21 @@ def test_what_is_no_archive_is_a_bad_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.gz", "."])
 def test_a_missing_file_is_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="There is no file"):
+    with pytest.raises(InputError, match="is a folder" if name == "." else "There is no file"):
         open_rows(tmp_path / name)
+
+
+def test_pipes_and_devices_are_read_as_files_are(tmp_path: Path) -> None:
+    """As ``safeside guard ADAPTER <(command)`` and ``/dev/stdin`` hand them over."""
+    assert load_examples("/dev/null", ("harm",)) == ([], [])
+    pipe = tmp_path / "rows"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('{"text": "a", "label": 1}\n',), daemon=True)
+    writer.start()
+    examples, bad = load_examples(pipe, ("harm",))
+    writer.join()
+    assert [example.labels for example in examples] == [(1.0,)]
+    assert bad == []
 
 
 # ---- anything at all -------------------------------------------------------------------------------------------------

@@ -35,10 +35,11 @@ class BadRow:
 
 
 def open_rows(path: str | Path) -> BufferedIOBase:
-    """The lines of a ``.jsonl`` or ``.jsonl.gz`` file, not yet decoded; a missing file is an InputError."""
+    """The lines of a ``.jsonl`` or ``.jsonl.gz`` file or pipe, not yet decoded; a missing file is an InputError."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no file {path}; expected JSON lines (.jsonl or .jsonl.gz). Check the path.")
+    if not path.exists() or path.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"There is no file {path}"
+        raise InputError(f"{what}; expected JSON lines (.jsonl or .jsonl.gz). Check the path.")
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 

@@ -242,7 +242,7 @@ class Recipe(_Section):
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in a TOML file; a missing file, bad TOML or an unknown field is a ConfigError."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise ConfigError(f"There is no recipe {path}; expected a TOML file. Examples are in recipes/.")
     try:
         return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
