@@ -247,6 +247,9 @@ def test_what_chat_refuses(tiny_base: Base, tiny_family, aligner: Adapter) -> No
     for option in sorted(_NOT_FOR_CHAT):
         with pytest.raises(UnsupportedError, match=rf"one answer a row.*got {option}\. Leave it out, or call"):
             tiny_base.chat(SHORT, **{option: 2})
+    for option, value in {"use_cache": False, "input_ids": None, "max_length": 9, "output_scores": True}.items():
+        with pytest.raises(UnsupportedError, match=rf"got {option}\."):
+            tiny_base.chat(SHORT, **{option: value})
     with attach(tiny_base, [aligner]), pytest.raises(InputError, match="has 2 values for 4 rows"):
         tiny_base.chat_batch([SHORT] * 4, strength=[0.0, 1.0], max_new_tokens=1)
     assert tiny_base.chat_batch([]) == []

@@ -35,9 +35,12 @@ from safeside.errors import InputError, UnsupportedError
 from safeside.types import Completion, Message, Verdict
 
 BUILTIN_NAME = "builtin"
+# What chat sets itself, or could not hand on: one answer a row, its own cache (verdicts live on it), nothing but text.
 _NOT_FOR_CHAT = {
-    "num_beams", "num_return_sequences", "past_key_values", "return_dict_in_generate", "use_cache", "stop_strings",
-    "stopping_criteria",
+    "num_beams", "num_return_sequences", "past_key_values", "use_cache", "cache_implementation", "inputs", "input_ids",
+    "inputs_embeds", "attention_mask", "position_ids", "pad_token_id", "max_length", "return_dict_in_generate",
+    "output_scores", "output_logits", "output_attentions", "output_hidden_states", "custom_generate",
+    "trust_remote_code", "negative_prompt_ids", "negative_prompt_attention_mask", "stop_strings", "stopping_criteria",
 }  # fmt: skip
 _GREEDY: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
@@ -162,8 +165,8 @@ class Base:
 
         Greedy unless ``do_sample=True``; ``generate`` holds further options of transformers' ``generate``.  A prompt
         that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut.  Beams, several samples, stop
-        strings and a cache of the caller's own are an UnsupportedError; ``eos_token_id`` replaces the base's stop
-        tokens.
+        strings, a cache of the caller's own or none at all, and what generate would return beside the text are an
+        UnsupportedError; ``eos_token_id`` replaces the base's stop tokens.
         """
         return self.chat_batch([messages], strength=strength, max_new_tokens=max_new_tokens, **generate)[0]
 
