@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from safeside.adapters.adapter import Adapter
-from safeside.adapters.sizing import flops_share, sized_config
+from safeside.adapters.sizing import flops_share, make_config, sized_config
 from safeside.base.families import find_family
 from safeside.base.model import Base
 from safeside.provenance import config_hash
@@ -66,7 +66,11 @@ def geometry_rows() -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             base = empty_base(name, Path(folder))
             for method in METHODS:
-                config = sized_config(base, SIZE, kind=method, name=method)
+                config = (
+                    sized_config(base, SIZE, name=method)
+                    if method == "lst"
+                    else make_config(base, kind=method, name=method)
+                )
                 with torch.device("meta"):
                     share = flops_share(base, Adapter(config))
                 settings = config.model_dump(exclude={"base"})

@@ -82,11 +82,16 @@ def tiny_base(session_base: Base, pristine: dict[str, torch.Tensor]) -> Iterator
 
 
 @pytest.fixture(scope="session")
+def default_dial(options: dict[str, object]) -> dict[str, object]:
+    """Half the base's width for an ``lst`` that is not told its own."""
+    return {"reduction": 2} if options.get("kind", "lst") == "lst" and "width" not in options else {}
+
+
 def random_guard() -> Callable[..., Adapter]:
     """``random_guard(base, name="harm", kind="lst", ...)``: a guard whose scores spread over (0, 1)."""
 
     def make(base: Base, name: str = "harm", seed: int = 1, **options: object) -> Adapter:
-        options = {"kind": "lst", "reduction": 2, **options}
+        options = {**default_dial(options), **options}
         guard = create_adapter(base, make_config(base, role="guard", name=name, **options), seed)
         with torch.no_grad():
             guard.head.linear.weight.mul_(4.0)
@@ -100,7 +105,7 @@ def random_aligner() -> Callable[..., Adapter]:
     """``random_aligner(base, name="refuse", kind="lst", ...)``: an aligner whose delta is as large as the state."""
 
     def make(base: Base, name: str = "refuse", seed: int = 2, **options: object) -> Adapter:
-        options = {"kind": "lst", "reduction": 2, **options}
+        options = {**default_dial(options), **options}
         aligner = create_adapter(base, make_config(base, role="align", name=name, **options), seed)
         generator = torch.Generator().manual_seed(seed)
         assert isinstance(aligner.head, DeltaHead)

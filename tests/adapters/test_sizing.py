@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from transformers import Gemma2Config, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from safeside import Adapter, Base, create_adapter, flops_share, make_config, sized_config
+from safeside.adapters.adapter import DIMENSIONS, dimensions_of
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls, geometry_base
-from safeside.errors import MismatchError
+from safeside.errors import ConfigError, MismatchError
 
 # From the published config.json of each model.
 GEOMETRIES = {
@@ -138,7 +140,62 @@ def test_the_dial_takes_the_largest_that_fits(tiny_base: Base, size: float, head
 
 
 def test_other_kinds_have_no_dial(tiny_base: Base) -> None:
-    assert sized_config(tiny_base, 0.01, kind="plr") == make_config(tiny_base, kind="plr")
+    for kind in ("plr", "rtb"):
+        with pytest.raises(ConfigError, match=f"size is for kind 'lst'; call make_config .*'{kind}'"):
+            sized_config(tiny_base, 1e-5, kind=kind)
+
+
+@pytest.mark.parametrize("size", [0, -1, math.nan, math.inf])
+def test_a_size_is_a_share(tiny_base: Base, size: float) -> None:
+    with pytest.raises(ConfigError, match="size is a share of the base's compute above 0"):
+        sized_config(tiny_base, size)
+
+
+@pytest.mark.parametrize("chosen", [{"width": 32}, {"layers": (1,)}, {"reduction": 4}])
+def test_the_dial_takes_no_second_hand(tiny_base: Base, chosen: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"size picks width and layers; leave {next(iter(chosen))} out"):
+        sized_config(tiny_base, 0.5, **chosen)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"kind": "rtb", "width": 32}, "'width' does nothing for kind 'rtb', which reads bottleneck"),
+        ({"kind": "rtb", "tap_rank": 4}, "'tap_rank' does nothing for kind 'rtb'"),
+        ({"kind": "rtb", "head_dim": 64}, "'head_dim' does nothing for kind 'rtb'"),
+        ({"kind": "rtb", "reduction": 4}, "'reduction' does nothing for a guard of kind 'rtb'. Give 'bottleneck'"),
+        ({"kind": "plr", "reduction": 4}, "'reduction' does nothing for a guard of kind 'plr'. Give 'width'"),
+        ({"kind": "plr", "gate": "layer"}, "'gate' does nothing for kind 'plr', which reads tap_rank, width"),
+        ({"kind": "plr", "feed_forward": 64}, "'feed_forward' does nothing for kind 'plr'"),
+        ({"kind": "plr", "tap_rank": 4}, "'tap_rank' does nothing for a linear probe"),
+        ({"kind": "lst", "bottleneck": 8}, "'bottleneck' does nothing for kind 'lst'"),
+        ({"role": "align", "readout": "attention"}, "'readout' is for guards"),
+        ({"reduction": 4, "width": 32}, "'reduction' and 'width' both set the width"),
+        ({"reduction": 0}, "'reduction' must be a number from 1 on; got 0"),
+        ({"reduction": math.nan}, "'reduction' must be a number from 1 on"),
+        ({"reduction": math.inf}, "'reduction' must be a number from 1 on"),
+    ],
+)
+def test_no_field_is_ignored(tiny_base: Base, options: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make_config(tiny_base, **options)
+
+
+@pytest.mark.parametrize("kind", ["plr", "rtb", "lst"])
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_a_kind_reads_exactly_the_dimensions_that_it_declares(tiny_base: Base, kind: str, name: str) -> None:
+    """A dimension that is read changes the trunk's tensors (head_dim only their use); any other changes nothing."""
+    start = {"plr": {"width": 32}, "rtb": {}, "lst": {"width": 64}}[kind]
+    other = {"width": 128, "feed_forward": 96, "head_dim": 64, "tap_rank": 4, "gate": "channel", "bottleneck": 8}[name]
+    plain = make_config(tiny_base, kind=kind, **start)
+    changed = plain.model_copy(update={name: other})
+    shapes = [
+        {key: tensor.shape for key, tensor in Adapter(config).state_dict().items()} for config in (plain, changed)
+    ]
+    if name == "head_dim":
+        assert (name in dimensions_of(kind)) == (kind == "lst")
+    else:
+        assert (name in dimensions_of(kind)) == (shapes[0] != shapes[1])
 
 
 def test_nothing_made_for_a_geometry_loads_on_a_real_base(tiny_base: Base, tmp_path: object) -> None:

@@ -224,10 +224,11 @@ def test_the_dial_makes_the_adapter(tmp_path: Path, tiny_base: Base) -> None:
 
 
 def test_every_dimension_reaches_the_adapter(tmp_path: Path, tiny_base: Base) -> None:
-    recipe = read(tmp_path, EVERYTHING)
+    recipe = read(tmp_path, EVERYTHING.replace("bottleneck = 16\n", ""))
     config = recipe.adapter_config(tiny_base)
+    assert config_of(tmp_path, tiny_base, "kind = 'rtb'\nbottleneck = 16").bottleneck == 16
     of_training = {"start", "start_rows"}
-    fields = set(type(recipe.adapter).model_fields) - {"size", "reduction"} - of_training
+    fields = set(type(recipe.adapter).model_fields) - {"size", "reduction", "bottleneck"} - of_training
     for field in fields:
         assert config.model_dump()[field] == recipe.adapter.model_dump()[field]
     assert config.name == "harm"
@@ -242,6 +243,37 @@ def test_what_the_base_cannot_carry_is_an_error(tmp_path: Path, tiny_base: Base)
             config_of(tmp_path, tiny_base, adapter)
     with pytest.raises(UnknownNameError, match="Unknown adapter kind 'lts'"):
         config_of(tmp_path, tiny_base, "kind = 'lts'")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "problem"),
+    [
+        ("kind = 'rtb'\nreduction = 4", "'reduction' does nothing for a guard of kind 'rtb'"),
+        ("kind = 'plr'\nreduction = 4", "'reduction' does nothing for a guard of kind 'plr'"),
+        ("kind = 'rtb'\nwidth = 32", "'width' does nothing for kind 'rtb'"),
+        ("kind = 'rtb'\nhead_dim = 64", "'head_dim' does nothing for kind 'rtb'"),
+        ("kind = 'plr'\ngate = 'channel'", "'gate' does nothing for kind 'plr'"),
+        ("bottleneck = 8", "'bottleneck' does nothing for kind 'lst'"),
+        ("role = 'align'\nreadout = 'attention'", "'readout' is for guards"),
+    ],
+)
+def test_what_the_kind_would_ignore_is_an_error(tmp_path: Path, tiny_base: Base, adapter: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config_of(tmp_path, tiny_base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ("[training]\nclass_weights = 'balanced'", "class_weights"),
+        ("[training]\nsoft_weight = 0.5", "soft_weight"),
+        ("[calibration]\nfalse_positive_rate = 0.1", "calibration"),
+    ],
+)
+def test_what_is_for_guards_is_refused_for_aligners(tmp_path: Path, section: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: for guards only, and role is 'align'"):
+        read(tmp_path, LEAST + "[adapter]\nrole = 'align'\n" + section)
+    assert read(tmp_path, LEAST + section).adapter.role == "guard"
 
 
 @pytest.mark.parametrize(

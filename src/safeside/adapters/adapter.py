@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, cast
 
@@ -38,22 +38,30 @@ class Trunk(Protocol):
 
 
 TRUNKS: Registry[type[Trunk]] = Registry("adapter kind")
+DIMENSIONS = ("width", "feed_forward", "head_dim", "tap_rank", "gate", "bottleneck")
+"""The fields of AdapterConfig that shape a trunk; each kind reads some of them."""
+_used: dict[str, frozenset[str]] = {}
 
 
-def register_adapter(kind: str, trunk: type[Trunk] | str) -> None:
+def register_adapter(kind: str, trunk: type[Trunk] | str, dimensions: Sequence[str] = DIMENSIONS) -> None:
     """Make a trunk class (or its lazy ``"module:Class"``) known to configurations of this ``kind``.
 
-    A stranger's kind is called ``package/name``.  A name that is taken by another trunk is a ConfigError.
+    A stranger's kind is called ``package/name``.  ``dimensions`` are those of DIMENSIONS that it reads: ``make_config``
+    refuses the others instead of ignoring them.  A name that is taken by another trunk is a ConfigError.
     """
     TRUNKS.register(kind, trunk)
+    _used[kind] = frozenset(dimensions)
 
 
-for _kind, _target in (
-    ("plr", "safeside.adapters.plr:Plr"),
-    ("rtb", "safeside.adapters.rtb:Rtb"),
-    ("lst", "safeside.adapters.lst:Lst"),
-):
-    register_adapter(_kind, _target)
+def dimensions_of(kind: str) -> frozenset[str]:
+    """The fields among DIMENSIONS that trunks of ``kind`` read."""
+    TRUNKS.get(kind)  # a plugin's kind is registered by now
+    return _used.get(kind, frozenset(DIMENSIONS))
+
+
+register_adapter("plr", "safeside.adapters.plr:Plr", ("width", "tap_rank"))
+register_adapter("rtb", "safeside.adapters.rtb:Rtb", ("bottleneck",))
+register_adapter("lst", "safeside.adapters.lst:Lst", ("width", "feed_forward", "head_dim", "tap_rank", "gate"))
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ token visits); attention scores are left out on both sides.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from pathlib import Path
 from typing import Literal
@@ -17,11 +18,12 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from safeside.adapters.adapter import Adapter
+from safeside.adapters.adapter import DIMENSIONS, Adapter, dimensions_of
 from safeside.adapters.config import AdapterConfig, BaseReference, HeadDim, reference_of, require_valid
 from safeside.base.families import find_family
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import Base
+from safeside.errors import ConfigError
 
 
 def geometry_base(config: PreTrainedConfig, name: str = "geometry") -> Base:
@@ -74,19 +76,23 @@ def make_config(
     role: Literal["guard", "align"] = "guard",
     name: str = "adapter",
     labels: tuple[str, ...] | None = None,
-    reduction: float = 16,
+    reduction: float | None = None,
     layers: tuple[int, ...] | None = None,
-    head_dim: HeadDim = 32,
+    head_dim: HeadDim | None = None,
     **dimensions: object,
 ) -> AdapterConfig:
     """A configuration for ``base`` with the usual layers and ``width = D / reduction`` where the kind has a width.
 
-    The width is rounded to a multiple of ``head_dim`` and is at least that.  ``layers`` are all from the embedding (0)
-    up, for ``plr`` the last.  A guard has the one label ``harm`` unless ``labels`` are given; on an encoder its
-    ``readout`` is ``attention`` unless given.  ``plr`` as a guard is a linear probe unless ``width`` is given.  Further
-    ``dimensions`` are fields of AdapterConfig.  What does not fit together is a ConfigError.
+    ``reduction`` is 16 unless given.  The width is rounded to a multiple of ``head_dim`` (32 unless given) and is at
+    least that.  ``layers`` are all from the embedding (0) up, for ``plr`` the last.  A guard has the one label ``harm``
+    unless ``labels`` are given; on an encoder its ``readout`` is ``attention`` unless given.  ``plr`` as a guard is a
+    linear probe unless ``width`` is given.  Further ``dimensions`` are fields of AdapterConfig.  What does not fit
+    together is a ConfigError, and so is what the kind or role would not read.
     """
+    given = {**dimensions, "reduction": reduction, "head_dim": head_dim}
+    _check_read(kind, role, {name: value for name, value in given.items() if value is not None})
     reference = reference_of(base) if isinstance(base, Base) else base
+    head_dim = 32 if head_dim is None else head_dim
     values: dict[str, object] = {
         "kind": kind,
         "role": role,
@@ -98,9 +104,37 @@ def make_config(
     }
     if role == "guard" and reference.is_encoder:
         values["readout"] = "attention"
-    if kind == "lst" or (kind == "plr" and role == "align"):
-        values["width"] = max(head_dim, round(reference.d_model / reduction / head_dim) * head_dim)
+    if _has_default_width(kind, role):
+        share = reference.d_model / (16 if reduction is None else reduction)
+        values["width"] = max(head_dim, round(share / head_dim) * head_dim)
     return require_valid({**values, **dimensions})
+
+
+def _has_default_width(kind: str, role: str) -> bool:
+    return kind == "lst" or (kind == "plr" and role == "align")
+
+
+def _check_read(kind: str, role: str, given: dict[str, object]) -> None:
+    """Raise a ConfigError for the first of the ``given`` fields that nothing would read."""
+    used = dimensions_of(kind)
+    for name in DIMENSIONS:
+        if name in given and name not in used:
+            known = ", ".join(sorted(used)) or "none"
+            raise ConfigError(f"{name!r} does nothing for kind {kind!r}, which reads {known}. Leave it out.")
+    if "reduction" in given:
+        if not _has_default_width(kind, role):
+            other = "width" if "width" in used else "bottleneck"
+            raise ConfigError(
+                f"'reduction' does nothing for a {role} of kind {kind!r}. Give {other!r}, or leave it out."
+            )
+        if "width" in given:
+            raise ConfigError("'reduction' and 'width' both set the width; keep one.")
+        if not 1 <= float(str(given["reduction"])) < math.inf:
+            raise ConfigError(f"'reduction' must be a number from 1 on; got {given['reduction']}.")
+    if kind == "plr" and "tap_rank" in given and not (given.get("width") or _has_default_width(kind, role)):
+        raise ConfigError("'tap_rank' does nothing for a linear probe (kind 'plr' without 'width'). Give a width too.")
+    if role == "align" and given.get("readout", "last") != "last":
+        raise ConfigError("'readout' is for guards: an aligner changes every token. Leave it out.")
 
 
 def default_layers(kind: str, n_layers: int) -> tuple[int, ...]:
@@ -113,12 +147,18 @@ def sized_config(base: Base, size: float = 0.01, **options: object) -> AdapterCo
 
     All layers with the greatest width that fits; where even the narrowest does not, every second, third, ... layer.
     A base too small for any gets the narrowest single tap: ``flops_share`` then tells by how much it is over.
-    ``options`` are those of ``make_config``.
+    ``options`` are those of ``make_config``; it picks width and layers itself.  It sizes ``lst`` only: other kinds, and
+    a ``size`` that is not a number above 0, are a ConfigError.
     """
     if options.get("kind", "lst") != "lst":
-        return make_config(base, **options)  # type: ignore[arg-type]
+        raise ConfigError(f"size is for kind 'lst'; call make_config with the dimensions of {options['kind']!r}.")
+    if not 0 < size < math.inf:
+        raise ConfigError(f"size is a share of the base's compute above 0, such as 0.01; got {size}.")
+    chosen = sorted({"width", "reduction", "layers"} & {name for name, value in options.items() if value is not None})
+    if chosen:
+        raise ConfigError(f"size picks width and layers; leave {', '.join(chosen)} out, or call make_config.")
     budget = size * base_matmuls(base)
-    head_dim = options.get("head_dim", 32)
+    head_dim = options.get("head_dim") or 32
     assert isinstance(head_dim, int)
     widths = range(head_dim, max(base.d_model, head_dim) + 1, head_dim)
 

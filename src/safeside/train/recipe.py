@@ -215,9 +215,24 @@ class Recipe(_Section):
     def adapter_config(self, base: Base) -> AdapterConfig:
         """The adapter's configuration on ``base``; an unknown kind is an UnknownNameError."""
         section = self.adapter
+    @model_validator(mode="after")
+    def _fits_the_role(self) -> Recipe:
+        if self.adapter.role == "align":
+            for_guards = {
+                "class_weights": self.training.class_weights != "none",
+                "soft_weight": self.training.soft_weight,
+            }
+            given = [field for field, is_set in for_guards.items() if is_set]
+            if self.calibration != CalibrationSection():
+                given.append("calibration")
+            if given:
+                raise ValueError(f"{' and '.join(given)}: for guards only, and role is 'align'; leave out")
+        return self
+
         TRUNKS.get(section.kind)
         options: dict[str, object] = {"name": self.name, "kind": section.kind, "role": section.role}
-        options["head_dim"] = section.head_dim
+        if section.head_dim != AdapterSection.model_fields["head_dim"].default:
+            options["head_dim"] = section.head_dim
         for field in (
             "labels",
             "layers",
@@ -236,7 +251,7 @@ class Recipe(_Section):
             options = {"labels": task.labels, "windows": task.windows, **options}
         if section.size is not None:
             return sized_config(base, section.size, **options)
-        return make_config(base, reduction=section.reduction or 16, **options)  # type: ignore[arg-type]
+        return make_config(base, reduction=section.reduction, **options)  # type: ignore[arg-type]
 
 
 def read_recipe(path: str | Path) -> Recipe:
