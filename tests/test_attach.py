@@ -282,3 +282,16 @@ def test_guards_alone_leave_the_base_bit_for_bit(tiny_base: Base, guard: Adapter
     plain = logits_of(tiny_base)
     with attach(tiny_base, guards=[guard]):
         assert torch.equal(logits_of(tiny_base), plain)
+
+
+def test_adapters_come_in_lists(tiny_base: Base, random_guard, random_aligner) -> None:
+    guard, aligner = random_guard(tiny_base), random_aligner(tiny_base)
+    for given in ({"guards": guard}, {"guards": "builtin:harm"}, {"guards": ["builtin:harm"]}, {"guards": None}):
+        with pytest.raises(
+            InputError, match=r"attach\(\) takes lists of adapters; guards is .* Write guards=\[\.\.\.\]"
+        ):
+            attach(tiny_base, **given)
+    with pytest.raises(InputError, match="aligners is Adapter"):
+        attach(tiny_base, aligner)
+    with attach(tiny_base, (aligner,), (guard,)):
+        pass

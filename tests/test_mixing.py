@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safeside import fixed, mix, ramp, step
 from safeside.errors import InputError, NotFiniteError
-from safeside.mixing import MAX_STRENGTH, Fixed, Policy, Ramp, Step, as_policies
+from safeside.mixing import MAX_STRENGTH, Fixed, Policy, Ramp, Step, _numbers, as_policies
 
 QUICK = settings(max_examples=60, derandomize=True)
 FLOAT32_ROUNDING = 1e-5  # relative, of a sum of a few float32 values
@@ -259,6 +259,13 @@ def test_a_policy_of_ones_own_is_taken() -> None:
 def test_other_strengths_are_input_errors(strength: object) -> None:
     with pytest.raises(InputError, match="A strength cannot be"):
         as_policies(strength, ["a"])
+
+
+@pytest.mark.parametrize("strength", ["0.5", None, ["0.5"], [None], object(), [[0.5]]])
+def test_a_fixed_strength_is_made_of_numbers(strength: object) -> None:
+    """What ``fixed`` asks; in tests its types are checked before it runs, for users they are not."""
+    with pytest.raises(InputError, match="A fixed strength is a number, or one number for each row; got"):
+        _numbers(strength)
 
 
 def test_unknown_aligners_are_named() -> None:

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from safeside.adapters.adapter import TRUNKS, Adapter
 from safeside.adapters.config import FORMAT, AdapterConfig
 from safeside.adapters.sizing import adapter_matmuls, flops_share
-from safeside.base.model import BUILTIN_NAME, Base
-from safeside.errors import FormatError, InputError, MismatchError, UnknownNameError
+from safeside.base.model import BUILTIN_NAME, Base, load_base
+from safeside.errors import ArtifactError, FormatError, InputError, MismatchError, UnknownNameError
 from safeside.provenance import provenance
 
 CONFIG_FILE, WEIGHTS_FILE = "safeside_config.json", "adapter.safetensors"
@@ -57,8 +57,7 @@ def save_adapter(
     ``facts`` (a run's figures, data and licences) go into both.  With ``base`` the card tells the share of its compute.
     Weights are stored in ``dtype``, their own unless given.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path(folder))
     stamp = {**provenance(), **(facts or {})}
     if base is not None:
         stamp["flops_share"] = f"{flops_share(base, adapter):.6f}"
@@ -69,6 +68,18 @@ def save_adapter(
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
     save_file(weights, folder / WEIGHTS_FILE, metadata=metadata)
     _write_json(folder / CONFIG_FILE, values)
+    _write_json(folder / PROVENANCE_FILE, stamp)
+    (folder / CARD_FILE).write_text(_card(adapter, stamp), encoding="utf-8")
+    return folder
+
+
+def annotate_adapter(folder: str | Path, facts: Mapping[str, str]) -> Path:
+    """Add ``facts`` to the provenance and card of a saved adapter; weights and configuration keep every byte."""
+    folder = Path(folder)
+    config, _ = read_adapter(folder)
+    stamp = {**read_provenance(folder), **facts}
+    with torch.device("meta"):
+        adapter = Adapter(config)
     _write_json(folder / PROVENANCE_FILE, stamp)
     (folder / CARD_FILE).write_text(_card(adapter, stamp), encoding="utf-8")
     return folder
@@ -93,6 +104,23 @@ def load_adapter(
     return adapter.to(device=base.device, dtype=base.dtype).eval().requires_grad_(False)
 
 
+def base_of(name_or_path: str | Path, base_name: str | None = None) -> Base:
+    """The base that an adapter was made for, at the revision that it names; with ``base_name`` that one instead."""
+    if base_name is not None:
+        return load_base(base_name)
+    made_for = read_config(find_adapter(name_or_path)).base
+    return load_base(made_for.name, made_for.revision)
+
+
+def make_folder(folder: Path) -> Path:
+    """``folder``, made if missing; a place where none can be made is an InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be a folder: {error.strerror}. Choose another place.") from error
+    return folder
+
+
 def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The local folder of an adapter; hub names are downloaded (never files that could hold code)."""
     name = str(name_or_path)
@@ -114,14 +142,23 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
 
 
 def push_adapter(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a checked adapter folder to the hub, its own four files only; returns the address."""
+    """Upload a checked adapter folder to the hub, its own four files only; returns the address.
+
+    Whatever the hub refuses, or a hub that cannot be reached, is an ArtifactError.
+    """
     config, _ = read_adapter(Path(folder))
-    api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    message = f"safeside {config.name}"
-    return str(
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(_FILES), commit_message=message)
-    )
+    api, message = HfApi(), f"safeside {config.name}"
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        address = api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=list(_FILES), commit_message=message
+        )
+    except Exception as error:  # the hub's client has no common root for its own errors and the network's
+        raise ArtifactError(
+            f"{folder} was not pushed to {repository!r}: the model hub gave: {error}. "
+            "Check the name (owner/name), your login (hf auth login) and the connection."
+        ) from error
+    return str(address)
 
 
 def pull_adapter(name: str, folder: str | Path, *, revision: str | None = None) -> Path:
@@ -131,7 +168,7 @@ def pull_adapter(name: str, folder: str | Path, *, revision: str | None = None) 
         raise InputError(f"{folder} exists already; expected a new folder. Remove it or choose another.")
     source = find_adapter(name, revision)
     read_adapter(source)
-    folder.mkdir(parents=True)
+    make_folder(folder)
     for file in _FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
@@ -155,6 +192,17 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
 def read_config(folder: Path) -> AdapterConfig:
     """The configuration in ``folder`` alone; whatever is wrong with it is a FormatError."""
     return _config_of(_read_values(folder), folder)
+
+
+def read_provenance(folder: Path) -> dict[str, str]:
+    """What is known of the making of the adapter in ``folder``; nothing without its file, a FormatError if broken."""
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return {str(key): str(value) for key, value in dict(json.loads(path.read_text(encoding="utf-8"))).items()}
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{path} is not a JSON object: {error}. Get the folder again, or remove the file.") from error
 
 
 def _read_values(folder: Path) -> dict[str, object]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from reprlib import repr as shortened
 
 import torch
 from jaxtyping import Bool, Int
@@ -93,7 +94,12 @@ def _encode(
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raise an InputError unless there is at least one message and every role is known."""
+    """Raise an InputError unless these are Messages, at least one, and every role is known."""
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Message) for message in messages):
+        raise InputError(
+            f"A conversation is a list of Message(role, content); got {shortened(messages)}. "
+            "Write [Message('user', '...')]."
+        )
     if not messages:
         raise InputError("A conversation needs at least one message; got none. Pass [Message('user', '...')].")
     for message in messages:

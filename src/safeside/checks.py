@@ -15,6 +15,11 @@ from safeside.errors import InputError, UnsupportedError
 
 def check_adapters(base: Base, aligners: Sequence[Adapter], guards: Sequence[Adapter]) -> None:
     """Raise unless ``base`` can take hooks and every adapter fits it and its place."""
+    for place, given in (("aligners", aligners), ("guards", guards)):
+        if not isinstance(given, Sequence) or not all(isinstance(adapter, Adapter) for adapter in given):
+            raise InputError(
+                f"attach() takes lists of adapters; {place} is {type(given).__name__}. Write {place}=[...]."
+            )
     if not aligners and not guards:
         raise InputError("attach() needs at least one aligner or guard; got none.")
     reason = refused_reason(base.model)

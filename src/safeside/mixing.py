@@ -7,9 +7,10 @@ all 0 keeps the base's state by selection, so it stays the base bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from numbers import Real
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -138,10 +139,16 @@ def fixed(strength: float | int | Sequence[float] | Tensor) -> Fixed:
     0 is the base bit for bit, 1 the aligner; values between mix and values above 1 extrapolate.  Anything outside the
     range is an InputError.
     """
-    if isinstance(strength, Tensor):
-        strength = strength.flatten().tolist()
-    values = (float(strength),) if isinstance(strength, (int, float)) else tuple(float(value) for value in strength)
-    return Fixed(values)
+    return Fixed(_numbers(strength))
+
+
+def _numbers(strength: object) -> tuple[float, ...]:
+    """One number, or several, as floats; anything else is an InputError."""
+    given: object = strength.flatten().tolist() if isinstance(strength, Tensor) else strength
+    values: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(value, Real) for value in values):
+        raise InputError(f"A fixed strength is a number, or one number for each row; got {given!r}.")
+    return tuple(float(value) for value in values)
 
 
 def step(

@@ -255,6 +255,28 @@ def test_what_chat_refuses(tiny_base: Base, tiny_family, aligner: Adapter) -> No
     assert tiny_base.chat_batch([]) == []
 
 
+@pytest.mark.parametrize("messages", ["hi", None, [{"role": "user", "content": "hi"}], ["hi"], SHORT[0]])
+def test_only_messages_are_a_conversation(tiny_base: Base, messages: object) -> None:
+    for ask in (tiny_base.chat, tiny_base.encode, lambda given: tiny_base.chat_batch([given])):
+        with pytest.raises(InputError, match=r"A conversation is a list of Message\(role, content\); got"):
+            ask(messages)
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_an_answer_has_at_least_one_token(tiny_base: Base, n: int) -> None:
+    with pytest.raises(InputError, match=f"max_new_tokens must be at least 1; got {n}"):
+        tiny_base.chat(SHORT, max_new_tokens=n)
+
+
+def test_a_strength_without_an_aligner_is_an_error(tiny_base: Base, random_guard) -> None:
+    with attach(tiny_base, guards=[random_guard(tiny_base)]) as attachment:
+        with pytest.raises(InputError, match="only guards are attached"):
+            tiny_base.chat(SHORT, strength=1.7)
+        with pytest.raises(InputError, match="only guards are attached"), attachment.request(strength=0.0):
+            pass
+        assert tiny_base.chat(SHORT, max_new_tokens=1).verdicts
+
+
 def test_sampling_options_reach_generate(tiny_base: Base) -> None:
     texts = set()
     for seed in range(4):

@@ -75,11 +75,8 @@ def take_fingerprint(folder: Path) -> Fingerprint:
     """Fingerprint of the checkpoint in ``folder``; files that are missing are an InputError."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; expected a saved model. Save it with save_pretrained.")
-    weights = _weight_files(folder)
-    if not weights:
-        raise InputError(f"{folder} has no weight files (*.safetensors). Save the model with save_pretrained.")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise InputError(f"{folder} has no tokenizer files. Save the tokenizer beside the model.")
+    weights = weight_files(folder)
+    check_tokenizer(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return Fingerprint(
@@ -118,12 +115,21 @@ def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Iterator[bytes]:
     yield json.dumps(tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]).encode()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads, so that others beside them (an adapter, a second format) change nothing."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads, so that others beside them (an adapter, a second format) change nothing.
+
+    None at all is an InputError.
+    """
     for name in _WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
             return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return []
+    raise InputError(f"{folder} has no weight files (*.safetensors). Save the model with save_pretrained.")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise an InputError unless ``folder`` holds a tokenizer's files: transformers would make up an empty one."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer files. Save the tokenizer beside the model.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,7 +27,8 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from safeside.base.families import Family, decoder_of, find_family, locate
-from safeside.base.fingerprint import Fingerprint, take_fingerprint
+from safeside.base.fingerprint import Fingerprint, check_tokenizer, take_fingerprint, weight_files
+from safeside.base.loading import checked_device, checked_dtype, explained_loading, model_type_of
 from safeside.base.packaged import PACKAGED, packaged_folder
 from safeside.chat import Encoded, encode_chat, pad_batch
 from safeside.errors import InputError, UnsupportedError
@@ -249,6 +249,8 @@ class Base:
         return result
 
     def _check_room(self, encoded: Sequence[Encoded], max_new_tokens: int) -> None:
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
         longest = max(len(item.ids) for item in encoded)
         if longest + max_new_tokens > self.max_tokens:
             raise InputError(
@@ -304,21 +306,21 @@ def load_base(
 
     ``"minilm"`` is the encoder all-MiniLM-L6-v2, which the extra of that name installs.  ``dtype`` is float32 on CPU
     and the checkpoint's own elsewhere unless given (a torch dtype or its name).  No remote code is ever run.  What
-    cannot be found is an InputError; an unknown architecture is an UnsupportedError that names ``register_family``.
+    cannot be found or read, a device that is not there and an unknown dtype are an InputError; an unknown architecture
+    is an UnsupportedError that names ``register_family``.
     """
     name = str(name_or_path)
     folder = _checkpoint_folder(name, revision)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise InputError(f"{name} has no config.json; expected a folder made by save_pretrained.")
-    family = find_family(str(json.loads(config_file.read_text(encoding="utf-8")).get("model_type")))
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    family = find_family(model_type_of(folder, name))
+    device = checked_device(device)
+    dtype = checked_dtype(("float32" if device.type == "cpu" else "auto") if dtype is None else dtype)
     loader = AutoModel if family.is_encoder else AutoModelForCausalLM
-    with _quiet_loading():
+    with explained_loading(name), _quiet_loading():
+        weight_files(folder)
+        check_tokenizer(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = loader.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     torch.nn.Module.to(model, device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return Base(model, tokenizer, family, name, folder, revision)
 
 

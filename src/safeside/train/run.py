@@ -11,7 +11,7 @@ import torch
 
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import AdapterConfig, Calibration
-from safeside.artifact import create_adapter, save_adapter
+from safeside.artifact import create_adapter, make_folder, save_adapter
 from safeside.base.model import Base, load_base
 from safeside.guards.calibrate import fit_calibration
 from safeside.provenance import config_hash
@@ -62,7 +62,7 @@ def run_recipe(
     base's states.  A run that was killed goes on with ``resume``.
     """
     base = base or load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
-    folder, config = output or Path(recipe.output), recipe.adapter_config(base)
+    folder, config = make_folder(output or Path(recipe.output)), recipe.adapter_config(base)
     train, validation = load_splits(base, recipe, data_root, config.labels)
     train = teacher_scores(base, recipe, (train, validation), folder) if recipe.teacher else train
     processes = processes_on(base.device)
