@@ -17,6 +17,7 @@ install_import_hook([f"safeside.{name}" for name in _CHECKED], "beartype.beartyp
 
 from transformers.utils import logging  # noqa: E402
 
+from command_line import adapters, run, small_suite  # noqa: E402, F401  # fixtures
 from safeside import Adapter, Base, create_adapter, load_base, make_config  # noqa: E402
 from safeside.adapters.adapter import DeltaHead  # noqa: E402
 from tiny import make_tiny  # noqa: E402
@@ -81,12 +82,12 @@ def tiny_base(session_base: Base, pristine: dict[str, torch.Tensor]) -> Iterator
     assert all(torch.equal(left[name], tensor) for name, tensor in pristine.items())
 
 
-@pytest.fixture(scope="session")
 def default_dial(options: dict[str, object]) -> dict[str, object]:
     """Half the base's width for an ``lst`` that is not told its own."""
     return {"reduction": 2} if options.get("kind", "lst") == "lst" and "width" not in options else {}
 
 
+@pytest.fixture(scope="session")
 def random_guard() -> Callable[..., Adapter]:
     """``random_guard(base, name="harm", kind="lst", ...)``: a guard whose scores spread over (0, 1)."""
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import inspect
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import typer
 
-from safeside import Adapter, Base, Message, cli, save_adapter
-from safeside.adapters.config import Calibration
+from command_line import Ran, texts, toy_recipe, write
+from safeside import Adapter, Base, Message, cli
 from safeside.errors import MissingExtraError
-from safeside.evals import suites
-from safeside.evals.suites import SUITES, Suite
 from safeside.guards.score import judge
 
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
@@ -32,64 +27,6 @@ SHAPES = {
     "summary": lambda text: {"document": "the cat sat there", "summary": text},
     "messages": lambda text: {"messages": [{"role": "user", "content": text}]},
 }
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> object:
-        return json.loads(self.out)
-
-    @property
-    def lines(self) -> list[dict[str, object]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """``run("guard", folder, stdin=...)`` is the command in this process, as the console script runs it."""
-
-    def command(*words: object, stdin: str = "") -> Ran:
-        monkeypatch.setattr("sys.argv", ["safeside", *map(str, words)])
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ran(ended.value.code or 0, *capsys.readouterr())
-
-    return command
-
-
-@pytest.fixture(scope="module")
-def adapters(
-    session_base: Base,
-    random_guard: Callable[..., Adapter],
-    random_aligner: Callable[..., Adapter],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A folder with the guards ``harm`` and ``two`` and the aligner ``refuse`` of the tiny base."""
-    root = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("harm", "two")):
-        guard = random_guard(session_base, name=name, seed=seed + 1)
-        guard.set_calibration(Calibration(scale=(1.0,), bias=(0.0,), threshold=(0.5 + seed / 10,)))
-        save_adapter(guard, root / name, session_base)
-    save_adapter(random_aligner(session_base), root / "refuse", session_base)
-    return root
-
-
-def texts(n: int = 12) -> list[str]:
-    return [f"the cat sat {index * 7919}" for index in range(n)]
-
-
-def write(path: Path, rows: Sequence[object]) -> Path:
-    content = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
-    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
-    return path
 
 
 # ---- options and start-up --------------------------------------------------------------------------------------------
@@ -170,7 +107,13 @@ sys.exit(f"imported {slow}" if slow else 0)
         (["eval", "ADAPTERS/harm", "--data", "none.jsonl"], "There is no file none.jsonl"),
         (["eval", "ADAPTERS/refuse", "--data", "ROWS"], "is an aligner; measure it with --suite"),
         (["eval", "ADAPTERS/refuse", "--suite", "demo", "--strengths", "0,much"], "Strengths must be numbers"),
+        (["eval", "ADAPTERS/harm", "--data", "ROWS", "--gate", "ADAPTERS/two"], "'harm' is a guard; --gate is for"),
+        (["eval", "ADAPTERS/harm", "--data", "ROWS", "--strengths", "0.3"], "'harm' is a guard; --strengths is for"),
+        (["eval", "ADAPTERS/harm", "--suite", "demo", "--strengths", "1"], "'harm' is a guard; --strengths is for"),
         (["chat", "hi", "--gated"], "--gated needs a guard"),
+        (["chat", "hi", "--strengths", "0.7"], "Strengths need an aligner"),
+        (["chat", "hi", "--guard", "ADAPTERS/harm", "--gated"], "Strengths need an aligner"),
+        (["chat", "hi", "--guard", "ADAPTERS/harm", "--gated", "--strengths", "0.7"], "Strengths need an aligner"),
         (["chat", "hi", "--base", "BASE", "--strengths", "0,1"], "Strengths need an aligner"),
         (
             ["chat", "hi", "--base", "BASE", "--aligner", "ADAPTERS/refuse", "--strengths", "3"],
@@ -179,6 +122,8 @@ sys.exit(f"imported {slow}" if slow else 0)
         (["chat", "hi", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["chat", "hi", "--base", "BASE", "--max-new-tokens", "999"], "nothing is cut silently"),
         (["train", "none.toml"], "There is no recipe none.toml"),
+        (["train", "RECIPE", "--output", "ROWS"], "rows.jsonl cannot be a folder: File exists"),
+        (["train", "RECIPE", "--output", "ROWS/x"], "rows.jsonl/x cannot be a folder: Not a directory"),
         (["info", "builtin:none"], "There is no built-in adapter"),
     ],
 )
@@ -186,7 +131,8 @@ def test_misuse_is_exit_2_and_one_line(
     run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path, words: list[str], problem: str
 ) -> None:
     rows = write(tmp_path / "rows.jsonl", [{"text": text, "label": index % 2} for index, text in enumerate(texts())])
-    places = {"ADAPTERS": str(adapters), "ROWS": str(rows), "BASE": str(tiny_base.folder)}
+    recipe = toy_recipe(tmp_path, tiny_base)
+    places = {"ADAPTERS": str(adapters), "ROWS": str(rows), "BASE": str(tiny_base.folder), "RECIPE": str(recipe)}
     for place, found in places.items():
         words = [word.replace(place, found) for word in words]
     ran = run(*words)
@@ -293,14 +239,6 @@ def test_eval_counts_bad_rows_and_fails(run: Callable[..., Ran], adapters: Path,
     assert plain.code == 1
     for word in ("auroc", "auprc", "f1", "tpr", "fpr", "low", "high", "n_skipped"):
         assert word in plain.out
-
-
-@pytest.fixture
-def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo suite with two prompts of each label, and very short answers."""
-    demo = SUITES.get("demo")
-    monkeypatch.setitem(SUITES._items, "demo", Suite("demo", demo.path, demo.judge, 2))
-    monkeypatch.setattr(suites, "MAX_NEW_TOKENS", 4)
 
 
 @pytest.mark.usefixtures("small_suite")
@@ -413,19 +351,18 @@ def test_push_uploads_a_checked_folder(
 def test_train_makes_an_adapter(run: Callable[..., Ran], tiny_base: Base, tmp_path: Path) -> None:
     rows = [{"text": f"the {'hat' if index % 2 else 'cat'} {index}", "label": index % 2} for index in range(24)]
     write(tmp_path / "rows.jsonl", [*rows, "{broken"])
-    recipe = tmp_path / "toy.toml"
-    recipe.write_text(
-        f"name = 'toy'\noutput = 'unused'\n[base]\nname = '{tiny_base.folder}'\n[data]\ntrain = ['rows.jsonl']\n"
-        "validation = ['rows.jsonl']\n[adapter]\nkind = 'plr'\n[training]\nepochs = 2\nbatch_size = 8\n"
-    )
+    recipe = toy_recipe(tmp_path, tiny_base)
     ran = run("train", recipe, "--output", tmp_path / "toy", "--json")
-    assert ran.code == 0
+    assert ran.code == 1  # a row was bad, yet the run went on and saved
     assert (ran.json["adapter"], ran.json["train_rows"], ran.json["bad_rows"]) == (str(tmp_path / "toy"), 24, 2)
     assert ran.json["trainable_params"] > 0
     assert "line 25 was left out: rows.jsonl: not JSON" in ran.err
     assert "epoch 2: validation" in ran.err
-    resumed = run("train", recipe, "--data", tmp_path, "--output", tmp_path / "toy", "--resume")
-    assert resumed.code == 0
-    assert "best validation auroc" in resumed.out
+    write(tmp_path / "rows.jsonl", rows)
+    again = run("train", recipe, "--data", tmp_path, "--output", tmp_path / "toy", "--resume")
+    assert again.code == 0
+    assert "best validation auroc" in again.out
+    assert "there is no checkpoint to resume from" in again.err
+    assert "MB in" in again.err  # the size of the stored states, said before they are stored
     scored = run("guard", tmp_path / "toy", tmp_path / "rows.jsonl")
-    assert len(scored.lines) == 25
+    assert len(scored.lines) == 24

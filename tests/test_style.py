@@ -49,7 +49,7 @@ EXTRAS = {
 MAY_PROBE = {"base/families.py"}  # hasattr, getattr: asking a foreign object what it can do
 MAY_IMPORT_LATE = {"cli.py", "__init__.py"}  # so that --help does not wait for torch
 LONG_FUNCTIONS: set[str] = set()
-MANY_ARGUMENTS = {"evals/command.py:evaluate_command", "train/run.py:_sources"}
+MANY_ARGUMENTS = {"train/run.py:_sources"}
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:

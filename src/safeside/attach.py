@@ -102,6 +102,8 @@ class Attachment:
         rows ``generate`` makes of each: ``num_beams`` or ``num_return_sequences``.
         """
         self._check_attached()
+        if strength is not None and not self.aligners:
+            raise InputError("A strength was given but only guards are attached. Call attach(base, aligners=[...]).")
         policies = self.policies if strength is None else as_policies(strength, list(self.aligners))
         self._check_gates(policies)
         ends = None if prompt_end is None else tuple(int(end) for end in prompt_end)

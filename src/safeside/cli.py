@@ -63,11 +63,9 @@ def _extra(name: str) -> Iterator[None]:
 
 def _load(adapter: str, base_name: str | None, allow_mismatch: str | None = None) -> tuple[Any, Any]:
     """The adapter and its base; without ``--base`` the one that the adapter names."""
-    from safeside.artifact import find_adapter, load_adapter, read_config
-    from safeside.base.model import load_base
+    from safeside.artifact import base_of, load_adapter
 
-    folder = find_adapter(adapter)
-    base = load_base(base_name or read_config(folder).base.name)
+    base = base_of(adapter, base_name)
     return base, load_adapter(adapter, base, allow_mismatch=allow_mismatch)
 
 
@@ -107,12 +105,15 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train the adapter that a recipe describes, calibrate it and save it."""
+    """Train the adapter that a recipe describes, calibrate it and save it. Bad rows are reported, and exit 1."""
     with _extra("train"):
         from safeside.train.command import train_command
     summary = train_command(recipe, data or recipe.parent, output, resume)
-    if summary is not None:
-        _print_summary(summary, str(recipe), as_json)
+    if summary is None:
+        return
+    _print_summary(summary, str(recipe), as_json)
+    if summary["bad_rows"]:
+        raise typer.Exit(1)
 
 
 @app.command("eval")
@@ -120,7 +121,9 @@ def evaluate(
     adapter: Annotated[str, typer.Argument(help="Adapter: a folder, a hub name or builtin:harm.")],
     data: Annotated[Path | None, typer.Option(help="Labelled rows, .jsonl or .jsonl.gz.")] = None,
     suite: Annotated[str | None, typer.Option(help="A named suite, such as 'demo'.")] = None,
-    strengths: Annotated[str, typer.Option(help="For an aligner: strengths, comma-separated.")] = "0,0.5,1",
+    strengths: Annotated[
+        str | None, typer.Option(help="For an aligner: strengths, comma-separated; 0,0.5,1 unless given.")
+    ] = None,
     gate: Annotated[str | None, typer.Option(help="Guard that gates the aligner (targeted alignment).")] = None,
     base: BaseName = None,
     allow_mismatch: Mismatch = None,
@@ -130,9 +133,10 @@ def evaluate(
     if (data is None) == (suite is None):
         raise InputError("eval needs one of --data FILE and --suite NAME; got neither or both.")
     with _extra("eval"):
-        from safeside.evals.command import evaluate_command
+        from safeside.evals.command import EvalOptions, evaluate_command
+    options = EvalOptions(data, suite, parse_strengths(strengths), gate, allow_mismatch)
     loaded_base, loaded = _load(adapter, base, allow_mismatch)
-    rows, failed = evaluate_command(loaded_base, loaded, data, suite, parse_strengths(strengths), gate)
+    rows, failed = evaluate_command(loaded_base, loaded, options)
     if as_json:
         _print_json(rows)
     else:
@@ -179,31 +183,41 @@ def guard(
 @app.command()
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="One prompt; left out: lines from standard input.")] = None,
-    base: Annotated[str, typer.Option(help="Base: 'builtin', a folder or a hub name.")] = "builtin",
+    base: BaseName = None,
     aligner: Annotated[list[str] | None, typer.Option(help="Aligner to attach (repeatable).")] = None,
     guard: Annotated[list[str] | None, typer.Option(help="Guard to attach (repeatable).")] = None,
-    strengths: Annotated[str, typer.Option(help="One answer for each strength, comma-separated.")] = "1",
+    strengths: Annotated[
+        str | None, typer.Option(help="One answer for each strength, comma-separated; 1 unless given.")
+    ] = None,
     gated: Annotated[bool, typer.Option("--gated", help="Let the first guard set the strength up to these.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 96,
+    allow_mismatch: Mismatch = None,
     as_json: Json = False,
 ) -> None:
-    """Chat with a base and its adapters, at one or several strengths."""
+    """Chat with a base and its adapters, at one or several strengths.
+
+    A typed line that cannot be answered is reported; the session goes on and exits with 1.
+    """
     from safeside.conversation import ChatOptions, chat_command
 
-    options = ChatOptions(base, aligner or [], guard or [], parse_strengths(strengths), gated, max_new_tokens)
-    chat_command(options, prompt, as_json)
+    options = ChatOptions(
+        base, aligner or [], guard or [], parse_strengths(strengths), gated, max_new_tokens, allow_mismatch
+    )
+    if not chat_command(options, prompt, as_json):
+        raise typer.Exit(1)
 
 
 @app.command()
 def info(
     adapter: Annotated[str | None, typer.Argument(help="Adapter; left out: only the base.")] = None,
     base: BaseName = None,
+    allow_mismatch: Mismatch = None,
     as_json: Json = False,
 ) -> None:
     """Say what an adapter or a base is: layers, widths, exact cost, thresholds, origin."""
     from safeside.facts import adapter_facts, base_facts
 
-    facts = base_facts(base or "builtin") if adapter is None else adapter_facts(adapter, base)
+    facts = base_facts(base or "builtin") if adapter is None else adapter_facts(adapter, base, allow_mismatch)
     if as_json:
         _print_json(facts)
     else:
@@ -273,10 +287,16 @@ def push(
         print(address)
 
 
-def parse_strengths(text: str) -> list[float]:
-    """``"0,0.5,1"`` as numbers; anything else is an InputError."""
+def parse_strengths(text: str | None) -> list[float] | None:
+    """``"0,0.5,1"`` as numbers that an aligner can have; anything else is an InputError."""
+    if text is None:
+        return None
+    from safeside.mixing import fixed
+
     try:
-        return [float(part) for part in text.split(",")]
+        return list(fixed([float(part) for part in text.split(",")]).values)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"Strengths must be numbers like 0,0.5,1; got {text!r}.") from error
 

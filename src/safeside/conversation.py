@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import load_adapter
+from safeside.artifact import base_of, load_adapter
 from safeside.attach import attach
-from safeside.base.model import load_base
+from safeside.base.model import BUILTIN_NAME, Base, load_base
 from safeside.errors import InputError
 from safeside.mixing import ramp
 from safeside.terminal import note
@@ -23,49 +23,108 @@ from safeside.types import Completion, Message
 class ChatOptions:
     """The options of ``safeside chat``."""
 
-    base: str
+    base: str | None
     aligners: list[str]
     guards: list[str]
-    strengths: list[float]
+    strengths: list[float] | None
     gated: bool
     max_new_tokens: int
+    allow_mismatch: str | None = None
 
 
-def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> None:
-    """Answer ``prompt``, or each line of standard input in one conversation for each strength."""
+def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> bool:
+    """Answer ``prompt``, or each line of standard input in one conversation for each strength.
+
+    True when everything was answered.  A typed line that cannot be is reported, and the session goes on.
+    """
     if options.gated and not options.guards:
         raise InputError("--gated needs a guard that sets the strength; add --guard builtin:harm.")
-    base = load_base(options.base)
-    aligners = [load_adapter(name, base) for name in options.aligners]
-    guards = [load_adapter(name, base) for name in options.guards]
-    if not aligners and len(options.strengths) > 1:
-        raise InputError("Strengths need an aligner; add --aligner builtin:refuse, or give one prompt without them.")
-    strengths = options.strengths
-    attached = attach(base, aligners, guards) if aligners or guards else nullcontext()
-    histories: list[list[Message]] = [[] for _ in strengths]
-    with attached:
-        for text in [prompt] if prompt is not None else _typed_lines():
-            for strength, history in zip(strengths, histories, strict=True):
-                history.append(Message("user", text))
-                completion = base.chat(
-                    history,
-                    strength=_policy(options, guards, strength) if aligners else None,
-                    max_new_tokens=options.max_new_tokens,
-                )
-                history.append(Message("assistant", completion.text))
-                _show(completion, strength if aligners else None, as_json)
+    if not options.aligners and (options.strengths is not None or options.gated):
+        raise InputError(
+            "Strengths need an aligner; add --aligner builtin:refuse, or leave --strengths and --gated out."
+        )
+    names = [*options.aligners, *options.guards]
+    base = base_of(names[0], options.base) if names else load_base(options.base or BUILTIN_NAME)
+    aligners, guards = (
+        [load_adapter(name, base, allow_mismatch=options.allow_mismatch) for name in some]
+        for some in (options.aligners, options.guards)
+    )
+    strengths = (options.strengths or [1.0]) if aligners else [None]
+    conversations = [
+        _Conversation(base, options.max_new_tokens, _policy(options, guards, value)) for value in strengths
+    ]
+    with attach(base, aligners, guards) if names else nullcontext():
+        if prompt is not None:
+            for strength, conversation in zip(strengths, conversations, strict=True):
+                _show(conversation.answer(prompt), strength, as_json)
+            return True
+        all_read = _talk(conversations, strengths, as_json)
+    return all_read and not any(conversation.n_problems for conversation in conversations)
 
 
-def _policy(options: ChatOptions, guards: list[Adapter], strength: float) -> object:
-    if not options.gated or strength == 0:
+def _talk(conversations: list[_Conversation], strengths: Sequence[float | None], as_json: bool) -> bool:
+    """Answer typed lines until they end; whether all of them could be read."""
+    all_read = True
+    for text in _typed_lines():
+        if text is None:
+            all_read = False
+            continue
+        for strength, conversation in zip(strengths, conversations, strict=True):
+            completion = conversation.answer_if_possible(text)
+            if completion is not None:
+                _show(completion, strength, as_json)
+    return all_read
+
+
+class _Conversation:
+    """One conversation at one strength, and how often it could not go on."""
+
+    def __init__(self, base: Base, max_new_tokens: int, policy: object) -> None:
+        self.base, self.max_new_tokens, self.policy = base, max_new_tokens, policy
+        self.history: list[Message] = []
+        self.n_problems = 0
+
+    def answer(self, text: str) -> Completion:
+        """The answer to ``text``; both join the history once there is one."""
+        asked = [*self.history, Message("user", text)]
+        completion = self.base.chat(asked, strength=self.policy, max_new_tokens=self.max_new_tokens)
+        self.history = [*asked, Message("assistant", completion.text)]
+        return completion
+
+    def answer_if_possible(self, text: str) -> Completion | None:
+        """The answer, in a new conversation where the old one cannot take ``text``; None where neither can."""
+        try:
+            return self.answer(text)
+        except InputError as error:
+            self.n_problems += 1
+            note(f"safeside: {error}")
+        if not self.history:
+            note("safeside: the message was left out.")
+            return None
+        note("safeside: a new conversation starts with this message.")
+        self.history = []
+        return self.answer_if_possible(text)
+
+
+def _policy(options: ChatOptions, guards: list[Adapter], strength: float | None) -> object:
+    if not options.gated or not strength:
         return strength
     return ramp(guards[0], ceiling=strength)
 
 
-def _typed_lines() -> Iterator[str]:
+def _typed_lines() -> Iterator[str | None]:
+    """The lines of standard input that are not empty; None for one that is not UTF-8, once that was told."""
     if sys.stdin.isatty():
         note("Type a message; Ctrl-D ends.")
-    return (line.strip() for line in iter(sys.stdin.readline, "") if line.strip())
+    for number, line in enumerate(iter(sys.stdin.buffer.readline, b""), 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError as error:
+            note(f"safeside: line {number} is not UTF-8 ({error.reason} at byte {error.start}); it was left out.")
+            yield None
+            continue
+        if text:
+            yield text
 
 
 def _show(completion: Completion, strength: float | None, as_json: bool) -> None:

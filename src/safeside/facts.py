@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls, flops_share
-from safeside.artifact import PROVENANCE_FILE, find_adapter, load_adapter, read_config
+from safeside.artifact import base_of, find_adapter, load_adapter, read_config, read_provenance
 from safeside.base.model import load_base
 
 TARGET_SHARE = 0.01
@@ -29,15 +27,14 @@ def base_facts(name: str) -> dict[str, object]:
     }
 
 
-def adapter_facts(name: str, base_name: str | None) -> dict[str, object]:
+def adapter_facts(name: str, base_name: str | None, allow_mismatch: str | None = None) -> dict[str, object]:
     """An adapter's dimensions, its exact share of the base's compute, thresholds and provenance."""
     folder = find_adapter(name)
-    config = read_config(folder)
-    base = load_base(base_name or config.base.name)
-    adapter = load_adapter(name, base)
+    config, made = read_config(folder), read_provenance(folder)
+    base = base_of(name, base_name)
+    adapter = load_adapter(name, base, allow_mismatch=allow_mismatch)
     share = flops_share(base, adapter)
     verdict = "within 1%" if share <= TARGET_SHARE else f"{share / TARGET_SHARE:.1f} times the 1% target"
-    stored = folder / PROVENANCE_FILE
     return {
         "adapter": config.name,
         "kind": config.kind,
@@ -51,5 +48,5 @@ def adapter_facts(name: str, base_name: str | None) -> dict[str, object]:
         "matmuls_per_token": adapter_matmuls(adapter),
         "flops_share": share,
         "cost": f"{share:.4%} of the base's compute: {verdict}",
-        **({"provenance": json.loads(stored.read_text())} if stored.is_file() else {}),
+        **({"provenance": made} if made else {}),
     }

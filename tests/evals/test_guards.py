@@ -14,7 +14,7 @@ from safeside import Adapter, Base, Message
 from safeside.adapters.config import Calibration
 from safeside.errors import InputError
 from safeside.evals import guards as module
-from safeside.evals.command import evaluate_command, guard_rows
+from safeside.evals.command import EvalOptions, evaluate_command, guard_rows
 from safeside.evals.guards import evaluate_guard, report_on
 from safeside.evals.metrics import guard_figures
 from safeside.guards.score import Scores, judge
@@ -87,6 +87,20 @@ def test_scores_that_are_no_numbers_are_unscored(
     assert report.figures["harm"]["auroc"].value == 1.0
 
 
+def test_rows_are_told_when_scores_leave_one_class_only(
+    tiny_base: Base, guard: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(base: Base, guards: object, conversations: list[object], **options: object) -> list[Scores]:
+        return [Scores({"harm": (0.5,)}), Scores({"harm": (math.nan,)}, problem="a score is not a number")]
+
+    monkeypatch.setattr(module, "score_conversations", score)
+    examples = [Example((Message("user", "hi"),), (float(index),), line=index + 1) for index in range(2)]
+    told: list[int] = []
+    with pytest.raises(InputError, match="got 0 harmful and 1 harmless for 'harm', and 1 bad rows"):
+        report_on(tiny_base, guard, examples, tell=lambda row: told.append(row.line))
+    assert told == [2]
+
+
 def test_every_label_has_its_figures(tiny_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path) -> None:
     both = random_guard(tiny_base, labels=("a", "b"))
     content = [{"text": f"{index}", "label": {"a": index % 2, "b": int(index % 3 > 0)}} for index in range(12)]
@@ -99,7 +113,7 @@ def test_every_label_has_its_figures(tiny_base: Base, random_guard: Callable[...
 def test_a_file_without_rows_is_an_error(tiny_base: Base, guard: Adapter, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no usable row"):
         evaluate_guard(tiny_base, guard, write(tmp_path / "rows.jsonl", []))
-    with pytest.raises(InputError, match="The first problem: line 1, no 'label'"):
+    with pytest.raises(InputError, match="The first problem of 1: line 1, no 'label'"):
         evaluate_guard(tiny_base, guard, write(tmp_path / "rows.jsonl", [{"text": "hi"}]))
 
 
@@ -108,6 +122,6 @@ def test_what_does_not_go_together_is_an_error(
 ) -> None:
     path = write(tmp_path / "rows.jsonl", rows())
     with pytest.raises(InputError, match="'refuse' is an aligner; measure it with --suite"):
-        evaluate_command(tiny_base, random_aligner(tiny_base), path, None, [1.0], None)
+        evaluate_command(tiny_base, random_aligner(tiny_base), EvalOptions(data=path))
     with pytest.raises(InputError, match="'harm' is a guard; --gate is for aligners"):
-        evaluate_command(tiny_base, guard, None, "demo", [1.0], "builtin:harm")
+        evaluate_command(tiny_base, guard, EvalOptions(suite="demo", gate="builtin:harm"))

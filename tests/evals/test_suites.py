@@ -14,7 +14,7 @@ from safeside.adapters.config import Calibration
 from safeside.errors import InputError, UnknownNameError
 from safeside.evals import suites as module
 from safeside.evals.judges import JUDGES
-from safeside.evals.suites import SUITES, Suite, answer, run_aligner_suite, run_guard_suite, suite_prompts, wilson
+from safeside.evals.suites import SUITES, Suite, answer, run_aligner_suite, suite_prompts, wilson
 
 ROWS = [("the cat", 1), ("how can", 0), ("hat on mat", 1), ("they said", 0), ("then be", 1), ("sat", 0), ("other", 1)]
 
@@ -101,11 +101,6 @@ def test_a_suite_must_be_whole(tmp_path: Path, rows: list[tuple[str, int]], prob
     path.write_text("\n".join(json.dumps({"prompt": prompt, "label": label}) for prompt, label in rows))
     with pytest.raises(InputError, match=problem):
         suite_prompts(Suite("toy", path))
-
-
-def test_a_guard_is_measured_on_all_prompts(tiny_base: Base, guard: Adapter, suite: Suite) -> None:
-    report = run_guard_suite(tiny_base, guard, suite, lambda count: None)
-    assert (report.n, report.n_skipped) == (len(ROWS), 0)
 
 
 def test_the_demo_suite_is_packaged() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
@@ -10,41 +11,47 @@ from safeside.artifact import load_adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.guards import GuardReport, evaluate_guard
-from safeside.evals.suites import SUITES, Suite, run_aligner_suite, run_guard_suite, suite_prompts
+from safeside.evals.suites import SUITES, Suite, run_aligner_suite, suite_prompts
+from safeside.tasks.rows import BadRow
 from safeside.terminal import note, progress_bar
 
 Row = dict[str, object]
+STRENGTHS = (0.0, 0.5, 1.0)  # of an aligner, unless given
 
 
-def evaluate_command(
-    base: Base,
-    adapter: Adapter,
-    data: Path | None,
-    suite_name: str | None,
-    strengths: Sequence[float],
-    gate: str | None,
-) -> tuple[list[Row], bool]:
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """The options of ``safeside eval``: one of ``data`` and ``suite``; ``strengths`` and ``gate`` for aligners."""
+
+    data: Path | None = None
+    suite: str | None = None
+    strengths: Sequence[float] | None = None
+    gate: str | None = None
+    allow_mismatch: str | None = None
+
+
+def evaluate_command(base: Base, adapter: Adapter, options: EvalOptions) -> tuple[list[Row], bool]:
     """Tidy rows of figures, and whether rows had to be skipped (the command then exits with 1)."""
-    is_guard = adapter.config.role == "guard"
-    if data is not None:
-        if not is_guard:
+    if adapter.config.role == "align":
+        if options.suite is None:
             raise InputError(f"{adapter.name!r} is an aligner; measure it with --suite NAME --strengths 0,0.5,1.")
-        with progress_bar("score", None) as advance:
-            report = evaluate_guard(base, adapter, data, advance=advance)
-        return guard_rows(report), bool(report.n_skipped or report.n_unscored)
-    suite = SUITES.get(str(suite_name))
-    if is_guard and gate is not None:
-        raise InputError(f"{adapter.name!r} is a guard; --gate is for aligners. Leave it out.")
-    if is_guard:
-        with progress_bar("score", None) as advance:
-            return guard_rows(run_guard_suite(base, adapter, suite, advance)), False
-    return _aligner_rows(base, adapter, suite, strengths, gate), False
+        return _aligner_rows(base, adapter, SUITES.get(options.suite), options), False
+    for option, given in (("--gate", options.gate), ("--strengths", options.strengths)):
+        if given is not None:
+            raise InputError(f"{adapter.name!r} is a guard; {option} is for aligners. Leave it out.")
+    path = options.data or SUITES.get(str(options.suite)).path
+    with progress_bar("score", None) as advance:
+        report = evaluate_guard(base, adapter, path, advance=advance, tell=_tell)
+    return guard_rows(report), bool(report.n_skipped or report.n_unscored)
 
 
-def _aligner_rows(
-    base: Base, aligner: Adapter, suite: Suite, strengths: Sequence[float], gate: str | None
-) -> list[Row]:
-    guard = load_adapter(gate, base) if gate else None
+def _tell(row: BadRow) -> None:
+    note(f"line {row.line} was skipped: {row.problem}")
+
+
+def _aligner_rows(base: Base, aligner: Adapter, suite: Suite, options: EvalOptions) -> list[Row]:
+    strengths = STRENGTHS if options.strengths is None else options.strengths
+    guard = load_adapter(options.gate, base, allow_mismatch=options.allow_mismatch) if options.gate else None
     total = len(strengths) * sum(len(prompts) for prompts in suite_prompts(suite))
     with progress_bar("answer", total, "prompts") as advance:
         results = run_aligner_suite(base, aligner, suite, strengths, guard=guard, advance=advance)
@@ -65,8 +72,6 @@ def _aligner_rows(
 
 def guard_rows(report: GuardReport) -> list[Row]:
     """One row for each label and metric."""
-    for row in report.bad:
-        note(f"line {row.line} was skipped: {row.problem}")
     return [
         {
             "label": label,

@@ -46,13 +46,20 @@ def evaluate_guard(
     *,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
+    tell: Callable[[BadRow], None] = lambda row: None,
 ) -> GuardReport:
-    """auroc, auprc, f1, tpr and fpr of ``guard`` on a file of labelled rows, at the artifact's threshold."""
+    """auroc, auprc, f1, tpr and fpr of ``guard`` on a file of labelled rows, at the artifact's threshold.
+
+    ``tell`` hears of every bad row as soon as it is known, so also when no figure can be made: without a usable row,
+    or with rows of one class only, that is an InputError before anything is scored.
+    """
     examples, bad = load_examples(path, guard.config.labels)
+    for row in bad:
+        tell(row)
     if not examples:
-        first = f" The first problem: line {bad[0].line}, {bad[0].problem}." if bad else ""
+        first = f" The first problem of {len(bad)}: line {bad[0].line}, {bad[0].problem}." if bad else ""
         raise InputError(f"{path} holds no usable row.{first}")
-    return report_on(base, guard, examples, bad, batch_size=batch_size, advance=advance)
+    return report_on(base, guard, examples, bad, batch_size=batch_size, advance=advance, tell=tell)
 
 
 def report_on(
@@ -63,13 +70,19 @@ def report_on(
     *,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
+    tell: Callable[[BadRow], None] = lambda row: None,
 ) -> GuardReport:
     """The same on examples in memory.  A row whose score is not a number is unscored: counted, never dropped unseen."""
+    labels = np.array([example.labels for example in examples], dtype=np.float64)  # (n, K)
+    _check_classes(labels, guard.config.labels, len(bad))
     conversations = [example.messages for example in examples]
     scored = score_conversations(base, [guard], conversations, batch_size=batch_size, advance=advance)
     scores = np.array([row.by_guard[guard.name] for row in scored], dtype=np.float64)  # (n, K)
-    labels = np.array([example.labels for example in examples], dtype=np.float64)
+    unscored = [BadRow(example.line, row.problem) for example, row in zip(examples, scored, strict=True) if row.problem]
+    for bad_row in unscored:
+        tell(bad_row)
     finite = np.isfinite(scores).all(1)
+    _check_classes(labels[finite], guard.config.labels, len(bad) + len(unscored))
     figures = {
         label: guard_figures(labels[finite, index], scores[finite, index], guard.thresholds[index])
         for index, label in enumerate(guard.config.labels)
@@ -82,8 +95,16 @@ def report_on(
         n_skipped=len(bad),
         n_unscored=int((~finite).sum()),
         n_windowed=sum(row.n_windows > 1 for row in scored),
-        bad=[
-            *bad,
-            *(BadRow(example.line, row.problem) for example, row in zip(examples, scored, strict=True) if row.problem),
-        ],
+        bad=[*bad, *unscored],
     )
+
+
+def _check_classes(labels: Array, names: Sequence[str], n_bad: int) -> None:
+    """Raise an InputError unless every column of the (n, K) labels holds both 0 and 1."""
+    for name, column in zip(names, labels.T, strict=True):
+        n_harmful = int(column.sum())
+        if n_harmful in (0, len(column)):
+            raise InputError(
+                f"Figures need both harmful and harmless rows; got {n_harmful} harmful and {len(column) - n_harmful} "
+                f"harmless for {name!r}, and {n_bad} bad rows. Add rows of the other kind, or mend the bad ones."
+            )

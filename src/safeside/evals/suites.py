@@ -13,7 +13,6 @@ from safeside.adapters.adapter import Adapter
 from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.errors import InputError
-from safeside.evals.guards import GuardReport, evaluate_guard
 from safeside.evals.judges import JUDGES
 from safeside.mixing import ramp
 from safeside.registry import Registry
@@ -39,11 +38,6 @@ class Suite:
 
 SUITES: Registry[Suite] = Registry("suite")
 SUITES.register("demo", Suite("demo", Path(str(files("safeside.builtin") / "demo" / "test.jsonl.gz"))))
-
-
-def run_guard_suite(base: Base, guard: Adapter, suite: Suite, advance: Callable[[int], None]) -> GuardReport:
-    """The guard's figures on all of the suite's prompts."""
-    return evaluate_guard(base, guard, suite.path, advance=advance)
 
 
 def run_aligner_suite(
