@@ -252,6 +252,7 @@ def test_training_learns_and_says_how_it_went() -> None:
     assert outcome.trainable_params == 6 * 16 + 16 + 16 + 1
     assert outcome.train_seconds > 0
     assert outcome.peak_bytes > 10_000_000
+    assert outcome.peak_measure == "anonymous memory"
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:

@@ -8,7 +8,6 @@ each batch and gradients are added up, so the weights are those of one process.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from safeside.errors import ConfigError, NotFiniteError
 from safeside.provenance import config_hash
+from safeside.train.memory import PeakMemory
 from safeside.train.recipe import TrainingSection
 
 CHECKPOINT = "checkpoint.pt"
@@ -56,9 +56,11 @@ class Outcome:
     train_seconds: float
     """Wall-clock seconds of the loop; the pass that stores the base's states is not in it."""
     peak_bytes: int
-    """Most memory: of the accelerator if there is one, else of the process."""
+    """Most memory during the loop, base included: see ``safeside.train.memory``."""
     trainable_params: int
     """Parameters that were trained."""
+    peak_measure: str = ""
+    """What ``peak_bytes`` counts on this machine."""
     history: list[float] = field(default_factory=list)
     """The validation figure after every epoch."""
 
@@ -133,8 +135,9 @@ class Loop:
             self._load_checkpoint()
         started, before = time.perf_counter(), self.state.seconds
         self.last_saved = started
-        while self.state.epoch < self.settings.epochs and not self._has_stalled():
-            self._run_epoch(started, before)
+        with PeakMemory(self.device) as memory:
+            while self.state.epoch < self.settings.epochs and not self._has_stalled():
+                self._run_epoch(started, before)
         self.state.seconds = before + time.perf_counter() - started
         self.module.load_state_dict(self.best)
         return Outcome(
@@ -142,8 +145,9 @@ class Loop:
             epochs=self.state.epoch,
             steps=self.state.step,
             train_seconds=self.state.seconds,
-            peak_bytes=peak_bytes(),
+            peak_bytes=memory.n_bytes,
             trainable_params=sum(parameter.numel() for parameter in self.parameters),
+            peak_measure=memory.measure,
             history=self.state.history,
         )
 
@@ -276,10 +280,3 @@ class Loop:
 def processes_on(device: torch.device) -> PartialState:
     """The processes of this run: one, or those that ``torchrun`` or ``accelerate launch`` started."""
     return PartialState(cpu=device.type == "cpu")
-
-
-def peak_bytes() -> int:
-    """Most memory used so far: of the accelerator if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -171,3 +171,4 @@ def _facts(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[s
         "peak_bytes": str(outcome.peak_bytes),
         "trainable_params": str(outcome.trainable_params),
     }
+        "peak_measure": outcome.peak_measure,
