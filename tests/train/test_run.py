@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from recipes_for_tests import SAME_WEIGHTS, answer_rows, guard_rows, recipe, weights, write, write_rows
 from safeside import Adapter, Base, Message, attach, load_adapter, load_base
-from safeside.artifact import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
+from safeside.artifact import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from safeside.errors import ConfigError, InputError, NotFiniteError
 from safeside.guards.score import score_conversations
 from safeside.tasks.rows import BadRow
@@ -23,10 +24,12 @@ from safeside.tasks.task import TASKS, Task, load_task, register_task
 from safeside.train import objectives as module
 from safeside.train.loop import CHECKPOINT, Progress
 from safeside.train.recipe import Recipe
-from safeside.train.run import Run, run_recipe
+from safeside.train.run import TAPS, Run, run_recipe
 from safeside.train.splits import encode_rows
 from safeside.types import Example
 from twin import hash_of
+
+ARTIFACT = {CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE}
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +235,12 @@ def test_a_killed_recipe_ends_at_the_same_artifact(tiny_base: Base, data: Path, 
 
     for step in (2, 4, 7):
         kill_at(step)
+        assert (tmp_path / TAPS).is_dir()
+        assert (tmp_path / CHECKPOINT).is_file()
     done = run_recipe(values, data_root=data, output=tmp_path, base=tiny_base, resume=True)
     assert torch.equal(weights(done.adapter), weights(whole.adapter))
     assert done.adapter.config == whole.adapter.config
+    assert {path.name for path in tmp_path.iterdir()} == {*ARTIFACT, "whole"}
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == (whole.folder / WEIGHTS_FILE).read_bytes()
 
 
@@ -242,7 +248,13 @@ def test_other_rows_do_not_resume(tiny_base: Base, data: Path, tmp_path: Path) -
     for split in ("train", "validation"):
         write(tmp_path / f"guard_{split}.jsonl", guard_rows(40, 7))
     short = recipe(training={"epochs": 1})
-    run_recipe(short, data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+
+    def kill(progress: Progress) -> None:
+        if progress.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(short, data_root=tmp_path, output=tmp_path / "out", base=tiny_base, report=kill)
     assert (tmp_path / "out" / CHECKPOINT).is_file()
     swapped = [{**row, "prompt": str(row["prompt"]).replace("cat", "mat")} for row in guard_rows(40, 7)]
     write(tmp_path / "guard_train.jsonl", swapped)
@@ -289,6 +301,33 @@ def test_the_seed_decides_weights_order_and_limit(tiny_base: Base, data: Path, t
     assert torch.equal(first[0], again[0])
     assert first[1] == again[1] != other[1]
     assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("cache_taps", [True, False, "keep"])
+def test_an_ended_run_leaves_the_adapter_alone(
+    tiny_base: Base, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cache_taps: bool | str
+) -> None:
+    """Unless the recipe keeps the stored states, whose size is told before they are stored."""
+    values = recipe(training={"epochs": 1, "cache_taps": cache_taps}, limit=32)
+    done = run_recipe(values, data_root=data, output=tmp_path, base=tiny_base)
+    kept = {TAPS} if cache_taps == "keep" else set()
+    assert {path.name for path in tmp_path.iterdir()} == ARTIFACT | kept
+    said = " ".join(capsys.readouterr().err.split())
+    if cache_taps:
+        n_bytes = sum(map(sum, (done.train.lengths, done.validation.lengths))) * 4 * 64 * 4
+        assert f"take {n_bytes / 1e6:,.0f} MB in" in said
+    else:
+        assert "MB" not in said
+    if cache_taps == "keep":
+        assert sum(path.stat().st_size for path in (tmp_path / TAPS).iterdir()) == n_bytes
+
+
+def test_no_room_for_the_states_is_told_before_they_are_stored(
+    tiny_base: Base, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("safeside.train.run.shutil.disk_usage", lambda path: full)
+    failing(tiny_base, data, recipe(), ConfigError, "has no room for .* Make room, or set cache_taps = false")
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from safeside.adapters.sizing import flops_share
 from safeside.base.model import load_base
 from safeside.terminal import Advance, note, progress_bars
-from safeside.train.loop import Progress, processes_on
+from safeside.train.loop import CHECKPOINT, Progress, processes_on
 from safeside.train.recipe import read_recipe
 from safeside.train.run import Run, run_recipe
 
@@ -19,6 +19,8 @@ def train_command(path: Path, data_root: Path, output: Path | None, resume: bool
     """Run the recipe at ``path`` and say how it went; of several processes only the first one does."""
     recipe = read_recipe(path)
     base = load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
+    if resume and not ((output or Path(recipe.output)) / CHECKPOINT).is_file():
+        note("there is no checkpoint to resume from: the run starts at the beginning")
     if not processes_on(base.device).is_main_process:
         run_recipe(recipe, data_root=data_root, output=output, base=base, resume=resume)
         return None

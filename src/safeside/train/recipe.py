@@ -140,8 +140,11 @@ class TrainingSection(_Section):
     """Share of the loss that goes to soft targets of a bigger guard (rows' ``soft``, a file's, or a teacher's)."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits of guard and soft targets in that share; above 1 it stresses how sure the bigger guard is."""
-    cache_taps: bool = True
-    """Compute the base's states once, keep them in a memory-mapped file, and train from there."""
+    cache_taps: bool | Literal["keep"] = True
+    """Compute the base's states once, store them in a memory-mapped file beside the adapter, and train from there.
+
+    The file is deleted when the run has ended; ``"keep"`` leaves it for further runs on the same rows and layers.
+    """
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Seconds between checkpoints; one is also written after every epoch."""
 
@@ -212,9 +215,6 @@ class Recipe(_Section):
             raise ValueError("teacher and data.soft both give soft targets; keep one")
         return self
 
-    def adapter_config(self, base: Base) -> AdapterConfig:
-        """The adapter's configuration on ``base``; an unknown kind is an UnknownNameError."""
-        section = self.adapter
     @model_validator(mode="after")
     def _fits_the_role(self) -> Recipe:
         if self.adapter.role == "align":
@@ -229,6 +229,9 @@ class Recipe(_Section):
                 raise ValueError(f"{' and '.join(given)}: for guards only, and role is 'align'; leave out")
         return self
 
+    def adapter_config(self, base: Base) -> AdapterConfig:
+        """The adapter's configuration on ``base``; an unknown kind is an UnknownNameError."""
+        section = self.adapter
         TRUNKS.get(section.kind)
         options: dict[str, object] = {"name": self.name, "kind": section.kind, "role": section.role}
         if section.head_dim != AdapterSection.model_fields["head_dim"].default:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,22 @@ from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import AdapterConfig, Calibration
 from safeside.artifact import create_adapter, make_folder, save_adapter
 from safeside.base.model import Base, load_base
+from safeside.errors import ConfigError
 from safeside.guards.calibrate import fit_calibration
 from safeside.provenance import config_hash
+from safeside.terminal import note
 from safeside.train.importance import Sample, measure_importance
-from safeside.train.loop import Loop, Outcome, Progress, processes_on
+from safeside.train.loop import CHECKPOINT, Loop, Outcome, Progress, processes_on
 from safeside.train.objectives import guard_logits, objective_of
 from safeside.train.pruning import start_from_base
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
 from safeside.train.splits import load_splits
-from safeside.train.taps import FINAL, LiveTaps, Source, StoredTaps, TapStore, key_of
+from safeside.train.taps import FINAL, LiveTaps, Source, StoredTaps, TapStore, key_of, stored_bytes
 from safeside.train.teacher import teacher_scores
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TAPS = "taps"  # a folder in the adapter's own, while the run lasts
 
 
 @dataclass(slots=True)
@@ -59,7 +63,7 @@ def run_recipe(
     """Train the recipe's adapter, calibrate it if it is a guard, and save it to the output folder.
 
     ``base`` may be given when it is loaded already.  ``report`` follows training, ``advance`` the pass that stores the
-    base's states.  A run that was killed goes on with ``resume``.
+    base's states.  A run that was killed goes on with ``resume``; one that ends leaves the adapter alone in its folder.
     """
     base = base or load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
     folder, config = make_folder(output or Path(recipe.output)), recipe.adapter_config(base)
@@ -89,6 +93,7 @@ def run_recipe(
         adapter.set_calibration(_calibration(base, sources[1], validation, recipe))
     if processes.is_main_process:
         save_adapter(adapter, folder, base, _facts(recipe, outcome, train, objective.metric), dtype=dtype)
+        _clean_up(folder, recipe.training.cache_taps is True)
     processes.wait_for_everyone()
     return Run(adapter, folder, outcome, train, validation, objective.metric)
 
@@ -147,9 +152,23 @@ def _sources(
         live = LiveTaps(base, adapter)
         return [live for _ in splits]
     layers = (*adapter.config.layers, *([FINAL] if adapter.config.role == "align" else []))
-    return [
-        StoredTaps(TapStore.build(base, rows.ids, layers, folder / "taps", advance=advance), adapter) for rows in splits
-    ]
+    place = make_folder(folder / TAPS)
+    n_bytes = sum(stored_bytes(base, rows.ids, layers) for rows in splits)
+    free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in place.iterdir())
+    note(f"the states of {base.name} take {n_bytes / 1e6:,.0f} MB in {place} ({free / 1e6:,.0f} MB are free)")
+    if n_bytes > free:
+        raise ConfigError(f"{place} has no room for {n_bytes / 1e6:,.0f} MB. Make room, or set cache_taps = false.")
+    return [StoredTaps(TapStore.build(base, rows.ids, layers, place, advance=advance), adapter) for rows in splits]
+
+
+def _clean_up(folder: Path, delete_taps: bool) -> None:
+    """Delete what only an unfinished run needs: its checkpoint and, unless they are kept, the stored taps."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    if delete_taps:
+        for path in (folder / TAPS).glob("taps-*"):
+            path.unlink()
+        if not any((folder / TAPS).iterdir()):  # whatever else is there is not ours
+            (folder / TAPS).rmdir()
 
 
 def _data_name(recipe: Recipe) -> str:
@@ -169,6 +188,6 @@ def _facts(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[s
         f"validation {metric}": f"{outcome.best_metric:.4f}",
         "train_seconds": f"{outcome.train_seconds:.1f}",
         "peak_bytes": str(outcome.peak_bytes),
+        "peak_measure": outcome.peak_measure,
         "trainable_params": str(outcome.trainable_params),
     }
-        "peak_measure": outcome.peak_measure,

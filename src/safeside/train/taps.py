@@ -104,7 +104,8 @@ class TapStore:
         path = folder / f"taps-{key_of(base, encoded, layers)}.bin"
         done = path.with_suffix(".done")
         size = shape[0] * shape[1] * shape[2]
-        is_new = not (done.exists() and path.is_file() and path.stat().st_size == size * base.dtype.itemsize)
+        n_bytes = stored_bytes(base, encoded, layers)
+        is_new = not (done.exists() and path.is_file() and path.stat().st_size == n_bytes)
         states = torch.from_file(str(path), shared=True, size=size, dtype=base.dtype).view(shape)
         store = cls(states, layers, starts, lengths)
         if is_new:
@@ -201,6 +202,11 @@ def record_states(base: Base, batch: Batch, layers: Sequence[int]) -> dict[int, 
             handle.remove()
     recorded[FINAL] = output[0]
     return recorded
+
+
+def stored_bytes(base: Base, encoded: Sequence[Sequence[int]], layers: Sequence[int]) -> int:
+    """Size of the file that holds the states of ``encoded`` rows at ``layers``."""
+    return sum(map(len, encoded)) * len(set(layers)) * base.d_model * base.dtype.itemsize
 
 
 def key_of(base: Base, encoded: Sequence[Sequence[int]], layers: Sequence[int]) -> str:
