@@ -2,8 +2,9 @@
 
     python scripts/builtin/make.py --data ../shared/data --text ../shared/pretrain/text --only adapters
 
-The base: tokens (prepare.py), then training (train.py, on every GPU there is, else on two CPU processes).  The
-adapters: rows (rows.py), the base's own answers to harmless prompts, training by the recipes in recipes/builtin/.
+The base: tokens (prepare.py), training from nothing (train.py, on every GPU there is, else on two CPU processes), its
+card (card.py).  The adapters: rows (rows.py), the base's own answers to harmless prompts, training by the recipes in
+recipes/builtin/, cards with sources, limits and validation figures (``--only cards`` writes these anew).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from safeside.types import Message
 BUILTIN = Path("src/safeside/builtin")
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "log.csv", "README.md",
 )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def make_base(data: Path, text: Path, work: Path, minutes: float) -> None:
     )  # fmt: skip
     for file in MODEL_FILES:
         shutil.copyfile(model / file, BUILTIN / "base" / file)
-    note("the base has changed: make the adapters, then every figure, again, and rewrite its card")
+    note("the base has changed: make the adapters, then every figure, again")
 
 
 def train(recipe_name: str, rows: Path, work: Path) -> None:
@@ -93,6 +94,13 @@ def train(recipe_name: str, rows: Path, work: Path) -> None:
     target = BUILTIN / "adapters" / recipe_name
     target.mkdir(parents=True, exist_ok=True)
     for file in ("safeside_config.json", "adapter.safetensors", "provenance.json", "README.md"):
+    samples = work / "samples.txt"
+    with samples.open("w", encoding="utf-8") as handle:
+        subprocess.run([sys.executable, "scripts/pretrain/sample.py", str(model)], check=True, stdout=handle)
+    run(
+        sys.executable, "scripts/pretrain/card.py", "--tokens", str(tokens), "--log", str(model / "log.csv"),
+        "--samples", str(samples), "--model", str(model), "--route", "from-nothing",
+    )  # fmt: skip
         shutil.copyfile(output / file, target / file)
     size = (target / "adapter.safetensors").stat().st_size
     note(f"builtin:{recipe_name}: {size / 1e6:.2f} MB")

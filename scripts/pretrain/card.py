@@ -1,6 +1,7 @@
 """Write the built-in base's card from the files of its making: nothing in it is typed twice.
 
-python scripts/pretrain/card.py --tokens work --log model/log.csv --samples samples.txt --model MODEL
+python scripts/pretrain/card.py --tokens work --log model/log.csv --samples samples.txt --model MODEL \\
+    --route from-nothing
 """
 
 from __future__ import annotations
@@ -22,7 +23,20 @@ into it: at this size an adapter shows that the code works, not that a method do
 Licence of the weights: Apache-2.0, as the project; credit share-alike sources as in the table.
 """
 
-MAKING = """## Making
+FROM_NOTHING = """## Making
+
+Made by `make builtin` (`scripts/builtin/make.py`): {layers} layers, trained from nothing in one run of {minutes}
+minutes on {tokens} M tokens. Muon on the hidden matrices, AdamW on embedding and norms, bf16 autocast; warm-up,
+constant, then linear to zero; the last part of the time read chat with the loss on answers weighted up. Validation:
+0.5% of the documents of every source, chosen by hash.
+
+What can be made again from the repository: everything, by the same command with the same text. The schedule follows
+the clock, so another machine gives another model of the same kind, not the same bytes.
+
+Losses are in nats per token; `bits/byte` is for the held-out text.
+"""
+
+GROWN = """## Making
 
 The scripts are in `scripts/pretrain/` (README there: the commands). A first model of 5 layers, trained from nothing
 on 20.3 M tokens of the same mixture (65 minutes on two CPU cores, 1.6072 bits per byte on the held-out text), was
@@ -33,6 +47,12 @@ down. Muon on the hidden matrices, AdamW on embedding and norms, bf16 autocast; 
 zero; the last part of the time read chat with the loss on answers weighted up. Validation: 0.5% of the documents of
 every source, chosen by hash, the same text for both runs. The first line below is the grown model before training.
 
+What can be made again from the repository: the token files, byte for byte from the same text (`prepare.py`); a model
+of the same kind by the same two steps (the commands are in `scripts/pretrain/README.md`); the adapters on these
+weights (`make builtin-adapters`). What cannot: these very weights, because the schedule follows the clock and the
+first model is not in the repository. `make builtin` takes another route, one run from nothing, and writes its own card;
+adapters and figures have to be made anew after it.
+
 Losses are in nats per token; `bits/byte` is for the held-out text.
 """
 
@@ -42,6 +62,9 @@ LIMITS = """## Limits
 * Not trained for safety, and too small to comply in substance: its answers to harmful requests are generic text.
 * Books and web dialogues carry the prejudices of their sources.
 * Far fewer tokens than such a model could use; a longer run (`make builtin`, best on a GPU) will give a better one.
+"""
+
+LIMITS_OF_THE_FIRST = """\
 * The first model had read 12 chat documents whose questions are also in AlpacaEval or similar lists before the filter
   against evaluation questions was put in; none matched a harmful-prompt set.
 """
@@ -77,6 +100,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True, help="log.csv of train.py")
     parser.add_argument("--samples", type=Path, required=True, help="what sample.py printed")
     parser.add_argument("--model", type=Path, required=True, help="folder of the packaged model")
+    parser.add_argument("--route", choices=("from-nothing", "grown"), required=True, help="how it was made")
     options = parser.parse_args()
     with options.log.open(newline="") as handle:
         rows = list(csv.DictReader(handle))
@@ -92,12 +116,13 @@ def main() -> None:
         f"context {config.max_position_embeddings} |",
         f"| tokenizer | byte-level BPE, {config.vocab_size} tokens |", "",
     ]  # fmt: skip
-    making = MAKING.format(
+    making = (GROWN if options.route == "grown" else FROM_NOTHING).format(
         layers=config.num_hidden_layers, minutes=last["minutes"], tokens=f"{int(last['tokens']) / 1e6:.1f}"
     )
+    limits = LIMITS + (LIMITS_OF_THE_FIRST if options.route == "grown" else "")
     samples = ["## Samples", "", "```text", options.samples.read_text(encoding="utf-8").strip(), "```", ""]
     meta = json.loads((options.tokens / "meta.json").read_text())
-    parts = [HEAD, *facts, *data_table(meta), "", making, *loss_table(rows), "", LIMITS, *samples]
+    parts = [HEAD, *facts, *data_table(meta), "", making, *loss_table(rows), "", limits, *samples]
     (options.model / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
