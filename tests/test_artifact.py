@@ -21,7 +21,15 @@ from safetensors.torch import load_file, save_file
 from safeside import Adapter, Base, Message, attach, create_adapter, load_adapter, make_config, save_adapter
 from safeside import artifact as module
 from safeside.adapters.config import Calibration
-from safeside.artifact import CONFIG_FILE, WEIGHTS_FILE, find_adapter, pull_adapter, push_adapter, read_config
+from safeside.artifact import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    annotate_adapter,
+    find_adapter,
+    pull_adapter,
+    push_adapter,
+    read_config,
+)
 from safeside.errors import FormatError, InputError, MismatchError
 
 TALK = [Message("user", "how can this be?"), Message("assistant", "they said so")]
@@ -133,6 +141,20 @@ def retrain(folder: Path) -> None:
     weights = load_file(path)
     next(iter(weights.values())).view(-1)[0] += 1.0
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_facts_are_added_without_a_changed_weight(saved: Path, tiny_base: Base, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    files = {name: (folder / name).read_bytes() for name in ("adapter.safetensors", "safeside_config.json")}
+    made = json.loads((folder / "provenance.json").read_text())
+    before = set((folder / "README.md").read_text().splitlines())
+    annotate_adapter(folder, {"licence": "MIT", "data, cats": "9 rows"})
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    assert json.loads((folder / "provenance.json").read_text()) == {**made, "licence": "MIT", "data, cats": "9 rows"}
+    after = set((folder / "README.md").read_text().splitlines())
+    assert after - before == {"| licence | MIT |", "| data, cats | 9 rows |"}
+    assert before <= after
+    load_adapter(folder, tiny_base)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from rows import DEMO, Row, guard_rows, kept_prompts, read, write
+from rows import DEMO, GUARD_SOURCES, KEPT_SOURCES, Row, data_facts, guard_rows, kept_rows, refusal_rows, write
 
+from safeside.adapters.adapter import Adapter
+from safeside.artifact import annotate_adapter, load_adapter
 from safeside.base.model import Base, load_base
+from safeside.evals.guards import report_on
+from safeside.evals.metrics import guard_figures
+from safeside.evals.suites import Suite, run_aligner_suite
+from safeside.tasks.rows import example_of
 from safeside.terminal import note, progress_bar
 from safeside.train.recipe import read_recipe
 from safeside.train.run import run_recipe
@@ -29,6 +36,13 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja", "log.csv", "README.md",
 )  # fmt: skip
+LICENCE = "weights: Apache-2.0; the sources below keep their own licences and are to be credited"
+LIMITS = {
+    "harm": "for trying out, not for protecting anyone: English, one label for every kind of harm, a tiny base; its "
+    "validation rows come from the sources that it learnt from, so expect less elsewhere",
+    "refuse": "for trying out, not for protecting anyone: English, a tiny base that could not help with harm in "
+    "substance anyway; refusals come from templates, so they sound alike, and it over-refuses as shown",
+}
 
 
 def main() -> None:
@@ -38,7 +52,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path("../shared/pretrain/text"), help="pretraining text")
     parser.add_argument("--work", type=Path, default=Path("runs/builtin"), help="folder for everything in between")
     parser.add_argument("--minutes", type=float, default=10.0 if torch.cuda.is_available() else 180.0)
-    parser.add_argument("--only", choices=("base", "adapters", "harm", "refuse"), help="make only this part")
+    parser.add_argument("--only", choices=("base", "adapters", "harm", "refuse", "cards"), help="make only this")
     options = parser.parse_args()
     if options.only in (None, "base"):
         make_base(options.data, options.text, options.work, options.minutes)
@@ -46,6 +60,10 @@ def main() -> None:
         make_harm(options.data, options.work)
     if options.only in (None, "adapters", "refuse"):
         make_refuse(options.data, options.work)
+    if options.only in (None, "adapters", "harm", "cards"):
+        describe_harm(options.data)
+    if options.only in (None, "adapters", "refuse", "cards"):
+        describe_refuse(options.data)
 
 
 def run(*command: str) -> None:
@@ -76,6 +94,13 @@ def make_base(data: Path, text: Path, work: Path, minutes: float) -> None:
         *launcher, "scripts/pretrain/train.py", "--data", str(tokens), "--out", str(model), "--resume",
         "--minutes", str(minutes), *size,
     )  # fmt: skip
+    samples = work / "samples.txt"
+    with samples.open("w", encoding="utf-8") as handle:
+        subprocess.run([sys.executable, "scripts/pretrain/sample.py", str(model)], check=True, stdout=handle)
+    run(
+        sys.executable, "scripts/pretrain/card.py", "--tokens", str(tokens), "--log", str(model / "log.csv"),
+        "--samples", str(samples), "--model", str(model), "--route", "from-nothing",
+    )  # fmt: skip
     for file in MODEL_FILES:
         shutil.copyfile(model / file, BUILTIN / "base" / file)
     note("the base has changed: make the adapters, then every figure, again")
@@ -94,13 +119,6 @@ def train(recipe_name: str, rows: Path, work: Path) -> None:
     target = BUILTIN / "adapters" / recipe_name
     target.mkdir(parents=True, exist_ok=True)
     for file in ("safeside_config.json", "adapter.safetensors", "provenance.json", "README.md"):
-    samples = work / "samples.txt"
-    with samples.open("w", encoding="utf-8") as handle:
-        subprocess.run([sys.executable, "scripts/pretrain/sample.py", str(model)], check=True, stdout=handle)
-    run(
-        sys.executable, "scripts/pretrain/card.py", "--tokens", str(tokens), "--log", str(model / "log.csv"),
-        "--samples", str(samples), "--model", str(model), "--route", "from-nothing",
-    )  # fmt: skip
         shutil.copyfile(output / file, target / file)
     size = (target / "adapter.safetensors").stat().st_size
     note(f"builtin:{recipe_name}: {size / 1e6:.2f} MB")
@@ -116,13 +134,53 @@ def make_harm(data: Path, work: Path) -> None:
 def make_refuse(data: Path, work: Path) -> None:
     """``builtin:refuse``, the aligner: refusals on harmful prompts, the base's own answers on harmless ones."""
     base = load_base("builtin")
-    for split, prompts in zip(("train", "validation"), kept_prompts(data), strict=True):
-        path = work / "rows" / f"refuse_{split}.jsonl.gz"
-        refusals = [
-            {"prompt": row["prompt"], "response": row["response"]} for row in read(DEMO / f"refusals_{split}.jsonl.gz")
-        ]
-        write(path, [*refusals, *own_answers(base, prompts)])
+    for split, kept in zip(("train", "validation"), kept_rows(data), strict=True):
+        prompts = [str(row["prompt"]) for row in kept]
+        write(work / "rows" / f"refuse_{split}.jsonl.gz", [*refusal_rows(split), *own_answers(base, prompts)])
     train("refuse", work / "rows", work)
+
+
+def describe_harm(data: Path) -> None:
+    """Sources, limits and validation figures into the guard's card."""
+    train_rows, validation = guard_rows(data)
+    base = load_base("builtin")
+    folder = BUILTIN / "adapters" / "harm"
+    figures = guard_facts(base, load_adapter(folder, base), validation)
+    facts = {**data_facts(train_rows, validation, GUARD_SOURCES), **figures}
+    annotate_adapter(folder, {**facts, "licence": LICENCE, "limits": LIMITS["harm"]})
+
+
+def guard_facts(base: Base, guard: Adapter, rows: list[Row]) -> dict[str, str]:
+    """AUROC, and rates at the threshold that was set on these very rows: all of them, prompts alone, answers."""
+    report = report_on(base, guard, [example_of(row, guard.config.labels) for row in rows])
+    labels, scores = report.labels[:, 0], report.scores[:, 0]
+    is_answer = np.array(["response" in row for row in rows])
+    facts = {}
+    for part, chosen in (("all", np.ones_like(is_answer)), ("prompts", ~is_answer), ("answers", is_answer)):
+        kept = chosen & np.isfinite(scores)
+        found = guard_figures(labels[kept], scores[kept], guard.thresholds[0])
+        figures = ", ".join(
+            f"{name} {found[name].value:.3f} ({found[name].low:.3f} to {found[name].high:.3f})"
+            for name in ("auroc", "tpr", "fpr")
+        )
+        facts[f"validation, {part}"] = f"{figures}, n = {kept.sum():,}, unscored {(chosen & ~kept).sum()}"
+    return facts
+
+
+def describe_refuse(data: Path) -> None:
+    """Sources, limits and validation figures into the aligner's card."""
+    base = load_base("builtin")
+    folder = BUILTIN / "adapters" / "refuse"
+    rows = [[*refusal_rows(split), *kept] for split, kept in zip(("train", "validation"), kept_rows(data), strict=True)]
+    facts = data_facts(*rows, KEPT_SOURCES)
+    facts["data, answers"] = "refusals from the project's own generator; on harmless prompts the base's own answers"
+    suite = Suite("validation", DEMO / "validation.jsonl.gz", limit=100)
+    for result in run_aligner_suite(base, load_adapter(folder, base), suite, (0.0, 0.5, 1.0)):
+        strength = result.provenance["strength"]
+        facts[f"validation, {result.metric} at strength {strength}"] = (
+            f"{result.value:.2f} ({result.low:.2f} to {result.high:.2f}), n = {result.n}"
+        )
+    annotate_adapter(folder, {**facts, "licence": LICENCE, "limits": LIMITS["refuse"]})
 
 
 def own_answers(base: Base, prompts: list[str], batch_size: int = 50) -> list[Row]:

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,35 @@ KEPT_SOURCES = (
     Source("instructions/dolly_partial_train.jsonl.gz", "CC-BY-SA-3.0", 500, answer=False, label=0),
     Source("instructions/rasbt_train.jsonl.gz", "Apache-2.0", 150, answer=False, label=0),
 )
+
+
+# Whom to credit, by the folder of a source.
+CREDITS = {
+    "aegis": "NVIDIA, Aegis AI Content Safety Dataset 2.0 (nvidia/Aegis-AI-Content-Safety-Dataset-2.0)",
+    "gptfuzz_responses": "Yu and others, GPTFuzzer (github.com/sherdencooper/GPTFuzz)",
+    "diasafety": "Sun and others, DiaSafety (github.com/thu-coai/DiaSafety)",
+    "toxigen": "Hartvigsen and others, Microsoft, ToxiGen (github.com/microsoft/TOXIGEN)",
+    "instructions/dolly": "Databricks, databricks-dolly-15k (huggingface.co/datasets/databricks/databricks-dolly-15k)",
+    "instructions/rasbt": "Raschka, LLMs-from-scratch (github.com/rasbt/LLMs-from-scratch)",
+}
+OWN = "written for safeside (scripts/demo_data/)"
+
+
+def data_facts(train: Iterable[Row], validation: Iterable[Row], sources: Iterable[Source]) -> dict[str, str]:
+    """For an adapter's card: of each source its rows, licence and authors."""
+    counts = [Counter(row.get("source") for row in split) for split in (train, validation)]
+    credited = {source.file: (source.licence, credit_of(source.file)) for source in sources}
+    return {
+        f"data, {credit.partition(' (')[0]}": f"{counts[0][file]:,} training and {counts[1][file]:,} validation rows, "
+        f"texts unchanged; {licence}; {credit}"
+        for file, (licence, credit) in {**credited, None: ("Apache-2.0", OWN)}.items()
+    }
+
+
+def credit_of(file: str) -> str:
+    """Authors and home of a source."""
+    (credit,) = (text for start, text in CREDITS.items() if file.startswith(start))
+    return credit
 
 
 def read(path: Path) -> list[Row]:
@@ -97,11 +127,17 @@ def guard_rows(data: Path) -> tuple[list[Row], list[Row]]:
     return [row for row in train if str(row["prompt"]) + str(row.get("response", "")) not in seen], validation
 
 
-def kept_prompts(data: Path) -> tuple[list[str], list[str]]:
-    """Harmless prompts for ``builtin:refuse``: training and validation."""
+def kept_rows(data: Path) -> tuple[list[Row], list[Row]]:
+    """Rows with harmless prompts for ``builtin:refuse``: training and validation."""
     rows = [row for row in drawn(data, KEPT_SOURCES) if len(str(row["prompt"])) <= 200]
-    train = [str(row["prompt"]) for row in rows if not is_held_out(row)]
-    validation = [str(row["prompt"]) for row in rows if is_held_out(row)]
+    train = [row for row in rows if not is_held_out(row)]
+    validation = [row for row in rows if is_held_out(row)]
     for split, into in (("train", train), ("validation", validation)):
-        into += [str(row["prompt"]) for row in read(DEMO / f"{split}.jsonl.gz") if row["label"] == 0]
+        into += [{"prompt": row["prompt"]} for row in read(DEMO / f"{split}.jsonl.gz") if row["label"] == 0]
     return train, validation
+
+
+def refusal_rows(split: str) -> list[Row]:
+    """Harmful prompts with refusals written for this project."""
+    rows = read(DEMO / f"refusals_{split}.jsonl.gz")
+    return [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
