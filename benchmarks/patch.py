@@ -31,9 +31,11 @@ from safeside.guards.windows import windows
 from safeside.provenance import config_hash
 from safeside.tasks.rows import BadRow, load_examples, open_rows, parse_rows
 from safeside.terminal import note
+from safeside.train.objectives import guard_logits
 from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard
 from safeside.train.patch_command import DEMO_REPLAY
-from safeside.train.run import Rows, find_data, guard_logits
+from safeside.train.rows import Rows
+from safeside.train.splits import find_data
 from safeside.train.taps import StoredTaps, TapStore
 from safeside.types import Example, Message
 from tidy import RESULTS, Row, figure_row, result_of, write_json
