@@ -21,6 +21,7 @@ from safeside.types import Example
 NEAR = 0.8  # of the shingles of both texts together, the share that they have in common
 SHINGLE = 5  # bytes
 _BUCKETS = 1 << 20  # for the order of shingles by rarity: two in one bucket only cost time
+_BITS = 4096  # of the maps that screen pairs before their shingles are compared: fewer only cost time
 
 Shingles = NDArray[np.uint64]
 
@@ -75,11 +76,13 @@ class _Index:
     texts: Sequence[str]
     similarity: float
     sets: list[Shingles] = field(init=False)
+    maps: list[int] = field(init=False)
     counts: NDArray[np.int64] = field(init=False)
     rows_of: dict[int, list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sets = [shingles_of(text) for text in self.texts]
+        self.maps = [_bit_map(shingles) for shingles in self.sets]
         self.counts = np.zeros(_BUCKETS, dtype=np.int64)
         for shingles in self.sets:
             np.add.at(self.counts, _bucket(shingles), 1)
@@ -96,14 +99,24 @@ class _Index:
     def has_near(self, text: str) -> bool:
         shingles = shingles_of(text)
         candidates = {row for shingle in self._prefix(shingles) for row in self.rows_of.get(shingle, ())}
-        return any(self._is_near(shingles, self.sets[row]) for row in candidates)
+        bits = _bit_map(shingles)
+        return any(self._is_near(shingles, bits, row) for row in candidates)
 
-    def _is_near(self, first: Shingles, second: Shingles) -> bool:
-        small, large = sorted((len(first), len(second)))
-        if small < self.similarity * large:
+    def _is_near(self, first: Shingles, bits: int, row: int) -> bool:
+        second = self.sets[row]
+        n_both = len(first) + len(second)
+        least_apart = (bits ^ self.maps[row]).bit_count()  # each differing bit is a shingle that only one of them has
+        most_common = (n_both - max(least_apart, abs(len(first) - len(second)))) // 2
+        if most_common < self.similarity * (n_both - most_common):
             return False
         n_common = len(np.intersect1d(first, second, assume_unique=True))
-        return n_common >= self.similarity * (len(first) + len(second) - n_common)
+        return n_common >= self.similarity * (n_both - n_common)
+
+
+def _bit_map(shingles: Shingles) -> int:
+    bits = np.zeros(_BITS, dtype=np.uint8)
+    bits[_bucket(shingles) % _BITS] = 1
+    return int.from_bytes(np.packbits(bits).tobytes())
 
 
 def _bucket(shingles: Shingles) -> NDArray[np.int64]:
