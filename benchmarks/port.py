@@ -31,7 +31,8 @@ from safeside.terminal import note
 from safeside.train.port import port_adapter
 from safeside.train.port_text import METHODS, PortSettings
 from safeside.train.recipe import Recipe
-from safeside.train.run import find_data, run_recipe
+from safeside.train.run import run_recipe
+from safeside.train.splits import find_data
 from safeside.types import Example
 from tidy import RESULTS, Row, figure_row, result_of, write_json
 
