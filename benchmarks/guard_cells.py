@@ -56,7 +56,7 @@ ADAPTERS = {
 FITTED = ("probe", "tfidf", "prompted")
 METHODS = (*ADAPTERS, *FITTED, "lora_full")
 # Chosen by the core benchmark on validation rows, from one grid for every method; distilled and pruned ones as theirs.
-LEARNING_RATES = {"plr": 3e-3, "rtb": 3e-3, "lst": 3e-3, "standalone": 1e-3, "lora": 5e-4}
+LEARNING_RATES = {"plr": 3e-3, "rtb": 1e-3, "lst": 3e-4, "standalone": 1e-3, "lora": 5e-4}
 TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "batch_size": 16, "folds": 2}
 HARMLESS = {"xstest/test.jsonl.gz": 250, "benign_prompts/alpaca_test.jsonl.gz": 250}  # prompts to leave alone, at most
 
