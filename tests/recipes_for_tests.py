@@ -7,10 +7,13 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from safeside import Adapter
+from safeside.train.loop import Progress
 from safeside.train.recipe import Recipe
+from safeside.train.run import run_recipe
 
 # Live states come from batches of other lengths than stored ones: float32 sums in another order, amplified by Adam.
 SAME_WEIGHTS = 2e-3
@@ -38,6 +41,17 @@ def answer_rows(n: int, seed: int) -> list[dict[str, object]]:
 
 def write(path: Path, rows: Sequence[object]) -> None:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+
+def run_and_kill(values: Recipe, **options: object) -> None:
+    """Run a recipe until its first epoch has ended, as a process that is killed there: its checkpoint stays."""
+
+    def kill(progress: Progress) -> None:
+        if progress.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(values, report=kill, **options)
 
 
 def recipe(kind: str = "guard", **sections: object) -> Recipe:

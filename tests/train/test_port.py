@@ -201,7 +201,7 @@ def test_too_little_text_is_refused(tiny_base: Base, guard: Adapter) -> None:
 @pytest.fixture
 def sibling(tmp_path: Path) -> Base:
     """Another architecture with the tiny llama's tokenizer and template."""
-    return load_base(make_tiny("qwen2", tmp_path / "sibling"))
+    return load_base(make_tiny("mistral", tmp_path / "sibling"))
 
 
 def test_an_aligner_is_ported_where_the_tokenizer_is_shared(

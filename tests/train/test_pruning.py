@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from safeside import Adapter, Base, create_adapter, load_base, make_config
 from safeside.adapters.adapter import DeltaHead
-from safeside.adapters.blocks import SideBlock, rotary_frequencies
+from safeside.adapters.blocks import SideBlock, attention_bias, rotary_frequencies
 from safeside.adapters.lst import Lst
 from safeside.base.layouts import LAYOUTS, Heads, block_weights, heads_of
 from safeside.base.taps import Tape
@@ -223,7 +223,7 @@ def test_with_everything_kept_a_block_is_the_bases_own(
     for index in range(base.n_layers):
         side = SideBlock(64, 32, 96)
         prune_block(base, index, side, torch.arange(64), importance, is_normed=False)
-        found = side(states[index], rotary(32, tape), tape.attend, None, 0)
+        found = side(states[index], rotary(32, tape), attention_bias(tape.attend, torch.float32), None, 0)
         close(found[batch.keep], states[index + 1][batch.keep])
 
 
@@ -263,7 +263,7 @@ def test_a_block_on_normed_states_is_the_bases_own_divided_by_its_scale(wide: Ca
     tape = Tape(batch.keep, 1)
     expected = base.blocks[1](state, position_embeddings=rotary(32, tape), attention_mask=None)
     expected = expected[0] if isinstance(expected, tuple) else expected
-    found = side(state / importance.scales[1], rotary(32, tape), tape.attend, None, 0)
+    found = side(state / importance.scales[1], rotary(32, tape), attention_bias(tape.attend, torch.float32), None, 0)
     close(found[0] * importance.scales[1], expected.view(found[0].shape))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes_for_tests import SAME_WEIGHTS, answer_rows, guard_rows, recipe, weights, write, write_rows
+from recipes_for_tests import SAME_WEIGHTS, answer_rows, guard_rows, recipe, run_and_kill, weights, write, write_rows
 from safeside import Adapter, Base, Message, attach, load_adapter, load_base
 from safeside.artifact import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from safeside.errors import ConfigError, InputError, NotFiniteError
@@ -248,13 +248,7 @@ def test_other_rows_do_not_resume(tiny_base: Base, data: Path, tmp_path: Path) -
     for split in ("train", "validation"):
         write(tmp_path / f"guard_{split}.jsonl", guard_rows(40, 7))
     short = recipe(training={"epochs": 1})
-
-    def kill(progress: Progress) -> None:
-        if progress.epoch == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(short, data_root=tmp_path, output=tmp_path / "out", base=tiny_base, report=kill)
+    run_and_kill(short, data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
     assert (tmp_path / "out" / CHECKPOINT).is_file()
     swapped = [{**row, "prompt": str(row["prompt"]).replace("cat", "mat")} for row in guard_rows(40, 7)]
     write(tmp_path / "guard_train.jsonl", swapped)
@@ -276,7 +270,7 @@ def test_a_run_that_teaches_something_else_does_not_resume(
 
     write_rows(rows, rows)
     values = {"width": 64, "reduction": None, "head_dim": 32}
-    run_recipe(recipe(training={"epochs": 1}, adapter=values), data_root=tmp_path, output=tmp_path, base=tiny_base)
+    run_and_kill(recipe(training={"epochs": 1}, adapter=values), data_root=tmp_path, output=tmp_path, base=tiny_base)
     if "labels" in change:
         write_rows(rows if "validation" in change else flipped, flipped if "validation" in change else rows)
     values |= {"head_dim": {"head_dim": 64}, "label name": {"labels": ["spam"]}}.get(change, {})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes_for_tests import SAME_WEIGHTS, guard_rows, recipe, weights, write, write_rows
+from recipes_for_tests import SAME_WEIGHTS, guard_rows, recipe, run_and_kill, weights, write, write_rows
 from safeside import Adapter, Base, load_adapter, load_base
 from safeside.errors import ConfigError
 from safeside.train.loop import Progress
@@ -168,7 +168,7 @@ def test_a_teacher_is_trained_first_and_learnt_from(tiny_base: Base, data: Path,
 
 def test_another_start_or_other_scores_do_not_resume(wide_base: Base, data: Path, tmp_path: Path) -> None:
     short = {"epochs": 1, "soft_weight": 0.5}
-    run_recipe(recipe(training=short, limit=32), data_root=data, output=tmp_path, base=wide_base)
+    run_and_kill(recipe(training=short, limit=32), data_root=data, output=tmp_path, base=wide_base)
     pruned = recipe(training=short, limit=32, adapter={"start": "pruned", "start_rows": 4})
     with pytest.raises(ConfigError, match="was made by another run"):
         run_recipe(pruned, data_root=data, output=tmp_path, base=wide_base, resume=True)
