@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from safeside import Adapter, Base, cli, save_adapter
-from safeside.adapters.config import Calibration
+from safeside.adapters.config import Calibration, ModeCalibration, Promise
 from safeside.evals import suites
 from safeside.evals.suites import SUITES, Suite
 
@@ -55,12 +55,19 @@ def adapters(
     random_aligner: Callable[..., Adapter],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A folder with the guards ``harm`` and ``two`` and the aligner ``refuse`` of the tiny base."""
+    """A folder with the guards ``harm``, ``two`` and ``promised`` (with presets), and the aligner ``refuse``."""
     root = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("harm", "two")):
         guard = random_guard(session_base, name=name, seed=seed + 1)
         guard.set_calibration(Calibration(scale=(1.0,), bias=(0.0,), threshold=(0.5 + seed / 10,)))
         save_adapter(guard, root / name, session_base)
+    promised = random_guard(session_base, name="promised")
+    presets = {
+        "strict": Promise(threshold=(0.25,), false_positive_rate=0.05),
+        "balanced": Promise(threshold=(0.75,), false_positive_rate=0.01),
+    }
+    promised.set_mode("prompt", ModeCalibration(n_harmless=320, presets=presets))
+    save_adapter(promised, root / "promised", session_base)
     save_adapter(random_aligner(session_base), root / "refuse", session_base)
     return root
 

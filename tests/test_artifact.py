@@ -25,6 +25,7 @@ from safeside.artifact import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     annotate_adapter,
+    copy_adapter,
     find_adapter,
     pull_adapter,
     push_adapter,
@@ -387,3 +388,22 @@ def test_pull_copies_the_four_files(tiny_base: Base, folder: Path, tmp_path: Pat
     assert load_adapter(copy, tiny_base).config.name == "harm"
     with pytest.raises(InputError, match="exists already"):
         pull_adapter(str(folder), copy)
+
+
+def test_a_copy_has_the_same_weights_under_another_configuration(tiny_base: Base, folder: Path, tmp_path: Path) -> None:
+    """In a new folder, and in the adapter's own."""
+    before = load_file(folder / WEIGHTS_FILE)
+    config = read_config(folder).model_copy(update={"name": "other"})
+    for target in (tmp_path / "copy", folder):
+        assert copy_adapter(folder, target, config, {"why": "a test"}) == target
+        assert load_adapter(target, tiny_base).config == config
+        found = load_file(target / WEIGHTS_FILE)
+        assert found.keys() == before.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+        stamp = json.loads((target / "provenance.json").read_text())
+        assert (stamp["dataset"], stamp["why"]) == ("none", "a test")
+        assert sorted(file.name for file in target.iterdir()) == sorted(module._FILES)
+    edit(folder, name="spoilt")
+    with pytest.raises(FormatError, match="checksum"):
+        copy_adapter(folder, tmp_path / "more", config, {})
+    assert not (tmp_path / "more").exists()

@@ -15,11 +15,13 @@ import typer
 
 from command_line import Ran, texts, toy_recipe, write
 from safeside import Adapter, Base, Message, cli
+from safeside.cli import ReadMode
 from safeside.errors import MissingExtraError
 from safeside.guards.score import judge
+from safeside.types import Preset
 
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
-COMMANDS = ("demo", "train", "eval", "guard", "chat", "info", "patch", "port", "push")
+COMMANDS = ("demo", "train", "eval", "guard", "calibrate", "chat", "info", "patch", "port", "push")
 SHAPES = {
     "prompt": lambda text: {"prompt": text},
     "answer": lambda text: {"prompt": "how?", "response": text},
@@ -32,7 +34,16 @@ SHAPES = {
 # ---- options and start-up --------------------------------------------------------------------------------------------
 
 
-KINDS = {str: "text", Path: "path", int: "integer", bool: "flag", list[str]: "text, repeatable"}
+KINDS = {
+    str: "text",
+    Path: "path",
+    int: "integer",
+    float: "number",
+    bool: "flag",
+    list[str]: "text, repeatable",
+    Preset: "preset",
+    ReadMode: "mode",
+}
 
 
 def options() -> str:
@@ -125,14 +136,28 @@ sys.exit(f"imported {slow}" if slow else 0)
         (["train", "RECIPE", "--output", "ROWS"], "rows.jsonl cannot be a folder: File exists"),
         (["train", "RECIPE", "--output", "ROWS/x"], "rows.jsonl/x cannot be a folder: Not a directory"),
         (["info", "builtin:none"], "There is no built-in adapter"),
+        (["guard", "ADAPTERS/harm", "ROWS", "--preset", "lax"], "Invalid value for '--preset'"),
+        (["guard", "ADAPTERS/harm", "ROWS", "--preset", "strict"], "needs 59 harmless rows of a mode"),
+        (["guard", "ADAPTERS/promised", "ROWS", "--preset", "permissive"], "needs 2,995 harmless rows of a mode"),
+        (["eval", "ADAPTERS/harm", "--data", "ROWS", "--preset", "balanced"], "needs 299 harmless rows of a mode"),
+        (["eval", "ADAPTERS/refuse", "--suite", "demo", "--preset", "strict"], "--preset needs a guard"),
+        (["chat", "hi", "--base", "BASE", "--preset", "strict"], "--preset chooses a guard's thresholds"),
+        (["calibrate", "ADAPTERS/harm"], "Missing option '--benign'"),
+        (["calibrate", "ADAPTERS/harm", "--benign", "ROWS"], "labelled harmful; expected harmless rows only"),
+        (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN"], "20 harmless rows cannot promise a false-positive"),
+        (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN", "--fpr", "2"], "lie between 0 and 1"),
+        (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN", "--output", "ADAPTERS/two"], "exists already"),
+        (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN", "--mode", "stream"], "Invalid value for '--mode'"),
+        (["calibrate", "ADAPTERS/refuse", "--benign", "BENIGN"], "only guards are calibrated"),
     ],
 )
 def test_misuse_is_exit_2_and_one_line(
     run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path, words: list[str], problem: str
 ) -> None:
     rows = write(tmp_path / "rows.jsonl", [{"text": text, "label": index % 2} for index, text in enumerate(texts())])
-    recipe = toy_recipe(tmp_path, tiny_base)
-    places = {"ADAPTERS": str(adapters), "ROWS": str(rows), "BASE": str(tiny_base.folder), "RECIPE": str(recipe)}
+    benign = write(tmp_path / "benign.jsonl", [{"text": text} for text in texts(20)])
+    places = {"ADAPTERS": str(adapters), "ROWS": str(rows), "BASE": str(tiny_base.folder), "BENIGN": str(benign)}
+    places["RECIPE"] = str(toy_recipe(tmp_path, tiny_base))
     for place, found in places.items():
         words = [word.replace(place, found) for word in words]
     ran = run(*words)
@@ -213,6 +238,53 @@ def test_bad_rows_are_told_and_the_run_goes_on(run: Callable[..., Ran], adapters
     assert collected.json == {"rows": ran.lines, "n_bad": 3}
 
 
+def test_guard_flags_at_the_preset(run: Callable[..., Ran], adapters: Path) -> None:
+    lines = {
+        preset: run("guard", adapters / "promised", "--preset", preset, stdin='{"text": "hi"}').lines[0]["verdicts"][0]
+        for preset in ("strict", "balanced")
+    }
+    assert [found["threshold"] for found in lines.values()] == [0.25, 0.75]
+    assert {tuple(found) for found in lines.values()} == {("task", "score", "threshold", "flagged", "reason")}
+    assert {found["reason"] for found in lines.values()} == {""}
+
+
+# ---- calibrate -------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_writes_an_adapter_with_a_promise(run: Callable[..., Ran], adapters: Path, tmp_path: Path) -> None:
+    benign = write(tmp_path / "traffic.jsonl", [{"prompt": text} for text in texts(70)])
+    harmful = write(tmp_path / "bad.jsonl", [{"prompt": f"hat {text}"} for text in texts(40)])
+    words = ("calibrate", adapters / "harm", "--benign", benign, "--fpr", 0.1, "--harmful", harmful)
+    ran = run(*words, "--output", tmp_path / "mine", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    rows = ran.json["thresholds"]
+    assert [(row["mode"], row["preset"], row["false_positive_rate"], row["n_harmless"]) for row in rows] == [
+        ("prompt", "default", 0.1, 70),
+        ("prompt", "strict", 0.05, 70),
+    ]
+    assert (ran.json["adapter"], ran.json["in_place"]) == (str(tmp_path / "mine"), False)
+    assert [fit["method"] for fit in ran.json["calibration_error"]["prompt"]] == ["platt"]
+    (line,) = run("guard", tmp_path / "mine", stdin='{"text": "hi"}').lines
+    assert [line["verdicts"][0]["threshold"]] == rows[0]["threshold"]
+    facts = run("info", tmp_path / "mine", "--json").json
+    assert facts["mode prompt"].startswith(f"default {rows[0]['threshold'][0]:.4f} (at most 0.1 of harmless texts")
+    assert "70 harmless rows of traffic.jsonl" in facts["provenance"]["calibrated for prompt"]
+    plain = run("calibrate", tmp_path / "mine", "--benign", benign, "--fpr", 0.2, "--output", tmp_path / "mine")
+    assert (plain.code, "was changed in place" in plain.err) == (0, True)
+    write(benign, [*({"prompt": text} for text in texts(70)), {"prompt": "how?", "response": "so"}])
+    one = run(*words, "--mode", "prompt", "--output", tmp_path / "one")
+    assert one.code == 0
+    assert "1 rows were left out: they are read in other modes than prompt" in one.err
+    assert "0.2000" in plain.out
+
+
+def test_calibrate_counts_rows_that_it_cannot_read(run: Callable[..., Ran], adapters: Path, tmp_path: Path) -> None:
+    benign = write(tmp_path / "traffic.jsonl", [*({"prompt": text} for text in texts(30)), "{broken"])
+    ran = run("calibrate", adapters / "harm", "--benign", benign, "--fpr", 0.2, "--output", tmp_path / "mine", "--json")
+    assert (ran.code, ran.json["n_skipped"]) == (1, 1)
+    assert "line 31 was left out: traffic.jsonl: not JSON" in ran.err
+
+
 # ---- eval ------------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +293,7 @@ def test_eval_reads_every_shape(run: Callable[..., Ran], adapters: Path, tmp_pat
     rows = [{**SHAPES[shape](text), "label": index % 2} for index, text in enumerate(texts())]
     ran = run("eval", adapters / "harm", "--data", write(tmp_path / "rows.jsonl.gz", rows), "--json")
     assert ran.code == 0
-    assert [row["metric"] for row in ran.json] == ["auroc", "auprc", "f1", "tpr", "fpr"]
+    assert [row["metric"] for row in ran.json] == ["auroc", "auprc", "f1", "tpr", "fpr", "ece"]
     for row in ran.json:
         assert (row["label"], row["n"], row["n_skipped"]) == ("harm", 12, 0)
         assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
@@ -237,7 +309,7 @@ def test_eval_counts_bad_rows_and_fails(run: Callable[..., Ran], adapters: Path,
     assert "line 14 was skipped: no 'label'" in ran.err
     plain = run("eval", adapters / "harm", "--data", path)
     assert plain.code == 1
-    for word in ("auroc", "auprc", "f1", "tpr", "fpr", "low", "high", "n_skipped"):
+    for word in ("auroc", "auprc", "f1", "tpr", "fpr", "ece", "low", "high", "n_skipped"):
         assert word in plain.out
 
 
@@ -266,10 +338,13 @@ def test_chat_answers_one_prompt_at_several_strengths(run: Callable[..., Ran], a
     assert [first["requested_strength"], second["requested_strength"]] == [0.0, 1.0]
     assert first["text"] == tiny_base.chat([Message("user", "how?")], max_new_tokens=6).text != second["text"]
     assert set(second["strength"]["refuse"]) == {1.0}
-    assert [verdict["reason"] for verdict in second["verdicts"]] == ["prompt", "answer"]
+    assert [(verdict["mode"], verdict["reason"]) for verdict in second["verdicts"]] == [("prompt", ""), ("answer", "")]
     plain = run(*words, "--guard", adapters / "harm", "--strengths", "0,1")
     assert plain.out.startswith("[strength 0] ")
     assert "harm on the prompt: 0." in plain.err
+    strict = run(*words, "--guard", adapters / "promised", "--strengths", "0", "--preset", "strict", "--json").json
+    assert [verdict["threshold"] for verdict in strict["verdicts"]] == [0.25, 0.5]
+    assert "no preset 'strict' for mode 'answer'" in strict["verdicts"][1]["reason"]
     gated = run(*words, "--guard", adapters / "two", "--strengths", "1", "--gated", "--json").json
     score, used = gated["verdicts"][0]["score"], gated["strength"]["refuse"]
     assert used == [pytest.approx(min(1.0, max(0.0, (score - 0.3) / 0.3)), abs=1e-4)] * len(used)

@@ -97,7 +97,7 @@ def test_a_cache_keeps_the_settings_it_began_with(attachment: Attachment) -> Non
     with attachment.request(strength=0.9):
         run(attachment, OTHER[:, :1], cache)
     assert request_layer(cache).request.prompt_end == (4,)
-    assert attachment.verdicts(cache)[0][0].reason == "prompt"
+    assert attachment.verdicts(cache)[0][0].mode == "prompt"
 
 
 def test_a_gate_does_not_hold_for_a_turn_that_it_did_not_judge(attachment: Attachment) -> None:
@@ -141,7 +141,7 @@ def test_a_second_turn_on_a_cache_is_a_fresh_run_over_everything(attachment: Att
         run(attachment, whole, fresh)
     for mine, theirs in zip(attachment.verdicts(cache)[0], attachment.verdicts(fresh)[0], strict=True):
         assert mine.score == pytest.approx(theirs.score, abs=SAME)
-        assert mine.reason == theirs.reason
+        assert (mine.mode, mine.reason) == (theirs.mode, theirs.reason)
 
 
 def test_a_copied_cache_goes_its_own_way(attachment: Attachment) -> None:

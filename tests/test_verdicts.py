@@ -44,10 +44,11 @@ def test_the_label_farthest_over_its_threshold_decides(guard, scores, label: str
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_a_number_fails_closed(guard: Adapter, broken: float) -> None:
-    verdict = verdict_of(guard, (0.0, broken), reason="answer", notes=["a note"])
+    verdict = verdict_of(guard, (0.0, broken), mode="answer", notes=["a note"])
     assert verdict.flagged
     assert verdict.label == "violence"
-    assert verdict.reason == "answer; the score is not a number: failing closed; a note"
+    assert math.isnan(verdict.probability)
+    assert (verdict.mode, verdict.reason) == ("answer", "the score is not a number: failing closed; a note")
 
 
 def test_an_uncalibrated_guard_flags_from_one_half(tiny_base: Base, random_guard) -> None:
@@ -66,7 +67,7 @@ def test_every_guard_judges_prompt_and_answer(tiny_base: Base, guard: Adapter, r
             tiny_base.model(ids, attention_mask=keep, position_ids=positions_of(keep), past_key_values=cache)
         found = attachment.verdicts(cache, lengths)
     for row, end in enumerate(ends):
-        assert [(verdict.task, verdict.reason) for verdict in found[row]] == [
+        assert [(verdict.task, verdict.mode) for verdict in found[row]] == [
             ("harm", "prompt"), ("leak", "prompt"), ("harm", "answer"), ("leak", "answer"),
         ]  # fmt: skip
         tokens = torch.tensor([rows[row]])
@@ -80,10 +81,10 @@ def test_a_prompt_alone_gets_one_verdict(tiny_base: Base, guard: Adapter) -> Non
     with torch.no_grad(), attach(tiny_base, guards=[guard]) as attachment, attachment.request(prompt_end=[3]):
         cache = DynamicCache()
         tiny_base.model(torch.tensor([[11, 90, 40]]), past_key_values=cache)
-        assert [verdict.reason for verdict in attachment.verdicts(cache)[0]] == ["prompt"]
+        assert [verdict.mode for verdict in attachment.verdicts(cache)[0]] == ["prompt"]
         tiny_base.model(torch.tensor([[7]]), past_key_values=cache)
-        assert [verdict.reason for verdict in attachment.verdicts(cache)[0]] == ["prompt", "answer"]
-        assert [verdict.reason for verdict in attachment.verdicts(cache, [0])[0]] == ["prompt"]
+        assert [verdict.mode for verdict in attachment.verdicts(cache)[0]] == ["prompt", "answer"]
+        assert [verdict.mode for verdict in attachment.verdicts(cache, [0])[0]] == ["prompt"]
 
 
 def test_a_guard_on_other_weights_says_so(tiny_base: Base, random_guard, tmp_path) -> None:
@@ -92,6 +93,6 @@ def test_a_guard_on_other_weights_says_so(tiny_base: Base, random_guard, tmp_pat
     other = reference.fingerprint.model_copy(update={"weights": "0" * 16})
     guard.config = guard.config.model_copy(update={"base": reference.model_copy(update={"fingerprint": other})})
     loaded = load_adapter(save_adapter(guard, tmp_path / "guard"), tiny_base, allow_mismatch="weights")
-    assert verdict_of(loaded, (0.1,), "prompt").reason == (
-        "prompt; the base's weights or chat template differ from those the guard was trained on"
+    assert verdict_of(loaded, (0.1,)).reason == (
+        "the base's weights or chat template differ from those the guard was trained on"
     )

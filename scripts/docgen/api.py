@@ -21,7 +21,14 @@ from docgen.source import (
 FURTHER = {
     "safeside.adapters.adapter": ("Trunk", "SideOutput"),
     "safeside.adapters.blocks": ("TapProjection", "SideBlock", "Rotary"),
-    "safeside.adapters.config": ("BaseReference", "Calibration"),
+    "safeside.adapters.config": (
+        "BaseReference",
+        "Calibration",
+        "ModeCalibration",
+        "Promise",
+        "ProbabilityMap",
+        "rows_needed",
+    ),
     "safeside.artifact": ("read_config", "push_adapter", "pull_adapter"),
     "safeside.base.taps": ("Tape", "SideCache"),
     "safeside.chat": ("Encoded", "encode_chat"),
@@ -31,7 +38,9 @@ FURTHER = {
     "safeside.evals.judges": ("refusal_phrases",),
     "safeside.evals.prompted": ("prompted_scores", "choose_question", "PromptedScores"),
     "safeside.evals.suites": ("Suite", "run_aligner_suite"),
-    "safeside.guards.calibrate": ("fit_calibration",),
+    "safeside.guards.calibrate": ("fit_calibration", "threshold_with_bound", "fit_mode"),
+    "safeside.guards.probability": ("fit_map", "expected_calibration_error"),
+    "safeside.guards.recalibrate": ("Traffic", "Recalibration", "recalibrate"),
     "safeside.guards.score": ("judge", "score_conversations", "Scores"),
     "safeside.guards.windows": ("windows",),
     "safeside.mixing": ("Policy", "Fixed", "Step", "Ramp"),
@@ -58,6 +67,9 @@ ELSEWHERE = {
     "AdapterConfig": "adapter-config.md",
     "BaseReference": "adapter-config.md",
     "Calibration": "adapter-config.md",
+    "ModeCalibration": "adapter-config.md",
+    "Promise": "adapter-config.md",
+    "ProbabilityMap": "adapter-config.md",
     "SafesideError": "errors.md",
 }
 

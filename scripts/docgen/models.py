@@ -17,11 +17,26 @@ from docgen.facts import built_in_base
 from docgen.markdown import code, fence, page, prose, table
 from docgen.source import ROOT, attributes, find, module_doc, require_doc
 from safeside import make_config
-from safeside.adapters.config import AdapterConfig, BaseReference, Calibration
+from safeside.adapters.config import (
+    AdapterConfig,
+    BaseReference,
+    Calibration,
+    ModeCalibration,
+    ProbabilityMap,
+    Promise,
+)
 from safeside.base.fingerprint import Fingerprint
 from safeside.train.recipe import Recipe
 
 EXAMPLE = "recipes/builtin/harm.toml"
+_PARTS: dict[str, type[BaseModel]] = {
+    "base": BaseReference,
+    "base.fingerprint": Fingerprint,
+    "calibration": Calibration,
+    "modes": ModeCalibration,
+    "modes.*.promise": Promise,
+    "modes.*.maps": ProbabilityMap,
+}
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 _FLAT_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
 
@@ -56,7 +71,7 @@ def adapter_config_page() -> str:
         prose(_doc(AdapterConfig)),
         _fields(AdapterConfig),
     ]
-    for name, model in (("base", BaseReference), ("base.fingerprint", Fingerprint), ("calibration", Calibration)):
+    for name, model in _PARTS.items():
         parts += [f"## `{name}`", prose(_doc(model)), _fields(model)]
     return page("Adapter configuration", *parts)
 

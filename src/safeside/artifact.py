@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -57,13 +58,34 @@ def save_adapter(
     ``facts`` (a run's figures, data and licences) go into both.  With ``base`` the card tells the share of its compute.
     Weights are stored in ``dtype``, their own unless given.
     """
-    folder = make_folder(Path(folder))
     stamp = {**provenance(), **(facts or {})}
     if base is not None:
         stamp["flops_share"] = f"{flops_share(base, adapter):.6f}"
     weights = {
         name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in adapter.state_dict().items()
     }
+    return _write(Path(folder), adapter, weights, stamp)
+
+
+def copy_adapter(source: Path, folder: Path, config: AdapterConfig, facts: Mapping[str, str]) -> Path:
+    """Write the adapter in ``source``, its weights byte for byte, to ``folder`` under another configuration.
+
+    ``facts`` are added to its provenance.  ``folder`` may be ``source``: each file is replaced once it is written.
+    """
+    _, weights = read_adapter(source)
+    stamp = {**read_provenance(source), **facts}
+    with torch.device("meta"):
+        adapter = Adapter(config)
+    make_folder(folder)
+    with TemporaryDirectory(dir=folder) as new:
+        for file in _write(Path(new), adapter, weights, stamp).iterdir():
+            file.replace(folder / file.name)
+    return folder
+
+
+def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], stamp: Mapping[str, str]) -> Path:
+    """The four files of an adapter, in ``folder`` (made if missing)."""
+    make_folder(folder)
     values = json.loads(adapter.config.model_dump_json())
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
     save_file(weights, folder / WEIGHTS_FILE, metadata=metadata)
@@ -317,6 +339,7 @@ def _card(adapter: Adapter, stamp: Mapping[str, str]) -> str:
         *([f"| labels | {', '.join(config.labels)} |"] if config.labels else []),
         *([f"| thresholds | {', '.join(f'{value:.4f}' for value in adapter.thresholds)} at a false-positive rate of "
            f"{config.calibration.false_positive_rate:.0%} on validation data |"] if config.calibration else []),
+        *(f"| mode {mode} | {found.summary} |" for mode, found in config.modes.items()),
         *(f"| {key} | {value} |" for key, value in sorted(stamp.items())),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

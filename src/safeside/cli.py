@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from safeside.errors import ConfigError, InputError, MissingExtraError, SafesideError, UnknownNameError
+from safeside.types import Preset
 
 app = typer.Typer(
     name="safeside",
@@ -30,6 +31,8 @@ BaseName = Annotated[str | None, typer.Option("--base", help="Base: 'builtin', a
 Mismatch = Annotated[
     str | None, typer.Option(help="'weights' lets an adapter run on other weights, or with another chat template.")
 ]
+PresetName = Annotated[Preset | None, typer.Option("--preset", help="The guard's promised false-positive rate.")]
+ReadMode = Literal["prompt", "answer", "windowed"]
 _MISUSE = (InputError, ConfigError, UnknownNameError, MissingExtraError)
 
 
@@ -89,7 +92,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and answers: a smoke test, not figures.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a guard on the built-in base, score prompts, chat at several strengths, write report.html."""
+    """Train a guard on the built-in base, score prompts, chat, write report.html."""
     with _extra("train,eval"):
         from safeside.demo import run_demo
     result = run_demo(output, quick=quick, show=not as_json)
@@ -125,6 +128,7 @@ def evaluate(
         str | None, typer.Option(help="For an aligner: strengths, comma-separated; 0,0.5,1 unless given.")
     ] = None,
     gate: Annotated[str | None, typer.Option(help="Guard that gates the aligner (targeted alignment).")] = None,
+    preset: PresetName = None,
     base: BaseName = None,
     allow_mismatch: Mismatch = None,
     as_json: Json = False,
@@ -134,7 +138,7 @@ def evaluate(
         raise InputError("eval needs one of --data FILE and --suite NAME; got neither or both.")
     with _extra("eval"):
         from safeside.evals.command import EvalOptions, evaluate_command
-    options = EvalOptions(data, suite, parse_strengths(strengths), gate, allow_mismatch)
+    options = EvalOptions(data, suite, parse_strengths(strengths), gate, allow_mismatch, preset)
     loaded_base, loaded = _load(adapter, base, allow_mismatch)
     rows, failed = evaluate_command(loaded_base, loaded, options)
     if as_json:
@@ -153,6 +157,7 @@ def guard(
     adapter: Annotated[str, typer.Argument(help="Guard: a folder, a hub name or builtin:harm.")],
     file: Annotated[Path | None, typer.Argument(help="Rows, .jsonl or .jsonl.gz; standard input if left out.")] = None,
     also: Annotated[list[str] | None, typer.Option(help="A further guard, scored in the same pass.")] = None,
+    preset: PresetName = None,
     base: BaseName = None,
     allow_mismatch: Mismatch = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with all lines and counts.")] = False,
@@ -162,7 +167,8 @@ def guard(
     from safeside.guards.lines import guard_lines
 
     loaded_base, first = _load(adapter, base, allow_mismatch)
-    guards = [first, *(load_adapter(name, loaded_base, allow_mismatch=allow_mismatch) for name in also or [])]
+    others = [load_adapter(name, loaded_base, allow_mismatch=allow_mismatch) for name in also or []]
+    guards = [guard.with_preset(preset) for guard in (first, *others)]
     collected: list[dict[str, object]] = []
     n_bad = 0
     for line, problem in guard_lines(loaded_base, guards, file):
@@ -190,6 +196,7 @@ def chat(
         str | None, typer.Option(help="One answer for each strength, comma-separated; 1 unless given.")
     ] = None,
     gated: Annotated[bool, typer.Option("--gated", help="Let the first guard set the strength up to these.")] = False,
+    preset: PresetName = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 96,
     allow_mismatch: Mismatch = None,
     as_json: Json = False,
@@ -201,9 +208,35 @@ def chat(
     from safeside.conversation import ChatOptions, chat_command
 
     options = ChatOptions(
-        base, aligner or [], guard or [], parse_strengths(strengths), gated, max_new_tokens, allow_mismatch
+        base, aligner or [], guard or [], parse_strengths(strengths), gated, max_new_tokens, allow_mismatch, preset
     )
     if not chat_command(options, prompt, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    adapter: Annotated[str, typer.Argument(help="Guard: a folder, a hub name or builtin:harm.")],
+    benign: Annotated[Path, typer.Option(help="Harmless rows of your traffic, .jsonl or .jsonl.gz.")],
+    fpr: Annotated[float, typer.Option(help="Share of harmless texts that may be flagged, as a promise.")] = 0.01,
+    harmful: Annotated[Path | None, typer.Option(help="Harmful rows, for probabilities.")] = None,
+    mode: Annotated[ReadMode | None, typer.Option(help="Reading mode (default: all that the rows have).")] = None,
+    output: Annotated[Path | None, typer.Option(help="New folder (default: NAME-calibrated).")] = None,
+    base: BaseName = None,
+    as_json: Json = False,
+) -> None:
+    """Set a guard's thresholds on your own traffic, at a promised false-positive rate."""
+    with _extra("eval"):
+        from safeside.guards.recalibrate import Traffic, calibrate_command
+    rows, summary = calibrate_command(adapter, base, Traffic(benign, harmful, fpr, mode), output)
+    if as_json:
+        _print_json({**summary, "thresholds": rows})
+    else:
+        from safeside.terminal import table
+
+        columns = list(rows[0])
+        table(columns, [[_cell(row[column]) for column in columns] for row in rows], title=str(summary["adapter"]))
+    if summary["n_skipped"]:
         raise typer.Exit(1)
 
 

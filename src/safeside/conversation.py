@@ -16,7 +16,7 @@ from safeside.base.model import BUILTIN_NAME, Base, load_base
 from safeside.errors import InputError
 from safeside.mixing import ramp
 from safeside.terminal import note
-from safeside.types import Completion, Message
+from safeside.types import Completion, Message, Preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class ChatOptions:
     gated: bool
     max_new_tokens: int
     allow_mismatch: str | None = None
+    preset: Preset | None = None
 
 
 def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> bool:
@@ -39,6 +40,8 @@ def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> boo
     """
     if options.gated and not options.guards:
         raise InputError("--gated needs a guard that sets the strength; add --guard builtin:harm.")
+    if options.preset and not options.guards:
+        raise InputError("--preset chooses a guard's thresholds; add --guard builtin:harm.")
     if not options.aligners and (options.strengths is not None or options.gated):
         raise InputError(
             "Strengths need an aligner; add --aligner builtin:refuse, or leave --strengths and --gated out."
@@ -49,6 +52,7 @@ def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> boo
         [load_adapter(name, base, allow_mismatch=options.allow_mismatch) for name in some]
         for some in (options.aligners, options.guards)
     )
+    guards = [guard.with_preset(options.preset) for guard in guards]
     strengths = (options.strengths or [1.0]) if aligners else [None]
     conversations = [
         _Conversation(base, options.max_new_tokens, _policy(options, guards, value)) for value in strengths
@@ -131,14 +135,16 @@ def _show(completion: Completion, strength: float | None, as_json: bool) -> None
     if as_json:
         fields = asdict(completion)
         for verdict in fields["verdicts"]:
-            verdict["score"] = verdict["score"] if math.isfinite(verdict["score"]) else None  # NaN is not JSON
+            for key in ("score", "probability"):
+                verdict[key] = verdict[key] if math.isfinite(verdict[key]) else None  # NaN is not JSON
         print(json.dumps({"requested_strength": strength, **fields}), flush=True)
         return
     label = "" if strength is None else f"[strength {strength:g}] "
     print(f"{label}{completion.text}", flush=True)
     for verdict in completion.verdicts:
         mark = "FLAGGED" if verdict.flagged else "passed"
+        reason = f"; {verdict.reason}" if verdict.reason else ""
         note(
-            f"    {verdict.task} on the {verdict.reason}: {verdict.score:.3f} "
-            f"(threshold {verdict.threshold:.3f}) {mark}"
+            f"    {verdict.task} on the {verdict.mode}: {verdict.score:.3f} "
+            f"(threshold {verdict.threshold:.3f}) {mark}{reason}"
         )

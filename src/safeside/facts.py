@@ -44,6 +44,7 @@ def adapter_facts(name: str, base_name: str | None, allow_mismatch: str | None =
         "width": config.width,
         "labels": list(config.labels),
         "thresholds": list(adapter.thresholds),
+        **{f"mode {mode}": found.summary for mode, found in config.modes.items()},
         "parameters": sum(parameter.numel() for parameter in adapter.parameters()),
         "matmuls_per_token": adapter_matmuls(adapter),
         "flops_share": share,

@@ -161,8 +161,8 @@ def step(
 ) -> Step:
     """Strength ``high`` where the guard's score reaches ``threshold``, else ``low``.
 
-    This is DSA's targeted alignment.  Without ``threshold`` it is the guard's own calibrated one, and of several labels
-    the lowest: what flags is aligned.
+    This is DSA's targeted alignment.  Without ``threshold`` it is the guard's for prompts, at the preset chosen, and of
+    several labels the lowest: what flags is aligned.
 
     ``latched`` decides once, by the score at the prompt's end; otherwise every token decides for itself.  A score that
     is not a number gets ``high``.  Thresholds outside [0, 1], strengths outside [0, 2] and ``low`` above ``high`` are
@@ -222,14 +222,14 @@ def _as_policy(strength: object) -> Policy:
 
 
 def _threshold_of(guard: Adapter | str) -> float:
-    """The lowest of a guard's thresholds, so that what flags is aligned."""
+    """The lowest of a guard's thresholds for prompts, at its preset, so that what flags is aligned."""
     if isinstance(guard, str):
         raise InputError(
             f"The guard is given by its name {guard!r} only, which tells no threshold; pass one, or the guard."
         )
     if not guard.thresholds:
         raise InputError(f"{guard.name!r} is no guard: it has no scores to ask for. Pass a guard, or its name.")
-    return min(guard.thresholds)
+    return min(guard.thresholds_in("prompt"))
 
 
 def _name(guard: Adapter | str) -> str:

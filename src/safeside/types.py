@@ -7,11 +7,17 @@ and higher is riskier, everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
+Mode = Literal["prompt", "answer", "stream", "windowed"]
+"""How a guard read a text: to the end of a user's message, to the end of an answer, token by token while an answer is
+written, or in several windows."""
+Preset = Literal["strict", "balanced", "permissive"]
+"""Thresholds with a promised false-positive rate: 5%, 1% and 0.1%."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,12 @@ class Verdict:
     """The label that decided: of several the one farthest over, or nearest to, its threshold."""
     flagged: bool
     """Whether the score reaches the threshold, or could not be computed."""
+    mode: Mode = "prompt"
+    """How the text was read; thresholds and probabilities belong to a mode."""
+    probability: float = math.nan
+    """Calibrated probability of harm in this mode; the score itself where the mode has no calibration of its own."""
     reason: str = ""
-    """Which text (``prompt`` or ``answer``, from ``Base.chat``) and what to know about the score, ``"; "`` between."""
+    """What to know about the score, ``"; "`` between notes; empty when there is nothing."""
 
 
 @dataclass(frozen=True, slots=True)

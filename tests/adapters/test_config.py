@@ -7,11 +7,25 @@ from pydantic import ValidationError
 
 from references import reference
 from safeside import Base, make_config
-from safeside.adapters.config import AdapterConfig, BaseReference, Calibration, reference_of, require_valid
+from safeside.adapters.config import (
+    AdapterConfig,
+    BaseReference,
+    Calibration,
+    ProbabilityMap,
+    reference_of,
+    require_valid,
+)
 from safeside.errors import ConfigError
 
 GUARD = {"kind": "lst", "role": "guard", "name": "harm", "layers": (0, 3), "width": 64, "labels": ("harm",)}
 ALIGNER = {**GUARD, "role": "align", "labels": ()}
+
+PROMISE = {"threshold": (0.5,), "false_positive_rate": 0.05}
+PROMISE_OF_TWO = {**PROMISE, "threshold": (0.5, 0.5)}
+MAP = {"method": "platt", "error_before": 0.1, "error_after": 0.1, "n_harmless": 30, "n_harmful": 30}
+MODE = {"n_harmless": 60}
+STEPS = {**MAP, "method": "isotonic", "knots": [0], "levels": [0.5]}
+MODES = {"prompt": {**MODE, "presets": {"strict": PROMISE}, "maps": [STEPS]}}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +56,17 @@ ALIGNER = {**GUARD, "role": "align", "labels": ()}
             "2 entries for 1 ",
         ),
         ({**GUARD, "calibration": {"scale": (1,), "bias": (0, 0), "threshold": (0.5,)}}, "one entry for each label"),
+        (
+            {**GUARD, "modes": {"prompt": {**MODE, "presets": {"strict": PROMISE_OF_TWO}}}},
+            "modes.prompt has 2 entries for 1 ",
+        ),
+        ({**GUARD, "modes": {"prompt": {**MODE, "promise": PROMISE_OF_TWO}}}, "modes.prompt has 2 entries for 1 "),
+        ({**GUARD, "modes": {"prompt": {**MODE, "maps": [MAP, MAP]}}}, "modes.prompt has 2 entries for 1 "),
+        ({**ALIGNER, "modes": {"prompt": {**MODE, "maps": [MAP]}}}, "modes.prompt has 1 entries for 0 labels"),
+        ({**GUARD, "modes": {"later": MODE}}, "modes.later"),
+        ({**GUARD, "modes": {"prompt": {**MODE, "presets": {"lax": PROMISE}}}}, "presets.lax"),
+        ({**GUARD, "modes": {"prompt": {**MODE, "promise": {**PROMISE, "threshold": (1.5,)}}}}, "threshold"),
+        ({**GUARD, "modes": {"prompt": MODE}, "preset": "strict"}, "preset 'strict' is in none of the modes"),
         ({**ALIGNER, "calibration": {"scale": (1,), "bias": (0,), "threshold": (0.5,)}}, "1 entries for 0 labels"),
     ],
 )
@@ -57,8 +82,30 @@ def test_a_calibration_is_finite(field: str, value: float) -> None:
         Calibration(**{"scale": (1.0,), "bias": (0.0,), "threshold": (0.5,), field: (value,)})
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"method": "isotonic"}, "an isotonic map has knots"),
+        ({"knots": (0.0,), "levels": (0.0,)}, "and no other has any"),
+        ({"method": "isotonic", "knots": (0.0, 0.5), "levels": (0.1,)}, "a level for each"),
+        ({"method": "isotonic", "knots": (0.5, 0.2), "levels": (0.1, 0.3)}, "knots must rise"),
+        ({"method": "isotonic", "knots": (0.5, 0.5), "levels": (0.1, 0.3)}, "knots must rise"),
+        ({"method": "isotonic", "knots": (0.2, 0.5), "levels": (0.4, 0.3)}, "levels must not fall"),
+        ({"method": "isotonic", "knots": (0.2,), "levels": (1.4,)}, "less than or equal to 1"),
+        ({"slope": 0.0}, "slope"),
+        ({"slope": float("inf")}, "slope"),
+        ({"n_harmful": 0}, "n_harmful"),
+    ],
+)
+def test_a_map_never_falls(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ProbabilityMap.model_validate({**MAP, **values})
+
+
 def test_json_gives_the_same_configuration() -> None:
-    config = require_valid({"base": reference(), **GUARD, "calibration": None, "gate": "channel"})
+    config = require_valid(
+        {"base": reference(), **GUARD, "calibration": None, "gate": "channel", "modes": MODES, "preset": "strict"}
+    )
     assert AdapterConfig.model_validate_json(config.model_dump_json()) == config
 
 

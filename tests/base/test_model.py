@@ -145,7 +145,7 @@ def test_chat_is_what_the_twin_answers(tiny_base: Base, guard: Adapter, aligner:
     assert [verdict.score for verdict in found.verdicts] == pytest.approx(
         [scores[len(prompt) - 1], scores[-1]], abs=SAME
     )
-    assert [verdict.reason for verdict in found.verdicts] == ["prompt", "answer"]
+    assert [(verdict.mode, verdict.reason) for verdict in found.verdicts] == [("prompt", ""), ("answer", "")]
     assert (found.n_prompt_tokens, found.n_new_tokens, found.finish_reason) == (len(prompt), N_NEW, "length")
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from safeside import Adapter, Base, Message
-from safeside.adapters.config import Calibration
+from safeside.adapters.config import Calibration, ModeCalibration, ProbabilityMap, Promise
 from safeside.errors import InputError
 from safeside.evals import guards as module
 from safeside.evals.command import EvalOptions, evaluate_command, guard_rows
 from safeside.evals.guards import evaluate_guard, report_on
-from safeside.evals.metrics import guard_figures
+from safeside.evals.metrics import expected_calibration_error, guard_figures, rates
 from safeside.guards.score import Scores, judge
+from safeside.tasks.rows import messages_of
 from safeside.types import Example
 
 LONG = "the cat sat on the mat and then " * 40
@@ -53,6 +54,39 @@ def test_figures_are_those_of_the_verdicts(tiny_base: Base, guard: Adapter, tmp_
     )
     assert (report.n, report.n_skipped, report.n_unscored, report.n_windowed) == (20, 0, 0, 0)
     assert sum(told) == 20
+
+
+def test_figures_stand_at_each_rows_own_threshold(tiny_base: Base, random_guard, tmp_path: Path) -> None:
+    """By preset and reading mode, as in the verdicts; probabilities by the map of their mode."""
+    both = random_guard(tiny_base)
+    for mode, threshold, slope in (("prompt", 0.3, 2.0), ("answer", 0.7, 0.5)):
+        promise = Promise(threshold=(threshold,), false_positive_rate=0.05)
+        fit = ProbabilityMap(
+            method="platt", slope=slope, error_before=0, error_after=0, n_harmless=30, n_harmful=30
+        )  # fmt: skip
+        both.set_mode(mode, ModeCalibration(n_harmless=60, presets={"strict": promise}, maps=(fit,)))
+    strict = both.with_preset("strict")
+    content = [
+        {"prompt": f"the cat {index * 7919}", **({"response": "no"} if index % 3 else {}), "label": index % 2}
+        for index in range(24)
+    ]
+    path = write(tmp_path / "rows.jsonl", list(content))
+    report = evaluate_guard(tiny_base, strict, path)
+    verdicts = [verdict for (verdict,) in judge(tiny_base, [strict], [messages_of(row) for row in content])]
+    flagged = np.array([verdict.flagged for verdict in verdicts])
+    labels = np.array([float(row["label"]) for row in content])
+    assert {verdict.threshold for verdict in verdicts} == {0.3, 0.7}
+    assert tuple(report.figures["harm"][name].value for name in ("f1", "tpr", "fpr")) == rates(labels, flagged)
+    probabilities = np.array([verdict.probability for verdict in verdicts])
+    assert report.figures["harm"]["ece"].value == pytest.approx(
+        expected_calibration_error(labels, probabilities), abs=1e-5
+    )
+    rows, failed = evaluate_command(tiny_base, both, EvalOptions(path, preset="strict"))
+    assert [row["value"] for row in rows] == [figure.value for figure in report.figures["harm"].values()]
+    assert report.notes == []
+    windowed = evaluate_guard(tiny_base, strict, write(path, [*content, {"prompt": LONG, "label": 1}]))
+    assert windowed.notes == ["1 rows: no preset 'strict' for mode 'windowed': the guard's own threshold is used"]
+    assert not failed
 
 
 def test_every_row_that_is_left_out_is_counted_and_named(tiny_base: Base, guard: Adapter, tmp_path: Path) -> None:

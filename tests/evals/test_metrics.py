@@ -10,7 +10,16 @@ from hypothesis.extra import numpy as arrays
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from safeside.errors import InputError
-from safeside.evals.metrics import Figure, auprc, auroc, bootstrap, guard_figures, paired_difference, rates
+from safeside.evals.metrics import (
+    Figure,
+    auprc,
+    auroc,
+    bootstrap,
+    expected_calibration_error,
+    guard_figures,
+    paired_difference,
+    rates,
+)
 
 SAME = 1e-12  # float64
 
@@ -105,11 +114,23 @@ def test_guard_figures_hold_everything_at_the_threshold() -> None:
     labels, scores = draw_rows(np.random.default_rng(1), 200)
     scores = 1 / (1 + np.exp(-scores))
     figures = guard_figures(labels, scores, 0.6)
-    assert list(figures) == ["auroc", "auprc", "f1", "tpr", "fpr"]
+    assert list(figures) == ["auroc", "auprc", "f1", "tpr", "fpr", "ece"]
     assert figures["auroc"].value == auroc(labels, scores)
     assert (figures["f1"].value, figures["tpr"].value, figures["fpr"].value) == rates(labels, scores >= 0.6)
     for figure in figures.values():
         assert 0 <= figure.low <= figure.value <= figure.high <= 1
+
+
+def test_rows_may_have_thresholds_and_probabilities_of_their_own() -> None:
+    labels, scores = draw_rows(np.random.default_rng(1), 200)
+    scores = 1 / (1 + np.exp(-scores))
+    thresholds = np.random.default_rng(2).random(200)
+    figures = guard_figures(labels, scores, thresholds, probabilities=scores**2)
+    plain = guard_figures(labels, scores, 0.6)
+    assert (figures["f1"].value, figures["tpr"].value, figures["fpr"].value) == rates(labels, scores >= thresholds)
+    assert figures["auroc"] == plain["auroc"]
+    assert figures["ece"].value == expected_calibration_error(labels, scores**2) != plain["ece"].value
+    assert guard_figures(labels, scores, np.full(200, 0.6)) == plain
 
 
 def test_a_score_at_the_threshold_flags() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from itertools import islice, takewhile
 
 import numpy as np
 import pytest
@@ -12,8 +15,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from safeside import Adapter, Base
+from safeside.adapters.config import PRESET_RATES, rows_needed
 from safeside.errors import InputError, NotFiniteError
-from safeside.guards.calibrate import fit_calibration, threshold_at
+from safeside.guards.calibrate import (
+    JudgedRows,
+    calibrate_guard,
+    fit_calibration,
+    fit_mode,
+    n_allowed,
+    scores_of,
+    threshold_at,
+    threshold_with_bound,
+)
 
 LAST_DIGIT = (
     1.2e-7  # of float32: torch rounds the sigmoid of equal inputs differently inside and at the end of a vector
@@ -143,3 +156,214 @@ def test_one_class_is_an_error(label: float) -> None:
 def test_a_logit_that_is_not_finite_is_an_error(value: float) -> None:
     with pytest.raises(NotFiniteError, match="not finite"):
         fit_calibration(np.array([[0.0], [value]]), np.array([[0.0], [1.0]]))
+
+
+# ---- promised rates --------------------------------------------------------------------------------------------------
+
+
+def chances(n: int, rate: Fraction) -> Iterator[Fraction]:
+    """P(Binomial(n, rate) <= k) for k = 0, 1, ..., in whole numbers."""
+    total, hit, whole = 0, rate.numerator, rate.denominator
+    for k in range(n):
+        total += math.comb(n, k) * hit**k * (whole - hit) ** (n - k)
+        yield Fraction(total, whole**n)
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.05, 59), (0.01, 299), (0.001, 2995)])
+def test_the_rows_of_a_promise_are_those_of_the_papers(rate: float, needed: int) -> None:
+    assert rows_needed(rate) == needed
+    assert (1 - rate) ** needed <= 0.05 < (1 - rate) ** (needed - 1)
+    scores = np.random.default_rng(0).random(needed) * 0.9
+    assert threshold_with_bound(scores, rate) > scores.max()  # so few rows promise only what none of them breaks
+    with pytest.raises(InputError, match=f"{needed - 1:,} harmless rows cannot promise .* it takes {needed:,}"):
+        threshold_with_bound(scores[1:], rate)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, math.nan])
+def test_a_rate_lies_between_0_and_1(rate: float) -> None:
+    with pytest.raises(InputError, match="lie between 0 and 1"):
+        threshold_with_bound(np.zeros(100), rate)
+
+
+@settings(max_examples=60)
+@given(
+    n=st.integers(1, 150),
+    rate=st.fractions(Fraction(1, 40), Fraction(3, 5), max_denominator=40),
+    confidence=st.sampled_from([0.8, 0.9, 0.95]),
+)
+def test_the_allowed_count_is_the_largest_that_keeps_the_promise(n: int, rate: Fraction, confidence: float) -> None:
+    """Against the binomial distribution in exact fractions."""
+    risk = 1 - Fraction(confidence)
+    n_kept = len(list(takewhile(lambda chance: chance <= risk, chances(n, rate))))
+    assert (n >= rows_needed(float(rate), confidence)) == (n_kept > 0)
+    if n_kept:
+        assert n_allowed(n, float(rate), confidence) == n_kept - 1
+
+
+def slow_threshold(scores: np.ndarray, rate: float) -> float:
+    """Of all thresholds just above a row's score, the lowest whose count of flagged rows keeps the promise."""
+    is_kept = [chance <= 1 - Fraction(0.95) for chance in chances(len(scores), Fraction(rate))]
+    return min(candidate for candidate in scores.tolist() if is_kept[int((scores > candidate).sum())])
+
+
+@settings(max_examples=40)
+@given(
+    scores=arrays.arrays(np.float64, st.integers(20, 90), elements=st.floats(0, 0.75, width=32) | st.just(0.5)),
+    rate=st.sampled_from([0.05, 0.1, 0.25, 0.5]),
+)
+def test_a_threshold_with_bound_is_that_of_the_slow_twin(scores: np.ndarray, rate: float) -> None:
+    assume(len(scores) >= rows_needed(rate))
+    threshold = threshold_with_bound(scores, rate)
+    assert threshold == pytest.approx(slow_threshold(scores, rate), abs=3e-6)
+    assert (scores >= threshold).sum() <= n_allowed(len(scores), rate)
+    assert threshold >= threshold_at(scores, rate)  # a promise is never laxer than what was counted
+    more_sure = threshold_with_bound(scores, rate, 0.8)
+    assert more_sure <= threshold
+
+
+@pytest.mark.parametrize(("n", "rate"), [(59, 0.05), (200, 0.05), (299, 0.01), (1500, 0.01)])
+@pytest.mark.parametrize("n_values", [None, 50])
+def test_the_promise_is_kept_in_19_of_20_draws(n: int, rate: float, n_values: int | None) -> None:
+    """Uniform scores, so that the true rate of a threshold is known; with ``n_values`` they are rounded into ties.
+
+    The share of broken promises is that of the binomial (ties: at most), within four standard errors of 2,000 draws.
+    """
+    generator, n_draws, broken = np.random.default_rng(n), 2000, 0
+    for _ in range(n_draws):
+        scores = generator.random(n) * 0.99
+        if n_values is not None:
+            scores = np.floor(scores * n_values) / n_values
+        threshold = threshold_with_bound(scores, rate)
+        if n_values is None:
+            true_rate = 1 - threshold / 0.99
+        else:
+            values = np.arange(n_values) / n_values
+            weights = np.diff(np.append(np.minimum(values, 0.99), 0.99)) / 0.99
+            true_rate = weights[values >= threshold].sum()
+        broken += true_rate > rate
+    expected = float(next(islice(chances(n, Fraction(rate)), n_allowed(n, rate), None)))
+    assert expected <= 0.05
+    margin = 4 * math.sqrt(expected * (1 - expected) / n_draws)
+    assert broken / n_draws <= expected + margin
+    if n_values is None:
+        assert broken / n_draws >= expected - margin - 0.005  # the hair above the row's score makes it safer
+
+
+def test_rows_that_score_one_cannot_promise() -> None:
+    scores = np.append(np.zeros(100), np.ones(5))
+    with pytest.raises(InputError, match="have score 1"):
+        threshold_with_bound(scores, 0.05)
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------
+
+
+def mode_rows(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = logits_and_labels(2.0, n, seed)
+    return 1 / (1 + np.exp(-3 * logits)), labels
+
+
+def test_a_mode_holds_the_presets_that_its_rows_can_promise() -> None:
+    """About 0.6 of the rows are harmless."""
+    found = {n: fit_mode(*mode_rows(n)) for n in (50, 200, 1000, 8000)}
+    assert [list(fit.presets) for fit in found.values()] == [
+        [],
+        ["strict"],
+        ["strict", "balanced"],
+        ["strict", "balanced", "permissive"],
+    ]
+    for n, fit in found.items():
+        scores, labels = mode_rows(n)
+        assert fit.n_harmless == int((labels == 0).sum())
+        assert fit.promise is None
+        for preset, promise in fit.presets.items():
+            assert promise.false_positive_rate == PRESET_RATES[preset]
+            assert promise.threshold == (threshold_with_bound(scores[labels == 0], PRESET_RATES[preset]),)
+        thresholds = [promise.threshold[0] for promise in fit.presets.values()]
+        assert thresholds == sorted(thresholds)
+    assert found[50].maps == ()
+    assert found[200].maps[0].method == "platt"
+    assert found[8000].maps[0].error_after < found[8000].maps[0].error_before
+
+
+def test_a_rate_of_its_own_is_kept_or_refused() -> None:
+    scores, labels = mode_rows(200)
+    assert fit_mode(scores, labels, false_positive_rate=0.1).promise.threshold == (
+        threshold_with_bound(scores[labels == 0], 0.1),
+    )
+    with pytest.raises(InputError, match="it takes 299"):
+        fit_mode(scores, labels, false_positive_rate=0.01)
+
+
+def test_benign_rows_replace_the_harmless_ones() -> None:
+    scores, labels = mode_rows(200)
+    benign = np.random.default_rng(5).random((70, 1)) / 2
+    fit = fit_mode(scores, labels, benign=benign)
+    assert fit.n_harmless == 70
+    assert fit.presets["strict"].threshold == (threshold_with_bound(benign[:, 0], 0.05),)
+    assert fit.maps == fit_mode(scores, labels).maps
+    assert fit_mode(np.zeros((0, 1)), np.zeros((0, 1)), benign=benign).maps == ()
+
+
+def test_a_row_without_a_score_counts_as_flagged() -> None:
+    benign = np.random.default_rng(5).random((100, 1)) / 2
+    sound = fit_mode(np.zeros((0, 1)), np.zeros((0, 1)), benign=benign)
+    benign[np.argsort(benign[:, 0])[50]] = math.nan
+    broken = fit_mode(np.zeros((0, 1)), np.zeros((0, 1)), benign=benign)
+    assert broken.presets["strict"].threshold[0] > sound.presets["strict"].threshold[0]
+
+
+def test_of_several_labels_the_fewest_rows_count() -> None:
+    first, second = mode_rows(300, 1), mode_rows(300, 2)
+    second[1][:250] = 1
+    fit = fit_mode(np.hstack([first[0], second[0]]), np.hstack([first[1], second[1]]))
+    assert fit.n_harmless == int((second[1] == 0).sum()) < 59
+    assert fit.presets == {}
+    assert fit.maps == ()  # one label has too few harmless rows
+
+
+def test_training_calibrates_every_mode_by_its_own_rows(tiny_base: Base, random_guard: Callable[..., Adapter]) -> None:
+    logits, labels = logits_and_labels(2.0, 600)
+    modes = tuple("answer" if index % 3 == 0 else "prompt" for index in range(600))
+    guard = random_guard(tiny_base)
+    calibrate_guard(guard, 0.1, JudgedRows(logits, labels, modes))
+    assert guard.config.calibration == fit_calibration(logits, labels, 0.1)
+    scores = scores_of(guard.config.calibration, logits)
+    assert torch.equal(torch.from_numpy(scores), head_scores(tiny_base, random_guard, guard.config.calibration, logits))
+    for mode, start in (("prompt", None), ("answer", 0)):
+        own = np.array([found == mode for found in modes])
+        assert own.sum() == (200 if start == 0 else 400)
+        assert guard.config.modes[mode] == fit_mode(scores[own], labels[own])
+    assert list(guard.config.modes) == ["answer", "prompt"]
+
+
+def test_training_takes_benign_rows_where_it_has_them(tiny_base: Base, random_guard: Callable[..., Adapter]) -> None:
+    logits, labels = logits_and_labels(2.0, 400)
+    rows = JudgedRows(logits, labels, ("prompt",) * 200 + ("answer",) * 200)
+    clean = np.random.default_rng(3).normal(size=(90, 1))
+    benign = JudgedRows(clean, np.zeros((90, 1)), ("prompt",) * 60 + ("windowed",) * 30)
+    guard = random_guard(tiny_base)
+    calibrate_guard(guard, 0.1, rows, benign)
+    calibration, modes = guard.config.calibration, guard.config.modes
+    assert [modes[mode].n_harmless for mode in ("prompt", "windowed")] == [60, 30]
+    assert modes["answer"].n_harmless == int((labels[200:] == 0).sum())
+    assert modes["prompt"].presets["strict"].threshold == (
+        threshold_with_bound(scores_of(calibration, clean[:60])[:, 0], 0.05),
+    )
+    assert modes["windowed"].presets == {}
+    assert modes["windowed"].maps == ()
+
+
+def test_rows_that_do_not_know_a_label_count_for_the_others_only() -> None:
+    first, second = mode_rows(300, 1), mode_rows(300, 2)
+    scores, labels = np.hstack([first[0], second[0]]), np.hstack([first[1], second[1]])
+    labels[:100, 0], labels[100:, 1] = math.nan, math.nan
+    calibration = fit_calibration(np.log(scores / (1 - scores)), labels)
+    alone = [
+        fit_calibration(np.log(one / (1 - one)), known)
+        for one, known in ((scores[100:, :1], labels[100:, :1]), (scores[:100, 1:], labels[:100, 1:]))
+    ]
+    assert calibration.threshold == (alone[0].threshold[0], alone[1].threshold[0])
+    fit = fit_mode(scores, labels)
+    assert fit.n_harmless == int((labels[:100, 1] == 0).sum())
+    assert [one.n_harmless + one.n_harmful for one in fit.maps] == [200, 100]

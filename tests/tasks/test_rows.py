@@ -20,6 +20,7 @@ from safeside.tasks.rows import (
     example_of,
     for_one_label,
     load_examples,
+    load_kind,
     messages_of,
     open_rows,
     parse_rows,
@@ -321,3 +322,37 @@ def test_any_json_becomes_a_row_or_a_bad_row(value: object, labels: tuple[str, .
 def test_any_line_is_read_or_refused(line: bytes | str) -> None:
     for row in parse_rows([line]):
         assert isinstance(row, BadRow) or isinstance(row[1], dict)
+
+
+# ---- files of one kind -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_one_kind_needs_no_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"text": "a"}, "{broken", {"text": "b", "label": [0, 0]}, {"query": "c"})
+    examples, bad = load_kind(path, LABELS, is_harmful=False)
+    assert [(example.line, example.labels) for example in examples] == [(1, (0.0, 0.0)), (3, (0.0, 0.0))]
+    assert [row.line for row in bad] == [2, 4]
+    assert all(row.problem.startswith("rows.jsonl: ") for row in bad)
+    one, _ = load_kind(write(tmp_path / "one.jsonl", {"text": "a"}), ("harm",), is_harmful=True)
+    assert one[0].labels == (1.0,)
+
+
+def test_harmful_rows_of_several_labels_say_which(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"text": "a"}, {"text": "b", "label": {"harm": 0, "hate": 1}})
+    examples, bad = load_kind(path, LABELS, is_harmful=True)
+    assert [example.labels for example in examples] == [(0.0, 1.0)]
+    assert "no 'label'" in bad[0].problem
+
+
+@pytest.mark.parametrize(("is_harmful", "words"), [(False, "labelled harmful; expected harmless"), (True, "harmless;")])
+def test_a_label_of_the_other_kind_is_refused(tmp_path: Path, is_harmful: bool, words: str) -> None:
+    path = write(tmp_path / "rows.jsonl", *({"text": "a", "label": [value, value]} for value in (0, 1)))
+    with pytest.raises(InputError, match=words):
+        load_kind(path, LABELS, is_harmful=is_harmful)
+
+
+def test_a_file_of_one_kind_without_a_usable_row_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no usable row\. The first problem: line 1, rows\.jsonl: not JSON"):
+        load_kind(write(tmp_path / "rows.jsonl", "{broken"), LABELS, is_harmful=False)
+    with pytest.raises(InputError, match=r"holds no usable row\.$"):
+        load_kind(write(tmp_path / "rows.jsonl", ""), LABELS, is_harmful=False)

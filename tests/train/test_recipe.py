@@ -64,6 +64,7 @@ batch_size = 4
 folds = 3
 [calibration]
 false_positive_rate = 0.01
+benign = ["c.jsonl"]
 """
 LEAST = """
 name = "harm"
@@ -141,7 +142,7 @@ def test_most_fields_have_defaults(tmp_path: Path) -> None:
     assert recipe.base.name == "builtin"
     assert (recipe.adapter.kind, recipe.adapter.role) == ("lst", "guard")
     assert recipe.training.cache_taps
-    assert recipe.calibration.false_positive_rate == 0.05
+    assert (recipe.calibration.false_positive_rate, recipe.calibration.benign) == (0.05, ())
 
 
 @pytest.mark.parametrize(

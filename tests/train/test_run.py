@@ -11,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from recipes_for_tests import SAME_WEIGHTS, answer_rows, guard_rows, recipe, run_and_kill, weights, write, write_rows
 from safeside import Adapter, Base, Message, attach, load_adapter, load_base
 from safeside.artifact import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from safeside.errors import ConfigError, InputError, NotFiniteError
+from safeside.guards.calibrate import threshold_with_bound
 from safeside.guards.score import score_conversations
 from safeside.tasks.rows import BadRow
 from safeside.tasks.sources import Part, Source
 from safeside.tasks.task import TASKS, Task, load_task, register_task
 from safeside.train import objectives as module
+from safeside.train.command import summary_of
 from safeside.train.loop import CHECKPOINT, Progress
 from safeside.train.recipe import Recipe
 from safeside.train.run import TAPS, Run, run_recipe
@@ -149,6 +152,51 @@ def test_bfloat16_soft_targets_and_class_weights_train(tiny_base: Base, data: Pa
     expected, _ = validation_scores(tiny_base, done.adapter)
     assert np.array_equal(found, expected)
     assert (found[labels == 0] >= done.adapter.thresholds[0]).mean() <= 0.05
+
+
+def test_each_reading_mode_is_calibrated_by_its_validation_rows(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    """And the presets by the harmless files of the recipe, where it names any."""
+    rows = guard_rows(120, 5)
+    mixed = [row if index % 3 else {**row, "response": "they said so"} for index, row in enumerate(rows)]
+    write(tmp_path / "guard_train.jsonl", guard_rows(64, 1))
+    write(tmp_path / "guard_validation.jsonl", mixed)
+    clean = [{"prompt": row["prompt"]} for row in guard_rows(150, 6) if not row["label"]]
+    write(tmp_path / "clean.jsonl", [*clean, "{broken"])
+    short = {"training": {"epochs": 1}}
+    plain = run_recipe(recipe(**short), data_root=tmp_path, output=tmp_path / "plain", base=tiny_base)
+    named = recipe(**short, calibration={"benign": ["clean.jsonl"]})
+    done = run_recipe(named, data_root=tmp_path, output=tmp_path / "named", base=tiny_base)
+    n_harmless = {
+        mode: sum(not row["label"] for row in mixed if ("response" in row) == (mode == "answer"))
+        for mode in ("answer", "prompt")
+    }
+    assert {mode: fit.n_harmless for mode, fit in plain.adapter.config.modes.items()} == n_harmless
+    assert {mode: list(fit.presets) for mode, fit in plain.adapter.config.modes.items()} == {"answer": [], "prompt": []}
+    modes = done.adapter.config.modes
+    assert (modes["answer"], modes["prompt"].maps) == (
+        plain.adapter.config.modes["answer"],
+        plain.adapter.config.modes["prompt"].maps,
+    )
+    assert modes["prompt"].n_harmless == len(clean) > 58
+    assert list(modes["prompt"].presets) == ["strict"]
+    assert done.adapter.config.calibration == plain.adapter.config.calibration
+    loaded = load_adapter(done.folder, tiny_base).with_preset("strict")
+    found = score_conversations(tiny_base, [loaded], [[Message("user", str(row["prompt"]))] for row in clean])
+    scores = np.array([row.by_guard["toy"][0] for row in found])
+    assert loaded.thresholds_in("prompt")[0] == pytest.approx(threshold_with_bound(scores, 0.05), abs=1e-4)
+    assert [row.line for row in done.benign.bad] == [len(clean) + 1]
+    assert summary_of(done, 0.01)["presets"] == {"answer": [], "prompt": ["strict"]}
+    assert summary_of(done, 0.01)["bad_rows"] == 1
+
+
+def test_benign_files_hold_harmless_rows_for_a_guard(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    options = {"data_root": data, "output": tmp_path, "base": tiny_base}
+    with pytest.raises(InputError, match="labelled harmful; expected harmless rows only"):
+        run_recipe(recipe(calibration={"benign": ["guard_train.jsonl"]}), **options)
+    with pytest.raises(ValidationError, match="an aligner has no thresholds"):
+        recipe("answers", calibration={"benign": ["guard_train.jsonl"]})
+    with pytest.raises(InputError, match="There is no file"):
+        run_recipe(recipe(calibration={"benign": ["none.jsonl"]}), **options)
 
 
 def test_several_labels_are_learnt_together(tiny_base: Base, tmp_path: Path) -> None:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol, Self, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safeside.adapters.blocks import Norm
-from safeside.adapters.config import AdapterConfig, Calibration
+from safeside.adapters.config import (
+    PRESET_RATES,
+    AdapterConfig,
+    Calibration,
+    ModeCalibration,
+    Promise,
+    rows_needed,
+)
 from safeside.base.taps import SideCache, Tape
+from safeside.errors import InputError
 from safeside.registry import Registry
+from safeside.types import Mode, Preset
 
 
 class Trunk(Protocol):
@@ -150,11 +162,16 @@ class Adapter(nn.Module):
         else:
             self.head = DeltaHead(width, config.base.d_model)
         if config.calibration is not None:
-            self.set_calibration(config.calibration)
+            self._guard_head.calibrate(config.calibration)
 
     @property
     def _trunk(self) -> Trunk:
         return cast(Trunk, self.trunk)
+
+    @property
+    def _guard_head(self) -> GuardHead:
+        assert isinstance(self.head, GuardHead), "only guards are calibrated"
+        return self.head
 
     @property
     def name(self) -> str:
@@ -173,14 +190,83 @@ class Adapter(nn.Module):
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """By label, the score in [0, 1] from which on it flags: 0.5 until a guard is calibrated; none for aligners."""
+        """By label, the score in [0, 1] from which on it flags: 0.5 until a guard is calibrated; none for aligners.
+
+        These are the guard's own; ``thresholds_in`` gives those that hold in a reading mode, at the preset chosen.
+        """
         return self.config.calibration.threshold if self.config.calibration else (0.5,) * len(self.config.labels)
 
+    def thresholds_in(self, mode: Mode) -> tuple[float, ...]:
+        """By label, the score from which on a text read in ``mode`` is flagged.
+
+        The preset's if one is chosen, else the mode's own; where the mode has none, the guard's ``thresholds``.
+        """
+        promise = self._promise_in(mode)
+        return promise.threshold if promise is not None else self.thresholds
+
+    def fallback_note(self, mode: Mode) -> str:
+        """What a verdict says when ``mode`` lacks what was asked for and ``thresholds`` stand in; else empty."""
+        config = self.config
+        if self._promise_in(mode) is not None:
+            return ""
+        if config.preset is not None:
+            return f"no preset {config.preset!r} for mode {mode!r}: the guard's own threshold is used"
+        is_missing = bool(config.modes) and mode not in config.modes
+        return f"not calibrated for mode {mode!r}: the guard's own threshold is used" if is_missing else ""
+
+    def _promise_in(self, mode: Mode) -> Promise | None:
+        found = self.config.modes.get(mode)
+        return found.of_preset(self.config.preset) if found is not None else None
+
+    def probabilities(self, scores: NDArray[np.float64], mode: Mode) -> NDArray[np.float64]:
+        """Calibrated probabilities (n, K) of scores (n, K) in ``mode``: the scores, where the mode has no map."""
+        found = self.config.modes.get(mode)
+        if found is None or not found.maps:
+            return scores
+        columns = [fit.probabilities(column) for fit, column in zip(found.maps, scores.T, strict=True)]
+        return np.stack(columns, -1)
+
+    def with_preset(self, preset: Preset | None) -> Adapter:
+        """This guard at a preset: ``strict``, ``balanced``, ``permissive``, or None for none.
+
+        The two share their weights, so it costs nothing: choose one for each attachment.  A preset that no mode has is
+        an InputError that says how many harmless rows it needs; a mode without it uses the guard's own thresholds, and
+        its verdicts say so.
+        """
+        if preset is not None:
+            self._check_preset(preset)
+        chosen = copy(self)
+        chosen.config = self.config.model_copy(update={"preset": preset})
+        return chosen
+
+    def _check_preset(self, preset: Preset) -> None:
+        if self.config.role != "guard":
+            raise InputError(f"{self.name!r} is an aligner and flags nothing; presets are for guards.")
+        if preset not in PRESET_RATES:
+            raise InputError(f"There is no preset {preset!r}; expected one of {', '.join(PRESET_RATES)}.")
+        modes = self.config.modes
+        if any(preset in found.presets for found in modes.values()):
+            return
+        rate = PRESET_RATES[preset]
+        rows = ", ".join(f"{found.n_harmless:,} for mode {mode!r}" for mode, found in modes.items()) or "none"
+        raise InputError(
+            f"{self.name!r} has no preset {preset!r}. Promising a false-positive rate of {rate:.1%} needs "
+            f"{rows_needed(rate):,} harmless rows of a mode; it was calibrated on {rows}. Run safeside calibrate with "
+            "a file of that many, or choose another preset."
+        )
+
+    def set_mode(self, mode: Mode, calibration: ModeCalibration) -> None:
+        """Store ``calibration`` (of ``fit_mode``) for a reading mode; scores stay as they are."""
+        assert not calibration.n_labels - {len(self.config.labels)}, "one entry for each label"
+        self.config = self.config.model_copy(update={"modes": {**self.config.modes, mode: calibration}})
+
     def set_calibration(self, calibration: Calibration) -> None:
-        """Store and use ``calibration``; guards only."""
-        assert isinstance(self.head, GuardHead), "only guards are calibrated"
-        self.config = self.config.model_copy(update={"calibration": calibration})
-        self.head.calibrate(calibration)
+        """Store and use ``calibration``; guards only.  It changes every score, so modes calibrated before are dropped.
+
+        Other views of this guard (``with_preset``) share the weights and would go on with thresholds of old scores.
+        """
+        self._guard_head.calibrate(calibration)
+        self.config = self.config.model_copy(update={"calibration": calibration, "modes": {}, "preset": None})
 
     def read(self, tape: Tape, layer: int, hidden: Float[Tensor, "B T D"]) -> None:
         """Take what the trunk needs of one tapped state.  Nothing flows back into the base."""

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import Base
-from safeside.errors import ConfigError
+from safeside.errors import ConfigError, InputError
+from safeside.types import Mode, Preset
 
 FORMAT = 1
 _MOST = 1 << 20  # of any dimension: a damaged file must not ask for terabytes
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 HeadDim = Literal[32, 64, 128]
+Score = Annotated[Finite, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+PRESET_RATES: dict[Preset, float] = {"strict": 0.05, "balanced": 0.01, "permissive": 0.001}
+CONFIDENCE = 0.95  # of every promise
+_EDGE = 1e-7  # float32 has no score nearer to 1 but 1 itself
 
 
 class BaseReference(BaseModel):
@@ -49,9 +58,9 @@ class Calibration(BaseModel):
     """Factor of the logit; positive, so that calibration never changes a ranking."""
     bias: tuple[Finite, ...]
     """Added after the factor."""
-    threshold: tuple[Annotated[Finite, Field(ge=0, le=1)], ...]
+    threshold: tuple[Score, ...]
     """The label flags from this score on."""
-    false_positive_rate: float = Field(0.05, gt=0, lt=1)
+    false_positive_rate: Rate = 0.05
     """The threshold was set to flag at most this share of the harmless validation rows."""
 
     @model_validator(mode="after")
@@ -59,6 +68,111 @@ class Calibration(BaseModel):
         if not len(self.scale) == len(self.bias) == len(self.threshold):
             raise ValueError("scale, bias and threshold need one entry for each label")
         return self
+
+
+class ProbabilityMap(BaseModel):
+    """How a score of one label becomes a probability in one mode; it never falls as the score rises.
+
+    ``platt``: ``sigmoid(slope * log(score / (1 - score)) + height)``.  ``isotonic``: linear between knots, level beyond
+    them.  Decisions are made on scores, never on probabilities: the ties of an isotonic map change none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["platt", "isotonic"]
+    """Logistic regression on the score's log-odds, or isotonic regression on the score."""
+    slope: Finite = Field(1.0, gt=0)
+    """Of ``platt``: factor of the log-odds."""
+    height: Finite = 0.0
+    """Of ``platt``: added after the factor."""
+    knots: tuple[Score, ...] = ()
+    """Of ``isotonic``: scores, rising."""
+    levels: tuple[Score, ...] = ()
+    """Of ``isotonic``: the probability at each knot, not falling."""
+    error_before: Finite = Field(ge=0, le=1)
+    """Expected calibration error of the scores themselves on the rows of the fit."""
+    error_after: Finite = Field(ge=0, le=1)
+    """The same of the probabilities, each given to a row by a fit on other rows (five folds)."""
+    n_harmless: int = Field(ge=1)
+    """Harmless rows behind the fit."""
+    n_harmful: int = Field(ge=1)
+    """Harmful rows behind the fit.  Probabilities hold where harm is as frequent as among these rows."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ProbabilityMap:
+        if (self.method == "isotonic") != bool(self.knots) or len(self.knots) != len(self.levels):
+            raise ValueError("an isotonic map has knots and a level for each, and no other has any")
+        if list(self.knots) != sorted(set(self.knots)) or list(self.levels) != sorted(self.levels):
+            raise ValueError("knots must rise, and levels must not fall")
+        return self
+
+    def probabilities(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The probability in [0, 1] of each score in [0, 1], in its shape; NaN stays NaN."""
+        if self.method == "isotonic":
+            return np.where(np.isnan(scores), np.nan, np.interp(scores, self.knots, self.levels))
+        return 0.5 + 0.5 * np.tanh((self.slope * log_odds(scores) + self.height) / 2)  # a sigmoid without overflow
+
+
+def log_odds(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``log(score / (1 - score))``, finite at 0 and 1 too."""
+    inside = np.clip(np.asarray(scores, dtype=np.float64), _EDGE, 1 - _EDGE)
+    odds: NDArray[np.float64] = np.log(inside) - np.log1p(-inside)
+    return odds
+
+
+class Promise(BaseModel):
+    """Thresholds whose false-positive rate is promised, by label.
+
+    With probability ``confidence`` over the draw of the calibration rows, at most ``false_positive_rate`` of the
+    harmless texts that come as those rows came are flagged under a label.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threshold: tuple[Score, ...]
+    """The label flags from this score on."""
+    false_positive_rate: Rate
+    """The promised rate."""
+    confidence: Rate = CONFIDENCE
+    """How sure the promise is."""
+
+
+class ModeCalibration(BaseModel):
+    """What is known of a guard's scores in one reading mode."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_harmless: int = Field(ge=0)
+    """Harmless rows behind the thresholds; of several labels the fewest."""
+    promise: Promise | None = None
+    """Thresholds of this mode when no preset is chosen; without them the guard's own ``threshold`` holds."""
+    presets: dict[Preset, Promise] = {}
+    """Thresholds by preset; one that ``n_harmless`` rows cannot promise is left out."""
+    maps: tuple[ProbabilityMap, ...] = ()
+    """From score to probability, one for each label; none where too few rows of both kinds were given."""
+
+    def of_preset(self, preset: Preset | None) -> Promise | None:
+        """The thresholds of a preset, or without one those of the mode; None where there are none."""
+        return self.promise if preset is None else self.presets.get(preset)
+
+    @property
+    def n_labels(self) -> set[int]:
+        """How many labels its parts have: one number if they agree."""
+        promises = [*self.presets.values(), *([self.promise] if self.promise else [])]
+        return {len(promise.threshold) for promise in promises} | ({len(self.maps)} if self.maps else set())
+
+    @property
+    def summary(self) -> str:
+        """Thresholds and errors in one line, for people."""
+        named: list[tuple[str, Promise | None]] = [("default", self.promise), *self.presets.items()]
+        promises = [
+            f"{name} {', '.join(f'{value:.4f}' for value in promise.threshold)} (at most "
+            f"{promise.false_positive_rate:.3g} of harmless texts flagged)"
+            for name, promise in named
+            if promise is not None
+        ]
+        errors = [f"ECE {fit.error_before:.3f} before, {fit.error_after:.3f} after ({fit.method})" for fit in self.maps]
+        return "; ".join([*(promises or ["no preset"]), f"{self.n_harmless:,} harmless rows", *errors])
 
 
 class AdapterConfig(BaseModel):
@@ -98,6 +212,10 @@ class AdapterConfig(BaseModel):
     """The base that it reads."""
     calibration: Calibration | None = None
     """How logits become scores; none until a guard is calibrated (then sigmoid, and thresholds of 0.5)."""
+    modes: dict[Mode, ModeCalibration] = {}
+    """A guard's calibration by reading mode; a mode that is not there uses ``calibration``."""
+    preset: Preset | None = None
+    """Whose thresholds hold; without one each mode's own, or those of ``calibration``."""
     allow_mismatch: bool = False
     """Set on loading: the base has other weights or another chat template than the adapter was trained with."""
 
@@ -117,7 +235,22 @@ class AdapterConfig(BaseModel):
             raise ValueError(f"width must be a multiple of head_dim {self.head_dim}; got {self.width}")
         if self.calibration is not None and len(self.calibration.scale) != len(self.labels):
             raise ValueError(f"calibration has {len(self.calibration.scale)} entries for {len(self.labels)} labels")
+        for mode, found in self.modes.items():
+            if wrong := found.n_labels - {len(self.labels)}:
+                raise ValueError(f"modes.{mode} has {min(wrong)} entries for {len(self.labels)} labels")
+        if self.preset is not None and not any(self.preset in found.presets for found in self.modes.values()):
+            raise ValueError(f"preset {self.preset!r} is in none of the modes")
         return self
+
+
+def rows_needed(false_positive_rate: float, confidence: float = CONFIDENCE) -> int:
+    """The fewest harmless rows that can promise a rate: 59 for 5%, 299 for 1%, 2,995 for 0.1% at 95% confidence.
+
+    With fewer, a guard that flags none of them may still flag more than ``false_positive_rate`` of all others.
+    """
+    if not (0 < false_positive_rate < 1 and 0 < confidence < 1):
+        raise InputError(f"A rate and a confidence lie between 0 and 1; got {false_positive_rate} and {confidence}.")
+    return math.ceil(math.log1p(-confidence) / math.log1p(-false_positive_rate))
 
 
 def reference_of(base: Base) -> BaseReference:

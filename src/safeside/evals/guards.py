@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.metrics import Array, Figure, guard_figures
-from safeside.guards.score import score_conversations
+from safeside.guards.score import Scores, score_conversations
 from safeside.tasks.rows import BadRow, load_examples
 from safeside.types import Example
 
@@ -22,7 +23,7 @@ class GuardReport:
     """Figures by label and metric, the scores behind them, and what was left out."""
 
     figures: dict[str, dict[str, Figure]]
-    """By label and metric (auroc, auprc, f1, tpr, fpr), value and 95% interval."""
+    """By label and metric (auroc, auprc, f1, tpr, fpr, ece), value and 95% interval."""
     labels: Array
     """(n, K), 0 or 1."""
     scores: Array
@@ -37,6 +38,8 @@ class GuardReport:
     """Rows longer than the base's context, scored in windows."""
     bad: list[BadRow] = field(default_factory=list)
     """The rows that could not be read or scored, and why."""
+    notes: list[str] = field(default_factory=list)
+    """What the verdicts say of thresholds that stand in for others, and of how many rows."""
 
 
 def evaluate_guard(
@@ -48,7 +51,7 @@ def evaluate_guard(
     advance: Callable[[int], None] = lambda count: None,
     tell: Callable[[BadRow], None] = lambda row: None,
 ) -> GuardReport:
-    """auroc, auprc, f1, tpr and fpr of ``guard`` on a file of labelled rows, at the artifact's threshold.
+    """Figures of ``guard`` on a file of labelled rows, at the thresholds of its preset, if one is chosen.
 
     ``tell`` hears of every bad row as soon as it is known, so also when no figure can be made: without a usable row,
     or with rows of one class only, that is an InputError before anything is scored.
@@ -83,12 +86,9 @@ def report_on(
         tell(bad_row)
     finite = np.isfinite(scores).all(1)
     _check_classes(labels[finite], guard.config.labels, len(bad) + len(unscored))
-    figures = {
-        label: guard_figures(labels[finite, index], scores[finite, index], guard.thresholds[index])
-        for index, label in enumerate(guard.config.labels)
-    }
+    fallbacks = Counter(note for row in scored if (note := guard.fallback_note(row.mode_for(guard))))
     return GuardReport(
-        figures=figures,
+        figures=_figures(guard, scored, scores, labels),
         labels=labels,
         scores=scores,
         n=int(finite.sum()),
@@ -96,7 +96,25 @@ def report_on(
         n_unscored=int((~finite).sum()),
         n_windowed=sum(row.n_windows > 1 for row in scored),
         bad=[*bad, *unscored],
+        notes=[f"{count} rows: {note}" for note, count in sorted(fallbacks.items())],
     )
+
+
+def _figures(guard: Adapter, scored: Sequence[Scores], scores: Array, labels: Array) -> dict[str, dict[str, Figure]]:
+    """Figures by label of the rows that have a score, each at the threshold of the mode it was read in."""
+    modes = [row.mode_for(guard) for row in scored]
+    thresholds = np.array([guard.thresholds_in(mode) for mode in modes])  # (n, K)
+    probabilities = np.stack([guard.probabilities(row[None], mode)[0] for row, mode in zip(scores, modes, strict=True)])
+    finite = np.isfinite(scores).all(1)
+    return {
+        label: guard_figures(
+            labels[finite, index],
+            scores[finite, index],
+            thresholds[finite, index],
+            probabilities=probabilities[finite, index],
+        )
+        for index, label in enumerate(guard.config.labels)
+    }
 
 
 def _check_classes(labels: Array, names: Sequence[str], n_bad: int) -> None:

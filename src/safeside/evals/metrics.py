@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safeside.errors import InputError
+from safeside.guards.probability import expected_calibration_error
 
 Array = NDArray[np.float64]
 
@@ -57,25 +58,41 @@ def rates(labels: Array, flagged: NDArray[np.bool_]) -> tuple[float, float, floa
 
 
 def guard_figures(
-    labels: Array, scores: Array, threshold: float, *, groups: Sequence[str] | None = None, seed: int = 0
+    labels: Array,
+    scores: Array,
+    threshold: float | Array,
+    *,
+    probabilities: Array | None = None,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> dict[str, Figure]:
-    """auroc, auprc, and f1, tpr, fpr at ``threshold``, from (n,) labels in {0, 1} and scores in [0, 1].
+    """auroc, auprc, ece, and f1, tpr, fpr at ``threshold`` (one, or one for each row), from (n,) labels and scores.
 
-    Rows of one class only are an InputError, and so is a score that is not a number: those count as unscored and must
-    be taken out by the caller, who reports them.
+    ``ece`` is the expected calibration error of ``probabilities``, the scores unless given.  Rows of one class only are
+    an InputError, and so is a score that is not a number: those count as unscored and must be taken out by the caller,
+    who reports them.
     """
     if len(set(labels.tolist())) < 2:
         raise InputError("Figures need both harmful and harmless rows; got one kind only. Add rows of the other.")
     if not np.isfinite(scores).all():
         raise InputError("Scores hold NaN or infinity; take unscored rows out and count them.")
-    functions: Mapping[str, Callable[[Array, Array], float]] = {
-        "auroc": auroc,
-        "auprc": auprc,
-        "f1": lambda some, score: rates(some, score >= threshold)[0],
-        "tpr": lambda some, score: rates(some, score >= threshold)[1],
-        "fpr": lambda some, score: rates(some, score >= threshold)[2],
+    flagged = (scores >= threshold).astype(np.float64)
+    of_flags: Mapping[str, Callable[[Array, Array], float]] = {
+        "f1": lambda some, flags: rates(some, flags == 1)[0],
+        "tpr": lambda some, flags: rates(some, flags == 1)[1],
+        "fpr": lambda some, flags: rates(some, flags == 1)[2],
     }
-    return bootstrap(functions, labels, scores, groups=groups, seed=seed)
+    return {  # one seed: all figures come from the same draws
+        **bootstrap({"auroc": auroc, "auprc": auprc}, labels, scores, groups=groups, seed=seed),
+        **bootstrap(of_flags, labels, flagged, groups=groups, seed=seed),
+        **bootstrap(
+            {"ece": expected_calibration_error},
+            labels,
+            scores if probabilities is None else probabilities,
+            groups=groups,
+            seed=seed,
+        ),
+    }
 
 
 def bootstrap(

@@ -1,23 +1,31 @@
-"""Calibration of a guard on validation data: probabilities, and a threshold at a stated false-positive rate."""
+"""Calibration of a guard: probabilities, and thresholds at a stated or a promised false-positive rate.
+
+A promised rate is distribution-free: it asks only that the harmless rows come as the harmless texts to judge will come
+(independent draws of one distribution), and it is bought with rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 
-from safeside.adapters.config import Calibration
+from safeside.adapters.adapter import Adapter
+from safeside.adapters.config import CONFIDENCE, PRESET_RATES, Calibration, ModeCalibration, Promise, rows_needed
 from safeside.errors import InputError, NotFiniteError
+from safeside.guards.probability import Array, fit_map, platt
+from safeside.types import Mode, Preset
 
-_LEAST_SLOPE = 1e-3  # of the standardised logit
 _ROUNDING = 2e-6  # float32 sums in another order: a few of its last digits
 
 
-def fit_calibration(
-    logits: NDArray[np.float64], labels: NDArray[np.float64], false_positive_rate: float = 0.05
-) -> Calibration:
+def fit_calibration(logits: Array, labels: Array, false_positive_rate: float = 0.05) -> Calibration:
     """Platt scaling and threshold for each label, from (n, K) raw logits and 0/1 labels of validation rows.
+
+    A label that a row does not know is NaN: that row counts for the other labels only.
 
     The scale is kept positive, so that scores rise with risk and no ranking changes.  A label with one class only is an
     InputError, and a logit that is not finite a NotFiniteError.
@@ -25,10 +33,11 @@ def fit_calibration(
     if not np.isfinite(logits).all():
         raise NotFiniteError("A guard gave logits that are not finite on validation rows; lower the learning rate.")
     scales, biases, thresholds = [], [], []
-    for logit, label in zip(logits.T, labels.T, strict=True):
+    for column, known in zip(logits.T, labels.T, strict=True):
+        logit, label = column[~np.isnan(known)], known[~np.isnan(known)]
         if len(set(label.tolist())) < 2:
             raise InputError("Calibration needs both harmful and harmless validation rows; got one kind. Add rows.")
-        scale, bias = _platt(logit, label)
+        scale, bias = platt(logit, label)
         scores = _scores(logit, scale, bias)
         scales.append(scale)
         biases.append(bias)
@@ -41,33 +50,136 @@ def fit_calibration(
     )
 
 
-def _platt(logit: NDArray[np.float64], label: NDArray[np.float64]) -> tuple[float, float]:
-    """Scale (positive) and bias of a logistic regression on one logit."""
-    mean, spread = float(logit.mean()), max(float(logit.std()), 1e-6)
-    model = LogisticRegression(C=1e4, max_iter=1000).fit(((logit - mean) / spread)[:, None], label)
-    slope, height = float(model.coef_[0, 0]), float(model.intercept_[0])
-    if slope < _LEAST_SLOPE:  # a guard that ranks upside down: scores near the share of harmful rows
-        slope, height = _LEAST_SLOPE, float(np.log(label.mean() / (1 - label.mean())))
-    return slope / spread, height - slope * mean / spread
-
-
-def _scores(logit: NDArray[np.float64], scale: float, bias: float) -> NDArray[np.float64]:
+def _scores(logit: Array, scale: float, bias: float) -> Array:
     """Scores as a guard's head computes them: in float32."""
     scaled = torch.tensor(scale, dtype=torch.float32) * torch.from_numpy(logit).float()
     return np.asarray(torch.sigmoid(scaled + torch.tensor(bias, dtype=torch.float32)).double())
 
 
-def threshold_at(harmless_scores: NDArray[np.float64], false_positive_rate: float) -> float:
+def threshold_at(harmless_scores: Array, false_positive_rate: float) -> float:
     """The lowest threshold that flags at most this share of the harmless rows (flagged means score >= threshold).
 
     It stands a hair above the highest score that passes, for the same text in another batch differs in its last digits.
     When too many rows score 1 there is none, and that is an InputError.
     """
+    return _above(harmless_scores, int(false_positive_rate * len(harmless_scores)), false_positive_rate)
+
+
+def threshold_with_bound(benign_scores: Array, false_positive_rate: float, confidence: float = CONFIDENCE) -> float:
+    """The lowest threshold that promises a false-positive rate on texts to come (flagged means score >= threshold).
+
+    With probability ``confidence`` over the draw of the (n,) benign scores, at most ``false_positive_rate`` of all
+    benign texts drawn like them are flagged: the threshold stands above the (k+1)-th highest score, for the largest k
+    whose Clopper-Pearson upper bound, k of n, is at most that rate.  Ties can only make it safer.  Too few rows for any
+    threshold are an InputError that says how many it takes; so are too many rows that score 1.
+    """
+    n_rows, needed = len(benign_scores), rows_needed(false_positive_rate, confidence)
+    if n_rows < needed:
+        raise InputError(
+            f"{n_rows:,} harmless rows cannot promise a false-positive rate of {false_positive_rate:.3%} with "
+            f"{confidence:.0%} confidence; it takes {needed:,}. Add rows, or ask for a higher rate."
+        )
+    return _above(benign_scores, n_allowed(n_rows, false_positive_rate, confidence), false_positive_rate)
+
+
+def n_allowed(n_rows: int, false_positive_rate: float, confidence: float = CONFIDENCE) -> int:
+    """How many of ``n_rows`` harmless rows may score above a threshold that promises the rate.
+
+    The largest k with P(Binomial(n_rows, rate) <= k) <= 1 - confidence; ``n_rows`` must be at least ``rows_needed``.
+    """
+    counts = np.arange(1, n_rows + 1)
+    steps = np.log((n_rows - counts + 1) / counts) + np.log(false_positive_rate) - np.log1p(-false_positive_rate)
+    logarithms = n_rows * np.log1p(-false_positive_rate) + np.concatenate([[0.0], steps.cumsum()])
+    within = np.searchsorted(np.exp(logarithms).cumsum(), 1 - confidence, side="right")
+    return max(int(within) - 1, 0)
+
+
+def _above(harmless_scores: Array, n_flagged: int, false_positive_rate: float) -> float:
+    """The lowest threshold that flags at most ``n_flagged`` of the rows."""
     falling = np.sort(harmless_scores)[::-1]
-    allowed = int(false_positive_rate * len(falling))
-    if falling[allowed] >= 1.0:
+    if falling[n_flagged] >= 1.0:
         raise InputError(
             f"More than {false_positive_rate:.2%} of the harmless rows have score 1; no threshold can let them pass. "
             "Train longer or with a lower learning rate, or allow a higher false-positive rate."
         )
-    return float(min(1.0, falling[allowed] + _ROUNDING))
+    return float(min(1.0, falling[n_flagged] + _ROUNDING))
+
+
+def fit_mode(
+    scores: Array, labels: Array, *, benign: Array | None = None, false_positive_rate: float | None = None
+) -> ModeCalibration:
+    """What is known of a guard's scores in one reading mode, for ``Adapter.set_mode``.
+
+    ``scores`` (n, K) in [0, 1] and ``labels`` (n, K) of 0 and 1 (NaN: not known) are rows of that mode that the guard
+    did not learn from.  A score is what the mode's decision compares with the threshold: at a text's end for ``prompt``
+    and ``answer``, what the windows come to for ``windowed``, and for ``stream`` the number that stops an answer when
+    it reaches the threshold, one for each whole answer.  NaN counts as 1, for such a text is flagged.
+
+    Thresholds rest on the rows with label 0, or on ``benign`` (m, K) if given.  Presets that so few rows cannot promise
+    are left out.  With ``false_positive_rate`` the mode gets a threshold of its own, and too few rows for that are an
+    InputError.
+    """
+    scores = np.where(np.isnan(scores), 1.0, scores)
+    if benign is None:
+        harmless = [column[label == 0] for column, label in zip(scores.T, labels.T, strict=True)]
+    else:
+        harmless = list(np.where(np.isnan(benign), 1.0, benign).T)
+    presets: dict[Preset, Promise] = {}
+    for preset, rate in PRESET_RATES.items():
+        with suppress(InputError):
+            presets[preset] = _promise(harmless, rate)
+    maps = [
+        fit_map(column[~np.isnan(label)], label[~np.isnan(label)])
+        for column, label in zip(scores.T, labels.T, strict=True)
+    ]
+    return ModeCalibration(
+        n_harmless=min(map(len, harmless)),
+        promise=None if false_positive_rate is None else _promise(harmless, false_positive_rate),
+        presets=presets,
+        maps=tuple(fit for fit in maps if fit is not None) if None not in maps else (),
+    )
+
+
+def _promise(harmless: Sequence[Array], rate: float) -> Promise:
+    return Promise(threshold=tuple(threshold_with_bound(scores, rate) for scores in harmless), false_positive_rate=rate)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedRows:
+    """Raw logits of rows that a guard did not learn from."""
+
+    logits: Array
+    """(n, K), finite."""
+    labels: Array
+    """(n, K), 0 or 1; NaN where a row does not know the label."""
+    modes: tuple[Mode, ...]
+    """How each row was read."""
+
+
+def calibrate_guard(
+    guard: Adapter, false_positive_rate: float, rows: JudgedRows, benign: JudgedRows | None = None
+) -> None:
+    """Set the guard's calibration from all ``rows``, and that of each reading mode from the rows read so.
+
+    The thresholds of the presets rest on the rows of ``benign`` in the modes that it holds, elsewhere on the harmless
+    ones of ``rows``.
+    """
+    calibration = fit_calibration(rows.logits, rows.labels, false_positive_rate)
+    guard.set_calibration(calibration)
+    for mode in sorted({*rows.modes, *(benign.modes if benign is not None else ())}):
+        own = np.array([found == mode for found in rows.modes], dtype=bool)
+        clean = np.array([found == mode for found in benign.modes], dtype=bool) if benign is not None else np.zeros(0)
+        guard.set_mode(
+            mode,
+            fit_mode(
+                scores_of(calibration, rows.logits[own]),
+                rows.labels[own],
+                benign=scores_of(calibration, benign.logits[clean]) if benign is not None and clean.any() else None,
+            ),
+        )
+
+
+def scores_of(calibration: Calibration, logits: Array) -> Array:
+    """Scores (n, K) of raw logits (n, K), as the guard's head makes them."""
+    columns = zip(logits.T, calibration.scale, calibration.bias, strict=True)
+    return np.stack([_scores(*column) for column in columns], -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from safeside.base.model import Base
 from safeside.chat import pad_batch
 from safeside.errors import InputError
 from safeside.guards.windows import windows
-from safeside.types import Message, Verdict
+from safeside.types import Message, Mode, Verdict
 from safeside.verdicts import LORA_NOTE, verdict_of
 
 Conversation = Sequence[Message]
@@ -42,6 +42,12 @@ class Scores:
     """Why it has no score, or one that is not a number; None when all is well."""
     windows_of: Mapping[str, int] = field(default_factory=dict)
     """Windows by guard, where they were cut for some guards' highest score and for others' lowest."""
+    place: Mode = "prompt"
+    """Whether a prompt or an answer ends the conversation."""
+
+    def mode_for(self, guard: Adapter) -> Mode:
+        """How the guard read it: in windows, or to the end of its ``place``."""
+        return "windowed" if self.windows_of.get(guard.name, self.n_windows) > 1 else self.place
 
 
 @torch.no_grad()
@@ -80,7 +86,10 @@ def score_conversations(
             for row, _, _ in batch:
                 waiting[row] -= 1
                 advance(int(waiting[row] == 0))
-    return [_scores(guards, by_guard, cut) for by_guard, cut in zip(found, cuts, strict=True)]
+    return [
+        replace(_scores(guards, by_guard, cut), place=place_of(messages))
+        for by_guard, cut, messages in zip(found, cuts, conversations, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,11 @@ def _cuts(base: Base, messages: Conversation, modes: Sequence[Combine]) -> _Cut:
         counts[mode] = len(encoded)
         cut[encoded].append(mode)  # a text that fits is read once for all
     return _Cut([(ids, wanted) for encoded, wanted in cut.items() for ids in encoded], counts, problem)
+
+
+def place_of(messages: Conversation) -> Mode:
+    """``answer`` when an assistant's message ends the conversation, else ``prompt``."""
+    return "answer" if messages and messages[-1].role == "assistant" else "prompt"
 
 
 def unscored(guards: Sequence[Adapter], problem: str) -> Scores:
@@ -140,7 +154,10 @@ def judge(
 
 def verdicts_of(base: Base, guards: Sequence[Adapter], scores: Scores) -> tuple[Verdict, ...]:
     """One verdict of each guard on the conversation that ``scores`` belong to; without a score it is flagged."""
-    return tuple(verdict_of(guard, scores.by_guard[guard.name], notes=_notes(base, guard, scores)) for guard in guards)
+    return tuple(
+        verdict_of(guard, scores.by_guard[guard.name], scores.mode_for(guard), _notes(base, guard, scores))
+        for guard in guards
+    )
 
 
 def _notes(base: Base, guard: Adapter, scores: Scores) -> list[str]:

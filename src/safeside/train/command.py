@@ -28,7 +28,7 @@ def train_command(path: Path, data_root: Path, output: Path | None, resume: bool
         run = run_recipe(
             recipe, data_root=data_root, output=output, base=base, resume=resume, report=report, advance=read
         )
-    for row in [*run.train.bad, *run.validation.bad]:
+    for row in [row for rows in run.splits for row in rows.bad]:
         note(f"line {row.line} was left out: {row.problem}")
     return summary_of(run, flops_share(base, run.adapter))
 
@@ -59,8 +59,9 @@ def summary_of(run: Run, share: float) -> dict[str, object]:
         "thresholds": [round(value, 4) for value in run.adapter.thresholds],
         "epochs": run.outcome.epochs,
         "train_rows": len(run.train.ids),
-        "rows_too_long": run.train.n_too_long + run.validation.n_too_long,
-        "bad_rows": len(run.train.bad) + len(run.validation.bad),
+        "presets": {mode: list(found.presets) for mode, found in run.adapter.config.modes.items()},
+        "rows_too_long": sum(rows.n_too_long for rows in run.splits),
+        "bad_rows": sum(len(rows.bad) for rows in run.splits),
         "train_seconds": round(run.outcome.train_seconds, 2),
         "peak_bytes": run.outcome.peak_bytes,
         "trainable_params": run.outcome.trainable_params,

@@ -34,7 +34,15 @@ def ported_config(source: AdapterConfig, base: Base) -> AdapterConfig:
     Taps stay at their relative depth, so they are fewer where the base is shallower.
     """
     layers = tuple(sorted({_new_layer(layer, source, base) for layer in source.layers}))
-    values = {**source.model_dump(), "tap_rank": 0, "layers": layers, "base": reference_of(base), "calibration": None}
+    values = {
+        **source.model_dump(),
+        "tap_rank": 0,
+        "layers": layers,
+        "base": reference_of(base),
+        "calibration": None,
+        "modes": {},
+        "preset": None,
+    }
     return require_valid({**values, "allow_mismatch": False})
 
 

@@ -168,10 +168,15 @@ class TeacherSection(_Section):
 
 
 class CalibrationSection(_Section):
-    """Where a guard's threshold is set."""
+    """Where a guard's thresholds are set."""
 
     false_positive_rate: float = Field(0.05, gt=0, lt=1)
     """Share of the harmless validation rows that may be flagged."""
+    benign: tuple[str, ...] = ()
+    """Files of harmless rows for the presets' promises; the harmless validation rows unless given.
+
+    Rows that training has not seen make the better promise: validation rows have stopped it.
+    """
 
 
 class Recipe(_Section):
@@ -202,6 +207,12 @@ class Recipe(_Section):
     def _tasks_are_for_guards(self) -> Recipe:
         if self.data.task is not None and self.adapter.role != "guard":
             raise ValueError(f"task {self.data.task!r} trains a guard; an aligner needs files in train and validation")
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_are_for_guards(self) -> Recipe:
+        if self.calibration.benign and self.adapter.role != "guard":
+            raise ValueError("an aligner has no thresholds; remove calibration.benign, or set role = 'guard'")
         return self
 
     @model_validator(mode="after")

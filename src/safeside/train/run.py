@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from safeside.adapters.adapter import Adapter
-from safeside.adapters.config import AdapterConfig, Calibration
+from safeside.adapters.config import AdapterConfig
 from safeside.artifact import create_adapter, make_folder, save_adapter
 from safeside.base.model import Base, load_base
 from safeside.errors import ConfigError
-from safeside.guards.calibrate import fit_calibration
+from safeside.guards.calibrate import JudgedRows, calibrate_guard
+from safeside.guards.score import place_of
 from safeside.provenance import config_hash
 from safeside.terminal import note
 from safeside.train.importance import Sample, measure_importance
@@ -24,7 +24,7 @@ from safeside.train.objectives import guard_logits, objective_of
 from safeside.train.pruning import start_from_base
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
-from safeside.train.splits import load_splits
+from safeside.train.splits import load_benign, load_splits
 from safeside.train.taps import FINAL, LiveTaps, Source, StoredTaps, TapStore, key_of, stored_bytes
 from safeside.train.teacher import teacher_scores
 
@@ -48,6 +48,13 @@ class Run:
     """Validation rows, and which were left out."""
     validation_metric: str
     """What ``outcome.best_metric`` measures."""
+    benign: Rows | None = None
+    """Harmless rows of the presets, if the recipe names any, and which were left out."""
+
+    @property
+    def splits(self) -> list[Rows]:
+        """All rows that were read."""
+        return [self.train, self.validation, *([self.benign] if self.benign is not None else [])]
 
 
 def run_recipe(
@@ -67,12 +74,12 @@ def run_recipe(
     """
     base = base or load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
     folder, config = make_folder(output or Path(recipe.output)), recipe.adapter_config(base)
-    train, validation = load_splits(base, recipe, data_root, config.labels)
-    train = teacher_scores(base, recipe, (train, validation), folder) if recipe.teacher else train
+    splits = _splits(base, recipe, data_root, config.labels, folder)
+    train, validation = splits[:2]
     processes = processes_on(base.device)
     adapter = _started(base, config, recipe, train)
     with processes.main_process_first():
-        sources = _sources(base, adapter, recipe, [train, validation], folder, advance)
+        sources = _sources(base, adapter, recipe, splits, folder, advance)
     objective = objective_of(base, sources, (train, validation), recipe)
     loop = Loop(
         adapter,
@@ -89,13 +96,21 @@ def run_recipe(
     outcome = loop.run(resume)
     dtype = _DTYPES[recipe.stored_dtype]
     adapter.to(dtype).float().eval()  # what is calibrated and measured is what is stored
-    if config.role == "guard":
-        adapter.set_calibration(_calibration(base, sources[1], validation, recipe))
+    _calibrate(base, adapter, recipe, sources[1:], splits[1:])
     if processes.is_main_process:
         save_adapter(adapter, folder, base, _facts(recipe, outcome, train, objective.metric), dtype=dtype)
         _clean_up(folder, recipe.training.cache_taps is True)
     processes.wait_for_everyone()
-    return Run(adapter, folder, outcome, train, validation, objective.metric)
+    return Run(adapter, folder, outcome, train, validation, objective.metric, *splits[2:])
+
+
+def _splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], folder: Path) -> list[Rows]:
+    """Training rows with their soft targets, validation rows and, if the recipe names any, benign rows."""
+    train, validation = load_splits(base, recipe, root, labels)
+    benign = load_benign(base, recipe, root, labels)
+    if recipe.teacher:
+        train = teacher_scores(base, recipe, (train, validation), folder)
+    return [train, validation, *([benign] if benign is not None else [])]
 
 
 def _started(base: Base, config: AdapterConfig, recipe: Recipe, train: Rows) -> Adapter:
@@ -122,22 +137,19 @@ def _identity(base: Base, config: AdapterConfig, recipe: Recipe, splits: Sequenc
     return config_hash([config.model_dump(mode="json"), rows, start])
 
 
-def _calibration(base: Base, source: Source, rows: Rows, recipe: Recipe) -> Calibration:
-    """The calibration of each label on the rows that know it."""
-    logits, labels = guard_logits(base, source, rows), rows.labels.double().numpy()
-    known, rate = ~np.isnan(labels), recipe.calibration.false_positive_rate
-    if known.all():
-        return fit_calibration(logits, labels, rate)
-    fits = [
-        fit_calibration(logits[some, label : label + 1], labels[some, label : label + 1], rate)
-        for label, some in enumerate(known.T)
+def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[Source], splits: Sequence[Rows]) -> None:
+    """Calibrate a guard on validation rows, and its presets on benign rows if there are any; aligners need none."""
+    if adapter.config.role != "guard":
+        return
+    judged = [
+        JudgedRows(
+            guard_logits(base, source, rows),
+            rows.labels.double().numpy(),
+            tuple(place_of(example.messages) for example in rows.examples),
+        )
+        for source, rows in zip(sources, splits, strict=True)
     ]
-    return Calibration(
-        scale=tuple(fit.scale[0] for fit in fits),
-        bias=tuple(fit.bias[0] for fit in fits),
-        threshold=tuple(fit.threshold[0] for fit in fits),
-        false_positive_rate=rate,
-    )
+    calibrate_guard(adapter, recipe.calibration.false_positive_rate, *judged)
 
 
 def _sources(

@@ -12,7 +12,7 @@ import torch
 from safeside.base.model import Base
 from safeside.chat import Encoded
 from safeside.errors import ConfigError, InputError
-from safeside.tasks.rows import BadRow, for_one_label, load_examples
+from safeside.tasks.rows import BadRow, for_one_label, load_examples, load_kind
 from safeside.tasks.task import Split, load_task
 from safeside.train.recipe import DataSection, Recipe
 from safeside.train.rows import Rows
@@ -69,6 +69,16 @@ def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
     if data.soft is not None:
         train = with_scores(train, read_scores(find_data(data.soft, root), labels))
     return train, validation
+
+
+def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> Rows | None:
+    """The harmless rows that a recipe names for the presets, labelled or not; None if it names none."""
+    names = recipe.calibration.benign
+    if not names:
+        return None
+    found = [load_kind(find_data(name, root), labels, is_harmful=False) for name in names]
+    examples = [example for some, _ in found for example in some]
+    return _encoded(base, (examples, [row for _, bad in found for row in bad]), None, recipe.seed, ", ".join(names))
 
 
 def _from_files(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
