@@ -65,7 +65,7 @@ def test_strengths_are_checked_before_anything_is_loaded(
 def test_a_session_outlives_lines_that_cannot_be_answered(run: Callable[..., Ran], tiny_base: Base) -> None:
     """The context is full at the third line, the fourth is too long for any conversation, the fifth is not UTF-8."""
     words = ("chat", "--base", tiny_base.folder, "--max-new-tokens", 5, "--json")
-    long = "z" * 100
+    long = "z" * 120
     ran = run(*words, stdin=f"how?\n{long}\n{long}\n{'z' * 300}\n\udcff\nwhy?\n")
     assert ran.code == 1
     assert [line["requested_strength"] for line in ran.lines] == [None] * 4

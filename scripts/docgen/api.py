@@ -47,6 +47,8 @@ FURTHER = {
     "safeside.registry": ("Registry", "load_plugins"),
     "safeside.request": ("PassRecord",),
     "safeside.tasks.rows": ("load_examples", "messages_of", "BadRow"),
+    "safeside.tasks.sources": ("Fields", "Part", "Source"),
+    "safeside.tasks.task": ("Task", "TaskRows", "load_task", "register_task"),
     "safeside.train.importance": ("measure_importance", "Importance", "Sample"),
     "safeside.train.loop": ("Outcome", "Progress"),
     "safeside.train.lora": ("create_lora", "LoraGuard", "LoraShape"),
@@ -61,6 +63,7 @@ REGISTRIES = {
     "FAMILIES": "safeside.base.families",
     "SUITES": "safeside.evals.suites",
     "JUDGES": "safeside.evals.judges",
+    "TASKS": "safeside.tasks.task",
 }
 # Classes whose fields have a page of their own.
 ELSEWHERE = {
