@@ -80,7 +80,7 @@ def run_recipe(
     adapter = _started(base, config, recipe, train)
     with processes.main_process_first():
         sources = _sources(base, adapter, recipe, splits, folder, advance)
-    objective = objective_of(base, sources, (train, validation), recipe)
+    objective = objective_of(base, sources[:2], (train, validation), recipe)
     loop = Loop(
         adapter,
         train.lengths,
