@@ -46,6 +46,7 @@ FURTHER = {
     "safeside.mixing": ("Policy", "Fixed", "Step", "Ramp"),
     "safeside.registry": ("Registry", "load_plugins"),
     "safeside.request": ("PassRecord",),
+    "safeside.tasks.categories": ("find_category", "Category"),
     "safeside.tasks.rows": ("load_examples", "messages_of", "BadRow"),
     "safeside.tasks.sources": ("Fields", "Part", "Source"),
     "safeside.tasks.task": ("Task", "TaskRows", "load_task", "register_task"),
