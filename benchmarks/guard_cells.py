@@ -58,7 +58,10 @@ METHODS = (*ADAPTERS, *FITTED, "lora_full")
 # Chosen by the core benchmark on validation rows, from one grid for every method; distilled and pruned ones as theirs.
 LEARNING_RATES = {"plr": 3e-3, "rtb": 1e-3, "lst": 3e-4, "standalone": 1e-3, "lora": 5e-4}
 TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "batch_size": 16, "folds": 2}
-HARMLESS = {"xstest/test.jsonl.gz": 250, "benign_prompts/alpaca_test.jsonl.gz": 250}  # prompts to leave alone, at most
+HARMLESS = {
+    "xstest/prompts_test.jsonl.gz": 250,
+    "benign_prompts/alpaca_test.jsonl.gz": 250,
+}  # prompts to leave alone, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +271,7 @@ def trained_of(setup: Setup, cell: Cell) -> Trained:
     data, recipe = prepare(setup, cell.task, cell.base), recipe_of(setup, cell)
     if cell.method == "lora_full":
         with create_lora(data.base, 1, LoraShape(TEACHER["rank"], 2.0 * TEACHER["rank"]), cell.seed) as guard:
-            return _looped(data, recipe, guard, dict.fromkeys(SPLITS, guard), guard.matmuls())
+            return _looped(data, recipe, guard, dict.fromkeys(SPLITS, guard), guard.matmuls)
     adapter = create_adapter(data.base, recipe.adapter_config(data.base), cell.seed)
     is_pruned = recipe.adapter.start == "pruned"
     if cell.method.startswith("standalone"):

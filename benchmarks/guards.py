@@ -27,7 +27,7 @@ from guard_cells import METHODS, SPLITS, Cell, Setup, build_store, key_of, prepa
 from safeside.base.model import load_base
 from safeside.errors import InputError, MissingExtraError
 from safeside.evals.metrics import auprc, auroc, bootstrap, paired_difference, rates
-from safeside.guards.calibrate import fit_calibration, threshold_at
+from safeside.guards.calibrate import fit_calibration
 from safeside.provenance import config_hash
 from safeside.tasks.task import TASKS
 from safeside.terminal import note
@@ -144,7 +144,8 @@ def rows_of(cell: Cell, found: dict[str, object]) -> list[Row]:
     test = truth["test"][scored], values["test"][scored]
     held = np.isfinite(values["validation"])
     validation = truth["validation"][held], values["validation"][held]
-    threshold = threshold_at(validation[1][validation[0] == 0], RATE)
+    harmless = np.sort(validation[1][validation[0] == 0])[::-1]
+    threshold = np.nextafter(harmless[int(RATE * len(harmless))], np.inf)  # values are logits or scores, with ties
     functions = {
         "auroc": auroc,
         "auprc": auprc,
