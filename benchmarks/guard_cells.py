@@ -61,7 +61,7 @@ TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "bat
 HARMLESS = {
     "xstest/prompts_test.jsonl.gz": 250,
     "benign_prompts/alpaca_test.jsonl.gz": 250,
-}  # prompts to leave alone, at most
+}  # at most
 
 
 @dataclass(frozen=True, slots=True)
