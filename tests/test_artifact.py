@@ -112,7 +112,7 @@ def test_the_same_adapter_is_the_same_bytes(tiny_base: Base, saved: Path, tmp_pa
 def test_a_folder_holds_four_files_and_no_path_of_the_machine(saved: Path, session_base: Base) -> None:
     assert sorted(file.name for file in saved.iterdir()) == sorted(module._FILES)
     card, stamp = (saved / "README.md").read_text(), json.loads((saved / "provenance.json").read_text())
-    assert "load_adapter('path/to/harm', base)" in card
+    assert 'load_adapter("path/to/harm", base)' in card
     assert "| thresholds | 0.3000 at a false-positive rate of 5% on validation data |" in card
     assert stamp["dataset"] == "none"
     assert 0 < float(stamp["flops_share"]) < 1

@@ -322,9 +322,9 @@ def _card(adapter: Adapter, stamp: Mapping[str, str]) -> str:
     """The generated README of an adapter folder."""
     config = adapter.config
     use = (
-        f"guards=[load_adapter('path/to/{config.name}', base)]"
+        f'guards=[load_adapter("path/to/{config.name}", base)]'
         if config.role == "guard"
-        else f"aligners=[load_adapter('path/to/{config.name}', base)], strength=1.0"
+        else f'aligners=[load_adapter("path/to/{config.name}", base)], strength=1.0'
     )
     lines = [
         "---", "library_name: safeside", f"base_model: {config.base.name}", "tags: [safety, adapter]", "---", "",
@@ -333,7 +333,7 @@ def _card(adapter: Adapter, stamp: Mapping[str, str]) -> str:
         f"`{config.base.name}` (fingerprint {config.base.fingerprint}): it reads layers "
         f"{', '.join(map(str, config.layers))} of the frozen base in the base's own forward pass.", "",
         "```python", "from safeside import attach, load_adapter, load_base",
-        f"base = load_base('{config.base.name}')", f"with attach(base, {use}):", "    ...", "```", "",
+        "", f'base = load_base("{config.base.name}")', f"with attach(base, {use}):", "    ...", "```", "",
         "| fact | value |", "|---|---|",
         f"| multiply-adds a token | {adapter_matmuls(adapter):,} |",
         *([f"| labels | {', '.join(config.labels)} |"] if config.labels else []),
