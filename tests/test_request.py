@@ -106,7 +106,9 @@ def test_a_gate_does_not_hold_for_a_turn_that_it_did_not_judge(attachment: Attac
     with attachment.request(strength=step("harm", 1.0), prompt_end=[4]):
         run(attachment, TEXT[:, :6], cache)
     run(attachment, TEXT[:, 6:7], cache)
-    with pytest.raises(AttachmentError, match=r"2 tokens follow a prompt that has set the strength of refuse already"):
+    with pytest.raises(
+        AttachmentError, match="2 tokens follow a prompt that was judged already and set the strength of refuse"
+    ):
         run(attachment, TEXT[:, 7:9], cache)
 
 

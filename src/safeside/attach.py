@@ -22,27 +22,43 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.utils.generic import ModelOutput
 
-from safeside.adapters.adapter import Adapter
+from safeside.adapters.adapter import Adapter, SideOutput
 from safeside.base.families import has_lora
 from safeside.base.model import Base
 from safeside.base.taps import SideCache, Tape
-from safeside.checks import check_adapters, keep_mask, refuse_compiled, refuse_packed
-from safeside.errors import AttachmentError, InputError, UnsupportedError
+from safeside.checks import cache_of, check_adapters, check_intercept, keep_mask, refuse_compiled, refuse_packed
+from safeside.errors import AttachmentError, BlockedError, InputError
+from safeside.gates import answer_standings, blocked_prompts, seen_so_far, strength_of
 from safeside.mixing import Policy, as_policies, mix
-from safeside.request import PassRecord, Request, RequestLayer, SideLayer, history_of, request_layer
+from safeside.request import (
+    PassRecord,
+    Request,
+    RequestLayer,
+    SideLayer,
+    columns_of,
+    ended_request,
+    history_of,
+    request_layer,
+)
+from safeside.stopping import Standing, as_rules
 from safeside.types import Verdict
-from safeside.verdicts import prompt_and_answer_verdicts
+from safeside.verdicts import LORA_NOTE, prompt_and_answer_verdicts
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _Pass:
-    """One forward pass of the base in flight: its tapes, its cache and its request."""
+    """One forward pass of the base in flight: its tapes, its cache, its request, and what was run before its end."""
 
     def __init__(self, tapes: dict[str, Tape], cache: DynamicCache | None, request: Request) -> None:
         self.tapes = tapes
         self.cache = cache
         self.request = request
+        self.early: dict[str, SideOutput] = {}
+
+    @property
+    def layer(self) -> RequestLayer | None:
+        return request_layer(self.cache) if self.cache is not None else None
 
 
 class _Thread(threading.local):
@@ -56,13 +72,24 @@ class _Thread(threading.local):
 class Attachment:
     """Adapters on a base, made by ``attach``.  Use it as a context manager, or call ``detach``."""
 
-    def __init__(self, base: Base, aligners: Sequence[Adapter], guards: Sequence[Adapter], strength: object) -> None:
+    def __init__(
+        self,
+        base: Base,
+        aligners: Sequence[Adapter],
+        guards: Sequence[Adapter],
+        strength: object,
+        intercept: Adapter | None = None,
+    ) -> None:
+        if intercept is not None:
+            check_intercept(base, intercept)
+            guards = guards if any(guard is intercept for guard in guards) else [*guards, intercept]
         check_adapters(base, aligners, guards)
         if base.decoder in _attached:
             raise AttachmentError(f"{base.name} already has an attachment. Detach it, or attach all adapters at once.")
         self.base = base
         self.aligners = {adapter.name: adapter for adapter in aligners}
         self.guards = {adapter.name: adapter for adapter in guards}
+        self.intercept = intercept
         self.policies = as_policies(strength, list(self.aligners))
         self._check_gates(self.policies)
         self.base_has_lora = has_lora(base.model)
@@ -93,13 +120,19 @@ class Attachment:
 
     @contextlib.contextmanager
     def request(
-        self, *, strength: object = None, prompt_end: Sequence[int] | Tensor | None = None, copies: int = 1
+        self,
+        *,
+        strength: object = None,
+        prompt_end: Sequence[int] | Tensor | None = None,
+        copies: int = 1,
+        stop: object = None,
     ) -> Iterator[None]:
         """Settings for the forward passes that this thread runs inside the ``with`` block.
 
         ``strength`` replaces the attachment's (anything that ``attach`` takes); ``prompt_end`` holds the number of
-        prompt tokens of each row, padding not counted, and is what latched policies wait for.  ``copies`` is how many
-        rows ``generate`` makes of each: ``num_beams`` or ``num_return_sequences``.
+        prompt tokens of each row, padding not counted, and is what latched policies and interception wait for.
+        ``copies`` is how many rows ``generate`` makes of each: ``num_beams`` or ``num_return_sequences``.  ``stop`` is
+        a StopRule for the only guard, or rules by guard, and is what ``standings`` judges answers by.
         """
         self._check_attached()
         if strength is not None and not self.aligners:
@@ -109,7 +142,8 @@ class Attachment:
         ends = None if prompt_end is None else tuple(int(end) for end in prompt_end)
         if ends is not None and min(ends, default=0) < 1:
             raise InputError(f"prompt_end counts tokens and starts at 1; got {ends}.")
-        before, self._thread.request = self._thread.request, Request(policies, ends, copies)
+        request = Request(policies, ends, copies=copies, rules=as_rules(stop, list(self.guards)))
+        before, self._thread.request = self._thread.request, request
         try:
             yield
         finally:
@@ -127,16 +161,17 @@ class Attachment:
 
         ``answer_lengths`` counts each row's own answer tokens when a batch padded behind them.
         """
-        layer = request_layer(cache)
-        if layer is None or layer.request.prompt_end is None:
-            raise AttachmentError("Verdicts need the prompt's end. Run inside attachment.request(prompt_end=[...]).")
-        return prompt_and_answer_verdicts(
-            list(self.guards.values()),
-            history_of(cache),
-            layer.request.prompt_end,
-            answer_lengths,
-            self.base_has_lora,
-        )
+        ends = ended_request(cache).prompt_end or ()
+        guards = list(self.guards.values())
+        return prompt_and_answer_verdicts(guards, history_of(cache), ends, answer_lengths, self.base_has_lora)
+
+    def standings(self, cache: DynamicCache, answer_lengths: Sequence[int]) -> list[Standing]:
+        """For each row how its answer of so many tokens stands by the request's stop rules and the intercepting guard.
+
+        Tokens that were not fed to the base yet are not scored, and so not clear while there is a rule.
+        """
+        guards = list(self.guards.values())
+        return answer_standings(ended_request(cache), history_of(cache), guards, self.intercept, answer_lengths)
 
     def strengths(self, cache: DynamicCache) -> list[dict[str, tuple[float, ...]]]:
         """For each row and aligner, the strength behind each answer token."""
@@ -170,8 +205,7 @@ class Attachment:
         inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
         if inputs is None:
             raise InputError("The base was called without input_ids or inputs_embeds.")
-        n_rows, n_new = inputs.shape[:2]
-        cache = self._cache_of(bound, kwargs)
+        (n_rows, n_new), cache = inputs.shape[:2], cache_of(self.base, bound, kwargs)
         n_past = cache.get_seq_length() if cache is not None else 0
         refuse_packed(bound, n_new)
         keep = keep_mask(bound.get("attention_mask"), n_rows, n_new, n_past, inputs.device)
@@ -180,30 +214,13 @@ class Attachment:
         self._thread.current = _Pass({name: tape.fork() for name in self._adapters}, cache, request)
         return args, kwargs
 
-    def _cache_of(self, bound: dict[str, Any], kwargs: dict[str, Any]) -> DynamicCache | None:
-        """The request's cache.  The one that the base would make for itself is made here, so that it can be shared."""
-        if self.base.is_encoder:
-            return None
-        cache = bound.get("past_key_values")
-        if cache is None:
-            use_cache = bound.get("use_cache")
-            wanted = self.base.model.config.get_text_config().use_cache if use_cache is None else use_cache
-            if not wanted or ("past_key_values" in bound and "past_key_values" not in kwargs):
-                return None
-            kwargs["past_key_values"] = cache = DynamicCache(config=self.base.model.config)
-        if not isinstance(cache, DynamicCache) or cache.offloading:
-            name = "An offloaded DynamicCache" if isinstance(cache, DynamicCache) else f"A {type(cache).__name__}"
-            raise UnsupportedError(
-                f"{name} is refused: adapters grow their own layers behind those of the base. "
-                "Pass past_key_values=DynamicCache(), or leave cache_implementation unset."
-            )
-        return cache
-
     def _request_of(self, cache: DynamicCache | None, n_past: int, n_rows: int, n_new: int) -> Request:
         """The request in force: the thread's own, else the one that the cache already carries, else the default."""
         layer = request_layer(cache) if cache is not None else None
         if layer is not None and layer.owner is not self:
             raise AttachmentError("This cache belongs to another attachment. Start with a new DynamicCache().")
+        if layer is not None:
+            layer.refuse_spent()
         n_seen = 0 if layer is None else layer.get_seq_length()
         if n_seen != n_past:
             raise AttachmentError(
@@ -212,9 +229,14 @@ class Attachment:
             )
         request = self._thread.request or (layer.request if layer is not None else Request(self.policies))
         if layer is not None and self._thread.request is None:
-            layer.refuse_new_turn(n_new)
+            layer.refuse_new_turn(n_new, self.intercept is not None)
         if request.prompt_end is None and layer is not None:
             request = replace(request, prompt_end=layer.request.prompt_end)
+        if self.intercept is not None and request.prompt_end is None:
+            raise AttachmentError(
+                f"Guard {self.intercept.name!r} intercepts at the prompt's end, but prompt_end is not known. Run "
+                "inside attachment.request(prompt_end=[...]), or use base.chat."
+            )
         request = request.for_rows(n_rows)
         if cache is not None and layer is None:
             self._grow(cache, request)
@@ -245,6 +267,26 @@ class Attachment:
         for name, adapter in self._adapters.items():
             if layer in adapter.config.layers:
                 adapter.read(current.tapes[name], layer, hidden)
+        if self.intercept is not None and layer == self.intercept.config.layers[-1]:
+            self._judge_prompts(self.intercept, current)
+
+    def _judge_prompts(self, guard: Adapter, current: _Pass) -> None:
+        """The intercepting guard has all its taps: run it now, and stop the pass when it blocks every prompt."""
+        tape, layer = current.tapes[guard.name], current.layer
+        current.early[guard.name] = output = guard(tape, self._side_cache(current.cache, guard.name))
+        assert output.scores is not None
+        seen = seen_so_far(layer, columns_of(list(self.guards.values()))[guard.name], output.scores, tape)
+        verdicts = blocked_prompts(guard, seen, current.request, tape, [LORA_NOTE] if self.base_has_lora else [])
+        if verdicts is None:
+            return
+        self._thread.current = None
+        if layer is not None:
+            layer.is_spent = True
+        raise BlockedError(
+            f"Guard {guard.name!r} blocked every prompt of this batch after block {guard.config.layers[-1]}; there is "
+            "no output. Use base.chat, which gives the verdicts, or catch BlockedError.",
+            verdicts,
+        )
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After the base ran: guards, strengths, aligners, mix."""
@@ -255,8 +297,7 @@ class Attachment:
         for tape in current.tapes.values():
             tape.final = final
         self._run_guards(current, record)
-        layer = request_layer(current.cache) if current.cache is not None else None
-        self._run_aligners(current, record, layer)
+        self._run_aligners(current, record, layer := current.layer)
         if layer is not None:
             layer.update(*self._entries(current, record))
         self._thread.record = record
@@ -274,7 +315,9 @@ class Attachment:
 
     def _run_guards(self, current: _Pass, record: PassRecord) -> None:
         for name, guard in self.guards.items():
-            output = guard(current.tapes[name], self._side_cache(current.cache, name))
+            output = current.early.get(name) or guard(current.tapes[name], self._side_cache(current.cache, name))
+            assert output.scores is not None
+            assert output.logits is not None
             record.scores[name], record.logits[name] = output.scores, output.logits
 
     def _run_aligners(self, current: _Pass, record: PassRecord, layer: RequestLayer | None) -> None:
@@ -297,48 +340,13 @@ class Attachment:
         self, current: _Pass, record: PassRecord, layer: RequestLayer | None, name: str
     ) -> tuple[Tensor, bool]:
         """Strength (B, T) of one aligner, and whether it can change no more during this request."""
-        policy = current.request.policies[name]
-        tape = current.tapes[name]
-        shape = tape.keep_new.shape
-        if policy.guard is None:
-            values = policy.strength(torch.zeros((), device=tape.keep.device)).expand(shape)
-            return (
-                values,
-                layer is None,
-            )  # a cache may be re-used at another strength, so it is always written
-        new = record.scores[policy.guard].amax(-1)  # (B, T)
-        if not policy.latched:
-            return policy.strength(new) * self._after_prompt(current, tape), False
-        scores, positions = self._seen(layer, policy.guard, new, tape)
-        ends = torch.tensor(current.request.prompt_end, device=new.device)[:, None]
-        at_end = positions == ends - 1
-        value = policy.strength(scores.gather(1, at_end.int().argmax(1, keepdim=True))[:, 0])
-        decided = at_end.any(1)
-        on = decided[:, None] & (tape.positions >= ends - 1)
-        return torch.where(on, value[:, None], 0.0), bool(decided.all())
-
-    @staticmethod
-    def _after_prompt(current: _Pass, tape: Tape) -> Tensor:
-        """1 where a strength may act: everywhere without ``prompt_end``, else from the prompt's last token on."""
-        if current.request.prompt_end is None:
-            return torch.ones((), device=tape.keep.device)
-        ends = torch.tensor(current.request.prompt_end, device=tape.keep.device)[:, None]
-        return (tape.positions >= ends - 1).float()
-
-    def _seen(self, layer: RequestLayer | None, guard: str, new: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        """Scores and token indices (B, S) of all tokens so far, those of this pass included."""
-        positions = torch.where(tape.keep_new, tape.positions, -1)
-        if layer is None or layer.keys is None or layer.values is None or not layer.keys.numel():
-            return new, positions
-        start = self._column(guard)
-        stop = start + len(self.guards[guard].config.labels)
-        past = layer.keys[:, 0, :, start:stop].amax(-1)
-        return torch.cat([past, new], 1), torch.cat([layer.values[:, 0, :, -1].long(), positions], 1)
-
-    def _column(self, guard: str) -> int:
-        """First column of a guard's scores in the request's layer."""
-        names = list(self.guards)
-        return sum(len(self.guards[name].config.labels) for name in names[: names.index(guard)])
+        policy, tape, seen = current.request.policies[name], current.tapes[name], None
+        if policy.guard is not None:
+            columns = columns_of(list(self.guards.values()))[policy.guard]
+            seen = seen_so_far(layer, columns, record.scores[policy.guard], tape)
+        strength, is_decided = strength_of(policy, current.request.prompt_end, seen, tape)
+        # A cache may be re-used at another fixed strength, so it is always written.
+        return strength, is_decided and (policy.guard is not None or layer is None)
 
     def _entries(self, current: _Pass, record: PassRecord) -> tuple[Tensor, Tensor]:
         """What the request's layer stores of this pass: scores (B, 1, T, K) and strengths with indices."""
@@ -367,15 +375,20 @@ def attach(
     aligners: Sequence[Adapter] = (),
     guards: Sequence[Adapter] = (),
     strength: object = 1.0,
+    *,
+    intercept: Adapter | None = None,
 ) -> Attachment:
     """Attach guards and aligners to ``base``; use the result in a ``with`` statement or call its ``detach``.
 
     ``strength`` is a number in [0, 2], one number a row, ``fixed``, ``step`` or ``ramp``, or a mapping from aligner to
-    any of these (aligners left out are off).  A base that cannot take hooks safely is an UnsupportedError that names
-    why; adapters that do not fit the base, their list or each other are an InputError; a base takes one attachment at a
-    time, a second is an AttachmentError.
+    any of these (aligners left out are off).  ``intercept`` is a guard that judges each prompt as soon as the last
+    layer that it reads has run, and blocks what it flags: when it blocks the whole batch the deeper layers never run.
+    It need not be in ``guards`` too; its passes need ``prompt_end``.
+
+    A base that cannot take hooks safely is an UnsupportedError that names why; adapters that do not fit the base, their
+    list or each other are an InputError; a base takes one attachment at a time, a second is an AttachmentError.
     """
-    return Attachment(base, aligners, guards, strength)
+    return Attachment(base, aligners, guards, strength, intercept)
 
 
 def _with_final(output: Any, final: Tensor) -> Any:

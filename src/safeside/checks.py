@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.families import refused_reason
@@ -35,6 +37,14 @@ def check_adapters(base: Base, aligners: Sequence[Adapter], guards: Sequence[Ada
             _check_adapter(base, adapter, expected)
 
 
+def check_intercept(base: Base, guard: Adapter) -> None:
+    """Raise unless ``guard`` can judge prompts of ``base`` before an answer."""
+    if guard.config.role != "guard":
+        raise InputError(f"{guard.name!r} has role {guard.config.role!r} and cannot intercept; expected a guard.")
+    if base.is_encoder:
+        raise UnsupportedError(f"{base.name} is an encoder: it gives no answer that could be intercepted. Use guards.")
+
+
 def _check_adapter(base: Base, adapter: Adapter, expected: str) -> None:
     config = adapter.config
     if config.role != expected:
@@ -44,6 +54,29 @@ def _check_adapter(base: Base, adapter: Adapter, expected: str) -> None:
             f"{adapter.name!r} reads {config.base.n_layers} layers of width {config.base.d_model}, but {base.name} has "
             f"{base.n_layers} of width {base.d_model}. Load the base that it was made for."
         )
+
+
+def cache_of(base: Base, bound: Mapping[str, Any], kwargs: dict[str, Any]) -> DynamicCache | None:
+    """The request's cache, from the decoder's arguments (``bound``: by name); one that cannot grow is refused.
+
+    The one that the base would make for itself is made here and put in ``kwargs``, so that it can be shared.
+    """
+    if base.is_encoder:
+        return None
+    cache = bound.get("past_key_values")
+    if cache is None:
+        use_cache = bound.get("use_cache")
+        wanted = base.model.config.get_text_config().use_cache if use_cache is None else use_cache
+        if not wanted or ("past_key_values" in bound and "past_key_values" not in kwargs):
+            return None
+        kwargs["past_key_values"] = cache = DynamicCache(config=base.model.config)
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        name = "An offloaded DynamicCache" if isinstance(cache, DynamicCache) else f"A {type(cache).__name__}"
+        raise UnsupportedError(
+            f"{name} is refused: adapters grow their own layers behind those of the base. "
+            "Pass past_key_values=DynamicCache(), or leave cache_implementation unset."
+        )
+    return cache
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # so it runs for real when a hook is being compiled, and is handed True

@@ -6,6 +6,7 @@ SafesideError
 ├── InputError            (ValueError)     rows, messages, masks or strengths that cannot be used
 ├── UnsupportedError      (RuntimeError)   a way of running the base that is refused by name
 ├── AttachmentError       (RuntimeError)   attach, detach or a cache used in the wrong order
+├── BlockedError          (RuntimeError)   a prompt was blocked before the base had read it to the end
 ├── NotFiniteError        (ArithmeticError) an aligner returned NaN or infinity
 ├── ArtifactError         (ValueError)     an adapter folder cannot be used
 │   ├── MismatchError                      it belongs to another base
@@ -16,6 +17,10 @@ Messages say what was wrong, what was expected and what to do, in that order.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from safeside.types import Verdict
 
 
 class SafesideError(Exception):
@@ -44,6 +49,15 @@ class UnsupportedError(SafesideError, RuntimeError):
 
 class AttachmentError(SafesideError, RuntimeError):
     """Attach, detach or a cache used in the wrong order."""
+
+
+class BlockedError(SafesideError, RuntimeError):
+    """Every prompt of a batch was blocked by ``attach(intercept=...)``; ``Base.chat`` turns it into completions."""
+
+    def __init__(self, message: str, verdicts: Sequence[Verdict] = ()) -> None:
+        super().__init__(message)
+        self.verdicts = tuple(verdicts)
+        """The guard's verdict on each prompt."""
 
 
 class NotFiniteError(SafesideError, ArithmeticError):

@@ -6,7 +6,7 @@ cropped, repeated and copied with them, and two requests can never share it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from safeside.adapters.adapter import Adapter
 from safeside.errors import AttachmentError, InputError, UnsupportedError
 from safeside.mixing import Fixed, Policy
+from safeside.stopping import StopRule
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Request:
     prompt_end: tuple[int, ...] | None = None
     copies: int = 1
     """Rows that ``generate`` makes of each row before the first pass."""
+    rules: Mapping[str, StopRule] = field(default_factory=dict)
+    """Stop rules by guard."""
 
     def __post_init__(self) -> None:
         latched = [name for name, policy in self.policies.items() if policy.latched]
@@ -106,14 +110,23 @@ class RequestLayer(SideLayer):
         self.owner = owner
         self.request = request
         self.skipped: set[str] = set()
+        self.is_spent = False  # a pass was stopped on the way: the layers behind it have not seen its tokens
 
-    def refuse_new_turn(self, n_new: int) -> None:
-        """Raise where several tokens follow a decided gate without a request of their own: it would stay as it is."""
-        latched = [name for name, policy in self.request.policies.items() if policy.latched]
-        if latched and n_new > 1 and self.get_seq_length() >= min(self.request.prompt_end or (0,)):
+    def refuse_spent(self) -> None:
+        """Raise where an intercepting guard stopped a pass on the way."""
+        if self.is_spent:
             raise AttachmentError(
-                f"{n_new} tokens follow a prompt that has set the strength of {', '.join(latched)} already. Run a new "
-                "turn inside attachment.request(prompt_end=[...]), so that its own prompt is judged."
+                "The prompts on this cache were blocked before the base had read them. Start with a new DynamicCache()."
+            )
+
+    def refuse_new_turn(self, n_new: int, intercepts: bool) -> None:
+        """Raise where several tokens follow a judged prompt without a request of their own: nobody would judge them."""
+        latched = [name for name, policy in self.request.policies.items() if policy.latched]
+        if (latched or intercepts) and n_new > 1 and self.get_seq_length() >= min(self.request.prompt_end or (0,)):
+            raise AttachmentError(
+                f"{n_new} tokens follow a prompt that was judged already"
+                f"{' and set the strength of ' + ', '.join(latched) if latched else ''}. Run a new turn inside "
+                "attachment.request(prompt_end=[...]), so that its own prompt is judged."
             )
 
     def reset(self) -> None:
@@ -149,7 +162,7 @@ class RequestLayer(SideLayer):
 
     def __deepcopy__(self, memo: dict[int, object]) -> RequestLayer:
         copy = RequestLayer(self.owner, self.request)
-        copy.skipped = set(self.skipped)
+        copy.skipped, copy.is_spent = set(self.skipped), self.is_spent
         if self.keys is not None and self.values is not None:
             copy.update(self.keys.clone(), self.values.clone())
         memo[id(self)] = copy
@@ -172,6 +185,20 @@ class History:
         entry: Tensor = values[row, slots[0]]
         return entry
 
+    def answer(self, row: int, start: int, length: int) -> Float[Tensor, "T K"]:
+        """Scores of a row's kept tokens from ``start`` on, ``length`` of them or as many as were run."""
+        positions = self.positions[row]
+        return self.scores[row, (positions >= start) & (positions < start + length)]
+
+
+def columns_of(guards: Sequence[Adapter]) -> dict[str, slice]:
+    """By guard, its columns among the K scores of a request's layer."""
+    columns, start = {}, 0
+    for guard in guards:
+        columns[guard.name] = slice(start, start + len(guard.config.labels))
+        start += len(guard.config.labels)
+    return columns
+
 
 def history_of(cache: DynamicCache) -> History:
     """What the request on ``cache`` has seen; a cache that no attachment filled is an AttachmentError."""
@@ -186,6 +213,14 @@ def request_layer(cache: DynamicCache) -> RequestLayer | None:
     """The request's layer, or None on a cache that no attachment has used."""
     last = cache.layers[-1] if cache.layers else None
     return last if isinstance(last, RequestLayer) else None
+
+
+def ended_request(cache: DynamicCache) -> Request:
+    """The request on ``cache``; one that does not know where its prompts end is an AttachmentError."""
+    layer = request_layer(cache)
+    if layer is None or layer.request.prompt_end is None:
+        raise AttachmentError("Verdicts need the prompt's end. Run inside attachment.request(prompt_end=[...]).")
+    return layer.request
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ Mode = Literal["prompt", "answer", "stream", "windowed"]
 written, or in several windows."""
 Preset = Literal["strict", "balanced", "permissive"]
 """Thresholds with a promised false-positive rate: 5%, 1% and 0.1%."""
+FinishReason = Literal["stop", "length", "guard", "blocked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,25 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """Where a guard ended an answer while it was written (see ``safeside.stopping``)."""
+
+    guard: str
+    """Name of the guard."""
+    token: int
+    """Index, from 0, of the answer's token at which its rule was met."""
+    n_kept: int
+    """Tokens of the answer before those that met the rule: the ones of ``Completion.text``."""
+    score: float
+    """The lowest score of the tokens that met the rule; NaN when one could not be scored."""
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One answer, and what guards and aligners did to it."""
 
     text: str
-    """The answer without special tokens and outer white space."""
+    """The answer without special tokens and outer white space; what a guard stopped or blocked is not in it."""
     verdicts: tuple[Verdict, ...]
     """Every guard on the prompt, then every guard on the answer."""
     strength: Mapping[str, tuple[float, ...]]
@@ -65,9 +80,12 @@ class Completion:
     n_prompt_tokens: int
     """Tokens of the rendered conversation, template included."""
     n_new_tokens: int
-    """Tokens of the answer, the stop token not counted."""
-    finish_reason: Literal["stop", "length"]
-    """``stop``: the model ended its answer; ``length``: ``max_new_tokens`` did."""
+    """Tokens of ``text``, the stop token not counted."""
+    finish_reason: FinishReason
+    """``stop``: the model ended its answer; ``length``: ``max_new_tokens`` did; ``guard``: a guard did, see ``stop``;
+    ``blocked``: the intercepting guard flagged the prompt, and there is no answer."""
+    stop: Stop | None = None
+    """Which guard ended the answer, and where; None when none did."""
 
 
 @dataclass(frozen=True, slots=True)

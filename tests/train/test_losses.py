@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from safeside.train.losses import answer_loss, balanced_weight, guard_loss
+from safeside.train.losses import answer_loss, balanced_weight, guard_loss, prefix_weights
 
 SAME = 1e-6  # float32 sums of a few dozen terms
 
@@ -170,7 +170,73 @@ def test_answer_loss_reaches_exactly_the_places_before_answers() -> None:
     assert (logits.grad[0].abs().sum(-1) > 0).tolist() == [False, True, True, False, False, False]
 
 
-@pytest.mark.parametrize("function", [guard_loss, balanced_weight, answer_loss])
+def test_weighted_rows_are_a_weighted_mean(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, soft = rows
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.1, 0.3, 0.0, 1.0])
+    expected = 0.0
+    for row, weight in enumerate(weights.tolist()):
+        one = guard_loss(logits[row : row + 1], labels[row : row + 1], soft=soft[row : row + 1], soft_weight=0.3)
+        expected += weight * one.item() / weights.sum().item()
+    found = guard_loss(logits, labels, soft=soft, soft_weight=0.3, row_weight=weights)
+    assert found.item() == pytest.approx(expected, abs=SAME)
+
+
+def test_weighted_rows_leave_out_what_is_not_known(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Against loops: hard and soft part are each a weighted mean over their own known entries."""
+    logits, labels, soft = rows
+    labels, soft = labels.clone(), soft.clone()
+    labels[0], labels[2, 0], soft[3], soft[4, -1] = torch.nan, torch.nan, torch.nan, torch.nan
+    weights, positive = [0.5, 0.0, 2.0, 1.0, 0.1, 0.3, 0.0, 1.0], [3.0] * labels.shape[1]
+
+    def mean_of(targets: Tensor, positive: list[float]) -> float:
+        total = weight_sum = 0.0
+        for row, weight in enumerate(weights):
+            for label in range(targets.shape[1]):
+                target, score = targets[row, label].item(), logits[row, label].sigmoid().item()
+                if not math.isnan(target):
+                    total -= weight * (positive[label] * target * math.log(score) + (1 - target) * math.log(1 - score))
+                    weight_sum += weight
+        return total / weight_sum
+
+    expected = 0.7 * mean_of(labels, positive) + 0.3 * mean_of(soft, [1.0] * labels.shape[1])
+    options = {"positive_weight": torch.tensor(positive), "soft": soft, "soft_weight": 0.3}
+    found = guard_loss(logits, labels, **options, row_weight=torch.tensor(weights))
+    assert found.item() == pytest.approx(expected, abs=SAME)
+    equal = guard_loss(logits, labels, **options, row_weight=torch.full((len(weights),), 0.7))
+    assert equal.item() == pytest.approx(guard_loss(logits, labels, **options).item(), abs=SAME)
+
+
+@pytest.mark.parametrize("nothing", ["labels", "weights"])
+def test_where_nothing_counts_the_loss_is_0_with_a_gradient(nothing: str) -> None:
+    logits = torch.randn(3, 2, requires_grad=True)
+    labels = torch.full((3, 2), torch.nan if nothing == "labels" else 1.0)
+    loss = guard_loss(logits, labels, row_weight=torch.full((3,), 1.0 if nothing == "labels" else 0.0))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def prefix_weights_by_hand(length: int, start: int, width: int) -> list[float]:
+    """Half on the last token, half rising 1, 2, 3, ... over the answer; all on the last one without an answer."""
+    weights = [0.0] * width
+    answer = list(range(start, length))
+    for count, place in enumerate(answer, 1):
+        weights[place] = 0.5 * count / sum(range(1, len(answer) + 1))
+    weights[length - 1] += 0.5 if answer else 1.0
+    return weights
+
+
+def test_prefixes_weigh_as_by_hand() -> None:
+    lengths, starts = [7, 4, 5, 3, 1], [2, 3, 5, 1, 1]  # rows 2 and 4 are prompts without an answer
+    keep = torch.arange(7) < torch.tensor(lengths)[:, None]
+    found = prefix_weights(keep, torch.tensor(starts))
+    for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        assert found[row].tolist() == pytest.approx(prefix_weights_by_hand(length, start, 7), abs=SAME)
+        assert found[row].sum() == pytest.approx(1.0, abs=SAME)
+
+
+@pytest.mark.parametrize("function", [guard_loss, balanced_weight, answer_loss, prefix_weights])
 def test_shapes_in_annotations_can_be_read(function: object) -> None:
     """An unquoted axis such as ``Float[Tensor, K]`` is a name that does not exist."""
     assert get_type_hints(function)["return"]

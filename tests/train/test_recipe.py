@@ -54,6 +54,7 @@ precision = "bfloat16"
 class_weights = "balanced"
 soft_weight = 0.5
 temperature = 2.0
+targets = "prefixes"
 cache_taps = false
 checkpoint_seconds = 5
 [teacher]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,17 +21,19 @@ from transformers import (
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteriaList,
 )
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
+from safeside.base.answers import AttachedAdapters, Follower, Release, cut, told_stop
 from safeside.base.families import Family, decoder_of, find_family, locate
 from safeside.base.fingerprint import Fingerprint, check_tokenizer, take_fingerprint, weight_files
 from safeside.base.loading import checked_device, checked_dtype, explained_loading, model_type_of
 from safeside.base.packaged import PACKAGED, packaged_folder
 from safeside.chat import Encoded, encode_chat, pad_batch
-from safeside.errors import InputError, UnsupportedError
-from safeside.types import Completion, Message, Verdict
+from safeside.errors import BlockedError, InputError, UnsupportedError
+from safeside.types import Completion, FinishReason, Message
 
 BUILTIN_NAME = "builtin"
 # What chat sets itself, or could not hand on: one answer a row, its own cache (verdicts live on it), nothing but text.
@@ -43,20 +44,6 @@ _NOT_FOR_CHAT = {
     "trust_remote_code", "negative_prompt_ids", "negative_prompt_attention_mask", "stop_strings", "stopping_criteria",
 }  # fmt: skip
 _GREEDY: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
-
-class AttachedAdapters(Protocol):
-    """What ``Base.chat`` asks of an attachment."""
-
-    def request(
-        self, *, strength: object = None, prompt_end: Sequence[int] | None = None
-    ) -> contextlib.AbstractContextManager[None]: ...
-
-    def verdicts(
-        self, cache: DynamicCache, answer_lengths: Sequence[int] | None = None
-    ) -> list[tuple[Verdict, ...]]: ...
-
-    def strengths(self, cache: DynamicCache) -> list[dict[str, tuple[float, ...]]]: ...
 
 
 @dataclass
@@ -158,17 +145,22 @@ class Base:
         messages: Sequence[Message],
         *,
         strength: object = None,
+        stop: object = None,
         max_new_tokens: int = 128,
         **generate: object,
     ) -> Completion:
         """One answer.  ``strength`` overrides the attachment's for this request (see ``attach``).
+
+        ``stop`` is a StopRule for the only guard attached, or rules by guard's name: an answer that meets one ends
+        there, and its text holds only the tokens before the risky ones.
 
         Greedy unless ``do_sample=True``; ``generate`` holds further options of transformers' ``generate``.  A prompt
         that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut.  Beams, several samples, stop
         strings, a cache of the caller's own or none at all, and what generate would return beside the text are an
         UnsupportedError; ``eos_token_id`` replaces the base's stop tokens.
         """
-        return self.chat_batch([messages], strength=strength, max_new_tokens=max_new_tokens, **generate)[0]
+        options = {"strength": strength, "stop": stop, "max_new_tokens": max_new_tokens, **generate}
+        return self.chat_batch([messages], **options)[0]  # type: ignore[arg-type]
 
     @torch.no_grad()
     def chat_batch(
@@ -176,42 +168,67 @@ class Base:
         conversations: Sequence[Sequence[Message]],
         *,
         strength: object = None,
+        stop: object = None,
         max_new_tokens: int = 128,
+        release: Release | None = None,
         **generate: object,
     ) -> list[Completion]:
-        """Answers to several conversations in one batch, in order; ``strength`` may hold one value a row."""
+        """Answers to several conversations in one batch, in order; ``strength`` may hold one value a row.
+
+        ``release`` is called with a row and the next ids of its answer while it is written, never with an id that a
+        guard can still take back.  Prompts that an intercepting guard blocks have no answer; the others go on.
+        """
+        self._check_chat(strength, stop, generate)
+        if not conversations:
+            return []
+        encoded = [self.encode(messages) for messages in conversations]
+        self._check_room(encoded, max_new_tokens)
+        ends = [len(item.ids) for item in encoded]
+        attached = self.attachment
+        scope = attached.request(strength=strength, prompt_end=ends, stop=stop) if attached else nullcontext()
+        try:
+            with scope:
+                is_followed = release is not None or stop is not None or bool(attached and attached.intercept)
+                options = {"max_new_tokens": max_new_tokens, **generate}
+                return self._answer(encoded, options, release, is_followed)
+        except BlockedError as blocked:
+            pairs = zip(blocked.verdicts, ends, strict=True)
+            return [Completion("", (verdict,), {}, end, 0, "blocked") for verdict, end in pairs]
+
+    def _check_chat(self, strength: object, stop: object, generate: Mapping[str, object]) -> None:
         if self.is_encoder:
             raise UnsupportedError(f"{self.name} is an encoder and cannot answer; expected a causal language model.")
         if strength is not None and self.attachment is None:
             raise InputError("A strength was given but nothing is attached. Call attach(base, aligners=[...]) first.")
+        if stop is not None and self.attachment is None:
+            raise InputError("A stop rule was given but nothing is attached. Call attach(base, guards=[...]) first.")
         foreign = sorted(_NOT_FOR_CHAT & set(generate))
         if foreign:
             raise UnsupportedError(
                 f"chat gives one answer a row, keeps its own cache and ends answers at stop tokens; got "
                 f"{', '.join(foreign)}. Leave it out, or call base.model.generate itself."
             )
-        if not conversations:
-            return []
-        encoded = [self.encode(messages) for messages in conversations]
-        self._check_room(encoded, max_new_tokens)
+
+    def _answer(
+        self, encoded: Sequence[Encoded], generate: Mapping[str, object], release: Release | None, is_followed: bool
+    ) -> list[Completion]:
+        """Generate under the request in force, score the last token, and read off what guards say."""
         ids, keep = pad_batch([item.ids for item in encoded], self._pad_id, side="left")
         ids, keep, cache = ids.to(self.device), keep.to(self.device), DynamicCache()
-        ends = [len(item.ids) for item in encoded]
         options = generate if generate.get("do_sample") else {**_GREEDY, **generate}
-        scope = self.attachment.request(strength=strength, prompt_end=ends) if self.attachment else nullcontext()
-        with scope:
-            output = self.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=keep,
-                past_key_values=cache,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=self._pad_id,
-                **options,
-            )
-            if self.attachment:
-                self._score_last_token(output, keep, cache)
-        answers, stop_ids = output[:, ids.shape[1] :].tolist(), self._stop_ids(generate.get("eos_token_id"))
-        return self._completions(answers, ends, cache, stop_ids)
+        follower = Follower(self.attachment, cache, ids.shape[1], self._stop_ids(generate.get("eos_token_id")), release)
+        output = self.model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=keep,
+            past_key_values=cache,
+            pad_token_id=self._pad_id,
+            stopping_criteria=StoppingCriteriaList([follower] if is_followed else []),
+            **options,
+        )
+        if self.attachment:
+            self._score_last_token(output, keep, cache)
+        ends = [len(item.ids) for item in encoded]
+        return self._completions(output[:, ids.shape[1] :].tolist(), ends, cache, follower)
 
     def _score_last_token(self, output: Tensor, keep: Tensor, cache: DynamicCache) -> None:
         """``generate`` never feeds the last token it made; guards see it through one more step."""
@@ -226,27 +243,36 @@ class Base:
         )
 
     def _completions(
-        self, answers: list[list[int]], ends: list[int], cache: DynamicCache, stop_ids: set[int]
+        self, answers: list[list[int]], ends: list[int], cache: DynamicCache, follower: Follower
     ) -> list[Completion]:
-        stops = [next((index for index, token in enumerate(answer) if token in stop_ids), None) for answer in answers]
-        lengths = [len(answer) if stop is None else stop + 1 for answer, stop in zip(answers, stops, strict=True)]
+        own = [cut(answer, follower.stop_ids) for answer in answers]
+        lengths = [len(kept) + ended for kept, ended in own]
         attached = self.attachment
+        standings = attached.standings(cache, lengths) if attached else [None] * len(ends)
+        texts, reasons = [], []
+        for row, ((kept, ended), standing) in enumerate(zip(own, standings, strict=True)):
+            reason: FinishReason = "stop" if ended else "length"
+            if standing is not None and (standing.is_blocked or standing.stop is not None):
+                reason = "blocked" if standing.is_blocked else "guard"
+                lengths[row] = standing.stop.token + 1 if standing.stop is not None else 0
+                kept = kept[: standing.n_clear]
+            texts.append(kept)
+            reasons.append(reason)
+        follower.finish(texts)
         verdicts = attached.verdicts(cache, lengths) if attached else [()] * len(ends)
         strengths = attached.strengths(cache) if attached else [{}] * len(ends)
-        result = []
-        for row, (answer, stop) in enumerate(zip(answers, stops, strict=True)):
-            kept = answer[:stop]
-            result.append(
-                Completion(
-                    text=str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip(),
-                    verdicts=verdicts[row],
-                    strength={name: values[: len(kept)] for name, values in strengths[row].items()},
-                    n_prompt_tokens=ends[row],
-                    n_new_tokens=len(kept),
-                    finish_reason="length" if stop is None else "stop",
-                )
+        return [
+            Completion(
+                text=str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip(),
+                verdicts=told_stop(verdicts[row], standing.stop if standing is not None else None),
+                strength={name: values[: len(kept)] for name, values in strengths[row].items()},
+                n_prompt_tokens=ends[row],
+                n_new_tokens=len(kept),
+                finish_reason=reasons[row],
+                stop=standing.stop if standing is not None else None,
             )
-        return result
+            for row, (kept, standing) in enumerate(zip(texts, standings, strict=True))
+        ]
 
     def _check_room(self, encoded: Sequence[Encoded], max_new_tokens: int) -> None:
         if max_new_tokens < 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safeside.base.model import Base
 from safeside.errors import ConfigError
-from safeside.train.losses import answer_loss, balanced_weight, guard_loss
+from safeside.train.losses import answer_loss, balanced_weight, guard_loss, prefix_weights
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
 from safeside.train.taps import Batch, Source, make_batch
@@ -58,9 +58,18 @@ def _last(values: Tensor, batch: Batch) -> Tensor:
     return values[torch.arange(len(batch.rows), device=values.device), batch.keep.sum(1) - 1]
 
 
+def _answer_starts(rows: Rows, batch: Batch) -> Tensor:
+    """(B,), the index of each row's first answer token, where the batch is."""
+    return torch.tensor([rows.answer_starts[row] for row in batch.rows], device=batch.ids.device)
+
+
 def guard_objective(base: Base, source: Source, rows: Rows, recipe: Recipe) -> Callable[[Sequence[int]], Tensor]:
-    """The loss of some rows: logits at the last token against the labels that are known, and soft targets."""
+    """The loss of some rows: logits at the last token, or at all of the answer, against what is known."""
     training = recipe.training
+    if training.targets == "prefixes" and base.is_encoder:
+        raise ConfigError(
+            f"targets = 'prefixes' needs a base that reads forwards, and {base.name} is an encoder; 'end'."
+        )
     weight = balanced_weight(rows.labels).to(base.device) if training.class_weights == "balanced" else None
     if training.soft_weight and rows.soft is None:
         raise ConfigError("soft_weight is set but not every training row has 'soft' scores. Add them, or set it to 0.")
@@ -72,13 +81,20 @@ def guard_objective(base: Base, source: Source, rows: Rows, recipe: Recipe) -> C
         chosen = torch.tensor(batch.rows)
         soft = rows.soft[chosen].to(base.device) if rows.soft is not None and training.soft_weight else None
         labels = rows.labels[chosen].to(base.device)
+        logits, token_weight = _last(output.logits, batch), None
+        if training.targets == "prefixes":
+            weights = prefix_weights(batch.keep, _answer_starts(rows, batch))
+            of_row, place = weights.nonzero(as_tuple=True)
+            logits, token_weight = output.logits[of_row, place], weights[of_row, place]
+            labels, soft = labels[of_row], soft[of_row] if soft is not None else None
         return guard_loss(
-            _last(output.logits, batch),
+            logits,
             labels,
             positive_weight=weight,
             soft=soft,
             soft_weight=training.soft_weight,
             temperature=training.temperature,
+            row_weight=token_weight,
         )
 
     return loss_of
@@ -125,8 +141,8 @@ def answer_logits(base: Base, source: Source, batch: Batch) -> Tensor:
 
 def answer_mask(rows: Rows, batch: Batch) -> Tensor:
     """(B, T), True at the tokens of each row's answer."""
-    starts = torch.tensor([rows.answer_starts[row] for row in batch.rows], device=batch.ids.device)
-    return batch.keep & (torch.arange(batch.ids.shape[1], device=batch.ids.device) >= starts[:, None])
+    places = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    return batch.keep & (places >= _answer_starts(rows, batch)[:, None])
 
 
 def _check_answers(rows: Rows) -> None:

@@ -140,6 +140,8 @@ class TrainingSection(_Section):
     """Share of the loss that goes to soft targets of a bigger guard (rows' ``soft``, a file's, or a teacher's)."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits of guard and soft targets in that share; above 1 it stresses how sure the bigger guard is."""
+    targets: Literal["end", "prefixes"] = "end"
+    """Where a guard's loss is taken: at the last token, or half there and half on all tokens of the answer."""
     cache_taps: bool | Literal["keep"] = True
     """Compute the base's states once, store them in a memory-mapped file beside the adapter, and train from there.
 
@@ -232,6 +234,7 @@ class Recipe(_Section):
             for_guards = {
                 "class_weights": self.training.class_weights != "none",
                 "soft_weight": self.training.soft_weight,
+                "targets": self.training.targets != "end",
             }
             given = [field for field, is_set in for_guards.items() if is_set]
             if self.calibration != CalibrationSection():

@@ -114,7 +114,7 @@ def _fold_scores(base: Base, recipe: Recipe, splits: tuple[Rows, Rows], unseen: 
     """(n, K) scores of ``unseen`` by a LoRA guard trained on the first split."""
     teacher, (train, validation) = recipe.teacher or TeacherSection(), splits
     fields = {"epochs", "learning_rate", "batch_size"}
-    changed = {**teacher.model_dump(include=fields), "accumulation": 1, "soft_weight": 0.0}
+    changed = {**teacher.model_dump(include=fields), "accumulation": 1, "soft_weight": 0.0, "targets": "end"}
     settings = recipe.training.model_copy(update=changed)
     own = recipe.model_copy(update={"training": settings})
     shape = LoraShape(teacher.rank, 2.0 * teacher.rank)
