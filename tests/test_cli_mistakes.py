@@ -54,7 +54,7 @@ def test_strengths_are_checked_before_anything_is_loaded(
     def load(*words: object, **options: object) -> None:
         raise AssertionError("loaded before the strengths were checked")
 
-    for module in ("artifact", "base.model", "conversation"):
+    for module in ("conversation", "artifact", "base.model"):  # importing a module binds what is patched before it
         monkeypatch.setattr(f"safeside.{module}.load_base", load)
     for words in (["eval", "builtin:refuse", "--suite", "demo"], ["chat", "hi", "--aligner", "builtin:refuse"]):
         ran = run(*words, "--strengths", strengths)
