@@ -20,7 +20,7 @@ import torch
 from rows import DEMO, GUARD_SOURCES, KEPT_SOURCES, Row, data_facts, guard_rows, kept_rows, refusal_rows, write
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import annotate_adapter, load_adapter
+from safeside.artifact import annotate_adapter, load_adapter, read_provenance
 from safeside.base.model import Base, load_base
 from safeside.evals.guards import report_on
 from safeside.evals.metrics import guard_figures
@@ -36,7 +36,7 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja", "log.csv", "README.md",
 )  # fmt: skip
-LICENCE = "weights: Apache-2.0; the sources below keep their own licences and are to be credited"
+LICENCE = "weights: Apache-2.0; the data sources keep their own licences and are to be credited"
 LIMITS = {
     "harm": "for trying out, not for protecting anyone: English, one label for every kind of harm, a tiny base; its "
     "validation rows come from the sources that it learnt from, so expect less elsewhere",
@@ -146,8 +146,14 @@ def describe_harm(data: Path) -> None:
     base = load_base("builtin")
     folder = BUILTIN / "adapters" / "harm"
     figures = guard_facts(base, load_adapter(folder, base), validation)
-    facts = {**data_facts(train_rows, validation, GUARD_SOURCES), **figures}
+    facts = {**data_facts(train_rows, validation, GUARD_SOURCES), **figures, **left_out(folder, train_rows)}
     annotate_adapter(folder, {**facts, "licence": LICENCE, "limits": LIMITS["harm"]})
+
+
+def left_out(folder: Path, rows: list[Row]) -> dict[str, str]:
+    """How many of the training rows the run could not take."""
+    n_used = int(read_provenance(folder)["train_rows"])
+    return {"rows left out": f"{len(rows) - n_used} training rows, longer than the base's context or without an answer"}
 
 
 def guard_facts(base: Base, guard: Adapter, rows: list[Row]) -> dict[str, str]:
@@ -172,7 +178,7 @@ def describe_refuse(data: Path) -> None:
     base = load_base("builtin")
     folder = BUILTIN / "adapters" / "refuse"
     rows = [[*refusal_rows(split), *kept] for split, kept in zip(("train", "validation"), kept_rows(data), strict=True)]
-    facts = data_facts(*rows, KEPT_SOURCES)
+    facts = {**data_facts(*rows, KEPT_SOURCES), **left_out(folder, rows[0])}
     facts["data, answers"] = "refusals from the project's own generator; on harmless prompts the base's own answers"
     suite = Suite("validation", DEMO / "validation.jsonl.gz", limit=100)
     for result in run_aligner_suite(base, load_adapter(folder, base), suite, (0.0, 0.5, 1.0)):
