@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn import functional as F
 
 from safeside.adapters.adapter import Adapter, GuardHead
 from safeside.adapters.config import Calibration
@@ -30,12 +30,14 @@ from safeside.errors import InputError
 from safeside.guards.calibrate import threshold_at
 from safeside.guards.windows import windows
 from safeside.train.loop import Loop, Progress
+from safeside.train.losses import guard_loss
 from safeside.train.recipe import TrainingSection
 from safeside.train.taps import Source, StoredTaps, TapStore, make_batch
 from safeside.types import Example
 
 _ROUNDS = 4  # evaluations of the loop; the best one's weights are kept
 _CHUNK = 64  # rows of one pass without gradients
+_GROUP = 8  # windows of one batch
 _LEAST_SPREAD = 1e-3  # of old logits, so that a constant guard divides by something
 _HELD_OUT = 0.25  # of the examples, when no rows to measure on are given
 
@@ -44,19 +46,19 @@ _HELD_OUT = 0.25  # of the examples, when no rows to measure on are given
 class PatchSettings:
     """How to patch."""
 
-    steps: int = 80
+    steps: int = 60
     """Optimiser steps in all."""
     learning_rate: float = 1e-3
     """Peak of AdamW's rate."""
     batch_size: int = 8
     """Examples of one step."""
-    replay_size: int = 32
+    replay_size: int = 24
     """Replayed rows of one step."""
     replay_weight: float = 1.0
     """Weight of the squared change of replayed logits, in units of their old spread."""
     pull: float = 0.0
     """Weight of the squared distance to the old weights."""
-    replay_limit: int = 800
+    replay_limit: int = 600
     """Most replay rows: one half is replayed, the other measures and sets the threshold."""
     seed: int = 0
     """Of every draw."""
@@ -85,7 +87,7 @@ class PatchReport:
     n_replay: int
     """Replay rows, both halves."""
     n_windowed: int
-    """Rows longer than the base's context, read in windows of which the highest logit counts."""
+    """Rows longer than the base's context, read in windows."""
     seconds: float
     """Wall-clock seconds, the base's pass included."""
     detected: tuple[float, float]
@@ -111,6 +113,7 @@ class _Pool:
 
     windows: list[tuple[int, ...]]
     of_row: list[list[int]]
+    combine: Literal["max", "min"]
     labels: NDArray[np.float64]
     store: TapStore
     examples: range
@@ -150,7 +153,7 @@ def patch_guard(
         guard.to(dtype).float().eval().requires_grad_(False)
         scores = _calibrated(guard, lesson.row_logits(range(len(pool.of_row))))
     before = _State(_calibrated(guard, lesson.targets), guard.thresholds)
-    harmless = [row for row in pool.elsewhere if not pool.labels[row].any()]
+    harmless = [row for row in pool.elsewhere if is_harmless(pool.labels[row].tolist())]
     _raise_thresholds(guard, before.scores[harmless], scores[harmless])
     both = before, _State(scores, guard.thresholds)
     return PatchReport(
@@ -182,12 +185,12 @@ def _prepared(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> Patch
     if not examples:
         raise InputError("There is no example to learn from; expected 16 to 64 labelled rows of the new family.")
     halves = replay[: len(replay) // 2], replay[len(replay) // 2 :]
-    if not all(any(not any(row.labels) for row in half) for half in halves):
+    if not all(any(is_harmless(row.labels) for row in half) for half in halves):
         raise InputError(
             f"The {len(replay)} replay rows hold too few harmless ones (label 0) to keep the threshold by. Give rows "
             "like those that the guard learnt from with --replay."
         )
-    kinds = {any(row.labels) for row in (*examples, *halves[0])}
+    kinds = {1.0 in row.labels for row in (*examples, *halves[0])}
     if len(kinds) < 2:
         raise InputError(
             "Examples and replay rows are all harmless; a guard learns from both kinds. Add harmful rows (label 1) to "
@@ -196,12 +199,17 @@ def _prepared(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> Patch
     return PatchRows(examples, replay, held_out)
 
 
+def is_harmless(labels: Sequence[float]) -> bool:
+    """Whether every label is known to be 0."""
+    return all(label == 0 for label in labels)
+
+
 def _split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """Three quarters and one quarter, in each class; of a class of fewer than four nothing is taken away."""
     kept: list[Example] = []
     taken: list[Example] = []
     for harmful in (True, False):
-        some = [row for row in examples if any(row.labels) == harmful]
+        some = [row for row in examples if (1.0 in row.labels) == harmful]
         n_taken = int(len(some) * _HELD_OUT)
         taken += some[:n_taken]
         kept += some[n_taken:]
@@ -214,14 +222,15 @@ def _pool(base: Base, guard: Adapter, rows: PatchRows, folder: Path) -> _Pool:
     ids: list[tuple[int, ...]] = []
     of_row = []
     for example in (example for part in parts for example in part):
-        encoded = [base.encode(part).ids for part in windows(base, example.messages)]
+        cut = windows(base, example.messages, combine=guard.config.windows)
+        encoded = [base.encode(part).ids for part in cut]
         of_row.append(list(range(len(ids), len(ids) + len(encoded))))
         ids += encoded
     ends = np.cumsum([0, *map(len, parts)]).tolist()
     spans = [range(start, end) for start, end in pairwise(ends)]
     labels = np.array([example.labels for part in parts for example in part], dtype=np.float64)
     store = TapStore.build(base, ids, guard.config.layers, folder)
-    return _Pool(ids, of_row, labels, store, *spans)
+    return _Pool(ids, of_row, guard.config.windows, labels, store, *spans)
 
 
 class _Lesson:
@@ -278,19 +287,25 @@ class _Lesson:
     def _objective(self, learnt: Tensor, some: Sequence[int], kept: Tensor, again: Sequence[int]) -> Tensor:
         """Cross-entropy of the examples, plus the squared change of replayed logits in units of their spread."""
         change = ((kept - self.targets[list(again)]) / self.spread).square().mean()
-        return (
-            F.binary_cross_entropy_with_logits(learnt, self.labels[list(some)]) + self.settings.replay_weight * change
-        )
+        return guard_loss(learnt, self.labels[list(some)]) + self.settings.replay_weight * change
 
     def _logits_of(self, rows: Sequence[int]) -> Tensor:
-        """(n, K): of each row the highest logit of its windows, as when a guard judges long texts."""
-        some = [window for row in rows for window in self.pool.of_row[row]]
-        batch = make_batch(self.base, self.pool.windows, some)
-        output = self.source(batch).output
-        assert output.logits is not None
-        ends = output.logits[torch.arange(len(some)), batch.keep.sum(1) - 1].cpu()
+        """(n, K): of each row the logit of the window that counts, as when a guard judges long texts."""
+        ends = self._ends([window for row in rows for window in self.pool.of_row[row]])
+        best = torch.amax if self.pool.combine == "max" else torch.amin
         counts = [len(self.pool.of_row[row]) for row in rows]
-        return torch.stack([part.amax(0) for part in ends.split(counts)])  # type: ignore[no-untyped-call]
+        return torch.stack([best(part, 0) for part in ends.split(counts)])  # type: ignore[no-untyped-call]
+
+    def _ends(self, some: Sequence[int]) -> Tensor:
+        """Logits (n, K) at the last token of some windows, read in groups of like length: padding costs time."""
+        order = sorted(range(len(some)), key=lambda place: len(self.pool.windows[some[place]]))
+        parts = []
+        for start in range(0, len(order), _GROUP):
+            batch = make_batch(self.base, self.pool.windows, [some[place] for place in order[start : start + _GROUP]])
+            output = self.source(batch).output
+            assert output.logits is not None
+            parts.append(output.logits[torch.arange(len(batch.rows)), batch.keep.sum(1) - 1].cpu())
+        return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def _calibrated(guard: Adapter, logits: Tensor) -> NDArray[np.float64]:
@@ -328,6 +343,9 @@ def _flagged(state: _State, pool: _Pool, rows: range, label: int) -> float:
 def _auroc(state: _State, pool: _Pool) -> float:
     """Mean AUROC over the labels that have both classes; NaN if none has."""
     rows = list(pool.elsewhere)
-    pairs = zip(pool.labels[rows].T, state.scores[rows].T, strict=True)
-    values = [roc_auc_score(label, score) for label, score in pairs if len(set(label.tolist())) == 2]
+    values = []
+    for label, score in zip(pool.labels[rows].T, state.scores[rows].T, strict=True):
+        known = ~np.isnan(label)
+        if len(set(label[known].tolist())) == 2:
+            values.append(roc_auc_score(label[known], score[known]))
     return float(np.mean(values)) if values else math.nan
