@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
 TEXT ?= ../shared/pretrain/text
+SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards bench-overhead builtin builtin-adapters clean
@@ -23,13 +24,14 @@ demo: setup
 	$(BIN)/safeside demo --output demo_output
 	@echo "open demo_output/report.html"
 
+# In two processes: every file of tests stays in one, so that its fixtures are made once.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPLIT)
 
 # The oldest transformers that vLLM pairs with, beside the newest: the same suite.
 test-transformers-5.19: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers-5.19 transformers==5.19.0
-	PYTHONPATH=$(VENV)/transformers-5.19 $(BIN)/python -m pytest
+	PYTHONPATH=$(VENV)/transformers-5.19 $(BIN)/python -m pytest $(SPLIT)
 
 check: setup
 	$(BIN)/ruff format --check src tests scripts benchmarks
