@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         data=options.data,
         bases=tuple(bases),
         cells=options.cells or (scratch / "guard-cells" if options.quick else CELLS),
-        limit=min(options.limit, 4000),
+        limit=options.limit,
         evaluation_limit=options.evaluation_limit,
         epochs=options.epochs,
     )
@@ -243,9 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(TASK_NAMES), choices=list(TASK_NAMES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--limit", type=int, default=1500, help="training rows of a cell, 4000 at most")
-    parser.add_argument("--evaluation-limit", type=int, default=1000, help="validation rows, and test rows, of a task")
-    parser.add_argument("--epochs", type=int, default=6, help="at most; training stops 3 epochs after its best")
+    parser.add_argument(
+        "--limit", type=int, default=1500, help="training rows of a cell; ROWS in guard_cells.py may allow fewer"
+    )
+    parser.add_argument(
+        "--evaluation-limit", type=int, default=1000, help="validation rows, and test rows; ROWS may allow fewer"
+    )
+    parser.add_argument("--epochs", type=int, default=4, help="at most; training stops 3 epochs after its best")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--cells", type=Path, help="folder of cached cells")
