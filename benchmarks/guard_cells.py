@@ -59,6 +59,7 @@ METHODS = (*ADAPTERS, *FITTED, "lora_full")
 LEARNING_RATES = {"plr": 3e-3, "rtb": 1e-3, "lst": 1e-3, "standalone": 1e-3, "lora": 2e-3}
 # Rows of training, and of validation and of test each, at most: the longer a task's texts, the fewer.
 ROWS = {"hate": (1500, 1000), "prompt_harm": (1000, 600), "response_harm": (1000, 600), "grounding": (600, 600)}
+MOST_WINDOWS = 4  # a row that takes more is left out and counted: whole web pages would take most of the time
 TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "batch_size": 16, "folds": 2}
 HARMLESS = {
     "xstest/prompts_test.jsonl.gz": 250,
@@ -107,7 +108,8 @@ class Split:
     examples: list[Example]
     rows: Rows
     row_of_window: NDArray[np.int64]
-    n_uncut: int
+    n_uncut: int = 0
+    n_too_long: int = 0
 
     @property
     def labels(self) -> Array:
@@ -147,7 +149,7 @@ def prepare(setup: Setup, task: str, base_name: str) -> Prepared:
     train = encode_rows(base, found.of("train"), limit)
     splits = {}
     for split in ("validation", "test"):
-        splits[split] = _windowed(base, _drawn(found.of(split), evaluation_limit), found.task.windows)
+        splits[split] = _windowed(base, found.of(split), found.task.windows, evaluation_limit)
     splits["harmless"] = _windowed(base, _harmless(setup, task), found.task.windows)
     left_out = {f"{split}_{reason}": 0 for split in ("train", "validation", "test") for reason in ("leaks", "bad")}
     for (_, split), left in found.left_out.items():
@@ -155,6 +157,7 @@ def prepare(setup: Setup, task: str, base_name: str) -> Prepared:
         left_out[f"{split}_bad"] += len(left.bad)
     counts = {**left_out, "train": len(train.ids), "train_too_long": train.n_too_long}
     counts |= {split: len(part.examples) for split, part in splits.items()}
+    counts |= {f"{split}_too_long": part.n_too_long for split, part in splits.items()}
     counts |= {f"{split}_windowed": int(part.is_windowed.sum()) for split, part in splits.items() if part.examples}
     return Prepared(base, found.task, train, splits, counts)
 
@@ -179,20 +182,29 @@ def _harmless(setup: Setup, task: str) -> list[Example]:
     return examples
 
 
-def _windowed(base: Base, examples: Sequence[Example], how: str) -> Split:
-    ids: list[tuple[int, ...]] = []
+def _windowed(base: Base, examples: Sequence[Example], how: str, limit: int | None = None) -> Split:
+    """At most ``limit`` of the examples, drawn always alike, in windows."""
+    drawn = list(examples) if limit is None else random.Random(0).sample(list(examples), len(examples))
+    found = Split([], Rows([], [], torch.zeros(0, 1), None), np.zeros(0, dtype=int))
     row_of_window: list[int] = []
-    n_uncut = 0
-    for row, example in enumerate(examples):
+    for example in drawn:
+        if len(found.examples) == limit:
+            break
         try:
             parts = windows(base, example.messages, combine="max" if how == "max" else "min")
         except InputError:
-            n_uncut += 1
+            parts = []
+            found.n_uncut += 1
+        if len(parts) > MOST_WINDOWS:
+            found.n_too_long += 1
             continue
-        ids += [base.encode(part).ids for part in parts]
-        row_of_window += [row] * len(parts)
-    labels = torch.tensor([examples[row].labels[:1] for row in row_of_window]).reshape(len(ids), 1)
-    return Split(list(examples), Rows(ids, [0] * len(ids), labels, None), np.array(row_of_window, dtype=int), n_uncut)
+        found.rows.ids.extend(base.encode(part).ids for part in parts)
+        row_of_window += [len(found.examples)] * len(parts)
+        found.examples.append(example)
+    labels = torch.tensor([found.examples[row].labels[:1] for row in row_of_window]).reshape(-1, 1)
+    found.row_of_window = np.array(row_of_window, dtype=int)
+    found.rows = Rows(found.rows.ids, [0] * len(row_of_window), labels, None)
+    return found
 
 
 def recipe_of(setup: Setup, cell: Cell) -> Recipe:

@@ -118,7 +118,8 @@ def _fill(plan: Plan, workers: Workers, todo: list[Cell], paths: dict[Cell, Path
     for (cell, split), seconds in workers.run(functools.partial(build_store, plan.setup), stored):
         note(f"{cell.task} {cell.base}: states of the {split} rows stored in {seconds:.0f} s")
     distilled = [cell for cell in todo if cell.method.endswith("distilled")]
-    waves = [distilled[:1], [cell for cell in todo if cell not in distilled[:1]]]  # the first trains the teacher
+    waves = [[cell for cell in todo if cell not in distilled[1:]], distilled[1:]]  # the first one trains the teacher
+    waves[0].sort(key=lambda cell: cell not in distilled)
     for wave in waves:
         jobs = [(cell, paths[cell]) for cell in wave]
         for (cell, _), seconds in workers.run(functools.partial(_run, plan.setup), jobs):
