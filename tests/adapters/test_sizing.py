@@ -80,6 +80,41 @@ def test_one_percent_is_at_most_one_percent(name: str, role: str, geometry: Call
     assert 0.008 < share <= 0.01 < flops_share(base, wider)
 
 
+@pytest.mark.parametrize(("n_taps", "layers"), [(1, (28,)), (4, (7, 14, 21, 28)), (28, tuple(range(1, 29)))])
+def test_fewer_taps_are_wider_at_the_same_cost(
+    n_taps: int, layers: tuple[int, ...], geometry: Callable[[str], Base]
+) -> None:
+    base = geometry("Qwen2.5-7B")
+    all_layers, config = sized_config(base, 0.01), sized_config(base, 0.01, n_taps)
+    assert config.layers == layers
+    assert config.width >= all_layers.width
+    with torch.device("meta"):
+        share, wider = (
+            flops_share(base, Adapter(config)),
+            Adapter(make_config(base, layers=config.layers, width=config.width + 32)),
+        )
+    assert 0.008 < share <= 0.01 < flops_share(base, wider)
+    assert sized_config(base, 0.01, 29).layers == all_layers.layers
+
+
+@pytest.mark.parametrize("size", [1e-6, 0.05, 0.2, 0.5, 2.0])
+def test_the_dial_takes_fewer_taps_where_those_asked_for_do_not_fit(tiny_base: Base, size: float) -> None:
+    fitting = [
+        (layers, width)
+        for layers in ((1, 2, 3), (2, 3), (3,))
+        for width in (64, 32)
+        if flops_share(tiny_base, on_meta(tiny_base, layers=layers, width=width)) <= size
+    ]
+    config = sized_config(tiny_base, size, 3)
+    assert (config.layers, config.width) == (fitting[0] if fitting else ((3,), 32))
+
+
+@pytest.mark.parametrize("n_taps", [0, -1, 5])
+def test_taps_without_a_layer_are_refused(tiny_base: Base, n_taps: int) -> None:
+    with pytest.raises(ConfigError, match=r"n_taps must lie in 1\.\.4"):
+        sized_config(tiny_base, 0.5, n_taps)
+
+
 def test_a_tiny_llama_by_hand(tiny_base: Base) -> None:
     """3 blocks of width 64, 4 heads of 16, 2 key-value heads, feed-forward 96; 304 words."""
     assert base_matmuls(tiny_base) == 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96) + 304 * 64

@@ -131,11 +131,11 @@ def test_every_field_is_read_as_it_stands(tmp_path: Path) -> None:
             assert (list(found) if isinstance(found, tuple) else found) == value
     for name in ("name", "output", "seed", "stored_dtype"):
         assert values[name] == written[name]
-    # What the text leaves out is the second way to give scores, and the second and third to set the width.
+    # What the text leaves out is the second way to give scores, and the other ways to set the width and the layers.
     assert set(Recipe.model_fields) == set(written)
     for section in ("base", "data", "training", "teacher", "calibration"):
         assert set(values[section]) == set(written[section])
-    assert set(type(recipe.adapter).model_fields) - set(written["adapter"]) == {"size", "reduction"}
+    assert set(type(recipe.adapter).model_fields) - set(written["adapter"]) == {"size", "n_taps", "reduction"}
 
 
 def test_most_fields_have_defaults(tmp_path: Path) -> None:
@@ -204,6 +204,7 @@ def test_a_missing_recipe_is_an_error(tmp_path: Path, name: str) -> None:
         ("reduction = 4\nwidth = 32", "reduction and width all set the width"),
         ("size = 0.01\nlayers = [1]", "size picks the layers too"),
         ("size = 0.01\nkind = 'rtb'", "size is for kind 'lst'"),
+        ("width = 32\nn_taps = 2", "n_taps goes with size"),
     ],
 )
 def test_two_dials_are_one_too_many(tmp_path: Path, dials: str, problem: str) -> None:
@@ -223,6 +224,7 @@ def test_the_dial_makes_the_adapter(tmp_path: Path, tiny_base: Base) -> None:
     assert flops_share(tiny_base, Adapter(sized)) <= 0.5
     small = config_of(tmp_path, tiny_base, "size = 0.2")
     assert flops_share(tiny_base, Adapter(small)) < flops_share(tiny_base, Adapter(sized))
+    assert config_of(tmp_path, tiny_base, "size = 0.5\nn_taps = 2").layers == (2, 3)
 
 
 def test_every_dimension_reaches_the_adapter(tmp_path: Path, tiny_base: Base) -> None:
@@ -230,7 +232,7 @@ def test_every_dimension_reaches_the_adapter(tmp_path: Path, tiny_base: Base) ->
     config = recipe.adapter_config(tiny_base)
     assert config_of(tmp_path, tiny_base, "kind = 'rtb'\nbottleneck = 16").bottleneck == 16
     of_training = {"start", "start_rows"}
-    fields = set(type(recipe.adapter).model_fields) - {"size", "reduction", "bottleneck"} - of_training
+    fields = set(type(recipe.adapter).model_fields) - {"size", "n_taps", "reduction", "bottleneck"} - of_training
     for field in fields:
         assert config.model_dump()[field] == recipe.adapter.model_dump()[field]
     assert config.name == "harm"

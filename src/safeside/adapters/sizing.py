@@ -142,13 +142,24 @@ def default_layers(kind: str, n_layers: int) -> tuple[int, ...]:
     return (n_layers,) if kind == "plr" else tuple(range(n_layers + 1))
 
 
-def sized_config(base: Base, size: float = 0.01, **options: object) -> AdapterConfig:
+def spread_layers(n_layers: int, n_taps: int) -> tuple[int, ...]:
+    """``n_taps`` layers, evenly spread and ending at the top; the embedding is tapped only if all others are."""
+    if not 1 <= n_taps <= n_layers + 1:
+        raise ConfigError(f"n_taps must lie in 1..{n_layers + 1}, blocks and embedding; got {n_taps}.")
+    if n_taps > n_layers:
+        return tuple(range(n_layers + 1))
+    return tuple(round(n_layers * (index + 1) / n_taps) for index in range(n_taps))
+
+
+def sized_config(base: Base, size: float = 0.01, n_taps: int | None = None, **options: object) -> AdapterConfig:
     """The largest configuration that costs at most ``size`` of the base (0.01 is 1%).
 
-    All layers with the greatest width that fits; where even the narrowest does not, every second, third, ... layer.
-    A base too small for any gets the narrowest single tap: ``flops_share`` then tells by how much it is over.
-    ``options`` are those of ``make_config``; it picks width and layers itself.  It sizes ``lst`` only: other kinds, and
-    a ``size`` that is not a number above 0, are a ConfigError.
+    The greatest width that fits, on ``n_taps`` layers that are spread evenly and end at the top, on all unless given;
+    where even the narrowest does not fit, on fewer.  At equal multiply-adds few wide taps take less time than many
+    narrow ones, since each brings a block with steps of its own.  A base too small for any gets the narrowest single
+    tap: ``flops_share`` then tells by how much it is over.  ``options`` are those of ``make_config``; it picks width
+    and layers itself.  It sizes ``lst`` only: other kinds, a ``size`` that is not a number above 0, and more taps than
+    layers are a ConfigError.
     """
     if options.get("kind", "lst") != "lst":
         raise ConfigError(f"size is for kind 'lst'; call make_config with the dimensions of {options['kind']!r}.")
@@ -162,15 +173,19 @@ def sized_config(base: Base, size: float = 0.01, **options: object) -> AdapterCo
     assert isinstance(head_dim, int)
     widths = range(head_dim, max(base.d_model, head_dim) + 1, head_dim)
 
-    def config(stride: int, width: int) -> AdapterConfig:
-        layers = tuple(range(base.n_layers, -1, -stride))[::-1]
+    if n_taps is None:
+        choices = [tuple(range(base.n_layers, -1, -stride))[::-1] for stride in range(1, base.n_layers + 2)]
+    else:
+        choices = [spread_layers(base.n_layers, count) for count in (n_taps, *range(n_taps - 1, 0, -1))]
+
+    def config(layers: tuple[int, ...], width: int) -> AdapterConfig:
         return make_config(base, **{**options, "layers": layers, "width": width})  # type: ignore[arg-type]
 
-    for stride in range(1, base.n_layers + 2):
-        n_fitting = bisect_right(widths, budget, key=lambda width: _cost(config(stride, width)))
+    for layers in choices:
+        n_fitting = bisect_right(widths, budget, key=lambda width: _cost(config(layers, width)))
         if n_fitting:
-            return config(stride, widths[n_fitting - 1])
-    return config(base.n_layers + 1, widths[0])
+            return config(layers, widths[n_fitting - 1])
+    return config(choices[-1], widths[0])
 
 
 def _cost(config: AdapterConfig) -> int:

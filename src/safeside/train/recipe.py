@@ -76,6 +76,8 @@ class AdapterSection(_Section):
     """Names of a guard's outputs; ``harm`` or the task's own unless given.  After that of a task: categories."""
     size: float | None = Field(None, gt=0)
     """Most that an ``lst`` may cost, as a share of the base's matmuls: 0.01 is 1%."""
+    n_taps: int | None = Field(None, ge=1)
+    """With ``size``: layers that are tapped, evenly spread; all unless given.  Few wide taps decode faster."""
     reduction: float | None = Field(None, ge=1)
     """Width of the base over width of the side network, r; 16 unless given."""
     layers: tuple[int, ...] | None = None
@@ -106,6 +108,8 @@ class AdapterSection(_Section):
             raise ValueError(f"{' and '.join(given)} all set the width; keep one")
         if self.size is not None and self.layers is not None:
             raise ValueError("size picks the layers too; give reduction or width with layers")
+        if self.n_taps is not None and self.size is None:
+            raise ValueError("n_taps goes with size; name the layers where width or reduction is given")
         if self.size is not None and self.kind != "lst":
             raise ValueError(f"size is for kind 'lst'; give the dimensions of {self.kind!r} themselves")
         if self.start == "pruned" and self.kind != "lst":
@@ -267,7 +271,7 @@ class Recipe(_Section):
             task = TASKS.get(self.data.task)
             options = {"labels": task.labels, "windows": task.windows, **options}
         if section.size is not None:
-            return sized_config(base, section.size, **options)
+            return sized_config(base, section.size, section.n_taps, **options)
         return make_config(base, reduction=section.reduction, **options)  # type: ignore[arg-type]
 
 
