@@ -199,7 +199,7 @@ class Attachment:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the base runs: find its mask and cache, while the cache still holds only past tokens."""
-        refuse_compiled(torch.compiler.is_compiling())
+        refuse_compiled()
         bound = self._signature.bind(*args, **kwargs).arguments
         bound.update(bound.pop("kwargs", {}))
         inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
@@ -260,7 +260,7 @@ class Attachment:
         return hook
 
     def _read(self, layer: int, hidden: Tensor) -> None:
-        refuse_compiled(torch.compiler.is_compiling())
+        refuse_compiled()
         current = self._thread.current
         if current is None:
             raise AttachmentError("A block ran outside its decoder; run the base model as a whole.")

@@ -79,13 +79,17 @@ def cache_of(base: Base, bound: Mapping[str, Any], kwargs: dict[str, Any]) -> Dy
     return cache
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # so it runs for real when a hook is being compiled, and is handed True
-def refuse_compiled(is_compiling: bool) -> None:
+def refuse_compiled() -> None:
     """Raise in compiled code: it keeps or forgets hooks as they were when it was compiled."""
-    if is_compiling:
-        raise UnsupportedError(
-            "torch.compile of an attached base is refused: compiled code may skip hooks. Run the uncompiled model."
-        )
+    if torch.compiler.is_compiling():
+        _raise_compiled()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # so it runs for real when a hook is being compiled
+def _raise_compiled() -> None:
+    raise UnsupportedError(
+        "torch.compile of an attached base is refused: compiled code may skip hooks. Run the uncompiled model."
+    )
 
 
 def refuse_packed(arguments: Mapping[str, object], n_new: int) -> None:

@@ -76,11 +76,13 @@ def slow_lst(trunk: Lst, layers: tuple[int, ...], hidden: list[Tensor]) -> Tenso
 
 @pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3), (3,)])
 @pytest.mark.parametrize("options", [{}, {"tap_rank": 4}, {"gate": "channel", "feed_forward": 48}])
-def test_the_ladder_is_its_formula(layers: tuple[int, ...], options: dict[str, object]) -> None:
+@pytest.mark.parametrize("length", [5, 17])  # taps are projected together, and where they are read
+def test_the_ladder_is_its_formula(layers: tuple[int, ...], options: dict[str, object], length: int) -> None:
     config = make_config(reference(), layers=layers, width=64, **options)
     trunk = randomise(Lst(config))
-    hidden = random_states(3, 2, 5, 64)
-    tape = whole_tape(2, 5)
+    hidden = random_states(3, 2, length, 64)
+    tape = whole_tape(2, length)
+    assert tape.is_short == (length == 5)
     for layer in layers:
         trunk.read(tape, layer, hidden[layer])
     with torch.no_grad():
@@ -98,10 +100,10 @@ def test_gates_start_halfway() -> None:
 
 def test_only_projections_are_kept_on_the_tape() -> None:
     """Full-width states of all layers would be 26 GB at 7B, batch 64 x 2k."""
-    trunk, tape = Lst(make_config(reference(), width=32)), whole_tape(1, 4)
-    for layer, hidden in enumerate(random_states(3, 1, 4, 64)):
+    trunk, tape = Lst(make_config(reference(), width=32)), whole_tape(1, 40)
+    for layer, hidden in enumerate(random_states(3, 1, 40, 64)):
         trunk.read(tape, layer, hidden)
-    assert {layer: tuple(state.shape) for layer, state in tape.hidden.items()} == dict.fromkeys(range(4), (1, 4, 32))
+    assert {layer: tuple(state.shape) for layer, state in tape.hidden.items()} == dict.fromkeys(range(4), (1, 40, 32))
 
 
 @pytest.mark.parametrize(("width", "expected"), [(32, 96), (64, 160), (256, 672), (3, 32)])

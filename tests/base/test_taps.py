@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,11 @@ def test_tokens_attend_to_kept_ones_and_to_themselves(mask: tuple[Tensor, int], 
             for slot in range(n_slots):
                 seen = keep[row, slot] and (slot <= query or not is_causal)
                 assert attend[row, 0, query - n_slots + n_new, slot] == (bool(seen) or slot == query)
+
+
+@pytest.mark.parametrize(("n_rows", "n_new", "expected"), [(1, 32, True), (32, 1, True), (1, 33, False), (8, 5, False)])
+def test_a_pass_is_short_by_its_new_tokens_of_all_rows(n_rows: int, n_new: int, expected: bool) -> None:
+    assert Tape(torch.ones(n_rows, 600, dtype=torch.bool), n_new).is_short == expected
 
 
 @given(masks)

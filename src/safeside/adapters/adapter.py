@@ -181,7 +181,7 @@ class Adapter(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights; tapped states are cast to it."""
-        return next(self.parameters()).dtype
+        return self.head.norm.weight.dtype  # walking parameters() for one would cost more than a tap
 
     @property
     def n_cache_layers(self) -> int:

@@ -120,7 +120,7 @@ class SideBlock(nn.Module):
         return states + self.feed_forward(self.feed_forward_norm(states))  # type: ignore[no-any-return]
 
 
-def normed(hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+def normed(hidden: Float[Tensor, "*K B T D"]) -> Float[Tensor, "*K B T D"]:
     """``hidden`` at unit root-mean-square: blocks of different bases and depths differ in scale a thousandfold.
 
     In bfloat16 the scale alone is computed in float32: a copy of the states in float32 costs more than projecting them.

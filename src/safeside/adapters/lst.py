@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safeside.adapters.blocks import Rotary, SideBlock, TapProjection, attention_bias
+from safeside.adapters.blocks import Rotary, SideBlock, TapProjection, attention_bias, normed
 from safeside.adapters.config import AdapterConfig
 from safeside.base.taps import SideCache, Tape
 
@@ -39,18 +39,25 @@ class Lst(nn.Module):
         return len(self.blocks)
 
     def read(self, tape: Tape, layer: int, hidden: Float[Tensor, "B T D"]) -> None:
-        """Keep the projected state, D / r wide."""
-        tape.hidden[layer] = self.taps[str(layer)](hidden)
+        """Keep the projected state, D / r wide; of a few tokens the state itself, to project all taps in one go."""
+        tape.hidden[layer] = hidden if tape.is_short else self.taps[str(layer)](hidden)
+
+    def _projected(self, tape: Tape) -> list[Float[Tensor, "B T d"]]:
+        kept = [tape.hidden[layer] for layer in (self.first, *self.rungs)]
+        if not tape.is_short:
+            return kept
+        together = normed(torch.stack(kept)).unbind()
+        return [tap.project(state) for tap, state in zip(self.taps.values(), together, strict=True)]
 
     def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T d"]:
-        states = tape.hidden[self.first]
+        states, *others = self._projected(tape)
         rotary, bias = self.rotary(tape.positions), attention_bias(tape.attend, states.dtype)
         if not self.rungs:
             return self.blocks[0](states, rotary, bias, cache, 0)  # type: ignore[no-any-return]
         mu = torch.sigmoid(torch.stack(tuple(self.gates)).float() / _GATE_TEMPERATURE).to(states.dtype)
         shares = zip(mu, 1 - mu, strict=True)  # of the ladder and of the tap, for all rungs at once
-        for index, (layer, (own, tapped), block) in enumerate(zip(self.rungs, shares, self.blocks, strict=True)):
-            states = block(own * states + tapped * tape.hidden[layer], rotary, bias, cache, index)
+        for index, (tap, (own, tapped), block) in enumerate(zip(others, shares, self.blocks, strict=True)):
+            states = block(own * states + tapped * tap, rotary, bias, cache, index)
         return states
 
 

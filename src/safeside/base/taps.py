@@ -9,6 +9,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+_FEW_TOKENS = 32  # up to so many a product costs its fixed part: calling it, and fetching the weights
+
 
 @dataclass(slots=True)
 class Tape:
@@ -33,6 +35,11 @@ class Tape:
     def n_past(self) -> int:
         """Tokens already in the cache before this pass."""
         return self.keep.shape[1] - self.n_new
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the pass has a few new tokens only, all rows counted, as in decoding: steps cost more than sums."""
+        return self.keep.shape[0] * self.n_new <= _FEW_TOKENS
 
     @property
     def keep_new(self) -> Bool[Tensor, "B T"]:
