@@ -37,6 +37,7 @@ GOALS = {
     "peak_ratio": 1.02,
 }  # for the guard, without the built-in
 PHASES = ("prefill", "decode")
+TAPS = (3,)  # guards of fewer and wider taps, beside that on all layers
 N_RESAMPLES = 2000
 N_PEAKS = 3  # processes for each peak; the lowest counts, for an allocator only ever adds
 
@@ -71,18 +72,20 @@ def seconds_of(variant: Alone, ids: torch.Tensor, settings: Settings, caches: Se
 
 @torch.no_grad()
 def measure(variants: dict[str, Alone], phase: str, batch: int, settings: Settings) -> dict[str, list[float]]:
-    """Seconds by variant, one for each round; one round before is thrown away."""
+    """Seconds by variant, one for each round; one round before is thrown away, and tells how long the others take."""
     ids = _prompt(variants, batch, settings)
     caches = {name: variant.prefill(ids) if phase == "decode" else [] for name, variant in variants.items()}
     names: list[str] = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-1, settings.pairs):
-        shift = round_ % len(names)
+        started, shift = time.perf_counter(), round_ % len(names)
         for name in [*names[shift:], *names[:shift]]:
             taken = seconds_of(variants[name], ids, settings, caches[name])
             if round_ >= 0:
                 seconds[name].append(taken)
-        note(f"{phase} batch {batch}: round {round_ + 1} of {settings.pairs}")
+        if round_ < 0:
+            minutes = (time.perf_counter() - started) * settings.pairs / 60
+            note(f"{phase} batch {batch}: {settings.pairs} rounds will take about {minutes:.1f} minutes")
     return seconds
 
 
@@ -115,34 +118,41 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
     result = []
     for row in rows:
         goal = GOALS.get(str(row["phase"] if row["metric"] == "ratio_to_base" else row["metric"]))
-        if row["variant"] == "guard" and row["geometry"] != "builtin" and goal is not None:
-            named = {name: row[name] for name in ("geometry", "phase", "batch", "metric", "value", "high")}
+        is_guard = str(row["variant"]).split("_")[0] == "guard"
+        if is_guard and row["geometry"] != "builtin" and goal is not None:
+            named = {name: row[name] for name in ("geometry", "phase", "batch", "variant", "metric", "value", "high")}
             result.append({**named, "goal": goal, "met": row["high"] <= goal})
     return result
 
 
-def peak_rows(plan: Plan, phase: str, batch: int, settings: Settings) -> list[Row]:
-    """Peak memory of each variant over the base's; every process holds the base's weights and the libraries too."""
-    peaks = {name: min(_peak(plan, name, phase, batch, settings) for _ in range(N_PEAKS)) for name in plan.variants}
+def peak_rows(plan: Plan, batch: int, settings: Settings) -> list[Row]:
+    """Peak memory of each variant over the base's, by phase; a process holds the base's weights and libraries too.
+
+    The peak of decoding is that of a prompt and the tokens behind it.
+    """
+    peaks = {name: [_peaks(plan, name, batch, settings) for _ in range(N_PEAKS)] for name in plan.variants}
+    note(f"peaks batch {batch}: done")
     rows = []
-    for name in plan.variants:
-        labels = {"geometry": plan.geometry, "phase": phase, "batch": batch, "variant": name}
-        rows.append(figure_row(labels, "peak_bytes", peaks[name], n=N_PEAKS, config_hash=config_hash(labels)))
-        if name != "base":
-            ratio = peaks[name] / peaks["base"]
-            rows.append(figure_row(labels, "peak_ratio", ratio, n=N_PEAKS, config_hash=config_hash(labels)))
+    for index, phase in enumerate(PHASES):
+        lowest = {name: min(peak[index] for peak in found) for name, found in peaks.items()}
+        for name in plan.variants:
+            labels = {"geometry": plan.geometry, "phase": phase, "batch": batch, "variant": name}
+            counts: dict[str, object] = {"n": N_PEAKS, "config_hash": config_hash(labels)}
+            rows.append(figure_row(labels, "peak_bytes", lowest[name], **counts))
+            if name != "base":
+                rows.append(figure_row(labels, "peak_ratio", lowest[name] / lowest["base"], **counts))
     return rows
 
 
-def _peak(plan: Plan, name: str, phase: str, batch: int, settings: Settings) -> int:
-    job = {"geometry": plan.geometry, "name": name, "phase": phase, "batch": batch, "settings": asdict(settings)}
+def _peaks(plan: Plan, name: str, batch: int, settings: Settings) -> list[int]:
+    job = {"geometry": plan.geometry, "name": name, "batch": batch, "settings": asdict(settings)}
     command = [sys.executable, str(Path(__file__)), "--peak", json.dumps(job)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return [int(line) for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
 
 
 @torch.no_grad()
-def print_peak(job: dict[str, object]) -> None:
-    """Run one variant in this process and print the most memory that it had, in bytes."""
+def print_peaks(job: dict[str, object]) -> None:
+    """Run one variant in this process and print the most bytes it held: with the prompt read, and after decoding."""
     values = job["settings"]
     assert isinstance(values, dict)
     settings = Settings(**values)
@@ -151,10 +161,14 @@ def print_peak(job: dict[str, object]) -> None:
     variants = build(Plan(str(job["geometry"]), (name,), settings.device))
     ids = _prompt(variants, batch, settings)
     caches = variants[name].prefill(ids)
-    if job["phase"] == "decode":
-        seconds_of(variants[name], ids, settings, caches)
-    is_cuda = settings.device == "cuda"
-    print(torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(_peak_bytes(settings.device))
+    seconds_of(variants[name], ids, settings, caches)
+    print(_peak_bytes(settings.device))
+
+
+def _peak_bytes(device: str) -> int:
+    is_cuda = device == "cuda"
+    return torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _prompt(variants: dict[str, Alone], batch: int, settings: Settings) -> torch.Tensor:
@@ -185,9 +199,8 @@ def run(plan: Plan, batches: Sequence[int], phases: Sequence[str], settings: Set
             variant.attachment.detach()
     del variants
     gc.collect()
-    for phase in phases if peaks else ():
-        for batch in batches:
-            rows += peak_rows(plan, phase, batch, settings)
+    for batch in batches if peaks else ():
+        rows += [row for row in peak_rows(plan, batch, settings) if row["phase"] in phases]
     return rows
 
 
@@ -198,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--geometries", nargs="+", help="Qwen2.5-0.5B and builtin on CPU, Qwen2.5-7B on CUDA")
     parser.add_argument("--batches", nargs="+", type=int, help="1 and 8 on CPU, 1 to 64 on CUDA")
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
-    parser.add_argument("--taps", nargs="*", type=int, default=[], help="guards on so many layers, at equal FLOPs")
+    parser.add_argument("--taps", nargs="*", type=int, default=TAPS, help="guards on so many layers, at equal FLOPs")
     parser.add_argument("--only", nargs="+", default=VARIANTS[1:], choices=VARIANTS[1:], help="variants beside base")
     parser.add_argument("--tokens", type=int, default=512, help="of the prompt; the built-in base takes 448 at most")
     parser.add_argument("--steps", type=int, default=16, help="decoded tokens of one timing")
@@ -209,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
-        print_peak(options.peak)
+        print_peaks(options.peak)
         sys.exit()
     started, on_gpu = time.perf_counter(), options.device == "cuda"
     torch.set_num_threads(options.threads)

@@ -16,15 +16,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 from transformers.initialization import no_init_weights
 
 from geometry import PUBLISHED
-from safeside.adapters.adapter import Adapter
+from safeside.adapters.adapter import Adapter, dtype_beside
 from safeside.adapters.blocks import attention_bias
 from safeside.adapters.config import AdapterConfig
 from safeside.adapters.sizing import (
-    adapter_matmuls,
     base_matmuls,
     flops_share,
     geometry_base,
-    make_config,
     sized_config,
 )
 from safeside.attach import attach
@@ -84,16 +82,7 @@ def twin_of(base: Base) -> Base:
 
 def tapped_config(base: Base, n_taps: int | None) -> AdapterConfig:
     """The widest ``lst`` of at most SIZE: on all layers, or on ``n_taps`` that are spread evenly and end at the top."""
-    if n_taps is None:
-        return sized_config(base, SIZE, name="harm")
-    layers = sorted({round(base.n_layers * (index + 1) / n_taps) for index in range(n_taps)})
-    budget, width = SIZE * base_matmuls(base), 32
-    while True:
-        wider = make_config(base, name="harm", layers=tuple(layers), width=width + 32)
-        with torch.device("meta"):
-            if adapter_matmuls(Adapter(wider)) > budget:
-                return make_config(base, name="harm", layers=tuple(layers), width=width)
-        width += 32
+    return sized_config(base, SIZE, n_taps, name="harm")
 
 
 class Alone:
@@ -125,7 +114,7 @@ class Guarded(Alone):
     def __init__(self, base: Base, config: AdapterConfig) -> None:
         super().__init__(base)
         with torch.device(base.device):
-            guard = Adapter(config).to(base.dtype).eval().requires_grad_(False)
+            guard = Adapter(config).to(dtype_beside(base)).eval().requires_grad_(False)
         self.extra_matmuls = flops_share(base, guard)
         self.attachment = attach(base, guards=[guard])
 

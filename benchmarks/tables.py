@@ -84,7 +84,49 @@ def taps_table(path: Path) -> str:
     return head + _table(["training", "seconds", "faster by"], lines)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"core": core_table, "geometry": geometry_table, "taps": taps_table}
+def overhead_table(path: Path) -> str:
+    """Time and peak memory of every variant over the base's, by geometry, phase and batch, beside the goals."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows = result["rows"]
+    variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "base"]
+    goals = {(*_place(goal), goal["metric"]): goal["goal"] for goal in result["notes"]["goals"]}
+    lines = []
+    for metric, what in (("ratio_to_base", "time"), ("peak_ratio", "peak memory")):
+        chosen = [row for row in rows if row["metric"] == metric]
+        for place in dict.fromkeys(map(_place, chosen)):
+            found = {row["variant"]: _ratio_cell(row) for row in chosen if _place(row) == place}
+            head = f"{place[0]}, {place[1]}, batch {place[2]}: {what}"
+            goal = goals.get((*place, metric))
+            lines.append([head, *(found.get(name, "") for name in variants), f"{goal:.2f}" if goal else ""])
+    for geometry in dict.fromkeys(row["geometry"] for row in rows):
+        shares = [_share([row for row in rows if (row["geometry"], row["variant"]) == (geometry, v)]) for v in variants]
+        lines.append([f"{geometry}: multiply-adds", *shares, "1%" if geometry != "builtin" else ""])
+    met = [bool(goal["met"]) for goal in result["notes"]["goals"]]
+    head = (
+        "Median over interleaved rounds (95% bootstrap interval); a goal is met where the interval's upper end meets "
+        f"it: {sum(met)} of {len(met)} are. `guard` taps all layers, `guard_N` taps N at equal multiply-adds. "
+        f"Commit `{result['commit']}`, {result['machine']}.\n\n"
+    )
+    return head + _table(["over the base", *(str(name) for name in variants), "goal of the guards"], lines)
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    return row["geometry"], row["phase"], row["batch"]
+
+
+def _ratio_cell(row: Row) -> str:
+    value, low, high = (float(row[name]) for name in ("value", "low", "high"))
+    return f"{value:.3f}" if low == high else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "core": core_table,
+    "geometry": geometry_table,
+    "taps": taps_table,
+    "overhead": overhead_table,
+}
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:

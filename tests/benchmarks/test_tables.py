@@ -65,6 +65,25 @@ def test_taps_table_tells_the_speed_up(results: Path) -> None:
     assert "| states stored once (storing included) | 20.0 | 2.00x (1.90 to 2.10) |" in table
 
 
+def test_overhead_table_tells_ratios_goals_and_shares(results: Path) -> None:
+    place = {"geometry": "Big-7B", "phase": "decode", "batch": 8}
+    rows = [
+        figure("seconds", 2.0, variant="base", **place),
+        figure("ratio_to_base", 1.04, variant="guard", **place, flops_share=0.0097),
+        figure("ratio_to_base", 2.0, variant="second_pass", **place, flops_share=0.9),
+        {**figure("peak_ratio", 1.01, variant="guard", **place), "low": 1.01, "high": 1.01, "flops_share": 0.0},
+    ]
+    goal = {**place, "metric": "ratio_to_base", "variant": "guard", "goal": 1.05, "met": False}
+    path = results / "overhead.json"
+    path.write_text(json.dumps({"commit": "abc", "machine": "a CPU", "rows": rows, "notes": {"goals": [goal]}}))
+    table = tables.overhead_table(path)
+    assert "| over the base | guard | second_pass | goal of the guards |" in table
+    assert "| Big-7B, decode, batch 8: time | 1.040 (0.940 to 1.140) | 2.000 (1.900 to 2.100) | 1.05 |" in table
+    assert "| Big-7B, decode, batch 8: peak memory | 1.010 |  |  |" in table
+    assert "| Big-7B: multiply-adds | 0.97% | 90% | 1% |" in table
+    assert "0 of 1 are" in table
+
+
 def test_a_missing_result_file_is_said(tmp_path: Path) -> None:
     for name, table in tables.TABLES.items():
         assert f"make bench-{name}" in table(tmp_path / f"{name}.json")
