@@ -60,6 +60,7 @@ LEARNING_RATES = {"plr": 3e-3, "rtb": 1e-3, "lst": 1e-3, "standalone": 1e-3, "lo
 # Rows of training, and of validation and of test each, at most: the longer a task's texts, the fewer.
 ROWS = {"hate": (1500, 1000), "prompt_harm": (1000, 600), "response_harm": (1000, 600), "grounding": (600, 600)}
 MOST_WINDOWS = 4  # a row that takes more is left out and counted: whole web pages would take most of the time
+SOFT_WEIGHT = 0.2  # of the teacher's scores beside the labels; at 0.5 and 1.0 the teacher's mistakes cost more
 TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "batch_size": 16, "folds": 2}
 HARMLESS = {
     "xstest/prompts_test.jsonl.gz": 250,
@@ -223,7 +224,8 @@ def recipe_of(setup: Setup, cell: Cell) -> Recipe:
                 "epochs": TEACHER["epochs"] if family == "lora" else setup.epochs,
                 "batch_size": 16 if family == "lora" else 32,
                 "learning_rate": LEARNING_RATES.get(family, 1e-3),
-                "soft_weight": 0.5 if is_distilled else 0.0,
+                "soft_weight": SOFT_WEIGHT if is_distilled else 0.0,
+                "patience": 2,
                 "checkpoint_seconds": 1e9,
             },
             **({"teacher": TEACHER} if is_distilled else {}),

@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluation-limit", type=int, default=1000, help="validation rows, and test rows; ROWS may allow fewer"
     )
-    parser.add_argument("--epochs", type=int, default=4, help="at most; training stops 3 epochs after its best")
+    parser.add_argument("--epochs", type=int, default=6, help="at most; training stops 2 epochs after its best")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--cells", type=Path, help="folder of cached cells")
