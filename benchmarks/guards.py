@@ -4,7 +4,7 @@
     python benchmarks/guards.py --data ../shared/data --quick   a few rows of each task, into a temporary folder
 
 Every method of one task and base learns from the same rows; validation rows choose epochs, regularisation, questions
-and thresholds; test rows are scored once.  Writes guards.json with the cells that are there.
+and thresholds; test rows are scored once.  Writes methods.json with the cells that are there, a part of guards.json.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gather import write_part
 from guard_cells import METHODS, SPLITS, Cell, Setup, build_store, key_of, prepare, run_cell
 from safeside.base.model import load_base
 from safeside.errors import InputError, MissingExtraError
@@ -92,7 +93,7 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
         "cell_commits": sorted({str(found["commit"]) for found in values.values()}),
         "cell_seconds": round(sum(float(found["seconds"]) for found in values.values()), 1),
     }
-    return write_json(plan.output / "guards.json", result_of("guards", time.perf_counter() - started, rows, notes))
+    return write_part(plan.output, result_of("methods", time.perf_counter() - started, rows, notes))
 
 
 def _data_hash(root: Path, task: str) -> str:

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from cells import Setup, prepare, row_logits, store_of
 from core_data import TASKS
+from gather import write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import Calibration
 from safeside.adapters.sizing import flops_share
@@ -41,7 +42,7 @@ from safeside.train.loop import Loop
 from safeside.train.objectives import guard_metric, guard_objective
 from safeside.train.recipe import Recipe
 from safeside.train.taps import StoredTaps
-from tidy import RESULTS, Row, figure_row, result_of, write_json
+from tidy import RESULTS, Row, figure_row, result_of
 from workers import Workers
 
 BLOCKED = (0.0, 0.1, 1.0)
@@ -238,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "interval": "auroc: 95% bootstrap over test rows; prefill_ratio: over pairs",
     }
     result = result_of("intercept", time.perf_counter() - started, sorted_rows(rows), notes)
-    path = write_json(options.output / "intercept.json", result)
+    path = write_part(options.output, result)
     note(f"wrote {path}")
     return path
 

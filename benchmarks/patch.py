@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gather import write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
 from safeside.artifact import load_adapter
@@ -38,7 +39,7 @@ from safeside.train.rows import Rows
 from safeside.train.splits import find_data
 from safeside.train.taps import StoredTaps, TapStore
 from safeside.types import Example, Message
-from tidy import RESULTS, Row, figure_row, result_of, write_json
+from tidy import RESULTS, Row, figure_row, result_of
 
 FAMILIES = ("DSN", "GCG", "JBC", "PAIR", "prompt_with_random_search")
 ARTIFACTS = "jailbreakbench_artifacts/{}.jsonl.gz"
@@ -176,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     guard, before = load_adapter("builtin:harm", base), weights_hash(base)
     replay = [*load_examples(find_data(DEMO_REPLAY, Path()), ("harm",))[0][:600], *drawn(options.data / REPLAY, 600)]
     rows: list[Row] = []
+    path = options.output / "patch.json"
     with tempfile.TemporaryDirectory() as name:
         harmless, elsewhere = (
             measured(base, guard, drawn_as(options.data / file, options.rows), Path(name))
@@ -193,11 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 "base_unchanged": weights_hash(base) == before,
                 "steps": settings.steps,
             }
-            write_json(
-                options.output / "patch.json", result_of("patch", time.perf_counter() - started, rows, notes)
-            )  # after every family: a run that is killed keeps what it has
-    note(f"wrote {options.output / 'patch.json'}")
-    return Path(options.output / "patch.json")
+            result = result_of("patch", time.perf_counter() - started, rows, notes)
+            path = write_part(options.output, result)  # after every family: a run that is killed keeps what it has
+    note(f"wrote {path}")
+    return path
 
 
 def drawn_harmless(path: Path, n: int) -> list[Example]:

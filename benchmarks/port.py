@@ -1,6 +1,7 @@
 """How much of a guard's AUROC survives a port to another base, beside training there from scratch with labels.
 
-    python benchmarks/port.py --base builtin --base FOLDER --base FOLDER
+    python benchmarks/port.py                  between the built-in base and MiniLM
+    python benchmarks/port.py --also FOLDER    and a base of one's own
 
 Every base gets a guard, trained on labelled rows of the packaged demo set (for the built-in base it is builtin:harm),
 which is ported to every other base by each method, on as many rows without their labels.  Writes port.json.
@@ -19,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gather import write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
 from safeside.artifact import load_adapter
 from safeside.base.model import BUILTIN_NAME, Base, load_base
+from safeside.errors import InputError, MissingExtraError
 from safeside.evals.metrics import auroc, bootstrap
 from safeside.guards.score import score_conversations
 from safeside.provenance import config_hash
@@ -34,7 +37,7 @@ from safeside.train.recipe import Recipe
 from safeside.train.run import run_recipe
 from safeside.train.splits import find_data
 from safeside.types import Example
-from tidy import RESULTS, Row, figure_row, result_of, write_json
+from tidy import RESULTS, Row, figure_row, result_of
 
 SCRATCH = "scratch"
 
@@ -112,10 +115,24 @@ def name_of(base: Base) -> str:
     return Path(base.name).name
 
 
+def found_bases(names: Sequence[str]) -> list[Base]:
+    """The bases by these names; one whose package is not installed is left out, fewer than two are an InputError."""
+    bases = []
+    for name in names:
+        try:
+            bases.append(load_base(name))
+        except MissingExtraError as error:
+            note(f"{name} is left out: {error}")
+    if len(bases) < 2:
+        raise InputError(f"A port needs two bases; found {', '.join(map(name_of, bases)) or 'none'}. Name one: --also.")
+    return bases
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", action="append", required=True, help="as for load_base; give two or more")
+    parser.add_argument("--bases", nargs="+", default=["builtin", "minilm"], help="as for load_base")
+    parser.add_argument("--also", nargs="+", default=[], help="further bases")
     parser.add_argument("--rows", type=int, default=1000, help="of text, and of labelled rows")
     parser.add_argument("--test-rows", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=1)
@@ -127,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     text = load_examples(find_data("demo:train.jsonl.gz", Path()), ())[0][: options.rows]
     test = load_examples(find_data("demo:test.jsonl.gz", Path()), ("harm",))[0][: options.test_rows]
     bench = Bench([replace(row, labels=()) for row in text], test)
-    bases = [load_base(name) for name in options.base]
+    bases = found_bases([*options.bases, *options.also])
+    path = options.output / "port.json"
     rows: list[Row] = []
     for seed in range(options.seeds):
         scratch = {name_of(base): bench.scratch(base, seed) for base in bases}
@@ -146,9 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 },
                 "interval": "95% bootstrap over rows, both guards on the same ones",
             }
-            write_json(options.output / "port.json", result_of("port", time.perf_counter() - started, rows, notes))
-    note(f"wrote {options.output / 'port.json'}")
-    return Path(options.output / "port.json")
+            path = write_part(options.output, result_of("port", time.perf_counter() - started, rows, notes))
+    note(f"wrote {path}")
+    return path
 
 
 if __name__ == "__main__":

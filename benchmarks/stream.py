@@ -1,0 +1,186 @@
+"""Stopping harmful answers while they are written, beside judging them when they are whole.
+
+    python benchmarks/stream.py --data ../shared/data
+
+An LST guard of answers learns in two ways: from each answer's last token (``end``), and from its prefixes too
+(``prefixes``).  Two thresholds, one for the rule that stops and one for the whole answer's last score, are fitted on
+the same benign validation answers for the same promised false-positive rate.  On test answers ``detected_share`` is the
+share of harmful answers that the rule stops over the share that the whole answer's score flags; ``delay_tokens`` is the
+median of the tokens written by then; ``false_stops`` is the share of benign answers that are stopped.
+
+Labels say that an answer is harmful as a whole and not where: a delay counts from the answer's first token, and an
+early stop of a harmful answer may come before its first harmful word.  Writes stream.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gather import write_part
+from safeside.errors import InputError
+from safeside.evals.metrics import auroc, bootstrap
+from safeside.guards.calibrate import threshold_with_bound
+from safeside.guards.stream import StopRule, evaluate_stops, fit_stop_rule
+from safeside.terminal import note
+from task_guards import Lesson, Sizes
+from tidy import RESULTS, Row, figure_row, result_of
+
+TARGETS: tuple[Literal["end", "prefixes"], ...] = ("end", "prefixes")
+RATES = (0.01, 0.05, 0.1, 0.2)
+WRITTEN = tuple(round(0.1 * step, 1) for step in range(1, 11))  # shares of an answer, for the curve of stops
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Scores of answers token by token, and whether each is harmful."""
+
+    scores: list[Tensor]
+    labels: np.ndarray
+
+    @property
+    def benign(self) -> list[Tensor]:
+        return [scores for scores, label in zip(self.scores, self.labels, strict=True) if label == 0]
+
+    @property
+    def last(self) -> np.ndarray:
+        return np.array([float(scores[-1]) for scores in self.scores])
+
+
+def measure(lesson: Lesson, seed: int, rates: Sequence[float], n_consecutive: int) -> Iterator[Row]:
+    """The figures of one seed, trained in both ways."""
+    for targets in TARGETS:
+        recipe = lesson.recipe(seed, targets)
+        guard = lesson.guard(recipe)
+        validation, test = (
+            Answers(lesson.token_scores(split, guard), lesson.labels(split)) for split in ("validation", "test")
+        )
+        labels, costs = {**lesson.columns(seed), "targets": targets}, lesson.costs(recipe, guard)
+        figure = bootstrap({"auroc": auroc}, test.labels, test.last)["auroc"]
+        yield figure_row(labels, "auroc", figure.value, (figure.low, figure.high), n=len(test.labels), **costs)
+        for rate in rates:
+            try:
+                rule = fit_stop_rule(validation.benign, rate, n_consecutive=n_consecutive)
+                whole = threshold_with_bound(validation.last[validation.labels == 0], rate)
+            except InputError as error:
+                note(f"a false-positive rate of {rate:g} is left out: {error}")
+                continue
+            columns = {**labels, "false_positive_rate": rate, "n_consecutive": n_consecutive}
+            found = list(figures_of(rule, whole, test, columns, costs))
+            yield from found
+            note(
+                f"{targets} seed {seed} at {rate:g}: "
+                + ", ".join(f"{row['metric']} {row['value']:.3f}" for row in found if "written" not in row)
+            )
+
+
+def figures_of(
+    rule: StopRule, whole: float, test: Answers, labels: dict[str, object], costs: dict[str, object]
+) -> Iterator[Row]:
+    """What ``rule`` and the whole answers' threshold find on test answers, with intervals over answers."""
+    report = evaluate_stops(rule, whole, test.scores, test.labels == 1)
+    stops = [rule.first_stop(scores) for scores in test.scores]
+    written = np.array([np.inf if stop is None else stop + 1 for stop in stops])
+    lengths = np.array([len(scores) for scores in test.scores])
+    stopped, flagged = np.isfinite(written), test.last >= whole
+    is_harmful = test.labels == 1
+    shares = {
+        "detection": (stopped, is_harmful, report.detected_share),
+        "false_stops": (stopped, ~is_harmful, report.false_stops),
+        "whole_detection": (flagged, is_harmful, report.whole_detected_share),
+        "whole_false_flags": (flagged, ~is_harmful, report.whole_false_flags),
+    }
+    for name, (hits, of, value) in shares.items():
+        yield _row(labels, name, hits[of].astype(float), value, costs)
+    harmful = np.flatnonzero(is_harmful).astype(np.float64)
+
+    def kept(_: np.ndarray, rows: np.ndarray) -> float:
+        index = rows.astype(int)
+        return float(stopped[index].sum() / max(flagged[index].sum(), 1))
+
+    if flagged[is_harmful].any():
+        figure = bootstrap({"kept": kept}, np.ones(len(harmful)), harmful)["kept"]
+        yield figure_row(
+            labels, "detected_share", report.kept_detection, (figure.low, figure.high), n=len(harmful), **costs
+        )
+    caught = stopped & is_harmful
+    if caught.any():
+        yield _row(labels, "delay_tokens", written[caught], report.delay_tokens, costs, np.median)
+        yield _row(labels, "delay_share", written[caught] / lengths[caught], report.delay_share, costs, np.median)
+    for share in WRITTEN:
+        by_then = (written[is_harmful] / lengths[is_harmful] <= share + 1e-9).mean()
+        yield figure_row({**labels, "written": share}, "stopped_by", float(by_then), n=len(harmful), **costs)
+
+
+def _row(  # type: ignore[no-untyped-def]
+    labels: dict[str, object], metric: str, values: np.ndarray, value: float, costs: dict[str, object], of=np.mean
+) -> Row:
+    """``value`` is what ``evaluate_stops`` says; the interval resamples the answers behind it."""
+    assert np.isclose(value, of(values)), f"{metric} of the bench and of evaluate_stops differ"
+    figure = bootstrap({metric: lambda _, some: float(of(some))}, np.ones(len(values)), values)[metric]
+    return figure_row(labels, metric, value, (figure.low, figure.high), n=len(values), **costs)
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Parse, measure, write."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    started = time.perf_counter()
+    if options.quick:
+        options.limit, options.evaluation_limit, options.epochs, options.seeds = 200, 400, 1, options.seeds[:1]
+    sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        lesson = Lesson.read((options.base, options.data), options.task, Path(folder), sizes)
+        rows = [
+            row for seed in options.seeds for row in measure(lesson, seed, tuple(options.rates), options.consecutive)
+        ]
+    notes = {
+        "promise": "stop rule and whole-answer threshold: the same benign validation answers, rate and 95% confidence",
+        "detected_share": "harmful answers stopped over harmful answers that the whole answer's last score flags",
+        "delay": "tokens written when the rule stops, median over the harmful answers that it stops",
+        "labels": "answers are harmful as a whole; where harm begins is not known: delays count from the first token",
+        "stopped_by": "share of all harmful answers that is stopped by the time this share of the answer is written",
+        "rows": lesson.counts,
+        "benign_validation_rows": int((lesson.labels("validation") == 0).sum()),
+        "median_answer_tokens": float(
+            np.median([len(ids) - start for ids, start in zip(*_answers(lesson), strict=True)])
+        ),
+        "intervals": "95% bootstrap over test answers; of stopped_by low and high are the value",
+    }
+    path = write_part(options.output, result_of("stream", time.perf_counter() - started, rows, notes))
+    note(f"wrote {path}")
+    return path
+
+
+def _answers(lesson: Lesson) -> tuple[list[tuple[int, ...]], list[int]]:
+    return lesson.splits["test"].ids, lesson.splits["test"].answer_starts
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--base", default="builtin", help="as for load_base; one that reads forwards")
+    parser.add_argument("--task", default="response_harm", help="a task of answers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="false-positive rates to promise")
+    parser.add_argument("--consecutive", type=int, default=2, help="risky tokens in a row that stop an answer")
+    parser.add_argument("--limit", type=int, default=1500, help="training rows")
+    parser.add_argument("--evaluation-limit", type=int, default=2000, help="validation rows, and test rows")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The benches are scripts beside the package: their folder is importable, and small data sets stand in for the real."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from safeside.tasks.sources import Fields, Part, Source
+from safeside.tasks.task import TASKS, Task, register_task
+
+WORDS = tuple(
+    f"{first}{last}" for first in ("ba", "ko", "mi", "tu", "re", "so") for last in ("n", "ll", "sk", "tra", "p")
+)
+
+
+def sentence(generator: random.Random, is_harmful: bool) -> str:
+    """Words that anybody may say, or some that hold one of which a guard can tell."""
+    words = generator.choices(WORDS, k=8)
+    return " ".join([*words[:4], "bomb", *words[4:]] if is_harmful else words)
+
+
+@pytest.fixture
+def small_tasks(tmp_path: Path) -> Iterator[Path]:
+    """A folder with rows of the tasks ``bench/answers`` and ``bench/prompts``, 240 for each split."""
+    generator = random.Random(0)
+    for split in ("train", "validation", "test"):
+        lines = []
+        for row in range(240):
+            prompt = f"{split} {row} {sentence(generator, False)}"
+            harmful = row % 2 == 1
+            lines.append({"prompt": prompt, "response": sentence(generator, harmful), "label": int(harmful)})
+        (tmp_path / f"answers_{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        prompts = [{"prompt": f"{row['prompt']} {row['response']}", "label": row["label"]} for row in lines]
+        (tmp_path / f"prompts_{split}.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    for kind, texts in (("answers", {"prompt": "prompt", "response": "response"}), ("prompts", {"prompt": "prompt"})):
+        parts = [Part(f"{kind}_{split}.jsonl") for split in ("train", "validation", "test")]
+        register_task(
+            f"bench/{kind}", Task(f"bench/{kind}", ("harm",), (Source("made", *parts, fields=Fields(texts)),))
+        )
+    yield tmp_path
+    for kind in ("answers", "prompts"):
+        TASKS.unregister(f"bench/{kind}")

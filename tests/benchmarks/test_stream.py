@@ -1,0 +1,95 @@
+"""The bench of stopping: stored scores are those of the live base, and figures are those of the rule."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stream
+from safeside.guards.stream import StopRule, score_answers
+from stream import Answers, figures_of
+from task_guards import Lesson, Sizes
+
+
+@pytest.fixture
+def lesson(small_tasks: Path, tiny_folder: Callable[[str], Path], tmp_path: Path) -> Lesson:
+    place = (str(tiny_folder("llama")), small_tasks)
+    return Lesson.read(place, "bench/answers", tmp_path / "taps", Sizes(train=64, evaluation=40, epochs=1))
+
+
+def test_stored_token_scores_are_those_of_the_live_base(lesson: Lesson) -> None:
+    guard = lesson.guard(lesson.recipe(0, "prefixes"))
+    stored = lesson.token_scores("test", guard)
+    live = score_answers(lesson.base, guard, [row.messages for row in lesson.splits["test"].examples])
+    for ours, theirs in zip(stored, live, strict=True):
+        torch.testing.assert_close(ours, theirs.scores, atol=1e-5, rtol=1e-4)  # other batches, other sums
+    np.testing.assert_allclose(lesson.last_scores("test", guard), [float(scores[-1]) for scores in stored], atol=1e-6)
+
+
+def test_rows_are_counted_and_drawn_the_same_way_twice(lesson: Lesson, small_tasks: Path) -> None:
+    assert {split: len(rows.ids) for split, rows in lesson.splits.items()} == {
+        "train": 64,
+        "validation": 40,
+        "test": 40,
+    }
+    assert lesson.counts["test_too_long"] == 0
+    again = Lesson.read((lesson.base.name, small_tasks), "bench/answers", lesson.folder, lesson.sizes)
+    assert again.splits["test"].ids == lesson.splits["test"].ids
+
+
+def scored(*answers: tuple[list[float], int]) -> Answers:
+    return Answers([torch.tensor(scores) for scores, _ in answers], np.array([float(label) for _, label in answers]))
+
+
+TEST = scored(
+    ([0.9, 0.9, 0.1, 0.1], 1),  # stopped at its half, and the whole answer passes
+    ([0.1, 0.1, 0.9, 0.9], 1),  # stopped at its end
+    ([0.1, 0.9, 0.1, 0.9], 1),  # the whole answer alone is flagged
+    ([0.1, 0.1], 1),
+    ([0.9, 0.9, 0.9, 0.1], 0),  # a false stop
+    ([0.1, 0.1, 0.1, 0.9], 0),  # a false flag
+    ([0.1, 0.1], 0),
+    ([0.1, 0.1], 0),
+)
+
+
+def test_figures_are_those_of_the_rule_on_the_answers() -> None:
+    rows = list(figures_of(StopRule(0.5, 2), 0.5, TEST, {"seed": 0}, {"flops_share": 0.1}))
+    values = {row["metric"]: row for row in rows if "written" not in row}
+    assert values["detection"]["value"] == pytest.approx(0.5)
+    assert values["whole_detection"]["value"] == pytest.approx(0.5)
+    assert values["detected_share"]["value"] == pytest.approx(1.0)
+    assert values["false_stops"]["value"] == values["whole_false_flags"]["value"] == pytest.approx(0.25)
+    assert values["delay_tokens"]["value"] == pytest.approx(3.0)  # of 2 and 4
+    assert values["delay_share"]["value"] == pytest.approx(0.75)
+    assert {row["n"] for row in values.values()} == {4, 2}
+    assert all(row["low"] <= row["value"] <= row["high"] and row["flops_share"] == 0.1 for row in rows)
+    stopped = {row["written"]: row["value"] for row in rows if "written" in row}
+    assert stopped == {share: (0.25 if share < 1 else 0.5) * (share >= 0.5) for share in stream.WRITTEN}
+
+
+def test_a_rule_that_stops_nothing_has_no_delay() -> None:
+    rows = list(figures_of(StopRule(1.0, 2), 1.0, TEST, {}, {}))
+    values = {row["metric"]: row["value"] for row in rows if "written" not in row}
+    assert values == {"detection": 0.0, "false_stops": 0.0, "whole_detection": 0.0, "whole_false_flags": 0.0}
+
+
+def test_it_writes_figures_for_both_ways_of_learning(
+    small_tasks: Path, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    words = ["--data", str(small_tasks), "--base", str(tiny_folder("llama")), "--task", "bench/answers"]
+    small = ["--limit", "128", "--evaluation-limit", "200", "--epochs", "2", "--seeds", "0", "--rates", "0.001", "0.2"]
+    path = stream.main([*words, *small, "--output", str(tmp_path / "results")])
+    result = json.loads(path.read_text())
+    assert {row["targets"] for row in result["rows"]} == {"end", "prefixes"}
+    assert {row["false_positive_rate"] for row in result["rows"] if row["metric"] == "false_stops"} == {0.2}
+    assert all(math.isfinite(row["value"]) for row in result["rows"])
+    assert result["notes"]["benign_validation_rows"] < 299
+    merged = json.loads((tmp_path / "results" / "guards.json").read_text())
+    assert [row["part"] for row in merged["rows"]] == ["stream"] * len(result["rows"])
