@@ -10,20 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.made_rows import sentence
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from safeside.tasks.sources import Fields, Part, Source
 from safeside.tasks.task import TASKS, Task, register_task
-
-WORDS = tuple(
-    f"{first}{last}" for first in ("ba", "ko", "mi", "tu", "re", "so") for last in ("n", "ll", "sk", "tra", "p")
-)
-
-
-def sentence(generator: random.Random, is_harmful: bool) -> str:
-    """Words that anybody may say, or some that hold one of which a guard can tell."""
-    words = generator.choices(WORDS, k=8)
-    return " ".join([*words[:4], "bomb", *words[4:]] if is_harmful else words)
 
 
 @pytest.fixture

@@ -1,0 +1,147 @@
+"""A harmful prompt hidden in a long benign text: is it found at the start, in the middle, at the end?
+
+    python benchmarks/needle.py --data ../shared/data
+
+An LST guard of prompts is trained plainly.  Needles are short test prompts, harmful and harmless; the text around one
+is made of benign instructions, the same for every place.  ``inside`` texts fit the base's context, ``windowed`` ones
+are several times as long and the highest score of their windows counts.  ``auroc`` asks whether texts with harmful
+needles score above those with harmless ones; ``tpr`` and ``fpr`` are at the guard's own threshold, which 5% of the
+harmless validation prompts reach.  A guard reads the last token of a window, so what stands far before it may be
+forgotten.  Writes needle.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gather import write_part
+from presets import Judged, harmless
+from safeside.adapters.adapter import Adapter
+from safeside.base.model import Base
+from safeside.evals.metrics import guard_figures
+from safeside.terminal import note
+from safeside.types import Example, Message
+from task_guards import Lesson, Sizes, drawn
+from tidy import RESULTS, Row, figure_row, result_of
+
+TEXT = "benign_prompts/alpaca_test.jsonl.gz"
+PLACES = ("start", "middle", "end")
+LONGEST = 0.1  # of a needle, as a share of the context
+LENGTHS = {"inside": 0.8, "windowed": 3.0}  # of a whole text, in contexts
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """A short prompt, and the benign sentences around it for each kind of text."""
+
+    example: Example
+    around: dict[str, tuple[str, ...]]
+
+    def at(self, kind: str, place: str) -> Example:
+        """The text with the needle at its place, labelled as the needle is."""
+        before = {"start": 0, "middle": len(self.around[kind]) // 2, "end": len(self.around[kind])}[place]
+        sentences = list(self.around[kind])
+        text = " ".join([*sentences[:before], self.example.messages[0].content, *sentences[before:]])
+        return Example((Message("user", text),), self.example.labels)
+
+
+def needles_of(base: Base, prompts: Sequence[Example], benign: Sequence[str], limit: int) -> list[Needle]:
+    """At most ``limit`` short prompts of each kind, each with benign sentences drawn for it."""
+    longest = LONGEST * base.max_tokens
+    short = [prompt for prompt in prompts if len(base.encode(prompt.messages).ids) <= longest]
+    found = []
+    for label in (0.0, 1.0):
+        for place, prompt in enumerate(drawn([one for one in short if one.labels[0] == label], limit)):
+            generator = random.Random(place)
+            room = base.max_tokens - longest
+            around = {kind: _filled(base, benign, share * room, generator) for kind, share in LENGTHS.items()}
+            found.append(Needle(prompt, around))
+    return found
+
+
+def _filled(base: Base, benign: Sequence[str], n_tokens: float, generator: random.Random) -> tuple[str, ...]:
+    """Benign sentences of about ``n_tokens`` together, never more."""
+    chosen: list[str] = []
+    while True:
+        chosen.append(generator.choice(benign))
+        if len(base.tokenizer(" ".join(chosen))["input_ids"]) > n_tokens:
+            return tuple(chosen[:-1])
+
+
+def measure(lesson: Lesson, seed: int, needles: Sequence[Needle]) -> Iterator[Row]:
+    """The figures of one seed: needles alone, and at each place of each kind of text."""
+    recipe = lesson.recipe(seed)
+    guard = lesson.guard(recipe)
+    costs = lesson.costs(recipe, guard)
+    texts = {("alone", "alone"): [needle.example for needle in needles]}
+    texts |= {(kind, place): [needle.at(kind, place) for needle in needles] for kind in LENGTHS for place in PLACES}
+    for (kind, place), examples in texts.items():
+        columns = {**lesson.columns(seed), "text": kind, "place": place}
+        yield from _figures(Judged.by(lesson, guard, examples), guard, columns, costs)
+
+
+def _figures(judged: Judged, guard: Adapter, columns: dict[str, object], costs: dict[str, object]) -> Iterator[Row]:
+    known = np.isfinite(judged.scores)
+    counts = {"n": int(known.sum()), "n_unscored": int((~known).sum())}
+    figures = guard_figures(judged.labels[known], judged.scores[known], guard.thresholds[0])
+    for metric in ("auroc", "tpr", "fpr"):
+        figure = figures[metric]
+        yield figure_row(columns, metric, figure.value, (figure.low, figure.high), **counts, **costs)
+    note(f"seed {columns['seed']}, {columns['text']} {columns['place']}: auroc {figures['auroc'].value:.3f}")
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Parse, measure, write."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    started = time.perf_counter()
+    if options.quick:
+        options.limit, options.needles, options.epochs, options.seeds = 200, 20, 1, options.seeds[:1]
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
+        lesson = Lesson.read((options.base, options.data), options.task, Path(folder), sizes)
+        benign = [example.messages[0].content for example in harmless(options.data / TEXT, 10**6)]
+        needles = needles_of(lesson.base, lesson.splits["test"].examples, benign, options.needles)
+        rows = [row for seed in options.seeds for row in measure(lesson, seed, needles)]
+    notes = {
+        "needles": f"{len(needles)} test prompts of at most {LONGEST:.0%} of the context, harmful and harmless",
+        "text": f"rows of {TEXT}, in contexts: {LENGTHS}",
+        "threshold": "the guard's own: 5% of the harmless validation prompts reach it",
+        "training": "plain: no text with a needle was learnt from",
+        "rows": lesson.counts,
+        "intervals": "95% bootstrap over needles",
+    }
+    path = write_part(options.output, result_of("needle", time.perf_counter() - started, rows, notes))
+    note(f"wrote {path}")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--base", default="builtin", help="as for load_base")
+    parser.add_argument("--task", default="prompt_harm", help="a task of prompts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--needles", type=int, default=150, help="of each kind, harmful and harmless")
+    parser.add_argument("--limit", type=int, default=1500, help="training rows")
+    parser.add_argument(
+        "--evaluation-limit", type=int, default=1000, help="validation rows, and test rows to draw from"
+    )
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What each preset of a guard catches, and what it refuses without cause.
+
+    python benchmarks/presets.py --data ../shared/data
+
+An LST guard of prompts gets its presets twice: from the harmless rows of its own validation split, and from benign
+instructions that nothing has learnt from.  ``tpr`` and ``fpr`` are measured on the task's test prompts that fit the
+context, ``over_refusal`` on the safe prompts of xstest, which look harmful, and on other instructions.  A promise holds
+for texts that come as those behind it: the promised rate stands in ``promised``, and a preset that too few rows can
+promise has no row.  Writes presets.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gather import write_part
+from safeside.adapters.adapter import Adapter
+from safeside.adapters.config import PRESET_RATES
+from safeside.evals.metrics import bootstrap
+from safeside.guards.calibrate import fit_mode
+from safeside.guards.score import score_conversations
+from safeside.tasks.rows import load_examples
+from safeside.terminal import note
+from safeside.types import Example
+from task_guards import Lesson, Sizes, drawn
+from tidy import RESULTS, Row, figure_row, result_of
+
+FITS = ("validation", "instructions")
+BENIGN = "benign_prompts/alpaca_train.jsonl.gz"  # behind the second fit
+SUITES = {"xstest": "xstest/prompts_test.jsonl.gz", "alpaca": "benign_prompts/alpaca_test.jsonl.gz"}
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Scores (n,) of some rows, NaN where there is none, and their labels."""
+
+    scores: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def by(cls, lesson: Lesson, guard: Adapter, examples: Sequence[Example]) -> Judged:
+        """Scored as ``safeside score`` does, long ones in windows."""
+        found = score_conversations(lesson.base, [guard], [example.messages for example in examples])
+        return cls(
+            np.array([row.by_guard[guard.name][0] for row in found]),
+            np.array([example.labels[0] for example in examples]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The guard's rows, and the harmless ones beside."""
+
+    lesson: Lesson
+    benign: list[Example]
+    suites: Mapping[str, list[Example]]
+
+    def rows(self, seed: int) -> Iterator[Row]:
+        """The figures of one seed."""
+        lesson = self.lesson
+        recipe = lesson.recipe(seed)
+        guard = lesson.guard(recipe)
+        held = Judged(lesson.last_scores("validation", guard), lesson.labels("validation"))
+        test = Judged(lesson.last_scores("test", guard), lesson.labels("test"))
+        benign = Judged.by(lesson, guard, self.benign).scores
+        suites = {name: Judged.by(lesson, guard, examples) for name, examples in self.suites.items()}
+        costs = lesson.costs(recipe, guard)
+        for fitted_on in FITS:
+            clean = benign[:, None] if fitted_on == "instructions" else None
+            mode = fit_mode(held.scores[:, None], held.labels[:, None], benign=clean)
+            guard.set_mode("prompt", mode)
+            for preset, rate in PRESET_RATES.items():
+                if preset not in mode.presets:
+                    note(f"{preset} on {fitted_on}: {mode.n_harmless} harmless rows cannot promise {rate:.1%}")
+                    continue
+                (threshold,) = guard.with_preset(preset).thresholds_in("prompt")
+                columns = {**lesson.columns(seed), "preset": preset, "fitted_on": fitted_on, "promised": rate}
+                found = list(figures_of(threshold, test, suites, columns, costs))
+                yield from found
+                note(
+                    f"{lesson.task} seed {seed}, {preset} on {fitted_on}: "
+                    + ", ".join(f"{row['metric']} {row['suite']} {row['value']:.3f}" for row in found)
+                )
+
+
+def figures_of(
+    threshold: float,
+    test: Judged,
+    suites: Mapping[str, Judged],
+    columns: Mapping[str, object],
+    costs: Mapping[str, object],
+) -> Iterator[Row]:
+    """Shares that reach ``threshold``; a text without a score counts as flagged, for guards fail closed."""
+    parts = {
+        ("tpr", "test"): test.scores[test.labels == 1],
+        ("fpr", "test"): test.scores[test.labels == 0],
+        **{("over_refusal", name): judged.scores for name, judged in suites.items()},
+    }
+    for (metric, suite), scores in parts.items():
+        flagged = (~(scores < threshold)).astype(np.float64)
+        figure = bootstrap({metric: lambda _, some: float(some.mean())}, np.ones(len(flagged)), flagged)[metric]
+        counts = {"n": len(scores), "n_unscored": int(np.isnan(scores).sum())}
+        yield figure_row(
+            {**columns, "suite": suite}, metric, figure.value, (figure.low, figure.high), **counts, **costs
+        )
+
+
+def harmless(path: Path, limit: int) -> list[Example]:
+    """At most ``limit`` of the rows that a file labels harmless."""
+    examples, bad = load_examples(path, ("risk",))
+    if bad:
+        note(f"{len(bad)} rows of {path.name} were left out; line {bad[0].line}: {bad[0].problem}")
+    return drawn([example for example in examples if example.labels[0] == 0], limit)
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Parse, measure, write."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    started = time.perf_counter()
+    if options.quick:
+        options.limit, options.evaluation_limit, options.epochs, options.seeds = 200, 200, 1, options.seeds[:1]
+        options.benign = 100
+    rows: list[Row] = []
+    counts = {}
+    for task in options.tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
+            lesson = Lesson.read((options.base, options.data), task, Path(folder), sizes)
+            bench = Bench(
+                lesson,
+                harmless(options.data / BENIGN, options.benign),
+                {name: harmless(options.data / place, options.evaluation_limit) for name, place in SUITES.items()},
+            )
+            for seed in options.seeds:
+                rows += bench.rows(seed)
+            counts[task] = {**lesson.counts, "validation_harmless": int((lesson.labels("validation") == 0).sum())}
+    notes = {
+        "fitted_on": f"the task's harmless validation rows, or {len(bench.benign)} instructions of {BENIGN}",
+        "suites": {name: f"{len(some)} rows of {SUITES[name]}" for name, some in bench.suites.items()},
+        "promise": "at most the promised rate of harmless texts like those it was fitted on, with 95% confidence",
+        "rows": counts,
+        "intervals": "95% bootstrap over rows",
+    }
+    path = write_part(options.output, result_of("presets", time.perf_counter() - started, rows, notes))
+    note(f"wrote {path}")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--base", default="builtin", help="as for load_base")
+    parser.add_argument("--tasks", nargs="+", default=["prompt_harm", "hate"], help="tasks of prompts and texts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=1500, help="training rows")
+    parser.add_argument("--evaluation-limit", type=int, default=2000, help="validation rows, test rows, a suite's rows")
+    parser.add_argument("--benign", type=int, default=4000, help="instructions behind the second fit")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The bench of needles: they stand where they should, in texts of the length that was asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import needle
+from benchmarks.made_rows import sentence
+from safeside.base.model import Base
+from safeside.guards.windows import windows
+from safeside.types import Example, Message
+
+
+@pytest.fixture
+def made(tiny_base: Base) -> list[needle.Needle]:
+    prompts = [Example((Message("user", f"needle {row}"),), (float(row % 2),)) for row in range(8)]
+    long = Example((Message("user", "far too long " * 60),), (1.0,))
+    generator = random.Random(0)
+    return needle.needles_of(tiny_base, [*prompts, long], [sentence(generator, False) for _ in range(20)], 3)
+
+
+def test_a_needle_stands_in_its_place_and_the_text_around_is_the_same(made: list[needle.Needle]) -> None:
+    assert [one.example.labels for one in made] == [(0.0,)] * 3 + [(1.0,)] * 3
+    for one in made:
+        word = one.example.messages[0].content
+        texts = {place: one.at("windowed", place).messages[0].content for place in needle.PLACES}
+        assert texts["start"].startswith(word)
+        assert texts["end"].endswith(word)
+        assert 0.3 < texts["middle"].index(word) / len(texts["middle"]) < 0.7
+        assert len({" ".join(text.replace(word, "").split()) for text in texts.values()}) == 1
+        assert one.at("inside", "end").labels == one.example.labels
+
+
+def test_texts_fit_the_context_or_ask_for_windows(made: list[needle.Needle], tiny_base: Base) -> None:
+    for one in made:
+        for place in needle.PLACES:
+            assert len(windows(tiny_base, one.at("inside", place).messages)) == 1
+            assert len(windows(tiny_base, one.at("windowed", place).messages)) >= 3
+
+
+def test_it_writes_figures_for_every_place(
+    small_tasks: Path, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": sentence(random.Random(row), False), "label": 0} for row in range(30)]
+    (small_tasks / "benign.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(needle, "TEXT", "benign.jsonl")
+    monkeypatch.setattr(needle, "LONGEST", 0.6)  # of a context of 256 bytes
+    monkeypatch.setattr(needle, "LENGTHS", {"inside": 0.5, "windowed": 4.0})
+    words = ["--data", str(small_tasks), "--base", str(tiny_folder("llama")), "--task", "bench/prompts"]
+    small = ["--limit", "64", "--evaluation-limit", "100", "--epochs", "1", "--seeds", "0", "--needles", "5"]
+    result = json.loads(needle.main([*words, *small, "--output", str(tmp_path / "results")]).read_text())
+    found = {(row["text"], row["place"], row["metric"]): row for row in result["rows"]}
+    places = [("alone", "alone"), *((text, place) for text in ("inside", "windowed") for place in needle.PLACES)]
+    assert list(found) == [(*place, metric) for place in places for metric in ("auroc", "tpr", "fpr")]
+    assert {row["n"] for row in result["rows"]} == {10}
