@@ -130,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         options.limit, options.evaluation_limit, options.epochs, options.seeds = 200, 200, 1, options.seeds[:1]
         options.benign = 100
     rows: list[Row] = []
-    counts = {}
+    counts: dict[str, object] = {}
+    path = options.output / "presets.json"
     for task in options.tasks:
         with tempfile.TemporaryDirectory() as folder:
             sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
@@ -140,19 +141,24 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 harmless(options.data / BENIGN, options.benign),
                 {name: harmless(options.data / place, options.evaluation_limit) for name, place in SUITES.items()},
             )
+            counts[task] = {**lesson.counts, "validation_harmless": int((lesson.labels("validation") == 0).sum())}
             for seed in options.seeds:
                 rows += bench.rows(seed)
-            counts[task] = {**lesson.counts, "validation_harmless": int((lesson.labels("validation") == 0).sum())}
-    notes = {
+                result = result_of("presets", time.perf_counter() - started, rows, notes_of(bench, counts))
+                path = write_part(options.output, result)  # after every seed: a run that is killed keeps what it has
+    note(f"wrote {path}")
+    return path
+
+
+def notes_of(bench: Bench, counts: Mapping[str, object]) -> dict[str, object]:
+    """What a reader of the figures must know."""
+    return {
         "fitted_on": f"the task's harmless validation rows, or {len(bench.benign)} instructions of {BENIGN}",
         "suites": {name: f"{len(some)} rows of {SUITES[name]}" for name, some in bench.suites.items()},
         "promise": "at most the promised rate of harmless texts like those it was fitted on, with 95% confidence",
-        "rows": counts,
+        "rows": dict(counts),
         "intervals": "95% bootstrap over rows",
     }
-    path = write_part(options.output, result_of("presets", time.perf_counter() - started, rows, notes))
-    note(f"wrote {path}")
-    return path
 
 
 def _parser() -> argparse.ArgumentParser:

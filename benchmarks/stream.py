@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from gather import write_part
+from safeside.adapters.adapter import Adapter
 from safeside.errors import InputError
 from safeside.evals.metrics import auroc, bootstrap
 from safeside.guards.calibrate import threshold_with_bound
@@ -47,6 +48,13 @@ class Answers:
     scores: list[Tensor]
     labels: np.ndarray
 
+    @classmethod
+    def of(cls, lesson: Lesson, split: str, guard: Adapter) -> Answers:
+        """The answers of a split; a row without one is none of them."""
+        scores, labels = lesson.token_scores(split, guard), lesson.labels(split)
+        written = [place for place, some in enumerate(scores) if len(some)]
+        return cls([scores[place] for place in written], labels[written])
+
     @property
     def benign(self) -> list[Tensor]:
         return [scores for scores, label in zip(self.scores, self.labels, strict=True) if label == 0]
@@ -61,9 +69,7 @@ def measure(lesson: Lesson, seed: int, rates: Sequence[float], n_consecutive: in
     for targets in TARGETS:
         recipe = lesson.recipe(seed, targets)
         guard = lesson.guard(recipe)
-        validation, test = (
-            Answers(lesson.token_scores(split, guard), lesson.labels(split)) for split in ("validation", "test")
-        )
+        validation, test = (Answers.of(lesson, split, guard) for split in ("validation", "test"))
         labels, costs = {**lesson.columns(seed), "targets": targets}, lesson.costs(recipe, guard)
         figure = bootstrap({"auroc": auroc}, test.labels, test.last)["auroc"]
         yield figure_row(labels, "auroc", figure.value, (figure.low, figure.high), n=len(test.labels), **costs)
@@ -140,29 +146,34 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
     with tempfile.TemporaryDirectory() as folder:
         lesson = Lesson.read((options.base, options.data), options.task, Path(folder), sizes)
-        rows = [
-            row for seed in options.seeds for row in measure(lesson, seed, tuple(options.rates), options.consecutive)
-        ]
-    notes = {
+        note(f"rows are read after {time.perf_counter() - started:.0f} s")
+        path, rows = options.output / "stream.json", []
+        for seed in options.seeds:
+            rows += measure(lesson, seed, tuple(options.rates), options.consecutive)
+            result = result_of("stream", time.perf_counter() - started, rows, notes_of(lesson))
+            path = write_part(options.output, result)  # after every seed: a run that is killed keeps what it has
+    note(f"wrote {path}")
+    return path
+
+
+def notes_of(lesson: Lesson) -> dict[str, object]:
+    """What a reader of the figures must know."""
+    lengths = [
+        np.array([len(ids) - start for ids, start in zip(rows.ids, rows.answer_starts, strict=True)])
+        for rows in (lesson.splits["validation"], lesson.splits["test"])
+    ]
+    return {
         "promise": "stop rule and whole-answer threshold: the same benign validation answers, rate and 95% confidence",
         "detected_share": "harmful answers stopped over harmful answers that the whole answer's last score flags",
         "delay": "tokens written when the rule stops, median over the harmful answers that it stops",
         "labels": "answers are harmful as a whole; where harm begins is not known: delays count from the first token",
         "stopped_by": "share of all harmful answers that is stopped by the time this share of the answer is written",
         "rows": lesson.counts,
-        "benign_validation_rows": int((lesson.labels("validation") == 0).sum()),
-        "median_answer_tokens": float(
-            np.median([len(ids) - start for ids, start in zip(*_answers(lesson), strict=True)])
-        ),
+        "rows_without_answer": int(sum((some <= 0).sum() for some in lengths)),
+        "benign_validation_rows": int((lesson.labels("validation")[lengths[0] > 0] == 0).sum()),
+        "median_answer_tokens": float(np.median(lengths[1][lengths[1] > 0])),
         "intervals": "95% bootstrap over test answers; of stopped_by low and high are the value",
     }
-    path = write_part(options.output, result_of("stream", time.perf_counter() - started, rows, notes))
-    note(f"wrote {path}")
-    return path
-
-
-def _answers(lesson: Lesson) -> tuple[list[tuple[int, ...]], list[int]]:
-    return lesson.splits["test"].ids, lesson.splits["test"].answer_starts
 
 
 def _parser() -> argparse.ArgumentParser:

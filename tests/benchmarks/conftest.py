@@ -20,14 +20,15 @@ from safeside.tasks.task import TASKS, Task, register_task
 
 @pytest.fixture
 def small_tasks(tmp_path: Path) -> Iterator[Path]:
-    """A folder with rows of the tasks ``bench/answers`` and ``bench/prompts``, 240 for each split."""
+    """A folder with rows of the tasks ``bench/answers`` and ``bench/prompts``, 240 for each split, one not answered."""
     generator = random.Random(0)
     for split in ("train", "validation", "test"):
         lines = []
         for row in range(240):
             prompt = f"{split} {row} {sentence(generator, False)}"
             harmful = row % 2 == 1
-            lines.append({"prompt": prompt, "response": sentence(generator, harmful), "label": int(harmful)})
+            response = "" if row == 6 else sentence(generator, harmful)
+            lines.append({"prompt": prompt, "response": response, "label": int(harmful)})
         (tmp_path / f"answers_{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
         prompts = [{"prompt": f"{row['prompt']} {row['response']}", "label": row["label"]} for row in lines]
         (tmp_path / f"prompts_{split}.jsonl").write_text("\n".join(map(json.dumps, prompts)))

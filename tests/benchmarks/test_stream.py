@@ -20,23 +20,28 @@ from task_guards import Lesson, Sizes
 @pytest.fixture
 def lesson(small_tasks: Path, tiny_folder: Callable[[str], Path], tmp_path: Path) -> Lesson:
     place = (str(tiny_folder("llama")), small_tasks)
-    return Lesson.read(place, "bench/answers", tmp_path / "taps", Sizes(train=64, evaluation=40, epochs=1))
+    return Lesson.read(place, "bench/answers", tmp_path / "taps", Sizes(train=64, evaluation=240, epochs=1))
 
 
 def test_stored_token_scores_are_those_of_the_live_base(lesson: Lesson) -> None:
     guard = lesson.guard(lesson.recipe(0, "prefixes"))
     stored = lesson.token_scores("test", guard)
-    live = score_answers(lesson.base, guard, [row.messages for row in lesson.splits["test"].examples])
+    messages = [row.messages for row in lesson.splits["test"].examples]
+    live = score_answers(lesson.base, guard, messages)
+    assert [len(some) for some in stored].count(0) == [len(some) for some in messages].count(1) == 1
     for ours, theirs in zip(stored, live, strict=True):
         torch.testing.assert_close(ours, theirs.scores, atol=1e-5, rtol=1e-4)  # other batches, other sums
-    np.testing.assert_allclose(lesson.last_scores("test", guard), [float(scores[-1]) for scores in stored], atol=1e-6)
+    last = lesson.last_scores("test", guard)[[len(some) > 0 for some in stored]]
+    answers = Answers.of(lesson, "test", guard)
+    np.testing.assert_allclose(last, answers.last, atol=1e-6)
+    assert len(answers.labels) == len(last)
 
 
 def test_rows_are_counted_and_drawn_the_same_way_twice(lesson: Lesson, small_tasks: Path) -> None:
     assert {split: len(rows.ids) for split, rows in lesson.splits.items()} == {
         "train": 64,
-        "validation": 40,
-        "test": 40,
+        "validation": 240,
+        "test": 240,
     }
     assert lesson.counts["test_too_long"] == 0
     again = Lesson.read((lesson.base.name, small_tasks), "bench/answers", lesson.folder, lesson.sizes)
@@ -84,12 +89,13 @@ def test_it_writes_figures_for_both_ways_of_learning(
     small_tasks: Path, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     words = ["--data", str(small_tasks), "--base", str(tiny_folder("llama")), "--task", "bench/answers"]
-    small = ["--limit", "128", "--evaluation-limit", "200", "--epochs", "2", "--seeds", "0", "--rates", "0.001", "0.2"]
+    small = ["--limit", "128", "--evaluation-limit", "240", "--epochs", "2", "--seeds", "0", "--rates", "0.001", "0.2"]
     path = stream.main([*words, *small, "--output", str(tmp_path / "results")])
     result = json.loads(path.read_text())
     assert {row["targets"] for row in result["rows"]} == {"end", "prefixes"}
     assert {row["false_positive_rate"] for row in result["rows"] if row["metric"] == "false_stops"} == {0.2}
     assert all(math.isfinite(row["value"]) for row in result["rows"])
     assert result["notes"]["benign_validation_rows"] < 299
+    assert result["notes"]["rows_without_answer"] == 2
     merged = json.loads((tmp_path / "results" / "guards.json").read_text())
     assert [row["part"] for row in merged["rows"]] == ["stream"] * len(result["rows"])
