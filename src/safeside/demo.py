@@ -16,7 +16,8 @@ from safeside.base.model import Base, load_base
 from safeside.evals.baselines import fit_keywords
 from safeside.evals.guards import GuardReport, report_on
 from safeside.evals.metrics import Figure, auroc, guard_figures, paired_difference
-from safeside.evals.report import Section, histogram_picture, roc_picture, strength_picture, write_report
+from safeside.evals.pictures import histogram_picture, roc_picture, strength_picture
+from safeside.evals.report import Section, write_report
 from safeside.evals.suites import SUITES, run_aligner_suite
 from safeside.guards.calibrate import threshold_at
 from safeside.guards.score import judge

@@ -10,7 +10,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from safeside.evals.report import Section, histogram_picture, roc_picture, strength_picture, write_report
+from safeside.evals.pictures import histogram_picture, roc_picture, strength_picture
+from safeside.evals.report import Section, write_report
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;</table><!-- {{ title }} {% for %}"
 SHORT = "--><script>&"

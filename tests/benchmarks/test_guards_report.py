@@ -1,0 +1,156 @@
+"""The page of the guards benchmark: a section for each part that is there, and words for what is not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import guards
+import guards_report
+import part_sections
+from gather import PARTS, write_part
+from guard_cells import Cell
+from guards_report import METHODS, Page, split_of
+from tidy import figure_row, result_of
+
+
+def row(metric: str, value: float, **labels: object) -> dict[str, object]:
+    return figure_row(labels, metric, value, (value - 0.05, value + 0.05), n=40)
+
+
+def cell_values(seed: int, gain: float) -> dict[str, object]:
+    """What a cell's file holds, on made-up rows; the higher ``gain`` is, the better the method."""
+    generator = np.random.default_rng(seed)
+    labels = {split: [0.0, 1.0] * 30 for split in ("validation", "test")}
+    values = {split: (gain * np.array(some) + generator.normal(size=60)).tolist() for split, some in labels.items()}
+    values["test"][0] = float("nan")  # a row that could not be cut
+    return {
+        "key": f"cell{seed}{gain:g}", "labels": labels, "values": {**values, "harmless": [0.1, -0.2]},
+        "windowed": [False] * 60, "flops_share": 0.07, "train_seconds": 1.0, "peak_bytes": 5, "trainable_params": 9,
+        "counts": {}, "commit": "abc", "seconds": 1.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Results of all parts, and the cells behind the methods."""
+    cells = {
+        Cell("hate", "builtin", method, seed): cell_values(seed, gain)
+        for method, gain in (("lst_distilled", 2.0), ("standalone", 1.0))
+        for seed in (0, 1)
+    }
+    (tmp_path / "cells").mkdir()
+    for values in cells.values():
+        (tmp_path / "cells" / f"{values['key']}.json").write_text(json.dumps(values))
+    methods = [found for cell, values in cells.items() for found in guards.rows_of(cell, values)]
+    parts = {"methods": [*methods, *guards.wins_of("hate", "builtin", cells)], **other_parts()}
+    for name, rows in parts.items():
+        write_part(tmp_path, result_of(name, 1.0, rows, {}))
+    return tmp_path
+
+
+def other_parts() -> dict[str, list[dict[str, object]]]:
+    stream = []
+    for targets in ("end", "prefixes"):
+        labels = {"targets": targets, "false_positive_rate": 0.05}
+        shown = ("detection", "whole_detection", "detected_share", "delay_tokens", "delay_share", "false_stops")
+        stream += [row(metric, 0.5, **labels) for metric in shown]
+        stream += [row("stopped_by", share, written=share, **labels) for share in (0.5, 1.0)]
+    presets = [
+        row(metric, 0.2, task="prompt_harm", fitted_on="validation", preset="strict", promised=0.05, suite=suite)
+        for metric, suite in (("tpr", "test"), ("fpr", "test"), ("over_refusal", "xstest"), ("over_refusal", "alpaca"))
+    ]
+    needle = [
+        row(metric, 0.6, text=text, place=place)
+        for text, place in (("alone", "alone"), ("inside", "start"))
+        for metric in ("auroc", "tpr", "fpr")
+    ]
+    intercept = [row("auroc", 0.6 + block / 10, block=block, seed=0) for block in (1, 2)]
+    intercept += [
+        row("prefill_ratio", 0.9, block=block, batch=batch, blocked=blocked)
+        for block in (1, 2)
+        for batch in (1, 8)
+        for blocked in (0.0, 0.1, 1.0)
+    ]
+    patch = [
+        row(metric, 0.3, family="GCG", examples=size)
+        for size in (16, 64)
+        for metric in ("before", "after", "elsewhere_change", "seconds")
+    ]
+    port = [row(metric, 0.9, source="a", target="b", method="map") for metric in ("kept_auroc", "auroc")]
+    return {
+        "stream": stream, "presets": presets, "needle": needle, "intercept": intercept, "patch": patch, "port": port
+    }  # fmt: skip
+
+
+def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
+    path = guards_report.main(["--results", str(folder), "--cells", str(folder / "cells")])
+    text = path.read_text()
+    heads = re.findall("<h2>(.*?)</h2>", text)
+    assert heads == [
+        "Does reading the base beat a network of equal cost that does not?",
+        "Hate speech (hate) on builtin",
+        "Stopping an answer while it is written",
+        "Detection and over-refusal at each preset: prompt_harm",
+        "A needle in a long text",
+        "Blocking a prompt early",
+        "Learning a new family of jailbreaks",
+        "Porting a guard to another base",
+        "Where the figures come from",
+    ]
+    sections = text.split("<h2>")[1:]
+    assert [section.count("<svg") for section in sections] == [1, 4, 4, 1, 2, 2, 2, 1, 0]
+    assert "Not measured here" not in text
+    assert "http" not in text
+    assert path.stat().st_size < 2_000_000
+
+
+def test_what_is_missing_is_said_and_left_out(folder: Path) -> None:
+    for name in ("port", "needle"):
+        (folder / f"{name}.json").unlink()
+    (folder / "cells" / "cell02.json").unlink()
+    text = guards_report.write_page(folder, folder / "cells").read_text()
+    assert "Not measured here: needle, port." in text
+    assert "1 cells are gone" in text
+    assert "Porting a guard" not in text
+    for path in (folder / "cells").iterdir():
+        path.unlink()
+    text = guards_report.write_page(folder, folder / "cells").read_text()
+    assert "4 cells are gone" in text
+    assert text.split("Hate speech")[1].split("<h2>")[0].count("<svg") == 1  # figures without curves
+
+
+def test_unscored_rows_are_in_no_curve(folder: Path) -> None:
+    page = Page(json.loads((folder / "guards.json").read_text())["rows"], folder / "cells")
+    cells = page.found_cells("hate", "builtin", "lst_distilled")
+    assert len(cells) == 2
+    labels, values = split_of(cells[0], "test")
+    assert len(labels) == len(values) == 59
+    assert np.isfinite(values).all()
+
+
+def test_every_method_and_part_is_drawn() -> None:
+    assert set(METHODS) == set(guards.METHODS)
+    assert len({colour for colour, _ in METHODS.values()}) == len(METHODS)
+    assert {*part_sections.SECTIONS, "methods"} == set(PARTS)
+
+
+def test_figures_are_means_over_seeds_with_the_widest_interval() -> None:
+    rows = [row("auroc", 0.8), row("auroc", 0.9)]
+    assert part_sections.pooled(rows) == pytest.approx((0.85, 0.75, 0.95))
+    assert part_sections.text_of(rows) == "0.850 (0.750 to 0.950)"
+    assert part_sections.text_of(rows, "{:+.1f}", has_interval=False) == "+0.9"
+    assert part_sections.text_of([]) == ""
+
+
+def test_the_threshold_and_the_calibration_error_are_those_of_validation_rows() -> None:
+    labels, values = np.array([0.0] * 200 + [1.0] * 50), np.linspace(-1, 1, 250)
+    threshold = guards.threshold_of(labels, values)
+    assert (values[:200] >= threshold).sum() == 2  # 1% of 200
+    probability = guards.probability_of(labels, values)(values)
+    assert (np.diff(probability) >= 0).all()
+    assert probability.mean() == pytest.approx(0.2, abs=0.01)
