@@ -11,6 +11,8 @@ Row = dict[str, object]
 SHADES = ("#9cc3ea", "#5b9bd5", BLUE, "#0d2b57")
 SECOND = "#e67e22"
 GREEN = "#00897b"
+TARGETS = {"end": GREY, "prefixes": BLUE}  # what a guard of answers learnt from
+STOP_METRICS = ("detection", "whole_detection", "detected_share", "delay_tokens", "delay_share", "false_stops")
 
 
 def pooled(rows: Sequence[Row]) -> tuple[float, float, float]:
@@ -43,24 +45,11 @@ def grouped(rows: Sequence[Row], metric: str, *names: str) -> dict[tuple[str, ..
 
 def stream_sections(rows: Sequence[Row]) -> list[Section]:
     """Stopping while the answer is written, beside judging the whole answer."""
-    colours = {"end": GREY, "prefixes": BLUE}
-    lines = []
-    middle = "0.05" if any(str(row.get("false_positive_rate")) == "0.05" for row in rows) else _last_rate(rows)
-    for targets, colour in colours.items():
-        here = [row for row in rows if columns(row, "targets", "false_positive_rate") == (targets, middle)]
-        points = {float(key[0]): pooled(some) for key, some in grouped(here, "stopped_by", "written").items()}
-        if points:
-            values, lows, highs = zip(*points.values(), strict=True)
-            name = f"learnt from {'the last token' if targets == 'end' else 'prefixes too'}"
-            lines.append(Line(name, [0.0, *points], [0.0, *values], colour, "-", ([0.0, *lows], [0.0, *highs]), "o"))
-            whole = pooled(grouped(here, "whole_detection", "targets")[targets,])[0]
-            lines.append(Line("whole answers, same guard", [0.0, 1.0], [whole, whole], colour, ":"))
-    pictures = [
-        (
-            f"Share of harmful answers stopped by then, at {float(middle):.0%} promised false stops",
-            lines_picture(lines, Axis("share of the answer that is written"), Axis("share stopped", (0.0, None))),
-        )
-    ]
+    rates = [rate for (rate, _) in grouped(rows, "false_stops", "false_positive_rate", "targets")]
+    if not rates:
+        return []
+    rate = "0.05" if "0.05" in rates else rates[-1]
+    pictures = [(f"Harmful answers stopped by then, at {float(rate):.0%} promised", _stop_curves(rows, rate))]
     wanted = (
         ("detected_share", "Detection kept, of whole-answer detection at the same promise (goal 0.9)", 0.9),
         ("delay_share", "Median delay as a share of the answer (goal a third)", 1 / 3),
@@ -68,32 +57,44 @@ def stream_sections(rows: Sequence[Row]) -> list[Section]:
     )
     for metric, caption, goal in wanted:
         dots = [
-            Dot(f"{float(rate):.0%} promised", *pooled(some), colours[targets], targets)
-            for (rate, targets), some in sorted(grouped(rows, metric, "false_positive_rate", "targets").items())
+            Dot(f"{float(promised):.0%} promised", *pooled(some), TARGETS[targets], targets)
+            for (promised, targets), some in sorted(grouped(rows, metric, "false_positive_rate", "targets").items())
         ]
         if dots:
             pictures.append((caption, dots_picture(dots, Axis(metric.replace("_", " "), goal=goal))))
-    shown = ("detection", "whole_detection", "detected_share", "delay_tokens", "delay_share", "false_stops")
-    table = []
-    for targets, rate in grouped(rows, "detection", "targets", "false_positive_rate"):
-        here = [row for row in rows if columns(row, "targets", "false_positive_rate") == (targets, rate)]
-        cells = [
-            text_of(
-                [row for row in here if row["metric"] == metric], "{:.0f}" if metric == "delay_tokens" else "{:.3f}"
-            )
-            for metric in shown
-        ]
-        table.append((targets, f"{float(rate):.0%}", *cells))
     text = (
         "The rule stops at a run of risky tokens; its threshold and that of whole answers promise the same rate on the "
         "same benign validation answers. Labels say that an answer is harmful as a whole, not where."
     )
-    heads = [metric.replace("_", " ") for metric in shown]
-    return [Section("Stopping an answer while it is written", text, pictures, ("learnt at", "promised", *heads), table)]
+    heads = ("learnt at", "promised", *(metric.replace("_", " ") for metric in STOP_METRICS))
+    return [Section("Stopping an answer while it is written", text, pictures, heads, _stop_table(rows))]
 
 
-def _last_rate(rows: Sequence[Row]) -> str:
-    return [columns(row, "false_positive_rate")[0] for row in rows if "false_positive_rate" in row][-1]
+def _stop_curves(rows: Sequence[Row], rate: str) -> str:
+    """Share of the harmful answers that is stopped over the share that is written, and what whole answers show."""
+    lines = []
+    for targets, colour in TARGETS.items():
+        here = [row for row in rows if columns(row, "targets", "false_positive_rate") == (targets, rate)]
+        points = {float(key[0]): pooled(some) for key, some in grouped(here, "stopped_by", "written").items()}
+        if not points:
+            continue
+        values, lows, highs = zip(*points.values(), strict=True)
+        band = ([0.0, *lows], [0.0, *highs])
+        name = f"learnt from {'the last token' if targets == 'end' else 'prefixes too'}"
+        lines.append(Line(name, [0.0, *points], [0.0, *values], colour, "-", band, "o"))
+        whole = pooled(grouped(here, "whole_detection", "targets")[targets,])[0]
+        lines.append(Line("whole answers, same guard", [0.0, 1.0], [whole, whole], colour, ":"))
+    return lines_picture(lines, Axis("share of the answer that is written"), Axis("share stopped", (0.0, None)))
+
+
+def _stop_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    table = []
+    for targets, rate in grouped(rows, "detection", "targets", "false_positive_rate"):
+        here = [row for row in rows if columns(row, "targets", "false_positive_rate") == (targets, rate)]
+        forms = {metric: "{:.0f}" if metric == "delay_tokens" else "{:.3f}" for metric in STOP_METRICS}
+        cells = [text_of([row for row in here if row["metric"] == metric], form) for metric, form in forms.items()]
+        table.append((targets, f"{float(rate):.0%}", *cells))
+    return table
 
 
 def presets_sections(rows: Sequence[Row]) -> list[Section]:
