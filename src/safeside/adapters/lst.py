@@ -47,7 +47,7 @@ class Lst(nn.Module):
         if not tape.is_short:
             return kept
         together = normed(torch.stack(kept)).unbind()
-        return [tap.project(state) for tap, state in zip(self.taps.values(), together, strict=True)]
+        return [tap.project(state) for tap, state in zip(self.taps.values(), together, strict=True)]  # type: ignore[operator]
 
     def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T d"]:
         states, *others = self._projected(tape)

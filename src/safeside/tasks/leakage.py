@@ -110,7 +110,8 @@ class _Index:
         differing = np.bitwise_count(self.maps[rows] ^ _bit_map(shingles)).sum(1, dtype=np.int64)
         least_apart = np.maximum(differing, abs(len(shingles) - self.sizes[rows]))  # a bit: only one of them has it
         most_common = (n_both - least_apart) // 2
-        return rows[most_common >= self.similarity * (n_both - most_common)].tolist()
+        screened: list[int] = rows[most_common >= self.similarity * (n_both - most_common)].tolist()
+        return screened
 
     def _is_near(self, first: Shingles, row: int) -> bool:
         second = self.sets[row]
