@@ -12,7 +12,16 @@ from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked at run time, in tests only.  It must stand before the first import of safeside.
 # adapters.adapter is left out: beartype cannot check type[Trunk], a protocol with attributes.
-_CHECKED = ("mixing", "base.taps", "adapters.blocks", "adapters.lst", "adapters.plr", "adapters.rtb")
+_CHECKED = (
+    "mixing",
+    "base.taps",
+    "adapters.blocks",
+    "adapters.lst",
+    "adapters.plr",
+    "adapters.rtb",
+    "adapters.lst_plus",
+    "adapters.state_map",
+)
 install_import_hook([f"safeside.{name}" for name in _CHECKED], "beartype.beartype")
 
 from transformers.utils import logging  # noqa: E402
@@ -20,6 +29,7 @@ from transformers.utils import logging  # noqa: E402
 from command_line import adapters, run, small_suite  # noqa: E402, F401  # fixtures
 from safeside import Adapter, Base, create_adapter, load_base, make_config  # noqa: E402
 from safeside.adapters.adapter import DeltaHead  # noqa: E402
+from safeside.adapters.config import LADDERS  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only costs
@@ -83,8 +93,8 @@ def tiny_base(session_base: Base, pristine: dict[str, torch.Tensor]) -> Iterator
 
 
 def default_dial(options: dict[str, object]) -> dict[str, object]:
-    """Half the base's width for an ``lst`` that is not told its own."""
-    return {"reduction": 2} if options.get("kind", "lst") == "lst" and "width" not in options else {}
+    """Half the base's width for a ladder that is not told its own."""
+    return {"reduction": 2} if options.get("kind", "lst") in LADDERS and "width" not in options else {}
 
 
 @pytest.fixture(scope="session")
@@ -109,10 +119,14 @@ def random_aligner() -> Callable[..., Adapter]:
         options = {**default_dial(options), **options}
         aligner = create_adapter(base, make_config(base, role="align", name=name, **options), seed)
         generator = torch.Generator().manual_seed(seed)
-        assert isinstance(aligner.head, DeltaHead)
         with torch.no_grad():
-            up = aligner.head.up.weight
-            up.copy_(torch.randn(up.shape, generator=generator) / up.shape[1] ** 0.5)
+            if isinstance(aligner.head, DeltaHead):
+                up = aligner.head.up.weight
+                up.copy_(torch.randn(up.shape, generator=generator) / up.shape[1] ** 0.5)
+            else:  # blocks of the base, a linear map: they are zero, or give zero, as long as nothing is added
+                for parameter in aligner.parameters():
+                    scale = 0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.02
+                    parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
         return aligner.to(base.dtype).eval()
 
     return make

@@ -25,8 +25,17 @@ from safetensors.torch import save_file
 from safeside.adapters.adapter import TRUNKS, Adapter
 from safeside.adapters.config import FORMAT, AdapterConfig
 from safeside.adapters.sizing import adapter_matmuls, flops_share
+from safeside.adapters.toplayers import TopLayers
 from safeside.base.model import BUILTIN_NAME, Base, load_base
-from safeside.errors import ArtifactError, FormatError, InputError, MismatchError, UnknownNameError
+from safeside.errors import (
+    ArtifactError,
+    ConfigError,
+    FormatError,
+    InputError,
+    MismatchError,
+    UnknownNameError,
+    UnsupportedError,
+)
 from safeside.provenance import provenance
 
 CONFIG_FILE, WEIGHTS_FILE = "safeside_config.json", "adapter.safetensors"
@@ -42,6 +51,8 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int = 0) -> Adapter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = Adapter(config)
+    if isinstance(adapter.trunk, TopLayers):
+        adapter.trunk.start(base)
     return adapter.to(base.device)
 
 
@@ -123,6 +134,8 @@ def load_adapter(
     with torch.random.fork_rng(devices=[]):
         adapter = Adapter(config)
     adapter.load_state_dict(weights)
+    if isinstance(adapter.trunk, TopLayers):
+        adapter.trunk.bind(base)
     return adapter.to(device=base.device, dtype=base.dtype).eval().requires_grad_(False)
 
 
@@ -288,8 +301,11 @@ def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
 
 def _check_tensors(config: AdapterConfig, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Raise unless ``weights`` are finite floats of exactly the shapes that ``config`` asks for."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Adapter(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in Adapter(config).state_dict().items()}
+    except (ConfigError, UnsupportedError) as error:
+        raise FormatError(f"{folder / CONFIG_FILE} is not a valid configuration: {error}") from error
     for name, shape in expected.items():
         found = tuple(weights[name].shape) if name in weights else None
         if found != shape:

@@ -50,7 +50,7 @@ MODES = {"prompt": {**MODE, "presets": {"strict": PROMISE}, "maps": [STEPS]}}
         ({**GUARD, "bottleneck": 0}, "bottleneck"),
         ({**GUARD, "readout": "mean"}, "readout"),
         ({**GUARD, "gate": "token"}, "gate"),
-        ({**GUARD, "depth": 2}, "depth"),
+        ({**GUARD, "deepness": 2}, "deepness"),
         (
             {**GUARD, "calibration": {"scale": (1, 1), "bias": (0, 0), "threshold": (0.5, 0.5)}},
             "2 entries for 1 ",

@@ -20,7 +20,7 @@ from safeside.adapters.blocks import normed
 from safeside.adapters.config import AdapterConfig
 from safeside.base.families import FAMILIES, find_family
 from safeside.base.taps import SideCache, Tape
-from safeside.errors import UnsupportedError
+from safeside.errors import ConfigError, UnsupportedError
 from safeside.evals.judges import JUDGES
 from safeside.tasks.task import TASKS
 from tasks.conformance import CHECKS as TASK_CHECKS
@@ -35,7 +35,13 @@ VARIANTS: tuple[dict[str, object], ...] = (
     {"kind": "plr", "readout": "attention"},
     {"kind": "plr", "width": 16},
     {"kind": "rtb", "layers": (1, 3), "bottleneck": 4},
+    {"kind": "lst_plus", "cross_attention": True},
+    {"kind": "lst_plus", "layers": (1, 3), "tap_rank": 4},
+    {"kind": "state_map", "bottleneck": 2},
+    {"kind": "toplayers", "depth": 1, "lora_rank": 4},
+    {"kind": "toplayers", "depth": 3},
 )
+ALIGNERS_ONLY = ("state_map", "toplayers")
 
 
 def name_of(value: object) -> str:
@@ -53,6 +59,10 @@ def run(
 ) -> None:
     if role == "align":
         options = {key: value for key, value in options.items() if key not in ("labels", "readout")}
+    elif options["kind"] in ALIGNERS_ONLY:
+        with pytest.raises(ConfigError, match="gives no scores; expected role 'align'"):
+            makers[role](base, **options)
+        return
     check(base, makers[role](base, **options))
 
 

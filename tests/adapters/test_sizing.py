@@ -11,6 +11,7 @@ from transformers import Gemma2Config, MistralConfig, PreTrainedConfig, Qwen2Con
 
 from safeside import Adapter, Base, create_adapter, flops_share, make_config, sized_config
 from safeside.adapters.adapter import DIMENSIONS, dimensions_of
+from safeside.adapters.config import LADDERS
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls, geometry_base
 from safeside.errors import ConfigError, MismatchError
 
@@ -131,6 +132,27 @@ def test_adapters_by_hand(tiny_base: Base) -> None:
     assert adapter_matmuls(bypass) == (4 + 3) * 2 * 64 * 8 + 64
 
 
+def test_aligners_by_hand(tiny_base: Base) -> None:
+    """A block of the tiny llama has 64 x (64 + 32 + 32 + 64) entries of attention and 3 x 64 x 96 of feed-forward."""
+
+    def cost(**options: object) -> int:
+        return adapter_matmuls(create_adapter(tiny_base, make_config(tiny_base, role="align", **options)))
+
+    ladder, top = 4 * 64 * 32 + 3 * (4 * 32 * 32 + 3 * 32 * 96), 64 * 192 + 3 * 64 * 96
+    assert cost(kind="lst_plus", width=32) == ladder + 64 * 32 + 32 * 32 + 64 * 64
+    assert cost(kind="lst_plus", width=32, cross_attention=True) == ladder + 64 * 32 + 3 * 32 * 32 + 64 * 64
+    assert cost(kind="state_map", bottleneck=4) == 2 * 64 * 4
+    assert cost(kind="toplayers", depth=2) == 2 * top
+    updates = 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    assert cost(kind="toplayers", depth=2, lora_rank=4) == 2 * (top + updates)
+
+
+def test_a_duplicated_mixture_counts_the_experts_that_a_token_visits(tiny_family: Callable[[str], Base]) -> None:
+    base = tiny_family("mixtral")
+    top = create_adapter(base, make_config(base, kind="toplayers", role="align", depth=3))
+    assert adapter_matmuls(top) == base_matmuls(base) - 304 * 64
+
+
 def test_several_adapters_add_up(tiny_base: Base) -> None:
     guard, aligner = on_meta(tiny_base), on_meta(tiny_base, role="align")
     assert flops_share(tiny_base, guard, aligner) == pytest.approx(
@@ -216,19 +238,22 @@ def test_no_field_is_ignored(tiny_base: Base, options: dict[str, object], proble
         make_config(tiny_base, **options)
 
 
-@pytest.mark.parametrize("kind", ["plr", "rtb", "lst"])
+@pytest.mark.parametrize("kind", ["plr", "rtb", "lst", "lst_plus", "state_map", "toplayers"])
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_a_kind_reads_exactly_the_dimensions_that_it_declares(tiny_base: Base, kind: str, name: str) -> None:
     """A dimension that is read changes the trunk's tensors (head_dim only their use); any other changes nothing."""
-    start = {"plr": {"width": 32}, "rtb": {}, "lst": {"width": 64}}[kind]
-    other = {"width": 128, "feed_forward": 96, "head_dim": 64, "tap_rank": 4, "gate": "channel", "bottleneck": 8}[name]
-    plain = make_config(tiny_base, kind=kind, **start)
+    start = {"plr": {"width": 32}, "lst": {"width": 64}, "lst_plus": {"width": 64}}.get(kind, {})
+    other = {
+        "width": 128, "feed_forward": 96, "head_dim": 64, "tap_rank": 4, "gate": "channel", "bottleneck": 8,
+        "cross_attention": True, "depth": 1, "lora_rank": 2,
+    }[name]  # fmt: skip
+    plain = make_config(tiny_base, kind=kind, role="align", **start)
     changed = plain.model_copy(update={name: other})
     shapes = [
         {key: tensor.shape for key, tensor in Adapter(config).state_dict().items()} for config in (plain, changed)
     ]
     if name == "head_dim":
-        assert (name in dimensions_of(kind)) == (kind == "lst")
+        assert (name in dimensions_of(kind)) == (kind in LADDERS)
     else:
         assert (name in dimensions_of(kind)) == (shapes[0] != shapes[1])
 

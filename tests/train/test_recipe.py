@@ -135,7 +135,7 @@ def test_every_field_is_read_as_it_stands(tmp_path: Path) -> None:
     assert set(Recipe.model_fields) == set(written)
     for section in ("base", "data", "training", "teacher", "calibration"):
         assert set(values[section]) == set(written[section])
-    assert set(type(recipe.adapter).model_fields) - set(written["adapter"]) == {"size", "n_taps", "reduction"}
+    assert set(type(recipe.adapter).model_fields) - set(written["adapter"]) == {"size", "n_taps", "reduction", *OF_ALIGNERS}
 
 
 def test_most_fields_have_defaults(tmp_path: Path) -> None:
@@ -212,6 +212,9 @@ def test_two_dials_are_one_too_many(tmp_path: Path, dials: str, problem: str) ->
         read(tmp_path, LEAST + "[adapter]\n" + dials)
 
 
+OF_ALIGNERS = {"cross_attention", "depth", "lora_rank"}
+
+
 def config_of(tmp_path: Path, base: Base, adapter: str) -> object:
     return read(tmp_path, LEAST + "[adapter]\n" + adapter).adapter_config(base)
 
@@ -232,10 +235,13 @@ def test_every_dimension_reaches_the_adapter(tmp_path: Path, tiny_base: Base) ->
     config = recipe.adapter_config(tiny_base)
     assert config_of(tmp_path, tiny_base, "kind = 'rtb'\nbottleneck = 16").bottleneck == 16
     of_training = {"start", "start_rows"}
-    fields = set(type(recipe.adapter).model_fields) - {"size", "n_taps", "reduction", "bottleneck"} - of_training
+    fields = set(type(recipe.adapter).model_fields) - {"size", "n_taps", "reduction", "bottleneck", *OF_ALIGNERS} - of_training
     for field in fields:
         assert config.model_dump()[field] == recipe.adapter.model_dump()[field]
     assert config.name == "harm"
+    top = config_of(tmp_path, tiny_base, "role = 'align'\nkind = 'toplayers'\ndepth = 3\nlora_rank = 4")
+    assert (top.depth, top.lora_rank) == (3, 4)
+    assert config_of(tmp_path, tiny_base, "kind = 'lst_plus'\ncross_attention = true").cross_attention
 
 
 def test_what_the_base_cannot_carry_is_an_error(tmp_path: Path, tiny_base: Base) -> None:

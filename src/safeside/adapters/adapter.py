@@ -24,7 +24,7 @@ from safeside.adapters.config import (
     rows_needed,
 )
 from safeside.base.taps import SideCache, Tape
-from safeside.errors import InputError
+from safeside.errors import ConfigError, InputError
 from safeside.registry import Registry
 from safeside.types import Mode, Preset
 
@@ -50,19 +50,27 @@ class Trunk(Protocol):
 
 
 TRUNKS: Registry[type[Trunk]] = Registry("adapter kind")
-DIMENSIONS = ("width", "feed_forward", "head_dim", "tap_rank", "gate", "bottleneck")
+DIMENSIONS = (
+    "width", "feed_forward", "head_dim", "tap_rank", "gate", "bottleneck", "cross_attention", "depth", "lora_rank",
+)  # fmt: skip
 """The fields of AdapterConfig that shape a trunk; each kind reads some of them."""
 _used: dict[str, frozenset[str]] = {}
+_delta_kinds: set[str] = set()
 
 
-def register_adapter(kind: str, trunk: type[Trunk] | str, dimensions: Sequence[str] = DIMENSIONS) -> None:
+def register_adapter(
+    kind: str, trunk: type[Trunk] | str, dimensions: Sequence[str] = DIMENSIONS, *, gives_delta: bool = False
+) -> None:
     """Make a trunk class (or its lazy ``"module:Class"``) known to configurations of this ``kind``.
 
     A stranger's kind is called ``package/name``.  ``dimensions`` are those of DIMENSIONS that it reads: ``make_config``
-    refuses the others instead of ignoring them.  A name that is taken by another trunk is a ConfigError.
+    refuses the others instead of ignoring them.  With ``gives_delta`` the trunk's output (B, T, D) is the delta itself,
+    no head follows, and only aligners can be of this kind.  A name that is taken by another trunk is a ConfigError.
     """
     TRUNKS.register(kind, trunk)
     _used[kind] = frozenset(dimensions)
+    if gives_delta:
+        _delta_kinds.add(kind)
 
 
 def dimensions_of(kind: str) -> frozenset[str]:
@@ -71,9 +79,19 @@ def dimensions_of(kind: str) -> frozenset[str]:
     return _used.get(kind, frozenset(DIMENSIONS))
 
 
+def check_role(kind: str, role: str) -> None:
+    """Raise a ConfigError where ``kind`` cannot have ``role``."""
+    if role == "guard" and kind in _delta_kinds:
+        raise ConfigError(f"Kind {kind!r} changes the base's state and gives no scores; expected role 'align'.")
+
+
+_LADDER = ("width", "feed_forward", "head_dim", "tap_rank", "gate")
 register_adapter("plr", "safeside.adapters.plr:Plr", ("width", "tap_rank"))
 register_adapter("rtb", "safeside.adapters.rtb:Rtb", ("bottleneck",))
-register_adapter("lst", "safeside.adapters.lst:Lst", ("width", "feed_forward", "head_dim", "tap_rank", "gate"))
+register_adapter("lst", "safeside.adapters.lst:Lst", _LADDER)
+register_adapter("lst_plus", "safeside.adapters.lst_plus:LstPlus", (*_LADDER, "cross_attention"))
+register_adapter("state_map", "safeside.adapters.state_map:StateMap", ("bottleneck",), gives_delta=True)
+register_adapter("toplayers", "safeside.adapters.toplayers:TopLayers", ("depth", "lora_rank"), gives_delta=True)
 
 
 @dataclass(slots=True)
@@ -143,6 +161,13 @@ class DeltaHead(nn.Module):
         return SideOutput(delta=self.up(self.norm(states)))
 
 
+class DirectHead(nn.Module):
+    """Hands on what a trunk gives that computes the delta itself."""
+
+    def forward(self, states: Float[Tensor, "B T D"]) -> SideOutput:
+        return SideOutput(delta=states)
+
+
 class Adapter(nn.Module):
     """One guard or aligner: an ``nn.Module``.  ``config.role`` decides the head, ``config.kind`` the trunk.
 
@@ -152,15 +177,16 @@ class Adapter(nn.Module):
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
+        check_role(config.kind, config.role)
         trunk = TRUNKS.get(config.kind)(config)  # type: ignore[call-arg]
         assert isinstance(trunk, nn.Module)
-        self.trunk = trunk
+        self.trunk: nn.Module = trunk
         width = self._trunk.width
-        self.head: GuardHead | DeltaHead
+        self.head: GuardHead | DeltaHead | DirectHead
         if config.role == "guard":
             self.head = GuardHead(width, len(config.labels), config.readout == "attention")
         else:
-            self.head = DeltaHead(width, config.base.d_model)
+            self.head = DirectHead() if config.kind in _delta_kinds else DeltaHead(width, config.base.d_model)
         if config.calibration is not None:
             self._guard_head.calibrate(config.calibration)
 

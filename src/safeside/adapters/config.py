@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ FORMAT = 1
 _MOST = 1 << 20  # of any dimension: a damaged file must not ask for terabytes
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 HeadDim = Literal[32, 64, 128]
+LADDERS = ("lst", "lst_plus")  # kinds with a width that is a multiple of a head's
 Score = Annotated[Finite, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 PRESET_RATES: dict[Preset, float] = {"strict": 0.05, "balanced": 0.01, "permissive": 0.001}
@@ -201,7 +202,15 @@ class AdapterConfig(BaseModel):
     gate: Literal["layer", "channel"] = "layer"
     """Whether ``lst`` learns one gate for each tapped layer, or one for each of its channels."""
     bottleneck: int = Field(32, ge=1, le=_MOST)
-    """Hidden width of ``rtb``'s token-wise networks."""
+    """Hidden width of ``rtb``'s token-wise networks; rank of ``state_map``."""
+    cross_attention: bool = False
+    """Whether ``lst_plus`` lets each token choose among the tapped layers by attention."""
+    depth: int = Field(0, ge=0, le=_MOST)
+    """Blocks of the base that ``toplayers`` duplicates, from the top."""
+    lora_rank: int = Field(0, ge=0, le=_MOST)
+    """Rank of ``toplayers``' updates to the base's own weights; 0 gives it weights of its own."""
+    blocks: dict[str, Any] = {}
+    """The base's own configuration, for ``toplayers``: what its blocks are built from."""
     readout: Literal["last", "attention"] = "last"
     """A guard reads the newest token's side state, or an attention-weighted mean of all so far."""
     labels: tuple[str, ...] = ()
@@ -231,8 +240,9 @@ class AdapterConfig(BaseModel):
             raise ValueError(f"layers must be rising and not empty; got {self.layers}")
         if self.layers[0] < 0 or self.layers[-1] > self.base.n_layers:
             raise ValueError(f"layers must lie in 0..{self.base.n_layers}; got {self.layers}")
-        if self.kind == "lst" and (self.width == 0 or self.width % self.head_dim):
+        if self.kind in LADDERS and (self.width == 0 or self.width % self.head_dim):
             raise ValueError(f"width must be a multiple of head_dim {self.head_dim}; got {self.width}")
+        self._check_top()
         if self.calibration is not None and len(self.calibration.scale) != len(self.labels):
             raise ValueError(f"calibration has {len(self.calibration.scale)} entries for {len(self.labels)} labels")
         for mode, found in self.modes.items():
@@ -241,6 +251,21 @@ class AdapterConfig(BaseModel):
         if self.preset is not None and not any(self.preset in found.presets for found in self.modes.values()):
             raise ValueError(f"preset {self.preset!r} is in none of the modes")
         return self
+
+    def _check_top(self) -> None:
+        """What kinds that read the base's last blocks ask for."""
+        top = self.base.n_layers
+        if self.kind in ("lst_plus", "state_map") and self.layers[-1] != top:
+            raise ValueError(f"{self.kind} reads the base's last state: layers must end with {top}; got {self.layers}")
+        if self.kind != "toplayers":
+            return
+        if not 1 <= self.depth <= top or self.layers != (top - self.depth,):
+            raise ValueError(
+                f"toplayers of depth {self.depth} needs a depth in 1..{top} and layers ({top} - depth,); got "
+                f"{self.layers}"
+            )
+        if not self.blocks:
+            raise ValueError("toplayers needs the base's own configuration in blocks; make it with make_config(base)")
 
 
 def rows_needed(false_positive_rate: float, confidence: float = CONFIDENCE) -> int:

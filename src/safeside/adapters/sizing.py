@@ -18,11 +18,13 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from safeside.adapters.adapter import DIMENSIONS, Adapter, dimensions_of
-from safeside.adapters.config import AdapterConfig, BaseReference, HeadDim, reference_of, require_valid
+from safeside.adapters.adapter import DIMENSIONS, Adapter, check_role, dimensions_of
+from safeside.adapters.config import LADDERS, AdapterConfig, BaseReference, HeadDim, reference_of, require_valid
+from safeside.adapters.toplayers import TopLayers
 from safeside.base.families import find_family
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import Base
+from safeside.base.top import described
 from safeside.errors import ConfigError
 
 
@@ -43,20 +45,30 @@ def geometry_base(config: PreTrainedConfig, name: str = "geometry") -> Base:
 def base_matmuls(base: Base) -> int:
     """Multiply-adds a token of the base: blocks plus one head pass."""
     config = base.model.config.get_text_config()
+    head = 0 if base.is_encoder else config.vocab_size * base.d_model
+    return int(_block_matmuls(base.blocks, config) + head)
+
+
+def _block_matmuls(blocks: nn.Module, config: PreTrainedConfig) -> int:
+    """Multiply-adds a token of a base's blocks; of a mixture of experts those of the active ones."""
     fields = config.to_dict()
     n_experts = fields.get("num_local_experts") or fields.get("num_experts") or 1
     active = (fields.get("num_experts_per_tok") or 1) / n_experts
-    blocks = sum(
+    return sum(
         round(parameter.numel() * (active if parameter.ndim == 3 else 1))
-        for name, parameter in base.blocks.named_parameters()
+        for name, parameter in blocks.named_parameters()
         if parameter.ndim >= 2 and not name.endswith("bias")
     )
-    head = 0 if base.is_encoder else config.vocab_size * base.d_model
-    return int(blocks + head)
 
 
 def adapter_matmuls(adapter: nn.Module) -> int:
-    """Multiply-adds a token of one adapter, projections from and to the base's width included."""
+    """Multiply-adds a token of one adapter, projections from and to the base's width included.
+
+    Blocks of the base that it runs a second time count too, whoever holds their weights.
+    """
+    if isinstance(adapter, Adapter) and isinstance(adapter.trunk, TopLayers):
+        top = adapter.trunk.own_top
+        return _block_matmuls(top.blocks, top.config) + adapter_matmuls(adapter.trunk.updates)
     return sum(parameter.numel() for parameter in adapter.parameters() if parameter.ndim >= 2)
 
 
@@ -84,10 +96,11 @@ def make_config(
     """A configuration for ``base`` with the usual layers and ``width = D / reduction`` where the kind has a width.
 
     ``reduction`` is 16 unless given.  The width is rounded to a multiple of ``head_dim`` (32 unless given) and is at
-    least that.  ``layers`` are all from the embedding (0) up, for ``plr`` the last.  A guard has the one label ``harm``
-    unless ``labels`` are given; on an encoder its ``readout`` is ``attention`` unless given.  ``plr`` as a guard is a
-    linear probe unless ``width`` is given.  Further ``dimensions`` are fields of AdapterConfig.  What does not fit
-    together is a ConfigError, and so is what the kind or role would not read.
+    least that.  ``layers`` are all from the embedding (0) up, for ``plr`` and ``state_map`` the last, for ``toplayers``
+    the one below its ``depth`` (2 unless given) blocks.  A guard has the one label ``harm`` unless ``labels`` are
+    given; on an encoder its ``readout`` is ``attention`` unless given.  ``plr`` as a guard is a linear probe unless
+    ``width`` is given.  Further ``dimensions`` are fields of AdapterConfig.  What does not fit together is a
+    ConfigError, and so is what the kind or role would not read.
     """
     given = {**dimensions, "reduction": reduction, "head_dim": head_dim}
     _check_read(kind, role, {name: value for name, value in given.items() if value is not None})
@@ -107,23 +120,37 @@ def make_config(
     if _has_default_width(kind, role):
         share = reference.d_model / (16 if reduction is None else reduction)
         values["width"] = max(head_dim, round(share / head_dim) * head_dim)
+    if kind == "toplayers":
+        values |= _top_values(base, reference, dimensions)
     return require_valid({**values, **dimensions})
 
 
+def _top_values(base: Base | BaseReference, reference: BaseReference, given: dict[str, object]) -> dict[str, object]:
+    """Depth, tapped layer and the base's own configuration, for ``toplayers``."""
+    if not isinstance(base, Base):
+        raise ConfigError("Kind 'toplayers' is built from the base's own blocks. Pass the base, not a reference.")
+    depth = given.get("depth", min(2, reference.n_layers))
+    values: dict[str, object] = {"depth": depth, "blocks": described(base)}
+    if isinstance(depth, int):
+        values["layers"] = (max(0, reference.n_layers - depth),)
+    return values
+
+
 def _has_default_width(kind: str, role: str) -> bool:
-    return kind == "lst" or (kind == "plr" and role == "align")
+    return kind in LADDERS or (kind == "plr" and role == "align")
 
 
 def _check_read(kind: str, role: str, given: dict[str, object]) -> None:
     """Raise a ConfigError for the first of the ``given`` fields that nothing would read."""
     used = dimensions_of(kind)
+    check_role(kind, role)
     for name in DIMENSIONS:
         if name in given and name not in used:
             known = ", ".join(sorted(used)) or "none"
             raise ConfigError(f"{name!r} does nothing for kind {kind!r}, which reads {known}. Leave it out.")
     if "reduction" in given:
         if not _has_default_width(kind, role):
-            other = "width" if "width" in used else "bottleneck"
+            other = next((name for name in ("width", "bottleneck", "depth") if name in used), "its dimensions")
             raise ConfigError(
                 f"'reduction' does nothing for a {role} of kind {kind!r}. Give {other!r}, or leave it out."
             )
@@ -138,8 +165,8 @@ def _check_read(kind: str, role: str, given: dict[str, object]) -> None:
 
 
 def default_layers(kind: str, n_layers: int) -> tuple[int, ...]:
-    """All layers from the embedding up; for ``plr`` the last one."""
-    return (n_layers,) if kind == "plr" else tuple(range(n_layers + 1))
+    """All layers from the embedding up; for ``plr`` and ``state_map`` the last one."""
+    return (n_layers,) if kind in ("plr", "state_map") else tuple(range(n_layers + 1))
 
 
 def spread_layers(n_layers: int, n_taps: int) -> tuple[int, ...]:
@@ -158,10 +185,10 @@ def sized_config(base: Base, size: float = 0.01, n_taps: int | None = None, **op
     where even the narrowest does not fit, on fewer.  At equal multiply-adds few wide taps take less time than many
     narrow ones, since each brings a block with steps of its own.  A base too small for any gets the narrowest single
     tap: ``flops_share`` then tells by how much it is over.  ``options`` are those of ``make_config``; it picks width
-    and layers itself.  It sizes ``lst`` only: other kinds, a ``size`` that is not a number above 0, and more taps than
-    layers are a ConfigError.
+    and layers itself.  It sizes ``lst`` and ``lst_plus`` only: other kinds, a ``size`` that is not a number above
+    0, and more taps than layers are a ConfigError.
     """
-    if options.get("kind", "lst") != "lst":
+    if options.get("kind", "lst") not in LADDERS:
         raise ConfigError(f"size is for kind 'lst'; call make_config with the dimensions of {options['kind']!r}.")
     if not 0 < size < math.inf:
         raise ConfigError(f"size is a share of the base's compute above 0, such as 0.01; got {size}.")

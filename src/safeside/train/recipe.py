@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from safeside.adapters.adapter import TRUNKS
-from safeside.adapters.config import AdapterConfig, HeadDim
+from safeside.adapters.config import LADDERS, AdapterConfig, HeadDim
 from safeside.adapters.sizing import make_config, sized_config
 from safeside.base.model import Base
 from safeside.errors import ConfigError
@@ -75,13 +75,13 @@ class AdapterSection(_Section):
     labels: tuple[str, ...] | None = None
     """Names of a guard's outputs; ``harm`` or the task's own unless given.  After that of a task: categories."""
     size: float | None = Field(None, gt=0)
-    """Most that an ``lst`` may cost, as a share of the base's matmuls: 0.01 is 1%."""
+    """Most that an ``lst`` or ``lst_plus`` may cost, as a share of the base's matmuls: 0.01 is 1%."""
     n_taps: int | None = Field(None, ge=1)
     """With ``size``: layers that are tapped, evenly spread; all unless given.  Few wide taps decode faster."""
     reduction: float | None = Field(None, ge=1)
     """Width of the base over width of the side network, r; 16 unless given."""
     layers: tuple[int, ...] | None = None
-    """Tapped layers, 0 being the embedding; all unless given, for ``plr`` the last."""
+    """Tapped layers, 0 being the embedding; all unless given, for ``plr`` and ``state_map`` the last."""
     width: int | None = Field(None, ge=0)
     """Side width d, in place of ``reduction``."""
     feed_forward: int | None = Field(None, ge=1)
@@ -93,7 +93,13 @@ class AdapterSection(_Section):
     gate: Literal["layer", "channel"] | None = None
     """One learned gate for each tapped layer of ``lst``, or one for each channel."""
     bottleneck: int | None = Field(None, ge=1)
-    """Hidden width of ``rtb``'s networks; 32 unless given."""
+    """Hidden width of ``rtb``'s networks, or rank of ``state_map``; 32 unless given."""
+    cross_attention: bool | None = None
+    """Whether tokens of ``lst_plus`` attend over their tapped layers."""
+    depth: int | None = Field(None, ge=1)
+    """Blocks that ``toplayers`` duplicates; 2 unless given."""
+    lora_rank: int | None = Field(None, ge=0)
+    """Rank of ``toplayers``' updates to the base's own weights; weights of its own unless given."""
     readout: Literal["last", "attention"] | None = None
     """What a guard reads: the last token's state, or an attention-weighted mean."""
     start: Literal["random", "pruned"] = "random"
@@ -110,7 +116,7 @@ class AdapterSection(_Section):
             raise ValueError("size picks the layers too; give reduction or width with layers")
         if self.n_taps is not None and self.size is None:
             raise ValueError("n_taps goes with size; name the layers where width or reduction is given")
-        if self.size is not None and self.kind != "lst":
+        if self.size is not None and self.kind not in LADDERS:
             raise ValueError(f"size is for kind 'lst'; give the dimensions of {self.kind!r} themselves")
         if self.start == "pruned" and self.kind != "lst":
             raise ValueError(f"only kind 'lst' has a pruned start; got {self.kind!r}")
@@ -262,6 +268,9 @@ class Recipe(_Section):
             "tap_rank",
             "gate",
             "bottleneck",
+            "cross_attention",
+            "depth",
+            "lora_rank",
             "readout",
         ):
             value = section.model_dump()[field]
