@@ -21,6 +21,7 @@ _CHECKED = (
     "adapters.rtb",
     "adapters.lst_plus",
     "adapters.state_map",
+    "gates",
 )
 install_import_hook([f"safeside.{name}" for name in _CHECKED], "beartype.beartype")
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from safeside import Adapter, Base, attach, fixed, ramp, step
+from safeside import Adapter, Base, attach, by_category, fixed, ramp, sigmoid, step, timed
 from safeside.errors import AttachmentError
 from safeside.mixing import Policy
 from safeside.request import request_layer
@@ -255,3 +256,120 @@ def test_a_strangers_policy_is_a_policy(rig: Rig) -> None:
         rig.base.model(torch.tensor([PROMPT]))
         record = attachment.record
     close(record.strengths["refuse"], 0.1 * record.scores["leak"].amax(-1))
+
+
+# ---- timed policies, categories, traces ------------------------------------------------------------------------------
+
+
+def held(scores: list[float], margin: float) -> float:
+    """The recursion of hysteresis, one float after the other."""
+    value = scores[0]
+    for score in scores[1:]:
+        value = max(score, min(value, score + margin))
+    return value
+
+
+TIMED: dict[str, tuple[Callable[[], Policy], Callable[[list[float]], float]]] = {
+    "prompt": (lambda: timed(SLOPE, reads="prompt"), lambda scores: ramp_rule(scores[0])),
+    "answer": (lambda: timed(SLOPE, reads="answer"), lambda scores: ramp_rule(scores[-1])),
+    "both": (lambda: timed(SLOPE, reads="both"), lambda scores: ramp_rule(max(scores[0], scores[-1]))),
+    "margin": (
+        lambda: timed(replace(SLOPE, guard="leak"), reads="answer", margin=0.1),
+        lambda scores: ramp_rule(held(scores, 0.1)),
+    ),
+    "first": (
+        lambda: timed(SLOPE, reads="answer", first_tokens=3),
+        lambda scores: ramp_rule(scores[-1]) if len(scores) <= 3 else 0.0,
+    ),
+    "first of a prompt": (
+        lambda: timed(SLOPE, reads="prompt", first_tokens=2),
+        lambda scores: ramp_rule(scores[0]) if len(scores) <= 2 else 0.0,
+    ),
+    "first of a number": (lambda: timed(1.3, first_tokens=4), lambda scores: 1.3 if len(scores) <= 4 else 0.0),
+    "sigmoid": (
+        lambda: sigmoid("harm", 0.5, 0.4, latched=False),
+        lambda scores: 0.5 + 0.5 * math.tanh(2 * (scores[-1] - 0.5) / 0.4),
+    ),
+}
+SLOPE = ramp("harm", 0.3, 0.7, floor=0.1, ceiling=1.6)
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_a_timed_gate_does_what_its_twin_does(rig: Rig, name: str) -> None:
+    make, rule = TIMED[name]
+    policy = make()
+    rules = {rig.aligners[0]: rule, rig.aligners[1]: lambda scores: 0.5}
+    expected = answer_by_hand(rig.base, PROMPT, rules, rig.guards, N_NEW, score_of=policy.guard or "harm")
+    found = answer(rig, {"refuse": policy, "kind": 0.5})
+    assert found.ids == expected.ids
+    assert found.strengths["refuse"] == pytest.approx(expected.strengths["refuse"], abs=SAME)
+
+
+@pytest.mark.parametrize("reads", ["answer", "both"])
+def test_each_row_is_held_by_its_own_scores(rig: Rig, reads: str) -> None:
+    """Whole texts in one pass, padded left, prompts ending at different tokens, with hysteresis."""
+    rows, ends = [[*PROMPT, 5, 60, 7], [70, 12, 150, 33], [99, 8, 201, 17, 45]], [7, 2, 5]
+    ids, keep = pad(rows, "left")
+    policy = timed(SLOPE, reads=reads, margin=0.05)
+    with rig.attach({"refuse": policy}) as attachment, attachment.request(prompt_end=ends):
+        rig.base.model(ids, attention_mask=keep.long(), position_ids=positions_of(keep))
+        found = attachment.record.strengths["refuse"]
+    for row, (tokens, end) in enumerate(zip(rows, ends, strict=True)):
+        scores = run_by_hand(rig.base, rig.guards[0], torch.tensor([tokens])).scores[0].tolist()
+        expected = []
+        for t in range(len(tokens)):
+            by_label = [held([score[k] for score in scores[end - 1 : t + 1]] or [0.0], 0.05) for k in range(2)]
+            if reads == "both":
+                by_label = [max(one, scores[end - 1][k]) for k, one in enumerate(by_label)]
+            expected.append(ramp_rule(max(by_label)) if t >= end - 1 else 0.0)
+        assert found[row, keep[row]].tolist() == pytest.approx(expected, abs=SAME)
+
+
+def test_categories_gate_by_their_own_label(rig: Rig) -> None:
+    ids = torch.tensor([PROMPT])
+    scores = run_by_hand(rig.base, rig.guards[0], ids).scores[0]
+    policy = by_category(
+        rig.guards[0], {"violence": ramp("harm", 0.2, 0.8), "hate": step("harm", 0.5, high=0.3)}, latched=False
+    )
+    with rig.attach({"refuse": policy}) as attachment:
+        rig.base.model(ids)
+        found = attachment.record.strengths["refuse"][0]
+    expected = torch.maximum(((scores[:, 1] - 0.2) / 0.6).clamp(0, 1), 0.3 * (scores[:, 0] >= 0.5))
+    close(found, expected)
+
+
+def test_a_broken_guard_gets_the_ceiling_however_it_is_timed(rig: Rig) -> None:
+    ids = torch.tensor([PROMPT])
+    for reads in ("prompt", "answer", "both"):
+        policy = timed(SLOPE, reads=reads, margin=0.0 if reads == "prompt" else 0.2, first_tokens=2)
+        with rig.broken(rig.guards[0]), rig.attach({"refuse": policy}) as attachment:
+            with attachment.request(prompt_end=[4]):
+                rig.base.model(ids)
+            assert attachment.record.strengths["refuse"][0].tolist() == pytest.approx([0, 0, 0, 1.6, 1.6, 0, 0])
+
+
+def test_times_wait_for_the_prompts_end(rig: Rig) -> None:
+    for policy in (timed(SLOPE, reads="both"), timed(0.5, first_tokens=3)):
+        with rig.attach({"refuse": policy}), pytest.raises(AttachmentError, match="prompt_end is not known"):
+            rig.base.model(torch.tensor([PROMPT]))
+
+
+def test_a_timed_aligner_comes_back_after_a_crop(rig: Rig) -> None:
+    """As prompt lookup does: guesses beyond the last token of the window are taken back."""
+    ids, policy = torch.tensor([PROMPT]), timed(SLOPE, reads="prompt", first_tokens=3)
+    with rig.attach({"refuse": policy}) as attachment, attachment.request(prompt_end=[3]):
+        expected = rig.base.model(ids).logits
+        cache = DynamicCache()
+        rig.base.model(ids[:, :4], past_key_values=cache)
+        rig.base.model(ids[:, 4:], past_key_values=cache)
+        cache.crop(-3)
+        close(rig.base.model(ids[:, 4:5], past_key_values=cache).logits, expected[:, 4:5])
+
+
+def test_a_timed_number_may_differ_by_row(rig: Rig) -> None:
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    policy = timed([0.5, 1.5], first_tokens=2)
+    with rig.attach({"refuse": policy}) as attachment, attachment.request(prompt_end=[5, 4]):
+        rig.base.model(ids)
+        found = attachment.record.strengths["refuse"].tolist()
+    assert found == [[0.5] * 6 + [0.0], [1.5] * 5 + [0.0] * 2]

@@ -24,7 +24,7 @@ LAYERS = (
     ("types", "errors", "registry", "terminal"),
     ("base", "chat"),
     ("adapters", "tasks"),
-    ("mixing", "stopping", "request", "verdicts", "gates", "checks", "attach"),
+    ("mixing", "policies", "stopping", "request", "verdicts", "gates", "traces", "checks", "attach"),
     ("artifact", "provenance", "builtin"),
     ("guards",),
     ("train", "evals", "genes", "serve", "scale", "vllm_plugin"),

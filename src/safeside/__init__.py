@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safeside.base.model import Base, load_base
     from safeside.errors import SafesideError
     from safeside.mixing import fixed, mix, ramp, step
+    from safeside.policies import by_category, sigmoid, timed
     from safeside.types import Completion, Message, Verdict
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "SafesideError",
     "Verdict",
     "attach",
+    "by_category",
     "create_adapter",
     "fixed",
     "flops_share",
@@ -46,8 +48,10 @@ __all__ = [
     "register_adapter",
     "register_family",
     "save_adapter",
+    "sigmoid",
     "sized_config",
     "step",
+    "timed",
 ]
 
 _HOMES = {
@@ -60,6 +64,7 @@ _HOMES = {
     "base.model": ("Base", "load_base"),
     "errors": ("SafesideError",),
     "mixing": ("fixed", "mix", "ramp", "step"),
+    "policies": ("by_category", "sigmoid", "timed"),
     "types": ("Completion", "Message", "Verdict"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

@@ -41,7 +41,8 @@ from safeside.request import (
     request_layer,
 )
 from safeside.stopping import Standing, as_rules
-from safeside.types import Verdict
+from safeside.traces import traces_of
+from safeside.types import StrengthTrace, Verdict
 from safeside.verdicts import LORA_NOTE, prompt_and_answer_verdicts
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -175,14 +176,13 @@ class Attachment:
 
     def strengths(self, cache: DynamicCache) -> list[dict[str, tuple[float, ...]]]:
         """For each row and aligner, the strength behind each answer token."""
+        return [{trace.aligner: trace.strengths for trace in row} for row in self.traces(cache)]
+
+    def traces(self, cache: DynamicCache) -> list[tuple[StrengthTrace, ...]]:
+        """For each row and aligner, which guard set the strength behind each answer token, and by which score."""
         layer, history = request_layer(cache), history_of(cache)
         assert layer is not None
-        ends = layer.request.prompt_end or (1,) * history.positions.shape[0]
-        rows = []
-        for row, end in enumerate(ends):
-            used = history.strengths[row, history.positions[row] >= end - 1]
-            rows.append({name: tuple(used[:, index].tolist()) for index, name in enumerate(self.aligners)})
-        return rows
+        return traces_of(layer.request, history, list(self.guards.values()), list(self.aligners))
 
     def _install(self) -> None:
         torch.compiler.reset()  # code compiled before would go on without these hooks, and so without safety

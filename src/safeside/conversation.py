@@ -137,6 +137,8 @@ def _show(completion: Completion, strength: float | None, as_json: bool) -> None
         for verdict in fields["verdicts"]:
             for key in ("score", "probability"):
                 verdict[key] = verdict[key] if math.isfinite(verdict[key]) else None  # NaN is not JSON
+        for trace in fields["traces"]:
+            trace["scores"] = [score if math.isfinite(score) else None for score in trace["scores"]]
         print(json.dumps({"requested_strength": strength, **fields}), flush=True)
         return
     label = "" if strength is None else f"[strength {strength:g}] "

@@ -12,6 +12,7 @@ from torch import Tensor
 from safeside.adapters.adapter import Adapter
 from safeside.base.taps import Tape
 from safeside.mixing import Policy
+from safeside.policies import ByCategory, Timed
 from safeside.request import History, Request, RequestLayer, columns_of
 from safeside.stopping import Standing, standing_of
 from safeside.types import Verdict
@@ -48,16 +49,76 @@ def strength_of(policy: Policy, prompt_end: Sequence[int] | None, seen: Seen | N
 
     ``seen`` is what the guard that the policy asks has seen; None when it asks none.
     """
+    if not isinstance(policy, Timed):
+        return _plain_strength(policy, prompt_end, seen, tape)
+    if seen is None:
+        strength, is_decided = _plain_strength(policy.policy, prompt_end, None, tape)
+    elif policy.latched:
+        strength, is_decided = _latched_strength(policy.policy, prompt_end, seen, tape)
+    else:
+        scores = held_scores(seen, prompt_end, policy.margin, tape.n_new)
+        if policy.reads == "both":
+            assert prompt_end is not None  # Request sees to it
+            at_end, decided = seen.at_end(prompt_end)
+            scores = torch.where(decided[:, None, None], torch.maximum(scores, at_end[:, None]), scores)
+        strength, is_decided = _of_scores(policy.policy, scores) * _after_prompt(prompt_end, tape), False
+    if policy.first_tokens is None:
+        return strength, is_decided
+    assert prompt_end is not None
+    ends = torch.tensor(prompt_end, device=tape.keep.device)[:, None]
+    acts = tape.positions < ends - 1 + policy.first_tokens
+    return torch.where(acts, strength, 0.0), is_decided and not bool(strength.any())
+
+
+def _plain_strength(
+    policy: Policy, prompt_end: Sequence[int] | None, seen: Seen | None, tape: Tape
+) -> tuple[Tensor, bool]:
+    """What a policy gives that is not timed."""
     device, shape = tape.keep.device, tape.keep_new.shape
     if seen is None:
         return policy.strength(torch.zeros((), device=device)).expand(shape), True
     if not policy.latched:
-        new = seen.scores[:, -tape.n_new :].amax(-1)
-        return policy.strength(new) * _after_prompt(prompt_end, tape), False
+        return _of_scores(policy, seen.scores[:, -tape.n_new :]) * _after_prompt(prompt_end, tape), False
+    return _latched_strength(policy, prompt_end, seen, tape)
+
+
+def _latched_strength(policy: Policy, prompt_end: Sequence[int] | None, seen: Seen, tape: Tape) -> tuple[Tensor, bool]:
+    """The strength by the score at the prompt's end, from there on."""
     assert prompt_end is not None  # Request sees to it
     scores, decided = seen.at_end(prompt_end)
     on = decided[:, None] & _after_prompt(prompt_end, tape).bool()
-    return torch.where(on, policy.strength(scores.amax(-1, keepdim=True)), 0.0), bool(decided.all())
+    return torch.where(on, _of_scores(policy, scores)[:, None], 0.0), bool(decided.all())
+
+
+def _of_scores(policy: Policy, scores: Float[Tensor, "*B K"]) -> Float[Tensor, "*B"]:
+    """The policy's strength for each row of a guard's K scores: of the highest one, or of each label's own."""
+    return policy.strength(scores if isinstance(policy, ByCategory) else scores.amax(-1))
+
+
+def held_scores(seen: Seen, prompt_end: Sequence[int] | None, margin: float, n_new: int) -> Float[Tensor, "B T K"]:
+    """The scores of the new tokens with hysteresis: up at once, down only by more than ``margin``.
+
+    ``e_t = max(s_t, min(e_{t-1}, s_t + margin))`` over the tokens from the prompt's last one on, so
+    ``e_t = max_j min(s_j, min_{j < i <= t} s_i + margin)``, which needs no state but the scores.  A score that is not a
+    number counts as 1 for the tokens behind it, and stays itself.
+    """
+    if margin == 0.0:
+        return seen.scores[:, -n_new:]
+    start = torch.zeros_like(seen.positions[:, :1])
+    if prompt_end is not None:
+        start = torch.tensor(prompt_end, device=start.device)[:, None] - 1
+    counted = (seen.positions >= start)[..., None]
+    known = torch.where(seen.scores.isfinite(), seen.scores, 1.0)
+    peaks, floors = torch.where(counted, known, -torch.inf), torch.where(counted, known, torch.inf)
+    result = seen.scores[:, -n_new:].clone()
+    for index in range(n_new):
+        stop = seen.scores.shape[1] - n_new + index + 1
+        behind = torch.cat([floors[:, 1:stop], torch.full_like(floors[:, :1], torch.inf)], 1)
+        lowest = behind.flip(1).cummin(1).values.flip(1)  # of the scores behind each token
+        held = torch.minimum(peaks[:, :stop], lowest + margin).amax(1)
+        is_held = counted[:, stop - 1] & result[:, index].isfinite()
+        result[:, index] = torch.where(is_held, held, result[:, index])
+    return result
 
 
 def _after_prompt(prompt_end: Sequence[int] | None, tape: Tape) -> Tensor:

@@ -61,7 +61,7 @@ class Fixed:
         if not self.values:
             raise InputError("A fixed strength needs at least one value; got none.")
         for value in self.values:
-            _check_strength(value)
+            check_strength(value)
 
     @property
     def ceiling(self) -> float:
@@ -89,8 +89,8 @@ class Step:
     """Decided once, at the prompt's end; False: again at every token."""
 
     def __post_init__(self) -> None:
-        _check_score(self.threshold)
-        _check_order(self.low, self.high)
+        check_score(self.threshold)
+        check_order(self.low, self.high)
 
     @property
     def ceiling(self) -> float:
@@ -120,11 +120,11 @@ class Ramp:
     """Decided once, at the prompt's end; False: again at every token."""
 
     def __post_init__(self) -> None:
-        _check_score(self.low)
-        _check_score(self.high)
+        check_score(self.low)
+        check_score(self.high)
         if self.low >= self.high:
             raise InputError(f"A ramp must rise: low {self.low} must be below high {self.high}.")
-        _check_order(self.floor, self.ceiling)
+        check_order(self.floor, self.ceiling)
 
     def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """A strength for each score, in its shape."""
@@ -169,8 +169,8 @@ def step(
     an InputError.
     """
     if threshold is None:
-        threshold = _threshold_of(guard)
-    return Step(_name(guard), threshold, low, high, latched)
+        threshold = threshold_of(guard)
+    return Step(name_of(guard), threshold, low, high, latched)
 
 
 def ramp(
@@ -192,8 +192,8 @@ def ramp(
     InputError.
     """
     if high is None:
-        high = _threshold_of(guard)
-    return Ramp(_name(guard), high / 2 if low is None else low, high, floor, ceiling, latched)
+        high = threshold_of(guard)
+    return Ramp(name_of(guard), high / 2 if low is None else low, high, floor, ceiling, latched)
 
 
 def as_policies(strength: object, aligners: Sequence[str]) -> dict[str, Policy]:
@@ -206,22 +206,23 @@ def as_policies(strength: object, aligners: Sequence[str]) -> dict[str, Policy]:
         unknown = sorted(set(strength) - set(aligners))
         if unknown:
             raise InputError(f"No aligner called {', '.join(unknown)}; attached are {', '.join(aligners) or 'none'}.")
-        return {name: _as_policy(strength.get(name, 0.0)) for name in aligners}
-    policy = _as_policy(strength)
+        return {name: as_policy(strength.get(name, 0.0)) for name in aligners}
+    policy = as_policy(strength)
     return dict.fromkeys(aligners, policy)
 
 
-def _as_policy(strength: object) -> Policy:
+def as_policy(strength: object) -> Policy:
+    """A policy as it is, and a number or one number for each row as ``fixed``; anything else is an InputError."""
     if isinstance(strength, Policy):
         return strength
     if isinstance(strength, (int, float, Tensor, list, tuple)) and not isinstance(strength, bool):
         return fixed(strength)
     raise InputError(
-        f"A strength cannot be {strength!r}; expected a number, one number a row, fixed(), step() or ramp()."
+        f"A strength cannot be {strength!r}; expected a number, one number a row, or a policy such as ramp()."
     )
 
 
-def _threshold_of(guard: Adapter | str) -> float:
+def threshold_of(guard: Adapter | str) -> float:
     """The lowest of a guard's thresholds for prompts, at its preset, so that what flags is aligned."""
     if isinstance(guard, str):
         raise InputError(
@@ -232,23 +233,27 @@ def _threshold_of(guard: Adapter | str) -> float:
     return min(guard.thresholds_in("prompt"))
 
 
-def _name(guard: Adapter | str) -> str:
+def name_of(guard: Adapter | str) -> str:
+    """What policies call a guard."""
     return guard if isinstance(guard, str) else guard.name
 
 
-def _check_strength(value: float) -> None:
+def check_strength(value: float) -> None:
+    """Raise an InputError unless ``value`` is a strength."""
     if not 0.0 <= value <= MAX_STRENGTH:  # also refuses NaN
         raise InputError(f"A strength must lie in [0, {MAX_STRENGTH:g}]; got {value}.")
 
 
-def _check_score(value: float) -> None:
+def check_score(value: float) -> None:
+    """Raise an InputError unless ``value`` is a score."""
     if not 0.0 <= value <= 1.0:
         raise InputError(f"A score threshold must lie in [0, 1]; got {value}.")
 
 
-def _check_order(low: float, high: float) -> None:
-    _check_strength(low)
-    _check_strength(high)
+def check_order(low: float, high: float) -> None:
+    """Raise an InputError unless both are strengths that do not fall."""
+    check_strength(low)
+    check_strength(high)
     if low > high:
         raise InputError(f"A policy must not weaken as risk grows: {low} is above {high}.")
 

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicLayer
 
 from safeside.adapters.adapter import Adapter
 from safeside.errors import AttachmentError, InputError, UnsupportedError
-from safeside.mixing import Fixed, Policy
+from safeside.mixing import Policy
+from safeside.policies import counts_from_prompt, row_values, with_row_values
 from safeside.stopping import StopRule
 
 
@@ -33,21 +34,22 @@ class Request:
     """Stop rules by guard."""
 
     def __post_init__(self) -> None:
-        latched = [name for name, policy in self.policies.items() if policy.latched]
-        if latched and self.prompt_end is None:
+        waiting = [name for name, policy in self.policies.items() if counts_from_prompt(policy)]
+        if waiting and self.prompt_end is None:
             raise AttachmentError(
-                f"The strength of {', '.join(latched)} is latched at the prompt's end, but prompt_end is not known. "
+                f"The strength of {', '.join(waiting)} is latched at the prompt's end, but prompt_end is not known. "
                 "Run inside attachment.request(prompt_end=[...]), use base.chat, or pass latched=False."
             )
         for name, policy in self.policies.items():
             self._check_rows(name, policy)
 
     def _check_rows(self, name: str, policy: Policy) -> None:
-        if self.prompt_end is None or not isinstance(policy, Fixed):
+        values = row_values(policy)
+        if self.prompt_end is None or values is None:
             return
-        if len(policy.values) not in (1, len(self.prompt_end)):
+        if len(values) not in (1, len(self.prompt_end)):
             raise InputError(
-                f"The strength of {name!r} has {len(policy.values)} values for {len(self.prompt_end)} rows; expected "
+                f"The strength of {name!r} has {len(values)} values for {len(self.prompt_end)} rows; expected "
                 "one value, or one for each row."
             )
 
@@ -65,9 +67,10 @@ class Request:
         return replace(self, policies=policies, prompt_end=end, copies=1)
 
     def _rows_of(self, policy: Policy, n_rows: int) -> Policy:
-        if isinstance(policy, Fixed) and len(policy.values) not in (1, n_rows):
-            return replace(policy, values=tuple(self._repeat(policy.values, n_rows, "strength")))
-        return policy
+        values = row_values(policy)
+        if values is None or len(values) in (1, n_rows):
+            return policy
+        return with_row_values(policy, tuple(self._repeat(values, n_rows, "strength")))
 
     def _repeat(self, values: tuple[float, ...] | tuple[int, ...], n_rows: int, what: str) -> list[int]:
         if n_rows != len(values) * self.copies:
@@ -79,12 +82,11 @@ class Request:
 
     def select(self, rows: list[int]) -> Request:
         """The same request for some of its rows."""
-        policies = {
-            name: replace(policy, values=tuple(policy.values[row] for row in rows))
-            if isinstance(policy, Fixed) and len(policy.values) > 1
-            else policy
-            for name, policy in self.policies.items()
-        }
+        policies = dict(self.policies)
+        for name, policy in self.policies.items():
+            values = row_values(policy)
+            if values is not None and len(values) > 1:
+                policies[name] = with_row_values(policy, tuple(values[row] for row in rows))
         end = None if self.prompt_end is None else tuple(self.prompt_end[row] for row in rows)
         return replace(self, policies=policies, prompt_end=end)
 
@@ -121,7 +123,7 @@ class RequestLayer(SideLayer):
 
     def refuse_new_turn(self, n_new: int, intercepts: bool) -> None:
         """Raise where several tokens follow a judged prompt without a request of their own: nobody would judge them."""
-        latched = [name for name, policy in self.request.policies.items() if policy.latched]
+        latched = [name for name, policy in self.request.policies.items() if counts_from_prompt(policy)]
         if (latched or intercepts) and n_new > 1 and self.get_seq_length() >= min(self.request.prompt_end or (0,)):
             raise AttachmentError(
                 f"{n_new} tokens follow a prompt that was judged already"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -68,6 +68,28 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class StrengthTrace:
+    """What set the strength of one aligner, token by token of an answer."""
+
+    aligner: str
+    """Name of the aligner."""
+    strengths: tuple[float, ...]
+    """The strength in [0, 2] behind each token."""
+    guard: str | None = None
+    """Name of the guard whose scores were read; None where no guard was asked."""
+    scores: tuple[float, ...] = ()
+    """The guard's score in [0, 1] that counted for each token, before any hysteresis; NaN when it could not score."""
+    labels: tuple[str, ...] = ()
+    """The guard's label that this score belongs to."""
+
+    def first(self, n_tokens: int) -> StrengthTrace:
+        """The trace of the first tokens."""
+        return replace(
+            self, strengths=self.strengths[:n_tokens], scores=self.scores[:n_tokens], labels=self.labels[:n_tokens]
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One answer, and what guards and aligners did to it."""
 
@@ -86,6 +108,8 @@ class Completion:
     ``blocked``: the intercepting guard flagged the prompt, and there is no answer."""
     stop: Stop | None = None
     """Which guard ended the answer, and where; None when none did."""
+    traces: tuple[StrengthTrace, ...] = ()
+    """Of every aligner: which guard set its strength, by which score, at each token of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +124,8 @@ class Example:
     """K scores in [0, 1] of a bigger guard, for distillation."""
     line: int = 0
     """Line number in its file, from 1; 0 when it comes from none."""
+    rejected: Message | None = None
+    """Of a preference: the worse answer, in place of the last message."""
 
 
 @dataclass(frozen=True, slots=True)

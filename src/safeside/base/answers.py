@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria
 
-from safeside.types import Stop, Verdict
+from safeside.types import Stop, StrengthTrace, Verdict
 
 Release = Callable[[int, list[int]], None]
 """Told a row of the batch and the next token ids of its answer, in order, as soon as they can be shown."""
@@ -44,7 +44,7 @@ class AttachedAdapters(Protocol):
         self, cache: DynamicCache, answer_lengths: Sequence[int] | None = None
     ) -> list[tuple[Verdict, ...]]: ...
 
-    def strengths(self, cache: DynamicCache) -> list[dict[str, tuple[float, ...]]]: ...
+    def traces(self, cache: DynamicCache) -> list[tuple[StrengthTrace, ...]]: ...
 
     def standings(self, cache: DynamicCache, answer_lengths: Sequence[int]) -> Sequence[AnswerStanding]: ...
 

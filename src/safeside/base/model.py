@@ -24,11 +24,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.utils import logging
-from transformers.utils.generic import ModelOutput
 
 from safeside.base.answers import AttachedAdapters, Follower, Release, cut, told_stop
 from safeside.base.families import Family, decoder_of, find_family, locate
 from safeside.base.fingerprint import Fingerprint, check_tokenizer, take_fingerprint, weight_files
+from safeside.base.head import logits_of
 from safeside.base.loading import checked_device, checked_dtype, explained_loading, model_type_of
 from safeside.base.packaged import PACKAGED, packaged_folder
 from safeside.chat import Encoded, encode_chat, pad_batch
@@ -123,21 +123,10 @@ class Base:
     def head_logits(self, final: Tensor) -> Tensor:
         """Logits (B, T, V) of final normed states (B, T, D) by the base's own head, its scaling and soft-cap included.
 
-        A hook hands ``final`` to the head in place of what the decoder makes of a single token, so no architecture's
-        head is written twice.  For training: not while another thread runs this base.
+        The model's own code runs with ``final`` in place of what its decoder gives, so no architecture's head is
+        written twice, and no block runs.  For training: not while another thread runs this base.
         """
-        ids = torch.zeros((final.shape[0], 1), dtype=torch.long, device=final.device)
-
-        def replace(module: nn.Module, args: object, output: ModelOutput) -> ModelOutput:
-            output["last_hidden_state"] = final
-            return output
-
-        handle = self.decoder.register_forward_hook(replace)
-        try:
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            handle.remove()
-        return logits
+        return logits_of(self.model, self.decoder, final)
 
     @torch.no_grad()
     def chat(
@@ -260,16 +249,18 @@ class Base:
             reasons.append(reason)
         follower.finish(texts)
         verdicts = attached.verdicts(cache, lengths) if attached else [()] * len(ends)
-        strengths = attached.strengths(cache) if attached else [{}] * len(ends)
+        traces = attached.traces(cache) if attached else [()] * len(ends)
+        traces = [tuple(trace.first(len(kept)) for trace in row) for row, kept in zip(traces, texts, strict=True)]
         return [
             Completion(
                 text=str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip(),
                 verdicts=told_stop(verdicts[row], standing.stop if standing is not None else None),
-                strength={name: values[: len(kept)] for name, values in strengths[row].items()},
+                strength={trace.aligner: trace.strengths for trace in traces[row]},
                 n_prompt_tokens=ends[row],
                 n_new_tokens=len(kept),
                 finish_reason=reasons[row],
                 stop=standing.stop if standing is not None else None,
+                traces=traces[row],
             )
             for row, (kept, standing) in enumerate(zip(texts, standings, strict=True))
         ]
