@@ -39,6 +39,12 @@ def answer_rows(n: int, seed: int) -> list[dict[str, object]]:
     return [{"prompt": row["prompt"], "response": "no, not that"} for row in guard_rows(n, seed)]
 
 
+def preference_rows(n: int, seed: int) -> list[dict[str, object]]:
+    """Whatever is asked, the short answer is preferred."""
+    answers = {"chosen": "no, not that", "rejected": "then they said how"}
+    return [{"prompt": row["prompt"], **answers} for row in guard_rows(n, seed)]
+
+
 def write(path: Path, rows: Sequence[object]) -> None:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
 
@@ -55,7 +61,7 @@ def run_and_kill(values: Recipe, **options: object) -> None:
 
 
 def recipe(kind: str = "guard", **sections: object) -> Recipe:
-    adapter = {"kind": "lst", "reduction": 2, "role": "align" if kind == "answers" else "guard"}
+    adapter = {"kind": "lst", "reduction": 2, "role": "guard" if kind == "guard" else "align"}
     data = dict(sections.pop("data", {}))
     files = {} if "task" in data else {name: [f"{kind}_{name}.jsonl"] for name in ("train", "validation")}
     values: dict[str, object] = {

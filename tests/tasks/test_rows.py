@@ -356,3 +356,51 @@ def test_a_file_of_one_kind_without_a_usable_row_is_an_error(tmp_path: Path) -> 
         load_kind(write(tmp_path / "rows.jsonl", "{broken"), LABELS, is_harmful=False)
     with pytest.raises(InputError, match=r"holds no usable row\.$"):
         load_kind(write(tmp_path / "rows.jsonl", ""), LABELS, is_harmful=False)
+
+
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+
+def listed(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "rejected"),
+    [
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, (user("p"), assistant("c")), "r"),
+        ({"chosen": listed("p", "c"), "rejected": listed("p", "r")}, (user("p"), assistant("c")), "r"),
+        (
+            {"prompt": "p", "chosen": listed("p", "a", "q", "c"), "rejected": listed("p", "a", "q", "r")},
+            (user("p"), assistant("a"), user("q"), assistant("c")),
+            "r",
+        ),
+    ],
+)
+def test_a_preference_has_two_answers(row: dict[str, object], messages: tuple[Message, ...], rejected: str) -> None:
+    example = example_of(row, ())
+    assert (example.messages, example.rejected) == (messages, assistant(rejected))
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "p", "chosen": "c"}, "without 'rejected'; expected both"),
+        ({"prompt": "p", "rejected": "c"}, "without 'chosen'; expected both"),
+        ({"prompt": "p", "chosen": "c", "rejected": " c\n"}, "are the same: 'c'; expected two answers"),
+        ({"prompt": "p", "chosen": "c", "rejected": None}, "'rejected' must be text"),
+        ({"prompt": "", "chosen": "c", "rejected": "r"}, "'prompt' must be text"),
+        ({"chosen": "c", "rejected": "r"}, "with no 'prompt'"),
+        ({"chosen": listed("p", "c"), "rejected": listed("q", "r")}, "differ before their last message"),
+        ({"chosen": listed("p", "c"), "rejected": "r"}, "messages must be a list"),
+        ({"chosen": listed("p"), "rejected": listed("q")}, "role 'user'; expected 'assistant'"),
+    ],
+)
+def test_what_is_no_preference_is_an_error(row: dict[str, object], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        example_of(row, ())
+
+
+def test_guards_do_not_read_preferences() -> None:
+    example = example_of({"prompt": "p", "chosen": "c", "rejected": "c", "label": 1}, ("harm",))
+    assert (example.messages, example.rejected) == ((user("p"),), None)

@@ -27,6 +27,7 @@ validation = ["b.jsonl"]
 limit = 100
 partial_labels = true
 label_of = { "a.jsonl" = "hate" }
+benign = []
 [adapter]
 kind = "lst"
 role = "guard"
@@ -55,6 +56,9 @@ class_weights = "balanced"
 soft_weight = 0.5
 temperature = 2.0
 targets = "prefixes"
+objective = "sft"
+beta = 0.1
+kl_weight = 0.0
 cache_taps = false
 checkpoint_seconds = 5
 [teacher]
@@ -291,3 +295,21 @@ def test_what_is_for_guards_is_refused_for_aligners(tmp_path: Path, section: str
 )
 def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
     assert read_recipe(path).name
+
+
+@pytest.mark.parametrize(
+    ("role", "text", "problem"),
+    [
+        ("guard", "objective = 'dpo'", "objective: for aligners only, and role is 'guard'"),
+        ("guard", "kl_weight = 0.5", "kl_weight: for aligners only, and role is 'guard'"),
+        ("align", "beta = 0.5", "beta does nothing for objective 'sft'"),
+        ("align", "objective = 'ppo'", "training.objective: Input should be 'sft' or 'dpo'"),
+        ("align", "objective = 'dpo'\nbeta = 0", "training.beta: Input should be greater"),
+        ("align", "objective = 'dpo'\nbeta = nan", "training.beta: Input should be"),
+        ("align", "kl_weight = -1.0", "training.kl_weight: Input should be"),
+        ("align", "kl_weight = 0.5", "kl_weight and data.benign belong together"),
+    ],
+)
+def test_objectives_are_checked(tmp_path: Path, role: str, text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        read(tmp_path, f"{LEAST}[adapter]\nrole = '{role}'\n[training]\n{text}\n")

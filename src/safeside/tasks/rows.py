@@ -2,7 +2,9 @@
 
 A row is one JSON object a line, in a ``.jsonl`` or ``.jsonl.gz`` file, in one of four shapes: ``{"prompt",
 "response"?}``, ``{"text"}``, ``{"document", "summary"}`` or ``{"messages": [{"role", "content"}, ...]}``; plus
-``"label"`` (0 or 1, a list of them, or an object from label to 0 or 1) and, for distillation, ``"soft"`` scores.
+``"label"`` (0 or 1, a list of them, or an object from label to 0 or 1) and, for distillation, ``"soft"`` scores.  An
+aligner's rows may also be preferences, ``{"prompt", "chosen", "rejected"}``, or ``{"chosen", "rejected"}`` that are
+whole conversations and differ in their last message.
 """
 
 from __future__ import annotations
@@ -89,6 +91,32 @@ def _shaped(values: Mapping[str, object]) -> tuple[Message, ...]:
     raise InputError(f"no known shape: found {shortened(sorted(values))}; expected {_SHAPES}")
 
 
+def preference_of(values: Mapping[str, object]) -> tuple[tuple[Message, ...], Message]:
+    """The conversation that ends with the chosen answer, and the rejected answer in its place.
+
+    Answers that are missing, empty or the same, and conversations that differ before them, are an InputError.
+    """
+    missing = [name for name in ("chosen", "rejected") if name not in values]
+    if missing:
+        raise InputError(f"a preference without {' and '.join(map(repr, missing))}; expected both answers")
+    if isinstance(values["chosen"], list) or isinstance(values["rejected"], list):
+        chosen, rejected = _listed_messages(values["chosen"]), _listed_messages(values["rejected"])
+        if chosen[:-1] != rejected[:-1]:
+            raise InputError("'chosen' and 'rejected' differ before their last message; expected one prompt for both")
+    else:
+        if "prompt" not in values:
+            raise InputError("a preference with no 'prompt'; expected one, or both answers as whole conversations")
+        prompt = Message("user", _text(values, "prompt"))
+        chosen, rejected = ((prompt, Message("assistant", _text(values, name))) for name in ("chosen", "rejected"))
+    for messages in (chosen, rejected):
+        check_messages(messages)
+        if messages[-1].role != "assistant":
+            raise InputError(f"a preference ends with a message of role {messages[-1].role!r}; expected 'assistant'")
+    if chosen[-1].content.strip() == rejected[-1].content.strip():
+        raise InputError(f"'chosen' and 'rejected' are the same: {shortened(chosen[-1].content)}; expected two answers")
+    return chosen, rejected[-1]
+
+
 def _listed_messages(listed: object) -> tuple[Message, ...]:
     if not isinstance(listed, list) or not all(isinstance(item, dict) and "role" in item for item in listed):
         raise InputError("messages must be a list of {'role', 'content'} objects")
@@ -111,6 +139,9 @@ def example_of(
 
     With ``partial`` an object of labels may leave some out, but not all: those are NaN.
     """
+    if not labels and not {"chosen", "rejected"}.isdisjoint(values):
+        messages, rejected = preference_of(values)
+        return Example(messages, rejected=rejected, line=line)
     messages = messages_of(values)
     if not labels:
         return Example(messages, line=line)

@@ -74,3 +74,13 @@ def answer_loss(
     """Mean negative log-likelihood (nats) of the answer tokens: position t predicts token t + 1."""
     targets = torch.where(is_answer, ids, -100)[:, 1:]
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
+
+
+def dpo_losses(
+    ratios_chosen: Float[Tensor, " B"], ratios_rejected: Float[Tensor, " B"], beta: float
+) -> Float[Tensor, " B"]:
+    """The loss of each pair in direct preference optimisation (Rafailov et al. 2023, equation 7).
+
+    A ratio is ``log p(answer) - log p_reference(answer)``, summed over the answer's tokens (nats).
+    """
+    return -F.logsigmoid(beta * (ratios_chosen.float() - ratios_rejected.float()))

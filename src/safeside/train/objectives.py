@@ -1,4 +1,4 @@
-"""What training minimises and what it maximises on validation rows, for guards and for aligners."""
+"""What training minimises and what it maximises on validation rows, of guards; for aligners see ``alignment``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from safeside.base.model import Base
 from safeside.errors import ConfigError
-from safeside.train.losses import answer_loss, balanced_weight, guard_loss, prefix_weights
+from safeside.train.alignment import AlignmentLoss, answer_starts
+from safeside.train.losses import balanced_weight, guard_loss, prefix_weights
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
 from safeside.train.taps import Batch, Source, make_batch
@@ -30,8 +31,10 @@ class Objective:
     """A figure to maximise on validation rows."""
     metric: str
     """Its name."""
-    weights: list[float] | None
+    weights: Sequence[float] | None
     """How much of the mean each row is, where a loss is a mean over more than rows."""
+    lengths: Sequence[int]
+    """Tokens of each row."""
 
 
 def objective_of(base: Base, sources: Sequence[Source], splits: Sequence[Rows], recipe: Recipe) -> Objective:
@@ -44,23 +47,16 @@ def objective_of(base: Base, sources: Sequence[Source], splits: Sequence[Rows], 
             guard_metric(base, validation_source, validation),
             "auroc",
             None if bool((known == train.labels.shape[1]).all()) else known.double().tolist(),
+            train.lengths,
         )
-    return Objective(
-        answer_objective(base, source, train),
-        answer_metric(base, validation_source, validation),
-        "negative answer loss (nats)",
-        [length - start for length, start in zip(train.lengths, train.answer_starts, strict=True)],
-    )
+    learnt = AlignmentLoss(base, source, train, recipe.training)
+    held_out = AlignmentLoss(base, validation_source, validation, recipe.training)
+    return Objective(learnt, held_out.metric, held_out.name, learnt.weights, learnt.lengths)
 
 
 def _last(values: Tensor, batch: Batch) -> Tensor:
     """The entry at each row's last kept token: (B, T, K) to (B, K)."""
     return values[torch.arange(len(batch.rows), device=values.device), batch.keep.sum(1) - 1]
-
-
-def _answer_starts(rows: Rows, batch: Batch) -> Tensor:
-    """(B,), the index of each row's first answer token, where the batch is."""
-    return torch.tensor([rows.answer_starts[row] for row in batch.rows], device=batch.ids.device)
 
 
 def guard_objective(base: Base, source: Source, rows: Rows, recipe: Recipe) -> Callable[[Sequence[int]], Tensor]:
@@ -83,7 +79,7 @@ def guard_objective(base: Base, source: Source, rows: Rows, recipe: Recipe) -> C
         labels = rows.labels[chosen].to(base.device)
         logits, token_weight = _last(output.logits, batch), None
         if training.targets == "prefixes":
-            weights = prefix_weights(batch.keep, _answer_starts(rows, batch))
+            weights = prefix_weights(batch.keep, answer_starts(rows, batch))
             of_row, place = weights.nonzero(as_tuple=True)
             logits, token_weight = output.logits[of_row, place], weights[of_row, place]
             labels, soft = labels[of_row], soft[of_row] if soft is not None else None
@@ -126,53 +122,5 @@ def guard_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]:
             return math.nan
         columns = zip(labels.T, logits.T, known.T, strict=True)
         return float(np.mean([roc_auc_score(label[some], logit[some]) for label, logit, some in columns]))
-
-    return metric_of
-
-
-def answer_logits(base: Base, source: Source, batch: Batch) -> Tensor:
-    """Next-token logits (B, T, V) of the base with the source's aligner at strength 1."""
-    forward = source(batch)
-    assert forward.base_state is not None
-    assert forward.output.delta is not None
-    mixed = forward.base_state.float() + forward.output.delta.float()
-    return base.head_logits(mixed.to(base.dtype))
-
-
-def answer_mask(rows: Rows, batch: Batch) -> Tensor:
-    """(B, T), True at the tokens of each row's answer."""
-    places = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    return batch.keep & (places >= _answer_starts(rows, batch)[:, None])
-
-
-def _check_answers(rows: Rows) -> None:
-    if any(start >= length for start, length in zip(rows.answer_starts, rows.lengths, strict=True)):
-        raise ConfigError("An aligner learns from answers: every row needs 'prompt' and 'response'. Check the data.")
-
-
-def answer_objective(base: Base, source: Source, rows: Rows) -> Callable[[Sequence[int]], Tensor]:
-    """The loss of some rows: of the tokens of their answers under the mixed distribution at strength 1."""
-    _check_answers(rows)
-
-    def loss_of(some: Sequence[int]) -> Tensor:
-        batch = make_batch(base, rows.ids, some)
-        return answer_loss(answer_logits(base, source, batch), batch.ids, answer_mask(rows, batch))
-
-    return loss_of
-
-
-def answer_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]:
-    """Minus the mean loss (nats) of the answer tokens of ``rows``."""
-    _check_answers(rows)
-
-    def metric_of() -> float:
-        total, count = 0.0, 0
-        for start in range(0, len(rows.ids), 32):
-            batch = make_batch(base, rows.ids, range(start, min(start + 32, len(rows.ids))))
-            mask = answer_mask(rows, batch)
-            n_tokens = int(mask.sum())
-            total += float(answer_loss(answer_logits(base, source, batch), batch.ids, mask)) * n_tokens
-            count += n_tokens
-        return -total / count
 
     return metric_of

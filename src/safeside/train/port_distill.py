@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safeside.adapters.adapter import GuardHead
+from safeside.train.alignment import answer_logits, answer_mask
 from safeside.train.loop import Loop, Progress
 from safeside.train.losses import guard_loss
-from safeside.train.objectives import answer_logits, answer_mask
 from safeside.train.port_text import PortSettings, PortText, Side
 from safeside.train.recipe import TrainingSection
 from safeside.train.taps import StoredTaps

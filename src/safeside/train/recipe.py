@@ -53,6 +53,11 @@ class DataSection(_Section):
     """Whether a row's ``label`` object may leave labels out: what a row does not know is not learnt from it."""
     label_of: dict[str, str] = {}
     """By file, the one label that its rows know: their ``label`` is 0 or 1 of that label, the others are unknown."""
+    benign: tuple[str, ...] = ()
+    """For aligners: files of harmless rows, answered or not, on which ``kl_weight`` holds them near the base.
+
+    Every tenth row is for validation.
+    """
 
     @model_validator(mode="after")
     def _files_or_task(self) -> DataSection:
@@ -152,6 +157,12 @@ class TrainingSection(_Section):
     """Divides the logits of guard and soft targets in that share; above 1 it stresses how sure the bigger guard is."""
     targets: Literal["end", "prefixes"] = "end"
     """Where a guard's loss is taken: at the last token, or half there and half on all tokens of the answer."""
+    objective: Literal["sft", "dpo"] = "sft"
+    """What an aligner learns: answers (of preferences the chosen ones), or to prefer the chosen to the rejected one."""
+    beta: float = Field(0.1, gt=0)
+    """Of ``dpo``: how dear it is to leave the base, which is the reference."""
+    kl_weight: float = Field(0.0, ge=0)
+    """Weight of the divergence from the base on benign rows; each counts as much as a training row (``sft``: token)."""
     cache_taps: bool | Literal["keep"] = True
     """Compute the base's states once, store them in a memory-mapped file beside the adapter, and train from there.
 
@@ -240,17 +251,32 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_the_role(self) -> Recipe:
-        if self.adapter.role == "align":
-            for_guards = {
-                "class_weights": self.training.class_weights != "none",
-                "soft_weight": self.training.soft_weight,
-                "targets": self.training.targets != "end",
-            }
-            given = [field for field, is_set in for_guards.items() if is_set]
-            if self.calibration != CalibrationSection():
-                given.append("calibration")
-            if given:
-                raise ValueError(f"{' and '.join(given)}: for guards only, and role is 'align'; leave out")
+        training = self.training
+        of_role = {
+            "guard": {
+                "class_weights": training.class_weights != "none",
+                "soft_weight": training.soft_weight,
+                "targets": training.targets != "end",
+                "calibration": self.calibration != CalibrationSection(),
+            },
+            "align": {
+                "objective": training.objective != "sft",
+                "beta": training.beta != TrainingSection.model_fields["beta"].default,
+                "kl_weight": training.kl_weight,
+                "data.benign": self.data.benign,
+            },
+        }
+        for role, fields in of_role.items():
+            given = [field for field, is_set in fields.items() if is_set]
+            if given and role != self.adapter.role:
+                kind = {"guard": "guards", "align": "aligners"}[role]
+                raise ValueError(
+                    f"{' and '.join(given)}: for {kind} only, and role is {self.adapter.role!r}; leave out"
+                )
+        if of_role["align"]["beta"] and training.objective != "dpo":
+            raise ValueError("beta does nothing for objective 'sft'; leave it out, or set objective = 'dpo'")
+        if bool(training.kl_weight) != bool(self.data.benign):
+            raise ValueError("kl_weight and data.benign belong together: a weight, and the rows that it acts on")
         return self
 
     def adapter_config(self, base: Base) -> AdapterConfig:

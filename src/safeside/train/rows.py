@@ -29,6 +29,20 @@ class Rows:
     """Rows beyond the base's context."""
     examples: list[Example] = field(default_factory=list)
     """The rows before they were encoded."""
+    rejected: Rows | None = None
+    """Of preferences: row by row the same prompt with the rejected answer."""
+    benign: Rows | None = None
+    """For aligners: harmless rows on which they are held near the base."""
+
+    @property
+    def parts(self) -> list[Rows]:
+        """These rows, the rejected ones and the benign ones: those that there are."""
+        return [part for part in (self, self.rejected, self.benign) if part is not None]
+
+    @property
+    def texts(self) -> list[tuple[int, ...]]:
+        """Token ids of everything that the base has to read: the ids of all ``parts``, one after the other."""
+        return [ids for part in self.parts for ids in part.ids]
 
     @property
     def lengths(self) -> list[int]:
@@ -43,4 +57,5 @@ class Rows:
             labels=self.labels[list(places)],
             soft=None if self.soft is None else self.soft[list(places)],
             examples=[self.examples[place] for place in places] if self.examples else [],
+            rejected=None if self.rejected is None else self.rejected.chosen(places),
         )

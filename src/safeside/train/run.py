@@ -29,6 +29,7 @@ from safeside.train.taps import FINAL, LiveTaps, Source, StoredTaps, TapStore, k
 from safeside.train.teacher import teacher_scores
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HELD_OUT = 10  # of an aligner's benign rows every tenth is for validation
 TAPS = "taps"  # a folder in the adapter's own, while the run lasts
 
 
@@ -49,7 +50,7 @@ class Run:
     validation_metric: str
     """What ``outcome.best_metric`` measures."""
     benign: Rows | None = None
-    """Harmless rows of the presets, if the recipe names any, and which were left out."""
+    """Harmless rows of a guard's presets, or that an aligner was held near the base on, and which were left out."""
 
     @property
     def splits(self) -> list[Rows]:
@@ -83,7 +84,7 @@ def run_recipe(
     objective = objective_of(base, sources[:2], (train, validation), recipe)
     loop = Loop(
         adapter,
-        train.lengths,
+        objective.lengths,
         objective.loss_of,
         objective.metric_of,
         recipe.training,
@@ -105,9 +106,20 @@ def run_recipe(
 
 
 def _splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], folder: Path) -> list[Rows]:
-    """Training rows with their soft targets, validation rows and, if the recipe names any, benign rows."""
+    """Training rows with their soft targets, validation rows and, if the recipe names any, benign rows.
+
+    An aligner's benign rows are part of the other two as well: every tenth of validation.
+    """
     train, validation = load_splits(base, recipe, root, labels)
+    if recipe.training.objective == "sft":
+        train.rejected = validation.rejected = None  # of preferences the chosen answers are learnt
     benign = load_benign(base, recipe, root, labels)
+    if benign is not None and recipe.adapter.role == "align":
+        if len(benign.ids) < 2:
+            raise ConfigError(f"data.benign has {len(benign.ids)} usable row; expected 2 or more. Add rows.")
+        held_out = range(0, len(benign.ids), _HELD_OUT)
+        validation.benign = benign.chosen(held_out)
+        train.benign = benign.chosen([place for place in range(len(benign.ids)) if place not in held_out])
     if recipe.teacher:
         train = teacher_scores(base, recipe, (train, validation), folder)
     return [train, validation, *([benign] if benign is not None else [])]
@@ -126,9 +138,9 @@ def _identity(base: Base, config: AdapterConfig, recipe: Recipe, splits: Sequenc
     """Hash of what a checkpoint hangs on beside the training settings: base, adapter, rows and what they teach."""
     rows = [
         [
-            key_of(base, split.ids, ()),
+            key_of(base, split.texts, ()),
             split.labels.tolist(),
-            split.answer_starts,
+            [part.answer_starts for part in split.parts],
             None if split.soft is None else split.soft.tolist(),
         ]
         for split in splits
@@ -160,17 +172,19 @@ def _sources(
     folder: Path,
     advance: Callable[[int], None],
 ) -> list[Source]:
+    """Where each split's states come from.  An aligner's benign rows are read with those of the other two."""
+    splits = splits[:2] if adapter.config.role == "align" else splits
     if not recipe.training.cache_taps:
         live = LiveTaps(base, adapter)
         return [live for _ in splits]
     layers = (*adapter.config.layers, *([FINAL] if adapter.config.role == "align" else []))
     place = make_folder(folder / TAPS)
-    n_bytes = sum(stored_bytes(base, rows.ids, layers) for rows in splits)
+    n_bytes = sum(stored_bytes(base, rows.texts, layers) for rows in splits)
     free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in place.iterdir())
     note(f"the states of {base.name} take {n_bytes / 1e6:,.0f} MB in {place} ({free / 1e6:,.0f} MB are free)")
     if n_bytes > free:
         raise ConfigError(f"{place} has no room for {n_bytes / 1e6:,.0f} MB. Make room, or set cache_taps = false.")
-    return [StoredTaps(TapStore.build(base, rows.ids, layers, place, advance=advance), adapter) for rows in splits]
+    return [StoredTaps(TapStore.build(base, rows.texts, layers, place, advance=advance), adapter) for rows in splits]
 
 
 def _clean_up(folder: Path, delete_taps: bool) -> None:
@@ -190,6 +204,17 @@ def _data_name(recipe: Recipe) -> str:
     return f"task {data.task}" + (f" ({', '.join(data.sources)})" if data.sources else "")
 
 
+def _aligner_facts(recipe: Recipe, train: Rows) -> dict[str, str]:
+    """What an aligner's provenance says of its loss."""
+    training = recipe.training
+    if recipe.adapter.role != "align":
+        return {}
+    learnt = f"dpo, beta {training.beta:g}" if training.objective == "dpo" else "sft"
+    if train.benign is None:
+        return {"objective": learnt}
+    return {"objective": f"{learnt}, KL to the base x {training.kl_weight:g} on {len(train.benign.ids)} benign rows"}
+
+
 def _facts(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[str, str]:
     """What the artifact's provenance and card say of the run."""
     return {
@@ -197,6 +222,7 @@ def _facts(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[s
         "seed": str(recipe.seed),
         "train_rows": str(len(train.ids)),
         "train_data": _data_name(recipe),
+        **_aligner_facts(recipe, train),
         f"validation {metric}": f"{outcome.best_metric:.4f}",
         "train_seconds": f"{outcome.train_seconds:.1f}",
         "peak_bytes": str(outcome.peak_bytes),

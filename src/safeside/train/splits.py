@@ -30,29 +30,55 @@ def find_data(name: str, root: Path) -> Path:
 
 
 def encode_rows(base: Base, examples: Sequence[Example], limit: int | None = None, seed: int = 0) -> Rows:
-    """Token ids and labels of ``examples``; rows that are bad or beyond the base's context are left out and counted."""
-    encoded: list[tuple[Example, Encoded]] = []
+    """Token ids and labels of ``examples``; rows that are bad or beyond the base's context are left out and counted.
+
+    A preference is one row: it is left out when either of its answers is too long.  Rows with a rejected answer and
+    rows without are a ConfigError in one set.
+    """
+    encoded: list[tuple[Example, tuple[Encoded, ...]]] = []
     bad: list[BadRow] = []
     for example in examples:
         try:
-            encoded.append((example, base.encode(example.messages)))
+            encoded.append((example, _encoded_texts(base, example)))
         except InputError as error:
             bad.append(BadRow(example.line, str(error)))
-    fitting = [pair for pair in encoded if len(pair[1].ids) <= base.max_tokens]
+    fitting = [pair for pair in encoded if all(len(text.ids) <= base.max_tokens for text in pair[1])]
     n_too_long = len(encoded) - len(fitting)
     if limit is not None and len(fitting) > limit:
         fitting = random.Random(seed).sample(fitting, limit)
     soft = [example.soft for example, _ in fitting]
     known = [values for values in soft if values is not None]
-    return Rows(
-        ids=[item.ids for _, item in fitting],
-        answer_starts=[item.answer_start for _, item in fitting],
+    rows = Rows(
+        ids=[texts[0].ids for _, texts in fitting],
+        answer_starts=[texts[0].answer_start for _, texts in fitting],
         labels=torch.tensor([example.labels for example, _ in fitting], dtype=torch.float32),
         soft=torch.tensor(known, dtype=torch.float32) if known and len(known) == len(soft) else None,
         bad=bad,
         n_too_long=n_too_long,
         examples=[example for example, _ in fitting],
     )
+    worse = [texts[1] for _, texts in fitting if len(texts) > 1]
+    if worse and len(worse) < len(fitting):
+        single = next(example.line for example, texts in fitting if len(texts) == 1)
+        raise ConfigError(
+            f"{len(worse)} rows are preferences and {len(fitting) - len(worse)} are not (line {single}); expected one "
+            "kind. Put them into runs of their own."
+        )
+    if worse:
+        starts = [text.answer_start for text in worse]
+        rows.rejected = Rows([text.ids for text in worse], starts, torch.zeros(len(worse), 0), None)
+    return rows
+
+
+def _encoded_texts(base: Base, example: Example) -> tuple[Encoded, ...]:
+    """The encoded row; of a preference, the chosen and the rejected text."""
+    text = base.encode(example.messages)
+    if example.rejected is None:
+        return (text,)
+    worse = base.encode((*example.messages[:-1], example.rejected))
+    if worse.ids == text.ids:
+        raise InputError("'chosen' and 'rejected' are the same tokens; expected two answers")
+    return text, worse
 
 
 def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
@@ -72,8 +98,11 @@ def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
 
 
 def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> Rows | None:
-    """The harmless rows that a recipe names for the presets, labelled or not; None if it names none."""
-    names = recipe.calibration.benign
+    """The harmless rows that a recipe names, labelled or not; None if it names none.
+
+    A guard's presets are promised on them, an aligner is held near the base on them.
+    """
+    names = recipe.calibration.benign or recipe.data.benign
     if not names:
         return None
     found = [load_kind(find_data(name, root), labels, is_harmful=False) for name in names]
