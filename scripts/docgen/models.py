@@ -37,7 +37,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "modes.*.promise": Promise,
     "modes.*.maps": ProbabilityMap,
 }
-_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "value"}
 _FLAT_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
 
 

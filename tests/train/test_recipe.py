@@ -139,7 +139,12 @@ def test_every_field_is_read_as_it_stands(tmp_path: Path) -> None:
     assert set(Recipe.model_fields) == set(written)
     for section in ("base", "data", "training", "teacher", "calibration"):
         assert set(values[section]) == set(written[section])
-    assert set(type(recipe.adapter).model_fields) - set(written["adapter"]) == {"size", "n_taps", "reduction", *OF_ALIGNERS}
+    assert set(type(recipe.adapter).model_fields) - set(written["adapter"]) == {
+        "size",
+        "n_taps",
+        "reduction",
+        *OF_ALIGNERS,
+    }
 
 
 def test_most_fields_have_defaults(tmp_path: Path) -> None:
@@ -239,7 +244,11 @@ def test_every_dimension_reaches_the_adapter(tmp_path: Path, tiny_base: Base) ->
     config = recipe.adapter_config(tiny_base)
     assert config_of(tmp_path, tiny_base, "kind = 'rtb'\nbottleneck = 16").bottleneck == 16
     of_training = {"start", "start_rows"}
-    fields = set(type(recipe.adapter).model_fields) - {"size", "n_taps", "reduction", "bottleneck", *OF_ALIGNERS} - of_training
+    fields = (
+        set(type(recipe.adapter).model_fields)
+        - {"size", "n_taps", "reduction", "bottleneck", *OF_ALIGNERS}
+        - of_training
+    )
     for field in fields:
         assert config.model_dump()[field] == recipe.adapter.model_dump()[field]
     assert config.name == "harm"

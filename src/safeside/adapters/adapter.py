@@ -207,6 +207,8 @@ class Adapter(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights; tapped states are cast to it."""
+        if isinstance(self.head, DirectHead):
+            return next(self.parameters()).dtype
         return self.head.norm.weight.dtype  # walking parameters() for one would cost more than a tap
 
     @property
