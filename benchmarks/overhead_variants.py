@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 from transformers.initialization import no_init_weights
 
 from geometry import PUBLISHED
-from safeside.adapters.adapter import Adapter, dtype_beside
+from safeside.adapters.adapter import Adapter
 from safeside.adapters.blocks import attention_bias
 from safeside.adapters.config import AdapterConfig
 from safeside.adapters.sizing import (
@@ -114,7 +114,7 @@ class Guarded(Alone):
     def __init__(self, base: Base, config: AdapterConfig) -> None:
         super().__init__(base)
         with torch.device(base.device):
-            guard = Adapter(config).to(dtype_beside(base)).eval().requires_grad_(False)
+            guard = Adapter(config).to(base.dtype).eval().requires_grad_(False)
         self.extra_matmuls = flops_share(base, guard)
         self.attachment = attach(base, guards=[guard])
 

@@ -6,6 +6,8 @@ the start; ``x_l = Block_l(m_l)``.  Layer 0 is the embedding; when it is not tap
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -42,22 +44,23 @@ class Lst(nn.Module):
         """Keep the projected state, D / r wide; of a few tokens the state itself, to project all taps in one go."""
         tape.hidden[layer] = hidden if tape.is_short else self.taps[str(layer)](hidden)
 
-    def _projected(self, tape: Tape) -> list[Float[Tensor, "B T d"]]:
-        kept = [tape.hidden[layer] for layer in (self.first, *self.rungs)]
-        if not tape.is_short:
-            return kept
-        together = normed(torch.stack(kept)).unbind()
-        return [tap.project(state) for tap, state in zip(self.taps.values(), together, strict=True)]  # type: ignore[operator]
+    def _project_kept(self, tape: Tape) -> None:
+        layers = (self.first, *self.rungs)
+        together = normed(torch.stack([tape.hidden[layer] for layer in layers])).unbind()
+        for layer, state in zip(layers, together, strict=True):
+            tape.hidden[layer] = cast(TapProjection, self.taps[str(layer)]).project(state)
 
     def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T d"]:
-        states, *others = self._projected(tape)
+        if tape.is_short:
+            self._project_kept(tape)
+        states = tape.hidden[self.first]
         rotary, bias = self.rotary(tape.positions), attention_bias(tape.attend, states.dtype)
         if not self.rungs:
             return self.blocks[0](states, rotary, bias, cache, 0)  # type: ignore[no-any-return]
         mu = torch.sigmoid(torch.stack(tuple(self.gates)).float() / _GATE_TEMPERATURE).to(states.dtype)
         shares = zip(mu, 1 - mu, strict=True)  # of the ladder and of the tap, for all rungs at once
-        for index, (tap, (own, tapped), block) in enumerate(zip(others, shares, self.blocks, strict=True)):
-            states = block(own * states + tapped * tap, rotary, bias, cache, index)
+        for index, (layer, (own, tapped), block) in enumerate(zip(self.rungs, shares, self.blocks, strict=True)):
+            states = block(own * states + tapped * tape.hidden[layer], rotary, bias, cache, index)
         return states
 
 
