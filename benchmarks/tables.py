@@ -112,6 +112,37 @@ def overhead_table(path: Path) -> str:
     return head + _table(["over the base", *(str(name) for name in variants), "goal of the guards"], lines)
 
 
+def guards_table(path: Path) -> str:
+    """Mean test AUROC of every method by task and base, and what the distilled ladder gains over the standalones."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows = [row for row in result["rows"] if row["part"] == "methods"]
+    places = dict.fromkeys((row["task"], row["base"]) for row in rows)
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [_chosen(rows, "auroc", task, str(method), base) for task, base in places]
+        lines.append([f"{method}", *(f"{_mean(some):.3f}" if some else "" for some in found)])
+    gains = [_chosen(rows, "gain_over_best_standalone", task, "lst_distilled", base) for task, base in places]
+    against = "`lst_distilled` over the best standalone"
+    lines.append([against, *(f"{_signed(gain[0])} ({gain[0]['against']})" if gain else "" for gain in gains)])
+    n_seeds = len({row["seed"] for row in rows if row["method"] == "lst_distilled" and row["metric"] == "auroc"})
+    facts = result["notes"]["parts"]["methods"]
+    head = (
+        f"AUROC on test rows, mean of {n_seeds} seeds (one where nothing is drawn). Last line: difference, and its 95% "
+        f"interval by a paired bootstrap over rows and seeds. Commit `{facts['commit']}`, {facts['machine']}.\n\n"
+    )
+    return head + _table(["method", *(f"{task}, {base}" for task, base in places)], lines)
+
+
+def _signed(row: Row) -> str:
+    return f"{float(row['value']):+.3f} ({float(row['low']):+.3f} to {float(row['high']):+.3f})"
+
+
+def _mean(rows: Sequence[Row]) -> float:
+    return sum(float(row["value"]) for row in rows) / len(rows)
+
+
 def _place(row: Row) -> tuple[object, ...]:
     return row["geometry"], row["phase"], row["batch"]
 
@@ -126,6 +157,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "geometry": geometry_table,
     "taps": taps_table,
     "overhead": overhead_table,
+    "guards": guards_table,
 }
 
 
@@ -153,15 +185,22 @@ def _absent(path: Path) -> str:
     return f"*No figures yet: there is no `benchmarks/results/{path.name}`. `make bench-{path.stem}` writes it.*"
 
 
-def _chosen(rows: Sequence[Row], metric: str, task: object, method: str) -> list[Row]:
-    return [row for row in rows if row["metric"] == metric and row["method"] == method and task in (None, row["task"])]
+def _chosen(rows: Sequence[Row], metric: str, task: object, method: str, base: object = None) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["metric"] == metric
+        and row["method"] == method
+        and task in (None, row["task"])
+        and base in (None, row["base"])
+    ]
 
 
 def _auroc_cell(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
-    mean = sum(float(row["value"]) for row in rows) / len(rows)
-    return f"{mean:.3f} ({min(float(row['low']) for row in rows):.3f} to {max(float(row['high']) for row in rows):.3f})"
+    low, high = min(float(row["low"]) for row in rows), max(float(row["high"]) for row in rows)
+    return f"{_mean(rows):.3f} ({low:.3f} to {high:.3f})"
 
 
 def _share(rows: Sequence[Row]) -> str:

@@ -65,6 +65,28 @@ def test_taps_table_tells_the_speed_up(results: Path) -> None:
     assert "| states stored once (storing included) | 20.0 | 2.00x (1.90 to 2.10) |" in table
 
 
+def test_guards_table_tells_means_and_the_gain(results: Path) -> None:
+    place = {"part": "methods", "task": "hate"}
+    rows = [
+        figure("auroc", value, **place, base=base, method=method, seed=seed)
+        for base, offset in (("builtin", 0.0), ("minilm", 0.1))
+        for method, values in {"lst_distilled": (0.8, 0.82), "tfidf": (0.7,)}.items()
+        for seed, value in enumerate(offset + value for value in values)
+    ]
+    gain = {**figure("gain_over_best_standalone", 0.02, **place, method="lst_distilled"), "against": "standalone"}
+    other = {**figure("auroc", 0.1, method="map"), "part": "port", "source": "builtin", "target": "minilm"}
+    path = results / "guards.json"
+    parts = {"methods": {"commit": "abc", "machine": "a CPU"}}
+    path.write_text(json.dumps({"rows": [*rows, gain, other], "notes": {"parts": parts}}))
+    table = tables.guards_table(path)
+    assert "| method | hate, builtin | hate, minilm |" in table
+    assert "| lst_distilled | 0.810 | 0.910 |" in table
+    assert "| tfidf | 0.700 | 0.800 |" in table
+    assert "over the best standalone | +0.020 (-0.080 to +0.120) (standalone) |  |" in table
+    assert "mean of 2 seeds" in table
+    assert "map" not in table
+
+
 def test_overhead_table_tells_ratios_goals_and_shares(results: Path) -> None:
     place = {"geometry": "Big-7B", "phase": "decode", "batch": 8}
     rows = [
