@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from safeside import Message
-from safeside.chat import PLAIN_TEMPLATE, Encoded, encode_chat, pad_batch
+from safeside.chat import PLAIN_TEMPLATE, Encoded, any_overlap, encode_chat, pad_batch
 from safeside.errors import InputError
 from tokenizers_for_tests import KINDS, Kind, llama2_style, project_style, shared_tokenizer, unigram_style
 
@@ -306,3 +306,33 @@ def test_pad_batch_keeps_every_token(rows: list[list[int]], left: bool) -> None:
     assert bool((ids[~keep] == 0).all())
     falling = keep.flip(1) if left else keep
     assert bool((falling[:, :-1] | ~falling[:, 1:]).all())
+
+
+# ---- many turns ------------------------------------------------------------------------------------------------------
+
+
+def spans_of(lengths: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Rising spans that never meet, from the gap before each and its length."""
+    spans, position = [], 0
+    for gap, length in lengths:
+        spans.append((position + gap, position + gap + length))
+        position += gap + length
+    return spans
+
+
+lengths = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=6).map(spans_of)
+
+
+@given(contents=lengths, spans=lengths)
+@settings(max_examples=300, derandomize=True)
+def test_overlap_is_that_of_the_slow_twin(contents: list[tuple[int, int]], spans: list[tuple[int, int]]) -> None:
+    expected = any(max(start, first) < min(stop, last) for start, stop in contents for first, last in spans)
+    assert any_overlap(contents, spans) == expected
+
+
+def test_the_turns_of_a_conversation_are_not_compared_with_each_other() -> None:
+    """40,000 turns with 80,000 control tokens between them: pair by pair that would take a quarter of an hour."""
+    contents = [(10 * turn + 4, 10 * turn + 6) for turn in range(40_000)]
+    control = [span for start, stop in contents for span in ((start - 3, start), (stop, stop + 3))]
+    assert not any_overlap(contents, control)
+    assert any_overlap(contents, [*control, (contents[-1][1] - 1, contents[-1][1] + 1)])

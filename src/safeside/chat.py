@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -195,8 +196,7 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) 
         ids, spans = _tokenize(tokenizer, "".join(piece.text for piece in pieces), is_content=False)
         control = _control_ids(tokenizer)
         covered = [span for token, span in zip(ids, spans, strict=True) if token in control]
-        contents = _content_spans(pieces)
-        if not any(max(start, first) < min(stop, last) for start, stop in contents for first, last in covered):
+        if not any_overlap(_content_spans(pieces), covered):
             return ids
     return [
         token
@@ -207,6 +207,20 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) 
             else _tokenize(tokenizer, piece.text, is_content=False)[0]
         )
     ]
+
+
+def any_overlap(contents: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether any of ``spans`` shares a character with one of ``contents``, which rise and never meet.
+
+    Each span is looked up by bisection: a conversation of many turns has thousands of both.
+    """
+    filled = [(start, stop) for start, stop in contents if start < stop]
+    stops = [stop for _, stop in filled]
+    for first, last in spans:
+        place = bisect_right(stops, first)
+        if first < last and place < len(filled) and filled[place][0] < last:
+            return True
+    return False
 
 
 def _content_spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
