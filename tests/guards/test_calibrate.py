@@ -255,6 +255,15 @@ def test_rows_that_score_one_cannot_promise() -> None:
         threshold_with_bound(scores, 0.05)
 
 
+def test_what_is_no_score_has_no_threshold() -> None:
+    broken = np.append(np.linspace(0, 0.5, 290), [np.nan] * 10)
+    for threshold in (threshold_at, threshold_with_bound):
+        with pytest.raises(NotFiniteError, match="is not a number"):
+            threshold(broken, 0.05)
+    with pytest.raises(InputError, match="needs harmless rows; got none"):
+        threshold_at(np.zeros(0), 0.05)
+
+
 # ---- modes -----------------------------------------------------------------------------------------------------------
 
 

@@ -60,8 +60,11 @@ def threshold_at(harmless_scores: Array, false_positive_rate: float) -> float:
     """The lowest threshold that flags at most this share of the harmless rows (flagged means score >= threshold).
 
     It stands a hair above the highest score that passes, for the same text in another batch differs in its last digits.
-    When too many rows score 1 there is none, and that is an InputError.
+    When too many rows score 1 there is none, and that is an InputError; so is no row at all.  A score that is not a
+    number is a NotFiniteError.
     """
+    if not len(harmless_scores):
+        raise InputError("A threshold needs harmless rows; got none. Add rows with label 0.")
     return _above(harmless_scores, int(false_positive_rate * len(harmless_scores)), false_positive_rate)
 
 
@@ -71,7 +74,8 @@ def threshold_with_bound(benign_scores: Array, false_positive_rate: float, confi
     With probability ``confidence`` over the draw of the (n,) benign scores, at most ``false_positive_rate`` of all
     benign texts drawn like them are flagged: the threshold stands above the (k+1)-th highest score, for the largest k
     whose Clopper-Pearson upper bound, k of n, is at most that rate.  Ties can only make it safer.  Too few rows for any
-    threshold are an InputError that says how many it takes; so are too many rows that score 1.
+    threshold are an InputError that says how many it takes; so are too many rows that score 1.  A score that is not a
+    number is a NotFiniteError.
     """
     n_rows, needed = len(benign_scores), rows_needed(false_positive_rate, confidence)
     if n_rows < needed:
@@ -96,6 +100,8 @@ def n_allowed(n_rows: int, false_positive_rate: float, confidence: float = CONFI
 
 def _above(harmless_scores: Array, n_flagged: int, false_positive_rate: float) -> float:
     """The lowest threshold that flags at most ``n_flagged`` of the rows."""
+    if np.isnan(harmless_scores).any():
+        raise NotFiniteError("A harmless row's score is not a number, so there is no threshold. Count such rows as 1.")
     falling = np.sort(harmless_scores)[::-1]
     if falling[n_flagged] >= 1.0:
         raise InputError(
