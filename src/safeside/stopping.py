@@ -105,4 +105,4 @@ def standing_of(rules: Mapping[str, StopRule], scores: Mapping[str, Float[Tensor
     token, name = min(found)
     n_kept = min(rule.n_clear(scores[other][: token + 1]) for other, rule in rules.items())
     run = scores[name][max(0, token + 1 - rules[name].n_consecutive) : token + 1]
-    return Standing(n_kept, Stop(name, token, n_kept, float(run.min())))
+    return Standing(n_kept, Stop(name, token, n_kept, float(run.min()), rules[name].threshold))

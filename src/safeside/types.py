@@ -65,6 +65,8 @@ class Stop:
     """Tokens of the answer before those that met the rule: the ones of ``Completion.text``."""
     score: float
     """The lowest score of the tokens that met the rule; NaN when one could not be scored."""
+    threshold: float = math.nan
+    """The rule's."""
 
 
 @dataclass(frozen=True, slots=True)

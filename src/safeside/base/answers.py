@@ -94,12 +94,24 @@ class Follower(StoppingCriteria):
 
 
 def told_stop(verdicts: Sequence[Verdict], stop: Stop | None) -> tuple[Verdict, ...]:
-    """The verdicts of a row; the stopping guard's last one, on the answer, is flagged and says where it stopped."""
+    """The verdicts of a row; the stopping guard's last one, on the answer, is that of its rule and says where.
+
+    It has mode ``stream``: the score and threshold are those of the rule, whose score no map makes a probability.
+    """
     if stop is None:
         return tuple(verdicts)
     last = max(index for index, verdict in enumerate(verdicts) if verdict.task == stop.guard)
     reason = "; ".join(filter(None, [verdicts[last].reason, f"stopped at token {stop.token}"]))
-    return (*verdicts[:last], replace(verdicts[last], flagged=True, reason=reason), *verdicts[last + 1 :])
+    found = replace(
+        verdicts[last],
+        mode="stream",
+        score=stop.score,
+        threshold=stop.threshold,
+        probability=stop.score,
+        flagged=True,
+        reason=reason,
+    )
+    return (*verdicts[:last], found, *verdicts[last + 1 :])
 
 
 def cut(answer: list[int], stop_ids: set[int]) -> tuple[list[int], bool]:
