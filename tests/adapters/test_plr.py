@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from references import random_states, randomise, reference, whole_tape
 from safeside import Adapter, make_config
 from safeside.adapters.plr import Plr
+from safeside.errors import ConfigError
 
 SAME = 1e-5  # float32 against float64 over one sum of 64 terms
 
 
 def test_a_linear_probe_reads_one_state() -> None:
     """score = sigmoid(w · norm(h) + b), on the last tapped layer only."""
-    guard = randomise(Adapter(make_config(reference(), kind="plr", layers=(1, 3), labels=("a", "b"))))
+    config = make_config(reference(), kind="plr", layers=(3,), labels=("a", "b"))
+    guard = randomise(Adapter(config.model_copy(update={"layers": (1, 3)})))  # as older files may have it
     hidden, tape = random_states(3, 1, 4, 64), whole_tape(1, 4)
     for layer in (1, 3):
         guard.read(tape, layer, hidden[layer])
@@ -48,3 +51,8 @@ def test_an_aligner_has_a_width_and_a_guard_is_a_probe() -> None:
     assert make_config(reference(), kind="plr", role="align").width == 32
     assert make_config(reference(), kind="plr", role="guard").width == 0
     assert make_config(reference(), kind="plr").layers == (3,)
+
+
+def test_layers_that_it_would_not_read_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kind 'plr' reads one layer; got layers \(1, 3\)"):
+        make_config(reference(), kind="plr", layers=(1, 3))

@@ -102,7 +102,7 @@ def make_config(
     ``width`` is given.  Further ``dimensions`` are fields of AdapterConfig.  What does not fit together is a
     ConfigError, and so is what the kind or role would not read.
     """
-    given = {**dimensions, "reduction": reduction, "head_dim": head_dim}
+    given = {**dimensions, "reduction": reduction, "head_dim": head_dim, "layers": layers}
     _check_read(kind, role, {name: value for name, value in given.items() if value is not None})
     reference = reference_of(base) if isinstance(base, Base) else base
     head_dim = 32 if head_dim is None else head_dim
@@ -158,6 +158,9 @@ def _check_read(kind: str, role: str, given: dict[str, object]) -> None:
             raise ConfigError("'reduction' and 'width' both set the width; keep one.")
         if not 1 <= float(str(given["reduction"])) < math.inf:
             raise ConfigError(f"'reduction' must be a number from 1 on; got {given['reduction']}.")
+    layers = given.get("layers")
+    if kind == "plr" and isinstance(layers, tuple | list) and len(layers) > 1:
+        raise ConfigError(f"kind 'plr' reads one layer; got layers {tuple(layers)}. Name the one to read.")
     if kind == "plr" and "tap_rank" in given and not (given.get("width") or _has_default_width(kind, role)):
         raise ConfigError("'tap_rank' does nothing for a linear probe (kind 'plr' without 'width'). Give a width too.")
     if role == "align" and given.get("readout", "last") != "last":
