@@ -161,7 +161,8 @@ def test_each_reading_mode_is_calibrated_by_its_validation_rows(tiny_base: Base,
     write(tmp_path / "guard_train.jsonl", guard_rows(64, 1))
     write(tmp_path / "guard_validation.jsonl", mixed)
     clean = [{"prompt": row["prompt"]} for row in guard_rows(150, 6) if not row["label"]]
-    write(tmp_path / "clean.jsonl", [*clean, "{broken"])
+    learnt = next(row["prompt"] for row in guard_rows(64, 1) if not row["label"])
+    write(tmp_path / "clean.jsonl", [*clean, "{broken", {"prompt": f" {learnt.upper()}"}])
     short = {"training": {"epochs": 1}}
     plain = run_recipe(recipe(**short), data_root=tmp_path, output=tmp_path / "plain", base=tiny_base)
     named = recipe(**short, calibration={"benign": ["clean.jsonl"]})
@@ -184,9 +185,10 @@ def test_each_reading_mode_is_calibrated_by_its_validation_rows(tiny_base: Base,
     found = score_conversations(tiny_base, [loaded], [[Message("user", str(row["prompt"]))] for row in clean])
     scores = np.array([row.by_guard["toy"][0] for row in found])
     assert loaded.thresholds_in("prompt")[0] == pytest.approx(threshold_with_bound(scores, 0.05), abs=1e-4)
-    assert [row.line for row in done.benign.bad] == [len(clean) + 1]
+    assert [row.line for row in done.benign.bad] == [len(clean) + 1, len(clean) + 2]
+    assert "a training row too" in done.benign.bad[1].problem
     assert summary_of(done, 0.01)["presets"] == {"answer": [], "prompt": ["strict"]}
-    assert summary_of(done, 0.01)["bad_rows"] == 1
+    assert summary_of(done, 0.01)["bad_rows"] == 2
 
 
 def test_benign_files_hold_harmless_rows_for_a_guard(tiny_base: Base, data: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def _splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], fol
     train, validation = load_splits(base, recipe, root, labels)
     if recipe.training.objective == "sft":
         train.rejected = validation.rejected = None  # of preferences the chosen answers are learnt
-    benign = load_benign(base, recipe, root, labels)
+    benign = load_benign(base, recipe, root, labels, train)
     if benign is not None and recipe.adapter.role == "align":
         if len(benign.ids) < 2:
             raise ConfigError(f"data.benign has {len(benign.ids)} usable row; expected 2 or more. Add rows.")

@@ -12,6 +12,7 @@ import torch
 from safeside.base.model import Base
 from safeside.chat import Encoded
 from safeside.errors import ConfigError, InputError
+from safeside.tasks.leakage import text_of
 from safeside.tasks.rows import BadRow, for_one_label, load_examples, load_kind
 from safeside.tasks.task import Split, load_task
 from safeside.train.recipe import DataSection, Recipe
@@ -97,17 +98,25 @@ def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
     return train, validation
 
 
-def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> Rows | None:
+def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], train: Rows) -> Rows | None:
     """The harmless rows that a recipe names, labelled or not; None if it names none.
 
-    A guard's presets are promised on them, an aligner is held near the base on them.
+    A guard's presets are promised on them: rows whose text is among the training rows ``train`` promise nothing for
+    others and are bad rows.  An aligner is held near the base on them.
     """
     names = recipe.calibration.benign or recipe.data.benign
     if not names:
         return None
     found = [load_kind(find_data(name, root), labels, is_harmful=False) for name in names]
-    examples = [example for some, _ in found for example in some]
-    return _encoded(base, (examples, [row for _, bad in found for row in bad]), None, recipe.seed, ", ".join(names))
+    learnt = set(map(text_of, train.examples)) if recipe.calibration.benign else set()
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    for name, (some, broken) in zip(names, found, strict=True):
+        seen = [example for example in some if text_of(example) in learnt]
+        examples += [example for example in some if text_of(example) not in learnt]
+        bad += broken
+        bad += [BadRow(row.line, f"{name}: a training row too, and a promise rests on unseen rows") for row in seen]
+    return _encoded(base, (examples, bad), None, recipe.seed, ", ".join(names))
 
 
 def _from_files(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
