@@ -241,6 +241,17 @@ def test_aligners_of_other_tokenizers_templates_and_methods_are_refused(
         port_adapter((tiny_base, aligner), sibling, texts(30), DISTILL)
 
 
+def test_rows_that_a_base_refuses_are_left_out_and_counted(
+    tiny_base: Base, sibling: Base, random_guard: Callable[..., Adapter]
+) -> None:
+    refused = Example((Message("system", "be good"), Message("user", "how")))
+    sibling.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    done = port_adapter((tiny_base, random_guard(tiny_base)), sibling, [*texts(30), refused], MAP)
+    assert (done.n_rows, done.n_left_out) == (30, 1)
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ class PortText:
     pairs: list[list[tuple[int, int]]]
     """By row, (old, new) positions that have read the same characters; empty where no maps are wanted."""
     n_left_out: int
-    """Rows too long for either base, or whose tokens cannot be traced to characters."""
+    """Rows that either base refuses or that are too long for it, and rows not traced from tokens to characters."""
 
     @property
     def n_rows(self) -> int:
@@ -92,7 +92,10 @@ def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: Por
     encoded: list[tuple[Encoded, Encoded]] = []
     pairs: list[list[tuple[int, int]]] = []
     for example in text:
-        both = old_base.encode(example.messages), base.encode(example.messages)
+        try:
+            both = old_base.encode(example.messages), base.encode(example.messages)
+        except InputError:  # a template may refuse roles, a tokenizer odd texts
+            continue
         if len(both[0].ids) > old_base.max_tokens or len(both[1].ids) > base.max_tokens:
             continue
         if settings.method != "distill":
