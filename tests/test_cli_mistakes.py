@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -143,3 +143,61 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     assert (ran.code, ran.out) == (1, "")
     assert "was not pushed to 'org/harm': the model hub gave: " in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_rollback_reads_nothing_else(run: Callable[..., Ran], adapters: Path) -> None:
+    ran = run("patch", adapters / "harm", "--rollback", "--replay", "none.jsonl", "--base", "none", "--seed", 7)
+    assert (ran.code, ran.out) == (2, "")
+    assert "--rollback copies files and reads no --replay, --base, --seed" in " ".join(ran.err.split())
+
+
+def patch_and_port(adapters: Path, tiny_base: Base, folder: Path, extra: Sequence[object] = ()) -> list[list[object]]:
+    """Both commands on rows that they can use, and ``extra`` ones; each lacks its output."""
+    rows = write(folder / "rows.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(texts(40))])
+    used = write(folder / "used.jsonl", [*({"text": text, "label": 1} for text in texts(24)), *extra])
+    return [
+        ["patch", adapters / "harm", "--examples", used, "--replay", rows, "--output"],
+        ["port", adapters / "harm", "--to", tiny_base.folder, "--text", used, "--method", "map", "--output"],
+    ]
+
+
+def test_an_output_under_a_file_is_refused_before_any_work(
+    run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*words: object, **options: object) -> None:
+        raise AssertionError("loaded before the place was looked at")
+
+    commands = patch_and_port(adapters, tiny_base, tmp_path)
+    monkeypatch.setattr("safeside.artifact.load_base", load)
+    for words in commands:
+        ran = run(*words, tmp_path / "rows.jsonl" / "x")
+        assert (ran.code, ran.out) == (2, "")
+        assert "rows.jsonl is a file. Choose another place." in " ".join(ran.err.split())
+
+
+def test_bad_rows_of_a_patch_or_port_are_exit_1(
+    run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    for words in patch_and_port(adapters, tiny_base, tmp_path, ["{broken"]):
+        ran = run(*words, tmp_path / str(words[0]), "--json")
+        assert (ran.code, ran.json["bad_rows"]) == (1, 1)
+        assert "line 25 was left out: not JSON" in " ".join(ran.err.split())
+
+
+def test_a_patch_and_a_port_read_the_recorded_revision(
+    run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load(*words: object) -> Base:
+        asked.append(words)
+        return tiny_base
+
+    guard = load_adapter(adapters / "harm", tiny_base)
+    reference = guard.config.base.model_copy(update={"name": "org/base", "revision": "v7"})
+    guard.config = guard.config.model_copy(update={"base": reference})
+    save_adapter(guard, tmp_path / "adapters" / "harm")
+    monkeypatch.setattr("safeside.artifact.load_base", load)
+    for words in patch_and_port(tmp_path / "adapters", tiny_base, tmp_path):
+        assert run(*words, tmp_path / str(words[0])).code == 0
+    assert asked == [("org/base", "v7")] * 2

@@ -156,6 +156,16 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def require_new(folder: Path) -> Path:
+    """``folder``, not made yet; one that exists, or lies under a file, is an InputError before any work is done."""
+    if folder.exists():
+        raise InputError(f"{folder} exists already; expected a new folder. Remove it or choose another.")
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise InputError(f"{folder} cannot be a folder: {above} is a file. Choose another place.")
+    return folder
+
+
 def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The local folder of an adapter; hub names are downloaded (never files that could hold code)."""
     name = str(name_or_path)
@@ -198,9 +208,7 @@ def push_adapter(folder: str | Path, repository: str, *, private: bool = False) 
 
 def pull_adapter(name: str, folder: str | Path, *, revision: str | None = None) -> Path:
     """Copy an adapter (hub name, built-in or folder) to ``folder``, which must not exist yet."""
-    folder = Path(folder)
-    if folder.exists():
-        raise InputError(f"{folder} exists already; expected a new folder. Remove it or choose another.")
+    folder = require_new(Path(folder))
     source = find_adapter(name, revision)
     read_adapter(source)
     make_folder(folder)

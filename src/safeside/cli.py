@@ -277,6 +277,11 @@ def patch(
     if rollback:
         from safeside.guards.versions import rollback_command
 
+        given = {"--replay": replay, "--held-out": held_out, "--base": base, "--seed": seed or None}
+        if unread := [option for option, value in given.items() if value is not None]:
+            raise InputError(
+                f"--rollback copies files and reads no {', '.join(unread)}. Leave out what it does not read."
+            )
         summary = rollback_command(adapter, output)
     else:
         assert examples is not None
@@ -284,6 +289,8 @@ def patch(
             from safeside.train.patch_command import PatchFiles, patch_command
         summary = patch_command(adapter, PatchFiles(examples, replay, held_out), output, base, seed)
     _print_summary(summary, adapter, as_json)
+    if summary.get("bad_rows"):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -300,7 +307,10 @@ def port(
     """Carry an adapter over to another base, with text but no labels."""
     with _extra("train"):
         from safeside.train.port_command import PortOptions, port_command
-    _print_summary(port_command(adapter, PortOptions(to, text, output, method, base, seed)), adapter, as_json)
+    summary = port_command(adapter, PortOptions(to, text, output, method, base, seed))
+    _print_summary(summary, adapter, as_json)
+    if summary["bad_rows"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from safeside import Adapter, Base, Message, load_adapter, save_adapter
-from safeside.adapters.config import Calibration
+from safeside.adapters.config import Calibration, ModeCalibration, Promise
 from safeside.artifact import CARD_FILE, PROVENANCE_FILE
 from safeside.errors import InputError
 from safeside.guards.score import score_conversations
@@ -226,3 +226,26 @@ def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path
     new.write_text(new.read_text() + "\nbroken\n")
     replay = write(tmp_path / "replay.jsonl", rows(40, 4))
     assert patch_command(str(trained), PatchFiles(new, replay), tmp_path / "out", None, 0)["bad_rows"] == 1
+
+
+def test_a_calibration_that_no_longer_holds_is_told(
+    tiny_base: Base, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A patch changes the scores, so promises made on the old ones go, and nobody is left to believe in them."""
+    guard = load_adapter(trained, tiny_base)
+    promise = Promise(threshold=(0.9,), false_positive_rate=0.05)
+    guard.set_mode("prompt", ModeCalibration(n_harmless=60, presets={"strict": promise}))
+    assert set(guard.config.modes) == {"prompt"}
+    folder = save_adapter(guard, tmp_path / "harm", tiny_base)
+    files = PatchFiles(write(tmp_path / "new.jsonl", family(8, 3)), write(tmp_path / "replay.jsonl", rows(40, 4)))
+    summary = patch_command(str(folder), files, None, None, 0)
+    assert summary["patch dropped calibration"] == "prompt"
+    assert "thresholds and presets for mode prompt were dropped" in " ".join(capsys.readouterr().err.split())
+    assert not load_adapter(folder, tiny_base).config.modes
+
+
+def test_a_row_that_cannot_be_read_is_named(tiny_base: Base, trained: Path) -> None:
+    long = (Message("system", "z" * 600), Message("user", "z" * 600))
+    examples = [*family(8, 3), Example(long, (1.0,), line=9)]
+    with pytest.raises(InputError, match=r"The row in line 9 of its file cannot be read: The conversation has"):
+        patch_guard(tiny_base, load_adapter(trained, tiny_base), PatchRows(examples, rows(40, 4)), QUICK)

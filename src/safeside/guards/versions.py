@@ -20,6 +20,7 @@ from safeside.artifact import (
     WEIGHTS_FILE,
     find_adapter,
     read_adapter,
+    require_new,
     save_adapter,
 )
 from safeside.base.model import Base
@@ -49,8 +50,8 @@ def output_of(adapter_name: str, source: Path, output: Path | None) -> Path:
                 f"{adapter_name!r} is not a folder of yours; give one for the result with --output FOLDER."
             )
         return source
-    if output.exists() and output.resolve() != source.resolve():
-        raise InputError(f"{output} exists already; expected a new folder. Remove it or choose another.")
+    if output.resolve() != source.resolve():
+        require_new(output)
     return output
 
 

@@ -33,7 +33,7 @@ from safeside.train.loop import Loop, Progress
 from safeside.train.losses import guard_loss
 from safeside.train.recipe import TrainingSection
 from safeside.train.taps import Source, StoredTaps, TapStore, make_batch
-from safeside.types import Example
+from safeside.types import Example, Mode
 
 _ROUNDS = 4  # evaluations of the loop; the best one's weights are kept
 _CHUNK = 64  # rows of one pass without gradients
@@ -99,7 +99,9 @@ class PatchReport:
     auroc_elsewhere: tuple[float, float]
     """Mean AUROC over labels on that half, before and after."""
     threshold: tuple[tuple[float, ...], tuple[float, ...]]
-    """Thresholds before and after."""
+    """The guard's own thresholds before and after."""
+    dropped: tuple[Mode, ...] = ()
+    """Reading modes whose thresholds, presets and probabilities were of the old scores, and are gone."""
 
     @property
     def elsewhere_change(self) -> float:
@@ -146,6 +148,7 @@ def patch_guard(
     """
     settings = settings or PatchSettings()
     started = time.perf_counter()
+    modes = tuple(guard.config.modes)
     with tempfile.TemporaryDirectory() as folder:
         pool = _pool(base, guard, _prepared(guard, rows, settings), Path(folder))
         lesson = _Lesson(base, guard.float(), pool, settings)
@@ -167,6 +170,7 @@ def patch_guard(
         flagged_elsewhere=_pair(both, lambda state: _flagged(state, pool, pool.elsewhere, 0)),
         auroc_elsewhere=_pair(both, lambda state: _auroc(state, pool)),
         threshold=(before.thresholds, guard.thresholds),
+        dropped=modes,
     )
 
 
@@ -222,7 +226,10 @@ def _pool(base: Base, guard: Adapter, rows: PatchRows, folder: Path) -> _Pool:
     ids: list[tuple[int, ...]] = []
     of_row = []
     for example in (example for part in parts for example in part):
-        cut = windows(base, example.messages, combine=guard.config.windows)
+        try:
+            cut = windows(base, example.messages, combine=guard.config.windows)
+        except InputError as error:
+            raise InputError(f"The row in line {example.line} of its file cannot be read: {error}") from error
         encoded = [base.encode(part).ids for part in cut]
         of_row.append(list(range(len(ids), len(ids) + len(encoded))))
         ids += encoded

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import PROVENANCE_FILE, find_adapter, load_adapter, read_config
-from safeside.base.model import BUILTIN_NAME, load_base
+from safeside.artifact import PROVENANCE_FILE, base_of, find_adapter, load_adapter
+from safeside.base.model import BUILTIN_NAME
 from safeside.errors import InputError
 from safeside.guards.versions import count_versions, output_of, save_patched, stored_dtype
 from safeside.provenance import provenance
@@ -41,13 +41,18 @@ def patch_command(
     """Patch an adapter and save it to ``output`` (its own folder unless given); returns what the card says of it."""
     source = find_adapter(adapter_name)
     target = output_of(adapter_name, source, output)
-    base = load_base(base_name or read_config(source).base.name)
+    base = base_of(adapter_name, base_name)
     guard = load_adapter(adapter_name, base)
     rows, n_bad = _read(files, guard)
     settings = PatchSettings(seed=seed)
     with training_bars(guard.name) as (report, _):
         done = patch_guard(base, guard, rows, settings, dtype=stored_dtype(source), report=report)
     facts = patch_facts(done, files, settings)
+    if done.dropped:
+        note(
+            f"thresholds and presets for mode {', '.join(done.dropped)} were dropped, for the scores are new: the "
+            "guard's own threshold holds. Run safeside calibrate again."
+        )
     save_patched(guard, source, target, base, {**_kept_facts(source), **facts})
     return {"adapter": str(target), "versions_before": count_versions(target), "bad_rows": n_bad, **facts}
 
@@ -69,6 +74,7 @@ def patch_facts(done: PatchReport, files: PatchFiles, settings: PatchSettings) -
         "patch windowed rows": str(done.n_windowed),
         "patch seconds": f"{done.seconds:.1f}",
         "patch seed": str(settings.seed),
+        **({"patch dropped calibration": ", ".join(done.dropped)} if done.dropped else {}),
         **{name: f"{old:.4f} to {new:.4f}" for name, (old, new) in pairs.items() if math.isfinite(old + new)},
     }
 

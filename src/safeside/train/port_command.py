@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from safeside.artifact import find_adapter, load_adapter, read_config, save_adapter
+from safeside.artifact import base_of, find_adapter, load_adapter, require_new, save_adapter
 from safeside.base.model import load_base
 from safeside.errors import InputError
 from safeside.guards.versions import stored_dtype
@@ -37,15 +37,14 @@ class PortOptions:
 
 def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
     """Port an adapter and save it; returns what the card says of it."""
-    if options.output.exists():
-        raise InputError(f"{options.output} exists already; expected a new folder. Remove it or choose another.")
+    require_new(options.output)
     examples, bad = load_examples(options.text, ())
     for row in bad:
         note(f"{options.text.name}: line {row.line} was left out: {row.problem}")
     if not examples:
         raise InputError(f"{options.text} holds no usable row; expected rows as JSON lines. Check the file.")
     source = find_adapter(adapter_name)
-    old_base, base = load_base(options.base or read_config(source).base.name), load_base(options.to)
+    old_base, base = base_of(adapter_name, options.base), load_base(options.to)
     old = load_adapter(adapter_name, old_base)
     settings = PortSettings(method=_method(options.method) or best_method(old), seed=options.seed)
     with training_bars(old.name) as (report, _):
