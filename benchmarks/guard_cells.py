@@ -52,6 +52,7 @@ ADAPTERS = {
     "standalone": LST,
     "standalone_distilled": LST,
     "standalone_pruned": {**LST, "start": "pruned"},
+    "standalone_pruned_distilled": {**LST, "start": "pruned"},
 }
 FITTED = ("probe", "tfidf", "prompted")
 METHODS = (*ADAPTERS, *FITTED, "lora_full")

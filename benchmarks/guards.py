@@ -43,7 +43,7 @@ TASK_NAMES = ("hate", "prompt_harm", "response_harm", "grounding")
 BASES = {"builtin": "builtin", "minilm": "minilm"}
 SEEDS = (0, 1, 2)
 ONE_SEED = ("prompted", "probe", "tfidf")  # nothing in them is drawn
-STANDALONES = ("standalone", "standalone_distilled", "standalone_pruned")
+STANDALONES = ("standalone", "standalone_distilled", "standalone_pruned", "standalone_pruned_distilled")
 # Seconds of a cell of 1,500 training rows and 6 epochs on one core to itself: for the first estimate only.
 STATED = {"plr": 10, "rtb": 45, "lst_distilled": 75, "lora_full": 150, "probe": 20, "tfidf": 5, "prompted": 30}
 N_BINS = 15  # of the expected calibration error
@@ -98,7 +98,7 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
 
 
 def _data_hash(root: Path, task: str) -> str:
-    """Hash of the sizes and times of a task's files: cells of other data are not used again."""
+    """Hash of the sizes of a task's files: cells of other data are not used again."""
     places = [
         part.place
         for source in TASKS.get(task).sources
@@ -164,8 +164,10 @@ def rows_of(cell: Cell, found: dict[str, object]) -> list[Row]:
             figure = bootstrap({name: auroc}, test[0][some], test[1][some])[name]
             rows.append(figure_row(labels, name, figure.value, (figure.low, figure.high), n=int(some.sum()), **cost))
     if len(values["harmless"]):
-        alarms = values["harmless"][np.isfinite(values["harmless"])] >= threshold
-        rows.append(figure_row(labels, "over_refusal", float(alarms.mean()), n=len(alarms), **cost))
+        unscored = ~np.isfinite(values["harmless"])
+        alarms = unscored | (values["harmless"] >= threshold)  # a guard fails closed
+        counts = {"n": len(alarms), "n_unscored": int(unscored.sum())}
+        rows.append(figure_row(labels, "over_refusal", float(alarms.mean()), **counts, **cost))
     measured = ("train_seconds", "peak_bytes", "trainable_params")
     return [*rows, *(figure_row(labels, name, float(found[name]), **cost) for name in measured)]
 
