@@ -106,7 +106,7 @@ def key_of(setup: Setup, cell: Cell, hashes: dict[str, str]) -> str:
     return config_hash(
         {
             "format": FORMAT,
-            "recipe": recipe_of(setup, cell).model_dump(),
+            "recipe": recipe_of(setup, cell).model_dump(exclude_defaults=True),
             "method": cell.method,
             "data": hashes,
             "base": setup.fingerprint,

@@ -238,9 +238,8 @@ def key_of(setup: Setup, cell: Cell, data: str) -> str:
     """Hash of recipe, data, base and seed: the name of the cell's file."""
     recipe = recipe_of(setup, cell).model_dump(exclude_defaults=True)  # a new field of recipes changes no cell
     values = {"format": FORMAT, "recipe": recipe, "method": cell.method, "data": data}
-    values |= {"base": setup.base_of(cell.base)[1]}
-    values["evaluation"] = (setup.rows_of(cell.task)[1], MOST_WINDOWS, HARMLESS)
-    return config_hash(values)
+    evaluation = (setup.rows_of(cell.task)[1], MOST_WINDOWS, HARMLESS)
+    return config_hash({**values, "base": setup.base_of(cell.base)[1], "evaluation": evaluation})
 
 
 def store_of(setup: Setup, cell: Cell, split: str) -> TapStore:
