@@ -23,12 +23,13 @@ from safeside.errors import InputError
 from safeside.evals.baselines import States, fit_keywords, fit_probe
 from safeside.evals.prompted import QUESTIONS, choose_question, prompted_scores
 from safeside.guards.windows import windows
+from safeside.lora import LoraShape
 from safeside.provenance import config_hash, git_commit, machine
 from safeside.tasks.rows import load_examples
 from safeside.tasks.task import Task, TaskRows, load_task
 from safeside.train.importance import Importance, Sample, measure_importance
 from safeside.train.loop import Loop
-from safeside.train.lora import LoraShape, create_lora
+from safeside.train.lora import create_lora
 from safeside.train.objectives import guard_logits, guard_metric, guard_objective
 from safeside.train.pruning import create_pruned_standalone, start_from_base
 from safeside.train.recipe import Recipe

@@ -11,8 +11,9 @@ from safeside import Adapter, Base, attach
 from safeside.adapters.sizing import base_matmuls
 from safeside.base.families import has_lora
 from safeside.errors import AttachmentError, ConfigError, UnsupportedError
+from safeside.lora import LoraShape, linear_layers
 from safeside.train.loop import Loop
-from safeside.train.lora import LoraShape, create_lora, linear_layers
+from safeside.train.lora import create_lora
 from safeside.train.objectives import guard_metric, guard_objective
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows

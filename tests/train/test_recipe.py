@@ -21,10 +21,12 @@ stored_dtype = "bfloat16"
 name = "some/base"
 revision = "main"
 dtype = "bfloat16"
+device = "cuda"
 [data]
 train = ["a.jsonl", "demo:train.jsonl.gz"]
 validation = ["b.jsonl"]
 limit = 100
+max_tokens = 512
 partial_labels = true
 label_of = { "a.jsonl" = "hate" }
 benign = []

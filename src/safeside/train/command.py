@@ -8,29 +8,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safeside.adapters.sizing import flops_share
-from safeside.base.model import load_base
 from safeside.terminal import Advance, note, progress_bars
 from safeside.train.loop import CHECKPOINT, Progress, processes_on
-from safeside.train.recipe import read_recipe
-from safeside.train.run import Run, run_recipe
+from safeside.train.recipe import LORA, read_recipe
+from safeside.train.run import Run, base_for, run_recipe
+from safeside.train.run_lora import LoraRun, run_lora
 
 
 def train_command(path: Path, data_root: Path, output: Path | None, resume: bool) -> dict[str, object] | None:
     """Run the recipe at ``path`` and say how it went; of several processes only the first one does."""
     recipe = read_recipe(path)
-    base = load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
+    base = base_for(recipe)
     if resume and not ((output or Path(recipe.output)) / CHECKPOINT).is_file():
         note("there is no checkpoint to resume from: the run starts at the beginning")
+    train = run_lora if recipe.adapter.kind == LORA else run_recipe
     if not processes_on(base.device).is_main_process:
-        run_recipe(recipe, data_root=data_root, output=output, base=base, resume=resume)
+        train(recipe, data_root=data_root, output=output, base=base, resume=resume)
         return None
     with training_bars(recipe.name) as (report, read):
-        run = run_recipe(
-            recipe, data_root=data_root, output=output, base=base, resume=resume, report=report, advance=read
-        )
+        run = train(recipe, data_root=data_root, output=output, base=base, resume=resume, report=report, advance=read)
     for row in [row for rows in run.splits for row in rows.bad]:
         note(f"line {row.line} was left out: {row.problem}")
-    return summary_of(run, flops_share(base, run.adapter))
+    return lora_summary(run) if isinstance(run, LoraRun) else summary_of(run, flops_share(base, run.adapter))
 
 
 @contextmanager
@@ -55,11 +54,22 @@ def summary_of(run: Run, share: float) -> dict[str, object]:
         "adapter": str(run.folder),
         "kind": run.adapter.config.kind,
         "role": run.adapter.config.role,
-        f"best validation {run.validation_metric}": round(run.outcome.best_metric, 4),
         "thresholds": [round(value, 4) for value in run.adapter.thresholds],
+        "presets": {mode: list(found.presets) for mode, found in run.adapter.config.modes.items()},
+        **_figures(run, share),
+    }
+
+
+def lora_summary(run: LoraRun) -> dict[str, object]:
+    """The figures of a finished LoRA."""
+    return {"adapter": str(run.folder), "kind": LORA, "role": "align", **_figures(run, run.flops_share)}
+
+
+def _figures(run: Run | LoraRun, share: float) -> dict[str, object]:
+    return {
+        f"best validation {run.validation_metric}": round(run.outcome.best_metric, 4),
         "epochs": run.outcome.epochs,
         "train_rows": len(run.train.ids),
-        "presets": {mode: list(found.presets) for mode, found in run.adapter.config.modes.items()},
         "rows_too_long": sum(rows.n_too_long for rows in run.splits),
         "bad_rows": sum(len(rows.bad) for rows in run.splits),
         "train_seconds": round(run.outcome.train_seconds, 2),

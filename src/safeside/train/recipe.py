@@ -15,6 +15,8 @@ from safeside.base.model import Base
 from safeside.errors import ConfigError
 from safeside.tasks.task import TASKS
 
+LORA = "lora"  # the kind that is no adapter: see ``safeside.train.run_lora``
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -29,6 +31,8 @@ class BaseSection(_Section):
     """Revision on the model hub."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the base in memory; float32 on CPU and the checkpoint's own elsewhere unless given."""
+    device: str = "cpu"
+    """Where it runs, such as ``cuda``."""
 
 
 class DataSection(_Section):
@@ -47,6 +51,8 @@ class DataSection(_Section):
     """Those sources of the task only; all unless given."""
     limit: int | None = Field(None, ge=1)
     """Keep that many training rows, drawn by the seed; all unless given."""
+    max_tokens: int | None = Field(None, ge=2)
+    """Rows of more tokens are left out and counted; those beyond the base's context always are."""
     soft: str | None = None
     """File of scores of a bigger guard: the training rows again, each with ``soft`` in place of ``label``."""
     partial_labels: bool = False
@@ -74,7 +80,7 @@ class AdapterSection(_Section):
     """Which adapter: ``size`` (share of the base's compute) or ``reduction`` and single dimensions."""
 
     kind: str = "lst"
-    """Architecture: a registered adapter kind."""
+    """Architecture: a registered adapter kind; or ``lora``, standard fine-tuning that aligners are compared with."""
     role: Literal["guard", "align"] = "guard"
     """What to train: a guard or an aligner."""
     labels: tuple[str, ...] | None = None
@@ -102,9 +108,9 @@ class AdapterSection(_Section):
     cross_attention: bool | None = None
     """Whether tokens of ``lst_plus`` attend over their tapped layers."""
     depth: int | None = Field(None, ge=1)
-    """Blocks that ``toplayers`` duplicates; 2 unless given."""
+    """Blocks that ``toplayers`` duplicates, 2 unless given; or top blocks that a ``lora`` is in, all unless given."""
     lora_rank: int | None = Field(None, ge=0)
-    """Rank of ``toplayers``' updates to the base's own weights; weights of its own unless given."""
+    """Rank of ``toplayers``' updates to the base's own weights, weights of its own unless given; of a ``lora``, 8."""
     readout: Literal["last", "attention"] | None = None
     """What a guard reads: the last token's state, or an attention-weighted mean."""
     start: Literal["random", "pruned"] = "random"
@@ -123,6 +129,12 @@ class AdapterSection(_Section):
             raise ValueError("n_taps goes with size; name the layers where width or reduction is given")
         if self.size is not None and self.kind not in LADDERS:
             raise ValueError(f"size is for kind 'lst'; give the dimensions of {self.kind!r} themselves")
+        if self.kind == LORA:
+            unread = sorted(self.model_fields_set - {"kind", "role", "lora_rank", "depth"})
+            if unread:
+                raise ValueError(f"kind 'lora' reads lora_rank and depth; leave out {', '.join(unread)}")
+            if self.role != "align" or self.lora_rank == 0:
+                raise ValueError("kind 'lora' is a baseline of aligners with a rank from 1 on; set role = 'align'")
         if self.start == "pruned" and self.kind != "lst":
             raise ValueError(f"only kind 'lst' has a pruned start; got {self.kind!r}")
         return self
@@ -282,6 +294,8 @@ class Recipe(_Section):
     def adapter_config(self, base: Base) -> AdapterConfig:
         """The adapter's configuration on ``base``; an unknown kind is an UnknownNameError."""
         section = self.adapter
+        if section.kind == LORA:
+            raise ConfigError("Kind 'lora' is a baseline and no adapter of safeside. Call run_lora with this recipe.")
         TRUNKS.get(section.kind)
         options: dict[str, object] = {"name": self.name, "kind": section.kind, "role": section.role}
         if section.head_dim != AdapterSection.model_fields["head_dim"].default:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import AdapterConfig
@@ -20,7 +21,7 @@ from safeside.provenance import config_hash
 from safeside.terminal import note
 from safeside.train.importance import Sample, measure_importance
 from safeside.train.loop import CHECKPOINT, Loop, Outcome, Progress, processes_on
-from safeside.train.objectives import guard_logits, objective_of
+from safeside.train.objectives import Objective, guard_logits, objective_of
 from safeside.train.pruning import start_from_base
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
@@ -28,7 +29,7 @@ from safeside.train.splits import load_benign, load_splits
 from safeside.train.taps import FINAL, LiveTaps, Source, StoredTaps, TapStore, key_of, stored_bytes
 from safeside.train.teacher import teacher_scores
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HELD_OUT = 10  # of an aligner's benign rows every tenth is for validation
 TAPS = "taps"  # a folder in the adapter's own, while the run lasts
 
@@ -73,39 +74,59 @@ def run_recipe(
     ``base`` may be given when it is loaded already.  ``report`` follows training, ``advance`` the pass that stores the
     base's states.  A run that was killed goes on with ``resume``; one that ends leaves the adapter alone in its folder.
     """
-    base = base or load_base(recipe.base.name, recipe.base.revision, dtype=recipe.base.dtype)
+    base = base or base_for(recipe)
     folder, config = make_folder(output or Path(recipe.output)), recipe.adapter_config(base)
-    splits = _splits(base, recipe, data_root, config.labels, folder)
+    splits = splits_of(base, recipe, data_root, config.labels, folder)
     train, validation = splits[:2]
     processes = processes_on(base.device)
     adapter = _started(base, config, recipe, train)
     with processes.main_process_first():
         sources = _sources(base, adapter, recipe, splits, folder, advance)
     objective = objective_of(base, sources[:2], (train, validation), recipe)
-    loop = Loop(
-        adapter,
+    identity = identity_of(base, config.model_dump(mode="json"), recipe, [train, validation])
+    loop = loop_for(adapter, objective, recipe, identity=identity, folder=folder, report=report)
+    outcome = loop.run(resume)
+    dtype = DTYPES[recipe.stored_dtype]
+    adapter.to(dtype).float().eval()  # what is calibrated and measured is what is stored
+    _calibrate(base, adapter, recipe, sources[1:], splits[1:])
+    if processes.is_main_process:
+        save_adapter(adapter, folder, base, facts_of(recipe, outcome, train, objective.metric), dtype=dtype)
+        clean_up(folder, recipe.training.cache_taps is True)
+    processes.wait_for_everyone()
+    return Run(adapter, folder, outcome, train, validation, objective.metric, *splits[2:])
+
+
+def base_for(recipe: Recipe) -> Base:
+    """The base that a recipe names, loaded."""
+    section = recipe.base
+    return load_base(section.name, section.revision, section.device, section.dtype)
+
+
+def loop_for(
+    module: nn.Module,
+    objective: Objective,
+    recipe: Recipe,
+    *,
+    identity: str,
+    folder: Path,
+    report: Callable[[Progress], None],
+) -> Loop:
+    """The loop that trains ``module`` by the recipe."""
+    return Loop(
+        module,
         objective.lengths,
         objective.loss_of,
         objective.metric_of,
         recipe.training,
         weights=objective.weights,
         seed=recipe.seed,
-        identity=_identity(base, config, recipe, [train, validation]),
+        identity=identity,
         folder=folder,
         report=report,
     )
-    outcome = loop.run(resume)
-    dtype = _DTYPES[recipe.stored_dtype]
-    adapter.to(dtype).float().eval()  # what is calibrated and measured is what is stored
-    _calibrate(base, adapter, recipe, sources[1:], splits[1:])
-    if processes.is_main_process:
-        save_adapter(adapter, folder, base, _facts(recipe, outcome, train, objective.metric), dtype=dtype)
-        _clean_up(folder, recipe.training.cache_taps is True)
-    processes.wait_for_everyone()
-    return Run(adapter, folder, outcome, train, validation, objective.metric, *splits[2:])
 
 
-def _splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], folder: Path) -> list[Rows]:
+def splits_of(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], folder: Path) -> list[Rows]:
     """Training rows with their soft targets, validation rows and, if the recipe names any, benign rows.
 
     An aligner's benign rows are part of the other two as well: every tenth of validation.
@@ -134,8 +155,11 @@ def _started(base: Base, config: AdapterConfig, recipe: Recipe, train: Rows) -> 
     return adapter
 
 
-def _identity(base: Base, config: AdapterConfig, recipe: Recipe, splits: Sequence[Rows]) -> str:
-    """Hash of what a checkpoint hangs on beside the training settings: base, adapter, rows and what they teach."""
+def identity_of(base: Base, adapter: object, recipe: Recipe, splits: Sequence[Rows]) -> str:
+    """Hash of what a checkpoint hangs on beside the training settings: base, adapter, rows and what they teach.
+
+    ``adapter`` describes the adapter as JSON.
+    """
     rows = [
         [
             key_of(base, split.texts, ()),
@@ -146,7 +170,7 @@ def _identity(base: Base, config: AdapterConfig, recipe: Recipe, splits: Sequenc
         for split in splits
     ]
     start = [recipe.adapter.start, recipe.adapter.start_rows]
-    return config_hash([config.model_dump(mode="json"), rows, start])
+    return config_hash([adapter, rows, start])
 
 
 def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[Source], splits: Sequence[Rows]) -> None:
@@ -178,19 +202,26 @@ def _sources(
         live = LiveTaps(base, adapter)
         return [live for _ in splits]
     layers = (*adapter.config.layers, *([FINAL] if adapter.config.role == "align" else []))
+    return [StoredTaps(store, adapter) for store in stores_of(base, splits, layers, folder, advance)]
+
+
+def stores_of(
+    base: Base, splits: Sequence[Rows], layers: Sequence[int], folder: Path, advance: Callable[[int], None]
+) -> list[TapStore]:
+    """The base's states of each split at ``layers``, on disk; too little room for them is a ConfigError."""
     place = make_folder(folder / TAPS)
     n_bytes = sum(stored_bytes(base, rows.texts, layers) for rows in splits)
     free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in place.iterdir())
     note(f"the states of {base.name} take {n_bytes / 1e6:,.0f} MB in {place} ({free / 1e6:,.0f} MB are free)")
     if n_bytes > free:
         raise ConfigError(f"{place} has no room for {n_bytes / 1e6:,.0f} MB. Make room, or set cache_taps = false.")
-    return [StoredTaps(TapStore.build(base, rows.texts, layers, place, advance=advance), adapter) for rows in splits]
+    return [TapStore.build(base, rows.texts, layers, place, advance=advance) for rows in splits]
 
 
-def _clean_up(folder: Path, delete_taps: bool) -> None:
+def clean_up(folder: Path, delete_taps: bool) -> None:
     """Delete what only an unfinished run needs: its checkpoint and, unless they are kept, the stored taps."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    if delete_taps:
+    if delete_taps and (folder / TAPS).is_dir():
         for path in (folder / TAPS).glob("taps-*"):
             path.unlink()
         if not any((folder / TAPS).iterdir()):  # whatever else is there is not ours
@@ -215,7 +246,7 @@ def _aligner_facts(recipe: Recipe, train: Rows) -> dict[str, str]:
     return {"objective": f"{learnt}, KL to the base x {training.kl_weight:g} on {len(train.benign.ids)} benign rows"}
 
 
-def _facts(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[str, str]:
+def facts_of(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[str, str]:
     """What the artifact's provenance and card say of the run."""
     return {
         "recipe_hash": config_hash(recipe.model_dump()),

@@ -30,12 +30,16 @@ def find_data(name: str, root: Path) -> Path:
     return root / name
 
 
-def encode_rows(base: Base, examples: Sequence[Example], limit: int | None = None, seed: int = 0) -> Rows:
-    """Token ids and labels of ``examples``; rows that are bad or beyond the base's context are left out and counted.
+def encode_rows(
+    base: Base, examples: Sequence[Example], limit: int | None = None, seed: int = 0, max_tokens: int | None = None
+) -> Rows:
+    """Token ids and labels of ``examples``; rows that are bad or too long are left out and counted.
 
+    Too long is what exceeds ``max_tokens`` or the base's context.
     A preference is one row: it is left out when either of its answers is too long.  Rows with a rejected answer and
     rows without are a ConfigError in one set.
     """
+    longest = min(base.max_tokens, max_tokens or base.max_tokens)
     encoded: list[tuple[Example, tuple[Encoded, ...]]] = []
     bad: list[BadRow] = []
     for example in examples:
@@ -43,7 +47,7 @@ def encode_rows(base: Base, examples: Sequence[Example], limit: int | None = Non
             encoded.append((example, _encoded_texts(base, example)))
         except InputError as error:
             bad.append(BadRow(example.line, str(error)))
-    fitting = [pair for pair in encoded if all(len(text.ids) <= base.max_tokens for text in pair[1])]
+    fitting = [pair for pair in encoded if all(len(text.ids) <= longest for text in pair[1])]
     n_too_long = len(encoded) - len(fitting)
     if limit is not None and len(fitting) > limit:
         fitting = random.Random(seed).sample(fitting, limit)
@@ -116,7 +120,7 @@ def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...],
         examples += [example for example in some if text_of(example) not in learnt]
         bad += broken
         bad += [BadRow(row.line, f"{name}: a training row too, and a promise rests on unseen rows") for row in seen]
-    return _encoded(base, (examples, bad), None, recipe.seed, ", ".join(names))
+    return _encoded(base, (examples, bad), None, recipe, ", ".join(names))
 
 
 def _from_files(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
@@ -129,7 +133,7 @@ def _from_files(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
         raise ConfigError(f"label_of names {', '.join(unread)}, which is neither a training nor a validation file.")
     splits = []
     for names, limit in ((data.train, data.limit), (data.validation, None)):
-        splits.append(_encoded(base, read_files(names, root, labels, data), limit, recipe.seed, ", ".join(names)))
+        splits.append(_encoded(base, read_files(names, root, labels, data), limit, recipe, ", ".join(names)))
     return splits[0], splits[1]
 
 
@@ -161,17 +165,19 @@ def _from_task(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) 
         )
     limits: dict[Split, int | None] = {"train": data.limit, "validation": None}
     splits = [
-        _encoded(base, (task.of(split), task.bad(split)), limit, recipe.seed, f"{split} of task {data.task!r}")
+        _encoded(base, (task.of(split), task.bad(split)), limit, recipe, f"{split} of task {data.task!r}")
         for split, limit in limits.items()
     ]
     return splits[0], splits[1]
 
 
-def _encoded(base: Base, found: tuple[list[Example], list[BadRow]], limit: int | None, seed: int, name: str) -> Rows:
-    rows = encode_rows(base, found[0], limit, seed)
+def _encoded(
+    base: Base, found: tuple[list[Example], list[BadRow]], limit: int | None, recipe: Recipe, name: str
+) -> Rows:
+    rows = encode_rows(base, found[0], limit, recipe.seed, recipe.data.max_tokens)
     rows.bad = [*found[1], *rows.bad]
     if not rows.ids:
         first = f"; the first bad row: line {rows.bad[0].line}, {rows.bad[0].problem}" if rows.bad else ""
-        long = f"; {rows.n_too_long} are longer than the base's context" if rows.n_too_long else ""
+        long = f"; {rows.n_too_long} are longer than max_tokens or the base's context" if rows.n_too_long else ""
         raise ConfigError(f"No usable row in {name}{first}{long}. Check the files.")
     return rows

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from safeside.base.model import Base
 from safeside.errors import ConfigError, InputError
+from safeside.lora import LoraShape
 from safeside.provenance import config_hash
 from safeside.tasks.rows import BadRow, messages_of, open_rows, parse_rows, soft_of
 from safeside.train.loop import Loop, processes_on
-from safeside.train.lora import LoraShape, create_lora
+from safeside.train.lora import create_lora
 from safeside.train.objectives import guard_logits, guard_metric, guard_objective
 from safeside.train.recipe import Recipe, TeacherSection
 from safeside.train.rows import Rows
