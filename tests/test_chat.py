@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from safeside import Message
-from safeside.chat import PLAIN_TEMPLATE, Encoded, any_overlap, encode_chat, pad_batch
+from safeside.chat import PLAIN_TEMPLATE, Encoded, any_overlap, encode_begun, encode_chat, pad_batch
 from safeside.errors import InputError
 from tokenizers_for_tests import KINDS, Kind, llama2_style, project_style, shared_tokenizer, unigram_style
 
@@ -165,6 +165,30 @@ def test_a_prompt_begins_its_answer(kind: Kind, roles: tuple[str, ...], contents
     prompt, whole = encode(kind, messages[:-1]), encode(kind, messages)
     assert whole.ids[: whole.answer_start] == prompt.ids
     assert prompt.answer_start == len(prompt.ids) <= len(whole.ids)
+
+
+@causal_kinds
+@QUICK
+@given(content=hostile_text | plain_text)
+def test_a_begun_answer_stands_behind_its_prompt_and_before_nothing(kind: Kind, content: str) -> None:
+    asked, tokenizer = [Message("user", "hi")], shared_tokenizer(kind.name)
+    begun = encode_begun(tokenizer, [*asked, Message("assistant", content)])
+    assert begun.ids[: begun.answer_start] == encode(kind, asked).ids
+    added = begun.ids[begun.answer_start :]
+    assert (
+        controls(kind, added)
+        == controls(kind, encode_begun(tokenizer, [*asked, Message("assistant", "a")]).ids)[
+            len(controls(kind, begun.ids[: begun.answer_start])) :
+        ]
+    )
+    if kind.is_lossless:
+        shown = content.strip() if kind.trims else content
+        assert tokenizer.decode(added) in (shown, " " + shown)
+
+
+def test_what_is_no_answer_has_not_begun() -> None:
+    with pytest.raises(InputError, match="A begun answer is of role 'assistant'"):
+        encode_begun(shared_tokenizer(KINDS[0].name), [Message("user", "hi")])
 
 
 @causal_kinds

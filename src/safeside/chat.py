@@ -86,12 +86,26 @@ def _encode(
     if messages[-1].role != "assistant":
         ids = tuple(_encode_pieces(tokenizer, render(tokenizer, messages, add_generation_prompt)))
         return Encoded(ids, len(ids))
-    prompt, answer = _prompt_and_answer(tokenizer, messages)
+    return _encode_parts(tokenizer, *_prompt_and_answer(tokenizer, messages))
+
+
+def _encode_parts(tokenizer: PreTrainedTokenizerBase, prompt: list[Piece], answer: list[Piece]) -> Encoded:
     start = _encode_pieces(tokenizer, prompt)
     whole = _encode_pieces(tokenizer, [*prompt, *answer])
     if whole[: len(start)] != start:  # a token would straddle the border, and no model can answer half a token
         whole = start + _encode_pieces(tokenizer, answer)
     return Encoded(tuple(whole), len(start))
+
+
+def encode_begun(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Encoded:
+    """Ids of a conversation whose last message is an answer that has only begun: nothing of the template follows it."""
+    check_messages(messages)
+    if messages[-1].role != "assistant":
+        raise InputError(f"A begun answer is of role 'assistant'; the last message is of {messages[-1].role!r}.")
+    with _LOCK:
+        prompt, answer = _prompt_and_answer(tokenizer, messages)
+        n_kept = 1 + max((index for index, piece in enumerate(answer) if piece.is_content), default=-1)
+        return _encode_parts(tokenizer, prompt, answer[:n_kept])
 
 
 def check_messages(messages: Sequence[Message]) -> None:

@@ -31,7 +31,7 @@ from safeside.base.fingerprint import Fingerprint, check_tokenizer, take_fingerp
 from safeside.base.head import logits_of
 from safeside.base.loading import checked_device, checked_dtype, explained_loading, model_type_of
 from safeside.base.packaged import PACKAGED, packaged_folder
-from safeside.chat import Encoded, encode_chat, pad_batch
+from safeside.chat import Encoded, encode_begun, encode_chat, pad_batch
 from safeside.errors import BlockedError, InputError, UnsupportedError
 from safeside.types import Completion, FinishReason, Message
 
@@ -160,9 +160,13 @@ class Base:
         stop: object = None,
         max_new_tokens: int = 128,
         release: Release | None = None,
+        begun: bool = False,
         **generate: object,
     ) -> list[Completion]:
         """Answers to several conversations in one batch, in order; ``strength`` may hold one value a row.
+
+        With ``begun`` a conversation that ends with an assistant's message is an answer to go on with; the completion's
+        text is what was added, and a latched gate reads the prompt with the beginning of the answer.
 
         ``release`` is called with a row and the next ids of its answer while it is written, never with an id that a
         guard can still take back.  Prompts that an intercepting guard blocks have no answer; the others go on.
@@ -170,7 +174,12 @@ class Base:
         self._check_chat(strength, stop, generate)
         if not conversations:
             return []
-        encoded = [self.encode(messages) for messages in conversations]
+        encoded = [
+            encode_begun(self.tokenizer, messages)
+            if begun and messages[-1:] and messages[-1].role == "assistant"
+            else self.encode(messages)
+            for messages in conversations
+        ]
         self._check_room(encoded, max_new_tokens)
         ends = [len(item.ids) for item in encoded]
         attached = self.attachment

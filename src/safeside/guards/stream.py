@@ -274,7 +274,7 @@ class AnswerStream(Iterator[str]):
                 stop=options.stop,
                 max_new_tokens=options.max_new_tokens,
                 release=self._release,
-                **options.generate,
+                **options.generate,  # type: ignore[arg-type]
             )
             self._queue.put(_Ended(completion))
         except BaseException as error:  # handed to the reader, in whose thread it belongs
