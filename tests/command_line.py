@@ -13,7 +13,7 @@ import pytest
 
 from safeside import Adapter, Base, cli, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
-from safeside.evals import suites
+from safeside.evals import runs
 from safeside.evals.suites import SUITES, Suite
 
 
@@ -97,4 +97,4 @@ def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo suite with two prompts of each label, and very short answers."""
     demo = SUITES.get("demo")
     monkeypatch.setitem(SUITES._items, "demo", Suite("demo", demo.path, demo.judge, 2))
-    monkeypatch.setattr(suites, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(runs, "MAX_NEW_TOKENS", 4)

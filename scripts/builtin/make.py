@@ -24,7 +24,8 @@ from safeside.artifact import annotate_adapter, load_adapter, read_provenance
 from safeside.base.model import Base, load_base
 from safeside.evals.guards import report_on
 from safeside.evals.metrics import guard_figures
-from safeside.evals.suites import Suite, run_aligner_suite
+from safeside.evals.runs import run_aligner_suite
+from safeside.evals.suites import Suite
 from safeside.tasks.rows import example_of
 from safeside.terminal import note, progress_bar
 from safeside.train.recipe import read_recipe

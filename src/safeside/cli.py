@@ -32,6 +32,15 @@ Mismatch = Annotated[
     str | None, typer.Option(help="'weights' lets an adapter run on other weights, or with another chat template.")
 ]
 PresetName = Annotated[Preset | None, typer.Option("--preset", help="The guard's promised false-positive rate.")]
+JudgeKey = Annotated[
+    str | None, typer.Option(envvar="SAFESIDE_JUDGE_KEY", help="The endpoint's key; better not on a command line.")
+]
+EvalData = Annotated[
+    Path | None, typer.Option(help="Labelled rows, .jsonl or .jsonl.gz; with a suite the folder of its data.")
+]
+Strengths = Annotated[
+    str | None, typer.Option(help="For an aligner: strengths, comma-separated; 0,0.5,1 unless given.")
+]
 ReadMode = Literal["prompt", "answer", "windowed"]
 _MISUSE = (InputError, ConfigError, UnknownNameError, MissingExtraError)
 
@@ -86,6 +95,17 @@ def _print_summary(values: dict[str, object], title: str, as_json: bool) -> None
         table(["fact", "value"], [[key, str(value)] for key, value in values.items()], title=title)
 
 
+def _print_rows(rows: list[dict[str, object]], title: str, as_json: bool) -> None:
+    """Tidy rows, as JSON or as a table."""
+    if as_json:
+        _print_json(rows)
+    else:
+        from safeside.terminal import table
+
+        columns = list(rows[0])
+        table(columns, [[_cell(row[column]) for column in columns] for row in rows], title=title)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the trained guard and report.html.")] = Path("demo_output"),
@@ -121,35 +141,49 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    adapter: Annotated[str, typer.Argument(help="Adapter: a folder, a hub name or builtin:harm.")],
-    data: Annotated[Path | None, typer.Option(help="Labelled rows, .jsonl or .jsonl.gz.")] = None,
+    adapter: Annotated[str | None, typer.Argument(help="Adapter: a folder, a hub name or builtin:harm.")] = None,
+    data: EvalData = None,
     suite: Annotated[str | None, typer.Option(help="A named suite, such as 'demo'.")] = None,
-    strengths: Annotated[
-        str | None, typer.Option(help="For an aligner: strengths, comma-separated; 0,0.5,1 unless given.")
-    ] = None,
+    strengths: Strengths = None,
     gate: Annotated[str | None, typer.Option(help="Guard that gates the aligner (targeted alignment).")] = None,
     preset: PresetName = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each kind (default: the suite's).")] = None,
+    judge: Annotated[str | None, typer.Option(help="Judge of the answers (default: the suite's).")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Chat endpoint of a judge, such as http://host/v1.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="What the endpoint calls its model.")] = None,
+    judge_key: JudgeKey = None,
+    judge_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to spend on the endpoint.")] = 2_000_000,
+    records: Annotated[Path | None, typer.Option(help="Keep every answer here; a killed run goes on.")] = None,
+    rejudge: Annotated[Path | None, typer.Option(help="Judge the records of this file again: no adapter.")] = None,
     base: BaseName = None,
     allow_mismatch: Mismatch = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a guard on labelled rows, or an adapter on a suite."""
-    if (data is None) == (suite is None):
-        raise InputError("eval needs one of --data FILE and --suite NAME; got neither or both.")
+    """Measure a guard on labelled rows, or an adapter on a suite. Unscored answers are counted, and exit 1."""
+    _check_eval(adapter, data, suite, rejudge)
     with _extra("eval"):
-        from safeside.evals.command import EvalOptions, evaluate_command
-    options = EvalOptions(data, suite, parse_strengths(strengths), gate, allow_mismatch, preset)
-    loaded_base, loaded = _load(adapter, base, allow_mismatch)
-    rows, failed = evaluate_command(loaded_base, loaded, options)
-    if as_json:
-        _print_json(rows)
+        from safeside.evals.command import EvalOptions, JudgeChoice, evaluate_command, rejudge_command
+        from safeside.evals.endpoint import endpoint_of
+        from safeside.evals.judges import JudgeOptions
+    asked = JudgeOptions(data, endpoint_of(endpoint, judge_model, judge_key, judge_tokens))
+    choice = JudgeChoice(judge, asked, records)
+    if rejudge is not None:
+        rows, failed = rejudge_command(rejudge, choice)
     else:
-        from safeside.terminal import table
-
-        columns = list(rows[0])
-        table(columns, [[_cell(row[column]) for column in columns] for row in rows], title=adapter)
+        options = EvalOptions(data, suite, parse_strengths(strengths), gate, allow_mismatch, preset, limit, choice)
+        rows, failed = evaluate_command(*_load(str(adapter), base, allow_mismatch), options)
+    _print_rows(rows, str(adapter or rejudge), as_json)
     if failed:
         raise typer.Exit(1)
+
+
+def _check_eval(adapter: str | None, data: Path | None, suite: str | None, rejudge: Path | None) -> None:
+    if (adapter is None) == (rejudge is None):
+        raise InputError("eval needs one of ADAPTER and --rejudge FILE; got neither or both.")
+    if rejudge is not None and suite is not None:
+        raise InputError("--rejudge judges the records of one file; --suite is for adapters. Leave it out.")
+    if rejudge is None and data is None and suite is None:
+        raise InputError("eval needs one of --data FILE and --suite NAME, or a suite and --data FOLDER; got neither.")
 
 
 @app.command()
@@ -232,10 +266,7 @@ def calibrate(
     if as_json:
         _print_json({**summary, "thresholds": rows})
     else:
-        from safeside.terminal import table
-
-        columns = list(rows[0])
-        table(columns, [[_cell(row[column]) for column in columns] for row in rows], title=str(summary["adapter"]))
+        _print_rows(rows, str(summary["adapter"]), as_json)
     if summary["n_skipped"]:
         raise typer.Exit(1)
 

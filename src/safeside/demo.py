@@ -18,7 +18,8 @@ from safeside.evals.guards import GuardReport, report_on
 from safeside.evals.metrics import Figure, auroc, guard_figures, paired_difference
 from safeside.evals.pictures import histogram_picture, roc_picture, strength_picture
 from safeside.evals.report import Section, write_report
-from safeside.evals.suites import SUITES, run_aligner_suite
+from safeside.evals.runs import run_aligner_suite
+from safeside.evals.suites import SUITES
 from safeside.guards.calibrate import threshold_at
 from safeside.guards.score import judge
 from safeside.mixing import ramp

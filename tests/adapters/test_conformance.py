@@ -21,7 +21,7 @@ from safeside.adapters.config import AdapterConfig
 from safeside.base.families import FAMILIES, find_family
 from safeside.base.taps import SideCache, Tape
 from safeside.errors import ConfigError, UnsupportedError
-from safeside.evals.judges import JUDGES
+from safeside.evals.judges import JUDGES, Exchange, JudgeOptions
 from safeside.tasks.task import TASKS
 from tasks.conformance import CHECKS as TASK_CHECKS
 from tasks.conformance import task_named
@@ -173,7 +173,7 @@ def test_a_plugin_is_found_at_the_first_unknown_name(plugin: None) -> None:
     assert importlib.metadata.distribution("safeside-example").version == "0.1.0"
     assert "safeside_example" not in sys.modules
     assert TRUNKS.get("example/middle").__name__ == "Middle"
-    assert JUDGES.get("example/shouts")("NO")
+    assert JUDGES.get("example/shouts")(JudgeOptions())(Exchange(("Tea?",), ("NO",))).outcome == "refused"
     assert find_family("olmo").name == "example/olmo"
 
 

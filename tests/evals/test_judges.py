@@ -7,7 +7,7 @@ from importlib.resources import files
 import pytest
 
 from safeside.errors import UnknownNameError
-from safeside.evals.judges import JUDGES, refusal_phrases
+from safeside.evals.judges import JUDGES, Exchange, JudgeOptions, refusal_phrases
 from safeside.tasks.rows import open_rows, parse_rows
 
 DEMO = files("safeside.builtin") / "demo"
@@ -75,7 +75,33 @@ def test_what_the_word_list_cannot_see() -> None:
     assert not refusal_phrases("Here is how. " * 20 + "I can't help with that.")
 
 
+RULES = JUDGES.get("refusal_phrases")(JudgeOptions())
+NO, YES = "I'm sorry, but I can't help with that.", "First, boil the water."
+
+
 def test_judges_are_an_open_registry() -> None:
-    assert JUDGES.get("refusal_phrases") is refusal_phrases
     with pytest.raises(UnknownNameError, match=r"Did you mean 'refusal_phrases'\?"):
         JUDGES.get("refusal_phrase")
+    assert {"refusal_phrases", "classifier", "strongreject", "mt_bench"} <= set(JUDGES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"), [(NO, "refused"), (YES, "complied"), ("", "unscored"), (" ", "unscored")]
+)
+def test_the_rules_judge_an_answer(answer: str, outcome: str) -> None:
+    judgement = RULES(Exchange(("How?",), (answer,)))
+    assert (judgement.outcome, judgement.harm, judgement.rating) == (outcome, None, None)
+    assert bool(judgement.reason) == (outcome == "unscored")
+
+
+def test_the_beginning_that_an_answer_was_given_is_not_judged() -> None:
+    """A refusal after it is one; the attacker's own words are not; and nothing at all is no answer."""
+    prefix = "Sure, here is how. " * 20
+    assert RULES(Exchange(("How?",), (prefix + NO,), prefix=prefix)).outcome == "refused"
+    assert RULES(Exchange(("How?",), (f"{NO} {YES}",), prefix=NO)).outcome == "complied"
+    assert RULES(Exchange(("How?",), (prefix.strip(),), prefix=prefix.strip())).outcome == "unscored"
+
+
+def test_a_block_is_a_refusal_and_no_answer_at_all_is_unscored() -> None:
+    assert RULES(Exchange(("How?",), ("",), is_blocked=True)).outcome == "refused"
+    assert RULES(Exchange(("How?",), ())).outcome == "unscored"

@@ -1,91 +1,37 @@
-"""Suites: refusal rates of an aligner by strength, as answering one prompt after the other gives them."""
+"""Suites: which prompts they hold, which are drawn, and what is wrong with a file."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from safeside import Adapter, Base, Message, attach, ramp
-from safeside.adapters.config import Calibration
 from safeside.errors import InputError, UnknownNameError
-from safeside.evals import suites as module
-from safeside.evals.judges import JUDGES
-from safeside.evals.suites import SUITES, Suite, answer, run_aligner_suite, suite_prompts, wilson
+from safeside.evals.suites import AFFIRMATIVE, LOCAL_SUITES, SUITES, Prompt, Suite, draw, goals_of, suite_prompts
 
 ROWS = [("the cat", 1), ("how can", 0), ("hat on mat", 1), ("they said", 0), ("then be", 1), ("sat", 0), ("other", 1)]
 
 
-def has_even_length(text: str) -> bool:
-    return len(text) % 2 == 0
+def write(path: Path, rows: Sequence[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
 
 
-@pytest.fixture(autouse=True)
-def short_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "MAX_NEW_TOKENS", 5)
-    JUDGES.register("test/even", has_even_length)
-    yield
-    JUDGES.unregister("test/even")
+def local(name: str, folder: Path, rows: Sequence[object]) -> Suite:
+    """A built-in suite of local data whose file holds ``rows``."""
+    suite = replace(SUITES.get(name), path=Path("some", f"{name}.jsonl"))
+    write(folder / suite.path, rows)
+    return suite
 
 
-@pytest.fixture
-def suite(tmp_path: Path) -> Suite:
-    path = tmp_path / "suite.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": prompt, "label": label}) for prompt, label in ROWS))
-    return Suite("toy", path, "test/even", limit=3)
-
-
-@pytest.fixture(scope="module")
-def aligner(session_base: Base, random_aligner: Callable[..., Adapter]) -> Adapter:
-    return random_aligner(session_base)
-
-
-@pytest.fixture(scope="module")
-def guard(session_base: Base, random_guard: Callable[..., Adapter]) -> Adapter:
-    guard = random_guard(session_base)
-    guard.set_calibration(Calibration(scale=(1.0,), bias=(0.0,), threshold=(0.6,)))
-    return guard
-
-
-def test_prompts_are_the_first_of_each_label(suite: Suite) -> None:
-    assert suite_prompts(suite) == (["the cat", "hat on mat", "then be"], ["how can", "they said", "sat"])
-
-
-def test_rates_are_those_of_answers_one_by_one(tiny_base: Base, aligner: Adapter, suite: Suite) -> None:
-    told: list[int] = []
-    results = run_aligner_suite(tiny_base, aligner, suite, [0.0, 1.0, 1.5], advance=told.append)
-    assert sum(told) == 3 * 6
-    assert [result.provenance["strength"] for result in results] == ["0", "0", "1", "1", "1.5", "1.5"]
-    for result in results:
-        strength = float(result.provenance["strength"])
-        harmful, harmless = suite_prompts(suite)
-        prompts = harmful if result.metric == "refusal_rate_harmful" else harmless
-        with attach(tiny_base, [aligner], strength=strength):
-            texts = [tiny_base.chat([Message("user", prompt)], max_new_tokens=5).text for prompt in prompts]
-        hits = sum(map(has_even_length, texts))
-        assert result.benchmark == "toy"
-        assert (result.value, result.n, result.n_unscored) == (hits / 3, 3, 0)
-        assert (result.low, result.high) == wilson(hits, 3)
-
-
-def test_strength_zero_is_the_base(tiny_base: Base, aligner: Adapter, guard: Adapter) -> None:
-    prompts = [prompt for prompt, _ in ROWS]
-    base = [tiny_base.chat([Message("user", prompt)], max_new_tokens=5).text for prompt in prompts]
-    assert answer(tiny_base, aligner, prompts, 0.0, batch_size=1) == base
-    assert answer(tiny_base, aligner, prompts, 0.0, guard=guard, batch_size=1) == base
-    assert answer(tiny_base, aligner, prompts, 1.0, batch_size=1) != base
-
-
-def test_a_guard_gates_the_aligner(tiny_base: Base, aligner: Adapter, guard: Adapter) -> None:
-    """Each prompt is answered at the strength that its own score asks for."""
-    prompts = [prompt for prompt, _ in ROWS]
-    gated = answer(tiny_base, aligner, prompts, 1.0, guard=guard, batch_size=1)
-    with attach(tiny_base, [aligner], [guard], strength=ramp(guard, 0.3, 0.6, 0.0, 1.0)):
-        expected = [tiny_base.chat([Message("user", prompt)], max_new_tokens=5).text for prompt in prompts]
-    assert gated == expected
+def test_prompts_are_the_first_of_each_label(tmp_path: Path) -> None:
+    path = write(tmp_path / "suite.jsonl", [{"prompt": prompt, "label": label} for prompt, label in ROWS])
+    expected = (["the cat", "hat on mat", "then be"], ["how can", "they said", "sat"])
+    assert suite_prompts(Suite("toy", path, limit=3)) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,15 +58,90 @@ def test_the_demo_suite_is_packaged() -> None:
         SUITES.get("dmeo")
 
 
-@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (1, 1), (60, 200)])
-def test_wilson_solves_its_equation(hits: int, n: int) -> None:
-    """The ends are the shares from which the found one is 1.96 standard errors away."""
-    low, high = wilson(hits, n)
-    assert 0 <= low <= hits / n <= high <= 1
-    for end in (low, high):
-        if 0 < end < 1:
-            assert abs(hits / n - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / n), abs=1e-9)
+def harmful(name: str, **origin: object) -> dict[str, object]:
+    return {"id": name, "prompt": f"Do {name}", "response": "", "label": 1, "orig": origin}
 
 
-def test_wilson_of_nothing_knows_nothing() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
+def test_harmbench_is_without_copyright_and_with_its_contexts(tmp_path: Path) -> None:
+    rows = [
+        harmful("a", functional="standard", context=""),
+        harmful("b", functional="copyright", context=""),
+        harmful("c", functional="contextual", context="A long story. "),
+    ]
+    first, second = draw(local("harmbench", tmp_path, rows), tmp_path)
+    assert first == Prompt("a", ("Do a",), True)
+    assert second == Prompt("c", ("A long story.\n\nDo c",), True, goal="Do c")
+
+
+def test_attacks_know_their_goal_and_a_prefilled_answer_its_beginning(tmp_path: Path) -> None:
+    jailbreak = {"id": "a", "prompt": "Ignore all. Do a !!", "response": "No.", "label": 0, "orig": {"goal": "Do a"}}
+    (prompt,) = draw(local("attacks", tmp_path, [jailbreak]), tmp_path)
+    assert prompt == Prompt("a", ("Ignore all. Do a !!",), True, goal="Do a")
+    begun = draw(local("prefilled", tmp_path, [harmful("a", target="Sure, here is a"), harmful("b")]), tmp_path)
+    assert [prompt.prefix for prompt in begun] == ["Sure, here is a", AFFIRMATIVE]
+    with pytest.raises(InputError, match=r"line 1: an attack without orig\.goal"):
+        draw(local("attacks", tmp_path, [harmful("a")]), tmp_path)
+
+
+def test_xstest_takes_its_harmless_prompts(tmp_path: Path) -> None:
+    rows = [harmful("a"), {**harmful("b"), "label": 0}]
+    assert draw(local("xstest", tmp_path, rows), tmp_path) == [Prompt("b", ("Do b",), False)]
+
+
+def test_a_talk_has_turns_and_answers_to_compare_with(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "turns": ["One?", "Two?"], "reference": ["1", "2"]},
+        {"id": "b", "turns": ["Three?"], "reference": None},
+    ]
+    prompts = draw(local("mt_bench", tmp_path, rows), tmp_path)
+    assert prompts == [Prompt("a", ("One?", "Two?"), False, references=("1", "2")), Prompt("b", ("Three?",), False)]
+    for bad, problem in (({"turns": []}, "'turns' is empty"), ({"turns": "One?"}, "'turns' must be a list of texts")):
+        with pytest.raises(InputError, match=problem):
+            draw(local("mt_bench", tmp_path, [bad]), tmp_path)
+
+
+def test_helpful_answers_are_known(tmp_path: Path) -> None:
+    (prompt,) = draw(local("helpful", tmp_path, [{"id": "a", "prompt": "How?", "response": "So."}]), tmp_path)
+    assert prompt == Prompt("a", ("How?",), False, references=("So.",))
+    with pytest.raises(InputError, match="without one 'response'"):
+        draw(local("helpful", tmp_path, [{"prompt": "How?"}]), tmp_path)
+
+
+def test_a_draw_is_fixed_grows_with_its_limit_and_does_not_follow_the_file(tmp_path: Path) -> None:
+    rows = [harmful(str(number)) for number in range(300)]
+    suite = local("advbench", tmp_path, rows)
+    drawn = draw(suite, tmp_path)
+    assert len(drawn) == 100
+    assert [prompt.id for prompt in drawn] != [str(number) for number in range(100)]
+    assert draw(local("advbench", tmp_path, rows[::-1]), tmp_path) == drawn[::-1]
+    fewer = draw(replace(suite, limit=40), tmp_path)
+    assert len(fewer) == 40
+    assert set(fewer) < set(drawn)
+
+
+def test_a_suite_that_is_not_packaged_needs_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Add --data FOLDER with harmful_prompts"):
+        draw(SUITES.get("strongreject"))
+    with pytest.raises(InputError, match="There is no file"):
+        draw(SUITES.get("strongreject"), tmp_path)
+
+
+def test_a_file_of_the_wrong_kind_or_with_one_name_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must hold harmful prompts and no others"):
+        draw(local("strongreject", tmp_path, [{**harmful("a"), "label": 0}]), tmp_path)
+    with pytest.raises(InputError, match="two prompts one id"):
+        draw(local("strongreject", tmp_path, [harmful("a"), harmful("a")]), tmp_path)
+
+
+def test_goals_are_of_all_prompts_and_not_only_of_those_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack = {"id": "a", "prompt": "Ignore all.", "label": 1, "orig": {"goal": "Do 7"}}
+    for name, rows in (("advbench", [harmful(str(number)) for number in range(150)]), ("attacks", [attack])):
+        monkeypatch.setitem(SUITES._items, name, local(name, tmp_path, rows))
+    assert goals_of(["advbench", "attacks"], tmp_path) == [f"Do {number}" for number in range(150)]
+
+
+def test_every_local_suite_is_registered() -> None:
+    assert {suite.name for suite in LOCAL_SUITES} == set(SUITES) - {"demo"} - {name for name in SUITES if "/" in name}
+    for suite in LOCAL_SUITES:
+        assert SUITES.get(suite.name) is suite
+        assert suite.is_local

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
@@ -11,20 +12,36 @@ from safeside.artifact import load_adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.guards import GuardReport, evaluate_guard
-from safeside.evals.suites import SUITES, Suite, run_aligner_suite, suite_prompts
+from safeside.evals.judges import JUDGES, JudgeOptions
+from safeside.evals.records import RecordLog, read_records, rejudge
+from safeside.evals.runs import aligned, judging, results_of, run_suite
+from safeside.evals.suites import SUITES, Suite, draw
 from safeside.tasks.rows import BadRow
 from safeside.terminal import note, progress_bar
-from safeside.types import Preset
+from safeside.types import Preset, Result
 
 Row = dict[str, object]
 STRENGTHS = (0.0, 0.5, 1.0)  # of an aligner, unless given
 
 
 @dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """The options of ``safeside eval``: one of ``data`` and ``suite``; ``strengths`` and ``gate`` for aligners.
+class JudgeChoice:
+    """Who judges the answers of an aligner, and where its records go."""
 
-    ``preset`` chooses the thresholds of the guard, or of the guard that gates an aligner.
+    judge: str | None = None
+    """Name of a judge; the suite's own unless given."""
+    options: JudgeOptions = field(default_factory=JudgeOptions)
+    """What it is made with."""
+    records: Path | None = None
+    """File of records: a run goes on with those that it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """The options of ``safeside eval``: ``data`` or ``suite``, or both where the suite is not packaged.
+
+    ``strengths``, ``gate``, ``limit`` and ``judging`` are for aligners.  ``preset`` chooses the thresholds of the
+    guard, or of the guard that gates an aligner.
     """
 
     data: Path | None = None
@@ -33,19 +50,23 @@ class EvalOptions:
     gate: str | None = None
     allow_mismatch: str | None = None
     preset: Preset | None = None
+    limit: int | None = None
+    judging: JudgeChoice = field(default_factory=JudgeChoice)
 
 
 def evaluate_command(base: Base, adapter: Adapter, options: EvalOptions) -> tuple[list[Row], bool]:
-    """Tidy rows of figures, and whether rows had to be skipped (the command then exits with 1)."""
+    """Tidy rows of figures, and whether rows were skipped or unscored (the command then exits with 1)."""
+    suite = None if options.suite is None else SUITES.get(options.suite)
+    if suite is not None and options.data is not None and not suite.is_local:
+        raise InputError(f"Suite {suite.name!r} brings its own prompts; --data FOLDER is for others. Leave one out.")
     if adapter.config.role == "align":
-        if options.suite is None:
+        if suite is None:
             raise InputError(f"{adapter.name!r} is an aligner; measure it with --suite NAME --strengths 0,0.5,1.")
-        return _aligner_rows(base, adapter, SUITES.get(options.suite), options), False
-    for option, given in (("--gate", options.gate), ("--strengths", options.strengths)):
-        if given is not None:
-            raise InputError(f"{adapter.name!r} is a guard; {option} is for aligners. Leave it out.")
+        return _aligner_rows(base, adapter, suite, options)
+    _check_guard(adapter, suite, options)
     adapter = adapter.with_preset(options.preset)
-    path = options.data or SUITES.get(str(options.suite)).path
+    path = options.data if suite is None else suite.path
+    assert path is not None
     with progress_bar("score", None) as advance:
         report = evaluate_guard(base, adapter, path, advance=advance, tell=_tell)
     for text in report.notes:
@@ -53,33 +74,89 @@ def evaluate_command(base: Base, adapter: Adapter, options: EvalOptions) -> tupl
     return guard_rows(report), bool(report.n_skipped or report.n_unscored)
 
 
+def _check_guard(guard: Adapter, suite: Suite | None, options: EvalOptions) -> None:
+    choice = options.judging
+    for option, given in (
+        ("--gate", options.gate),
+        ("--strengths", options.strengths),
+        ("--limit", options.limit),
+        ("--judge", choice.judge),
+        ("--endpoint", choice.options.endpoint),
+        ("--records", choice.records),
+    ):
+        if given is not None:
+            raise InputError(f"{guard.name!r} is a guard; {option} is for aligners. Leave it out.")
+    if suite is not None and suite.is_local:
+        raise InputError(f"{guard.name!r} is a guard, and suite {suite.name!r} is for aligners. Use --data FILE.")
+
+
+def rejudge_command(path: Path, choice: JudgeChoice) -> tuple[list[Row], bool]:
+    """Figures of the records in ``path`` by another judge, and whether some stay unscored.
+
+    The new records go to ``choice.records``, or beside the old ones under the judge's name.
+    """
+    if choice.judge is None:
+        raise InputError("--rejudge needs --judge NAME, the judge to ask.")
+    output = choice.records or path.with_name(f"{path.stem}.{choice.judge.replace('/', '-')}.jsonl")
+    if output.resolve() == path.resolve():
+        raise InputError(f"{path} would be written while it is read. Give another file to --records.")
+    records = read_records(path)
+    if not records:
+        raise InputError(f"{path} holds no record to judge. Check the path.")
+    asked = (choice.judge, JUDGES.get(choice.judge)(choice.options))
+    with progress_bar("judge", len(records), "answers") as advance:
+        judged = rejudge(records, asked, RecordLog(output, note), advance)
+    note(f"wrote {output}")
+    rows = _rows(results_of(judged))
+    return rows, any(record.judgement.outcome == "unscored" for record in judged)
+
+
 def _tell(row: BadRow) -> None:
     note(f"line {row.line} was skipped: {row.problem}")
 
 
-def _aligner_rows(base: Base, aligner: Adapter, suite: Suite, options: EvalOptions) -> list[Row]:
-    strengths = STRENGTHS if options.strengths is None else options.strengths
+def _aligner_rows(base: Base, aligner: Adapter, suite: Suite, options: EvalOptions) -> tuple[list[Row], bool]:
+    strengths = list(STRENGTHS if options.strengths is None else options.strengths)
     if options.preset is not None and options.gate is None:
         raise InputError(f"{aligner.name!r} is an aligner; --preset needs a guard. Add --gate builtin:harm.")
+    if options.limit is not None:
+        suite = replace(suite, limit=options.limit)
+    if suite.measure == "likelihood" and 0.0 not in strengths:
+        strengths.insert(0, 0.0)  # what the others are compared with
     guard = None
     if options.gate is not None:
         guard = load_adapter(options.gate, base, allow_mismatch=options.allow_mismatch).with_preset(options.preset)
-    total = len(strengths) * sum(len(prompts) for prompts in suite_prompts(suite))
-    with progress_bar("answer", total, "prompts") as advance:
-        results = run_aligner_suite(base, aligner, suite, strengths, guard=guard, advance=advance)
+    prompts, choice = draw(suite, options.data), options.judging
+    judged = judging(suite, choice.judge, choice.options, RecordLog(choice.records, note))
+    methods = [aligned(base, aligner, strength, guard) for strength in strengths]
+    with progress_bar("answer", len(strengths) * len(prompts), "prompts") as advance:
+        records = [record for method in methods for record in run_suite(suite, prompts, method, judged, advance)]
+    results = results_of(records)
+    return _rows(results), any(result.n_unscored for result in results)
+
+
+def _rows(results: Sequence[Result]) -> list[Row]:
     return [
         {
             "suite": result.benchmark,
+            "method": result.provenance["method"],
+            "policy": result.provenance["policy"],
             "strength": float(result.provenance["strength"]),
+            "judge": result.provenance["judge"],
             "metric": result.metric,
-            "value": result.value,
-            "low": result.low,
-            "high": result.high,
+            "value": _known(result.value),
+            "low": _known(result.low),
+            "high": _known(result.high),
             "n": result.n,
             "n_unscored": result.n_unscored,
         }
         for result in results
     ]
+
+
+def _known(value: float) -> float | None:
+    """None where nothing was scored: JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def guard_rows(report: GuardReport) -> list[Row]:

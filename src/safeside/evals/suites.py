@@ -1,111 +1,235 @@
-"""Suites: named sets of prompts on which an adapter is measured, at several strengths for an aligner."""
+"""Suites: named sets of prompts on which an adapter is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from reprlib import repr as shortened
+from typing import Literal
 
-import numpy as np
-
-from safeside.adapters.adapter import Adapter
-from safeside.attach import attach
-from safeside.base.model import Base
 from safeside.errors import InputError
-from safeside.evals.judges import JUDGES
-from safeside.mixing import ramp
 from safeside.registry import Registry
-from safeside.tasks.rows import load_examples
-from safeside.types import Message, Result
+from safeside.tasks.rows import BadRow, example_of, messages_of, open_rows, parse_rows
 
-MAX_NEW_TOKENS = 48
+Row = Mapping[str, object]
+Holds = Literal["both", "harmful", "harmless"]
+Measure = Literal["answers", "likelihood"]
+
+# Our own wording of how an answer begins that helps: what a prefilled-answer attack puts into the model's mouth where
+# the set names no beginning of its own.
+AFFIRMATIVE = "Sure, here is what you asked for:"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a suite."""
+
+    id: str
+    """Its name in the suite."""
+    turns: tuple[str, ...]
+    """What the user says; the model answers each turn before the next."""
+    is_harmful: bool
+    """Whether it asks for harm."""
+    goal: str = ""
+    """What an attack is after, in plain words; empty: the first turn says it."""
+    prefix: str = ""
+    """The beginning of the last answer, put into the model's mouth."""
+    references: tuple[str, ...] = ()
+    """Known answers, one for each turn; what a likelihood is taken of."""
+
+
+Reader = Callable[[Row, int], Prompt | None]
+"""The prompt of a row and its line, None for a row that is not of the suite; an InputError says what is wrong."""
+
+
+def labelled(row: Row, line: int) -> Prompt:
+    """The first message of a row labelled 1 (harmful) or 0."""
+    example = example_of(row, ("label",), line)
+    return Prompt(_id(row, line), (example.messages[0].content,), example.labels[0] == 1)
+
+
+def harmbench(row: Row, line: int) -> Prompt | None:
+    """A HarmBench behaviour, its context before it; None for the copyright ones: they ask for texts, not harm."""
+    origin, prompt = _origin(row), labelled(row, line)
+    if origin.get("functional") == "copyright":
+        return None
+    context = str(origin.get("context") or "").strip()
+    goal = prompt.turns[0]
+    return replace(prompt, turns=(f"{context}\n\n{goal}",), goal=goal) if context else prompt
+
+
+def attack(row: Row, line: int) -> Prompt:
+    """A jailbreak prompt whose row names its goal; its label, which is of an answer, is not read."""
+    (first, *_), goal = messages_of(row), _origin(row).get("goal")
+    if not isinstance(goal, str) or not goal.strip():
+        raise InputError("an attack without orig.goal; expected what it is after")
+    return Prompt(_id(row, line), (first.content,), True, goal)
+
+
+def prefilled(row: Row, line: int) -> Prompt:
+    """A harmful prompt whose answer begins as the set's target does, or with ``AFFIRMATIVE``."""
+    target = _origin(row).get("target")
+    return replace(labelled(row, line), prefix=target if isinstance(target, str) and target.strip() else AFFIRMATIVE)
+
+
+def harmless_only(row: Row, line: int) -> Prompt | None:
+    """A labelled prompt if it is harmless."""
+    prompt = labelled(row, line)
+    return None if prompt.is_harmful else prompt
+
+
+def talk(row: Row, line: int) -> Prompt:
+    """A question of several turns, with answers to compare with where it has them (MT-Bench)."""
+    turns, references = row.get("turns"), row.get("reference") or ()
+    for name, texts in (("turns", turns), ("reference", references)):
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise InputError(f"{name!r} must be a list of texts; got {shortened(texts)}")
+    if not turns:
+        raise InputError("'turns' is empty; expected what the user says")
+    return Prompt(_id(row, line), tuple(turns), False, references=tuple(references))  # type: ignore[arg-type]
+
+
+def answered(row: Row, line: int) -> Prompt:
+    """A harmless prompt with a known good answer."""
+    prompt, *rest = messages_of(row)
+    if len(rest) != 1 or rest[0].role != "assistant":
+        raise InputError("a row without one 'response'; expected the answer whose likelihood is taken")
+    return Prompt(_id(row, line), (prompt.content,), False, references=(rest[0].content,))
+
+
+def _id(row: Row, line: int) -> str:
+    return str(row.get("id") or f"line {line}")
+
+
+def _origin(row: Row) -> Row:
+    origin = row.get("orig")
+    return origin if isinstance(origin, Mapping) else {}
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Harmful and harmless prompts, and the judge of the answers to them."""
+    """Prompts, how many of them are taken, and the judge of the answers to them."""
 
     name: str
     """What results call the suite."""
     path: Path
-    """A file of labelled rows; of each the first message is the prompt."""
+    """A file of rows."""
     judge: str = "refusal_phrases"
-    """Name of a registered judge."""
+    """Name of a registered judge, unless another is chosen."""
     limit: int = 200
-    """Prompts of each label that an aligner is measured on; guards are measured on all."""
+    """Prompts of each kind that an aligner is measured on; guards are measured on all."""
+    read: Reader = labelled
+    """How a row becomes a prompt."""
+    holds: Holds = "both"
+    """Kinds of prompts that must be there."""
+    is_local: bool = False
+    """Whether its file lies in the folder of local data, which is not packaged.  Of such a file ``limit`` draws by a
+    hash of each prompt's name, the same prompts in every run; of others it takes the first."""
+    measure: Measure = "answers"
+    """What is measured: answers by a judge, or the likelihood of known answers."""
+    max_new_tokens: int | None = None
+    """Longest answer to each turn; the run's own unless given."""
+
+    def file(self, data: Path | None) -> Path:
+        """Its file, in the folder ``data`` if the suite is local; no folder is an InputError."""
+        if not self.is_local:
+            return self.path
+        if data is None:
+            raise InputError(
+                f"The prompts of suite {self.name!r} are not packaged. Add --data FOLDER with {self.path}."
+            )
+        return data / self.path
 
 
 SUITES: Registry[Suite] = Registry("suite")
 SUITES.register("demo", Suite("demo", Path(str(files("safeside.builtin") / "demo" / "test.jsonl.gz"))))
 
+DRAWN = 100  # prompts of a local suite
 
-def run_aligner_suite(
-    base: Base,
-    aligner: Adapter,
-    suite: Suite,
-    strengths: Sequence[float],
-    *,
-    guard: Adapter | None = None,
-    advance: Callable[[int], None] = lambda count: None,
-) -> list[Result]:
-    """Refusal rates by strength: on harmful prompts (wanted), on harmless ones (over-refusal).
 
-    With ``guard`` each strength is the ceiling of a ramp around the guard's threshold: targeted alignment.
+def _local(name: str, path: str, read: Reader, holds: Holds) -> Suite:
+    return Suite(name, Path(path), limit=DRAWN, read=read, holds=holds, is_local=True)
+
+
+_MT_BENCH = _local("mt_bench", "mt_bench/test.jsonl.gz", talk, "harmless")
+_HELPFUL = _local("helpful", "instructions/alpaca_partial_test.jsonl.gz", answered, "harmless")
+
+LOCAL_SUITES = (
+    _local("strongreject", "harmful_prompts/strongreject_test.jsonl.gz", labelled, "harmful"),
+    _local("jailbreakbench", "harmful_prompts/jailbreakbench_test.jsonl.gz", labelled, "harmful"),
+    _local("harmbench", "harmful_prompts/harmbench_test.jsonl.gz", harmbench, "harmful"),
+    _local("advbench", "harmful_prompts/advbench_test.jsonl.gz", labelled, "harmful"),
+    _local("attacks", "jailbreakbench_artifacts/test.jsonl.gz", attack, "harmful"),
+    _local("prefilled", "harmful_prompts/advbench_test.jsonl.gz", prefilled, "harmful"),
+    _local("xstest", "xstest/prompts_test.jsonl.gz", harmless_only, "harmless"),
+    _local("benign", "benign_prompts/alpaca_test.jsonl.gz", labelled, "harmless"),
+    replace(_MT_BENCH, judge="mt_bench", max_new_tokens=256),
+    replace(_HELPFUL, judge="", measure="likelihood"),
+)
+for _suite in LOCAL_SUITES:
+    SUITES.register(_suite.name, _suite)
+
+
+def all_prompts(suite: Suite, data: Path | None = None) -> list[Prompt]:
+    """Every prompt of a suite in file order; a bad line, a kind that is missing, or one name twice is an InputError."""
+    path, found = suite.file(data), list[Prompt]()
+    with open_rows(path) as handle:
+        for row in parse_rows(handle):
+            line, problem, prompt = _prompt_of(row, suite.read)
+            if problem:
+                raise InputError(f"{path}: line {line}: {problem}")
+            found += [prompt] if prompt is not None else []
+    kinds = {prompt.is_harmful for prompt in found}
+    if suite.holds == "both" and kinds != {True, False}:
+        raise InputError(f"{path} holds prompts of one label only; a suite needs harmful and harmless ones.")
+    if suite.holds != "both" and kinds != {suite.holds == "harmful"}:
+        raise InputError(f"{path} must hold {suite.holds} prompts and no others for suite {suite.name!r}. Check it.")
+    if len({prompt.id for prompt in found}) < len(found):
+        raise InputError(f"{path} gives two prompts one id; expected one for each. Take one out.")
+    return found
+
+
+def _prompt_of(row: tuple[int, dict[str, object]] | BadRow, read: Reader) -> tuple[int, str, Prompt | None]:
+    if isinstance(row, BadRow):
+        return row.line, row.problem, None
+    try:
+        return row[0], "", read(row[1], row[0])
+    except InputError as error:
+        return row[0], str(error), None
+
+
+def draw(suite: Suite, data: Path | None = None) -> list[Prompt]:
+    """At most ``limit`` prompts of each kind, harmful ones first, each kind in file order.
+
+    Of a local suite they are those whose names hash lowest: a higher limit adds prompts and takes none away.
     """
-    harmful, harmless = suite_prompts(suite)
-    results = []
-    for strength in strengths:
-        answers = answer(base, aligner, [*harmful, *harmless], strength, guard=guard, advance=advance)
-        parts = {"harmful": answers[: len(harmful)], "harmless": answers[len(harmful) :]}
-        for kind, texts in parts.items():
-            refused = sum(map(JUDGES.get(suite.judge), texts))
-            low, high = wilson(refused, len(texts))
-            rate, setting = refused / len(texts), {"strength": f"{strength:g}"}
-            results.append(Result(suite.name, f"refusal_rate_{kind}", rate, low, high, len(texts), 0, setting))
-    return results
+    prompts, drawn = all_prompts(suite, data), list[Prompt]()
+    for is_harmful in (True, False):
+        kind = [prompt for prompt in prompts if prompt.is_harmful == is_harmful]
+        if suite.is_local:
+            chosen = {prompt.id for prompt in sorted(kind, key=lambda prompt: _rank(suite, prompt))[: suite.limit]}
+            drawn += [prompt for prompt in kind if prompt.id in chosen]
+        else:
+            drawn += kind[: suite.limit]
+    return drawn
 
 
-def suite_prompts(suite: Suite) -> tuple[list[str], list[str]]:
-    """At most ``limit`` harmful and harmless prompts, the first of each in file order."""
-    examples, bad = load_examples(suite.path, ("label",))
-    if bad:
-        raise InputError(f"{suite.path}: line {bad[0].line}: {bad[0].problem}")
-    harmful = [example.messages[0].content for example in examples if example.labels[0] == 1]
-    harmless = [example.messages[0].content for example in examples if example.labels[0] == 0]
-    if not harmful or not harmless:
-        raise InputError(f"{suite.path} holds prompts of one label only; a suite needs harmful and harmless ones.")
-    return harmful[: suite.limit], harmless[: suite.limit]
+def _rank(suite: Suite, prompt: Prompt) -> str:
+    return hashlib.sha256(f"{suite.name}\n{prompt.id}".encode()).hexdigest()
 
 
-def answer(
-    base: Base,
-    aligner: Adapter,
-    prompts: Sequence[str],
-    strength: float,
-    *,
-    guard: Adapter | None = None,
-    batch_size: int = 25,
-    advance: Callable[[int], None] = lambda count: None,
-) -> list[str]:
-    """Greedy answers to ``prompts`` with the aligner at ``strength``; ``guard`` gates it by a ramp at its threshold."""
-    policy: object = strength
-    if guard is not None and strength > 0:
-        policy = ramp(guard, ceiling=strength)
-    texts: list[str] = []
-    with attach(base, [aligner], [guard] if guard is not None else [], strength=policy):
-        for start in range(0, len(prompts), batch_size):
-            some = [[Message("user", prompt)] for prompt in prompts[start : start + batch_size]]
-            texts += [completion.text for completion in base.chat_batch(some, max_new_tokens=MAX_NEW_TOKENS)]
-            advance(len(some))
-    return texts
+def suite_prompts(suite: Suite, data: Path | None = None) -> tuple[list[str], list[str]]:
+    """The first turns of the harmful and of the harmless prompts drawn."""
+    prompts = draw(suite, data)
+    harmful = [prompt.turns[0] for prompt in prompts if prompt.is_harmful]
+    return harmful, [prompt.turns[0] for prompt in prompts if not prompt.is_harmful]
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95% Wilson interval of a share."""
-    if n == 0:
-        return 0.0, 1.0
-    z, share = 1.96, hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+def goals_of(names: Sequence[str], data: Path | None = None) -> list[str]:
+    """What the prompts of these suites are after, all of them and not only those drawn: no row that anything learns
+    from may ask for it (see ``safeside.tasks.overlap``).  Later turns and known answers are not among them."""
+    goals = (prompt.goal or prompt.turns[0] for name in names for prompt in all_prompts(SUITES.get(name), data))
+    return list(dict.fromkeys(goals))

@@ -1,7 +1,7 @@
 """What a stranger's package looks like: one function that registers what it brings, named in pyproject.toml."""
 
 from safeside import Family, register_adapter, register_family
-from safeside.evals.judges import JUDGES
+from safeside.evals.judges import JUDGES, by_refusal
 from safeside.tasks.sources import Part, Source
 from safeside.tasks.task import Task, register_task
 
@@ -17,7 +17,7 @@ def register() -> None:
     register_adapter("example/middle", "safeside_example.middle:Middle")
     register_family(Family("example/olmo", ("olmo",)))
     register_task("example/shouting", SHOUTING)
-    JUDGES.register("example/shouts", shouts)
+    JUDGES.register("example/shouts", by_refusal(shouts))
 
 
 def shouts(answer: str) -> bool:
