@@ -78,7 +78,7 @@ def test_refusals_and_their_opposite_are_told_apart(judge: Classifier) -> None:
 
 
 def test_no_row_that_a_suite_asks_for_is_learnt(judge: Classifier) -> None:
-    assert (judge.overlap.n_containing, judge.overlap.n_dropped, len(judge.overlap.kept)) == (3, 3, 80)
+    assert (judge.overlap.n_near, judge.overlap.n_dropped, len(judge.overlap.kept)) == (3, 3, 80)
     assert all(GOAL not in row.messages[0].content for row in judge.overlap.kept)
 
 
@@ -98,8 +98,8 @@ def test_judge_and_guards_share_no_rows() -> None:
             continue
         for source in TASKS.get(name).sources:
             for part in (source.train, source.validation):
-                assert part is None or part.path not in learnt
-    tested = {source.test.path for source in RESPONSE_HARM.sources if source.test}
+                assert part is None or part.place not in learnt
+    tested = {source.test.place for source in RESPONSE_HARM.sources if source.test}
     assert learnt & tested  # the very same names are compared
     assert not learnt & {path for path, _ in HELD_OUT}
 
