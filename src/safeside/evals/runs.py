@@ -65,9 +65,13 @@ class Aligned:
     """A base with one aligner, whose strength is a number or a policy of ``guards``."""
 
     base: Base
+    """The frozen base."""
     aligner: Adapter
+    """Gives the second distribution."""
     policy: Policy
+    """Sets its strength."""
     guards: tuple[Adapter, ...] = ()
+    """Those that the policy asks."""
 
     @property
     def name(self) -> str:
