@@ -42,6 +42,7 @@ METHODS = {
     "lst": ("#5b9bd5", "-"),
     "rtb": ("#17a398", "-"),
     "plr": ("#7fb800", "-"),
+    "standalone_pruned_distilled": ("#7b241c", "--"),
     "standalone_distilled": ("#c0392b", "--"),
     "standalone_pruned": ("#e67e22", "--"),
     "standalone": ("#e6a5a0", "--"),

@@ -455,7 +455,7 @@ def test_data_that_cannot_be_learnt_from_is_an_error(tiny_base: Base, tmp_path: 
         tiny_base, tmp_path, recipe(), ConfigError, r"No usable row in guard_train\.jsonl; the first bad row: line 1"
     )
     write(rows["train"], [{"prompt": "the cat sat " * 300, "label": 1}])
-    failing(tiny_base, tmp_path, recipe(), ConfigError, "1 are longer than the base's context")
+    failing(tiny_base, tmp_path, recipe(), ConfigError, "1 are longer than max_tokens or the base's context")
     write(rows["train"], guard_rows(20, 1))
     write(rows["validation"], [{"prompt": "hi", "label": 0}] * 5)
     failing(tiny_base, tmp_path, recipe(), ConfigError, "Validation needs both harmful and harmless rows")
