@@ -4,7 +4,8 @@
     python benchmarks/guards.py --data ../shared/data --quick   a few rows of each task, into a temporary folder
 
 Every method of one task and base learns from the same rows; validation rows choose epochs, regularisation, questions
-and thresholds; test rows are scored once.  Writes methods.json with the cells that are there, a part of guards.json.
+and thresholds; test rows are scored once.  Writes the part ``methods`` of
+guards.json with the cells that are there.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gather import write_part
 from guard_cells import METHODS, SPLITS, Cell, Setup, build_store, key_of, prepare, run_cell
+from parts import write_part
 from safeside.base.model import load_base
 from safeside.errors import InputError, MissingExtraError
 from safeside.evals.metrics import auprc, auroc, bootstrap, paired_difference, rates

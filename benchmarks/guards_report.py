@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gather import gather
 from guards import CELLS, Array, probability_of, threshold_of
 from part_sections import SECTIONS, Row, columns, pooled, text_of
+from parts import FILE, read_parts
+from safeside.errors import InputError
 from safeside.evals.metrics import auroc
 from safeside.evals.pictures import (
     Axis,
@@ -106,7 +107,7 @@ def wins_section(page: Page) -> Section | None:
     ]
     return Section(
         "Does reading the base beat a network of equal cost that does not?",
-        "AUROC of lst_distilled minus that of the best of three standalones (plain, distilled, pruned from the base), "
+        "AUROC of lst_distilled minus that of the best standalone (plain, distilled, pruned from the base, or both), "
         "by a paired bootstrap over test rows and seeds.",
         [("Gain over the best standalone", dots_picture(dots, Axis("difference in AUROC", goal=0.0)))],
         ("task", "base", "best standalone", "gain", "verdict"),
@@ -220,10 +221,11 @@ def sections_of(page: Page) -> list[Section]:
 
 
 def write_page(results: Path, cells: Path) -> Path:
-    """Write guards.html beside guards.json, which is made anew from the parts that are there."""
-    result = json.loads(gather(results).read_text(encoding="utf-8"))
-    page = Page(result["rows"], cells)
-    parts = result["notes"]["parts"]
+    """Write guards.html beside guards.json; without one that is an InputError."""
+    if not (results / FILE).is_file():
+        raise InputError(f"{results} holds no {FILE}. Run make bench-guards, or one part of it.")
+    parts = read_parts(results / FILE)
+    page = Page([{"part": name, **row} for name, part in parts.items() for row in part["rows"]], cells)
     missing = [name for name in ("methods", *SECTIONS) if name not in parts]
     gone = page.n_missing_cells()
     subtitle = [

@@ -5,7 +5,8 @@
 For each k an LST guard that reads layers 0..k is trained on stored states; ``auroc`` is its figure on the test prompts.
 Then prompts go through the base in batches, without any guard and with this one intercepting, in turns (A B A B):
 ``prefill_ratio`` is the seconds of the second over those of the first.  Its threshold is set so that 0%, 10% or all of
-these prompts are blocked.  A batch saves blocks only when all of its prompts are blocked.  Writes intercept.json.
+these prompts are blocked.  A batch saves blocks only when all of its prompts are blocked.
+Writes the part ``intercept`` of guards.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import DynamicCache
 
 from cells import Setup, prepare, row_logits, store_of
 from core_data import TASKS
-from gather import write_part
+from parts import write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import Calibration
 from safeside.adapters.sizing import flops_share

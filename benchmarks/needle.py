@@ -7,7 +7,7 @@ is made of benign instructions, the same for every place.  ``inside`` texts fit 
 are several times as long and the highest score of their windows counts.  ``auroc`` asks whether texts with harmful
 needles score above those with harmless ones; ``tpr`` and ``fpr`` are at the guard's own threshold, which 5% of the
 harmless validation prompts reach.  A guard reads the last token of a window, so what stands far before it may be
-forgotten.  Writes needle.json.
+forgotten.  Writes the part ``needle`` of guards.json.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gather import write_part
+from parts import write_part
 from presets import Judged, harmless
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
 from safeside.evals.metrics import guard_figures
 from safeside.terminal import note
 from safeside.types import Example, Message
-from task_guards import Lesson, Sizes, drawn
-from tidy import RESULTS, Row, figure_row, result_of
+from task_guards import Lesson, Sizes, drawn, parser_of
+from tidy import Row, figure_row, result_of
 
 TEXT = "benign_prompts/alpaca_test.jsonl.gz"
 PLACES = ("start", "middle", "end")
@@ -126,20 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    parser.add_argument("--base", default="builtin", help="as for load_base")
+    parser = parser_of(__doc__, evaluation_rows=1000)
     parser.add_argument("--task", default="prompt_harm", help="a task of prompts")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--needles", type=int, default=150, help="of each kind, harmful and harmless")
-    parser.add_argument("--limit", type=int, default=1500, help="training rows")
-    parser.add_argument(
-        "--evaluation-limit", type=int, default=1000, help="validation rows, and test rows to draw from"
-    )
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
     return parser
 
 

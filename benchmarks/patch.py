@@ -4,7 +4,8 @@
 
 Families are the attack methods of JailbreakBench's artifacts, never seen by builtin:harm.  Examples come from the
 goals of the training split, measured prompts from those of the test split.  Before and after the patch: the share of
-them that scores above all but 1% of harmless instructions, and AUROC on prompts of other sets.  Writes patch.json.
+them that scores above all but 1% of harmless instructions, and AUROC on prompts of other sets.
+Writes the part ``patch`` of guards.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gather import write_part
+from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
 from safeside.artifact import load_adapter
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     guard, before = load_adapter("builtin:harm", base), weights_hash(base)
     replay = [*load_examples(find_data(DEMO_REPLAY, Path()), ("harm",))[0][:600], *drawn(options.data / REPLAY, 600)]
     rows: list[Row] = []
-    path = options.output / "patch.json"
+    path = options.output / FILE
     with tempfile.TemporaryDirectory() as name:
         harmless, elsewhere = (
             measured(base, guard, drawn_as(options.data / file, options.rows), Path(name))

@@ -4,7 +4,8 @@
     python benchmarks/port.py --also FOLDER    and a base of one's own
 
 Every base gets a guard, trained on labelled rows of the packaged demo set (for the built-in base it is builtin:harm),
-which is ported to every other base by each method, on as many rows without their labels.  Writes port.json.
+which is ported to every other base by each method, on as many rows without their labels.
+Writes the part ``port`` of guards.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gather import write_part
+from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
 from safeside.artifact import load_adapter
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     test = load_examples(find_data("demo:test.jsonl.gz", Path()), ("harm",))[0][: options.test_rows]
     bench = Bench([replace(row, labels=()) for row in text], test)
     bases = found_bases([*options.bases, *options.also])
-    path = options.output / "port.json"
+    path = options.output / FILE
     rows: list[Row] = []
     for seed in range(options.seeds):
         scratch = {name_of(base): bench.scratch(base, seed) for base in bases}

@@ -6,7 +6,7 @@ An LST guard of prompts gets its presets twice: from the harmless rows of its ow
 instructions that nothing has learnt from.  ``tpr`` and ``fpr`` are measured on the task's test prompts that fit the
 context, ``over_refusal`` on the safe prompts of xstest, which look harmful, and on other instructions.  A promise holds
 for texts that come as those behind it: the promised rate stands in ``promised``, and a preset that too few rows can
-promise has no row.  Writes presets.json.
+promise has no row.  Writes the part ``presets`` of guards.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gather import write_part
+from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import PRESET_RATES
 from safeside.evals.metrics import bootstrap
@@ -30,8 +30,8 @@ from safeside.guards.score import score_conversations
 from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.types import Example
-from task_guards import Lesson, Sizes, drawn
-from tidy import RESULTS, Row, figure_row, result_of
+from task_guards import Lesson, Sizes, drawn, parser_of
+from tidy import Row, figure_row, result_of
 
 FITS = ("validation", "instructions")
 BENIGN = "benign_prompts/alpaca_train.jsonl.gz"  # behind the second fit
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         options.benign = 100
     rows: list[Row] = []
     counts: dict[str, object] = {}
-    path = options.output / "presets.json"
+    path = options.output / FILE
     for task in options.tasks:
         with tempfile.TemporaryDirectory() as folder:
             sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
@@ -162,18 +162,9 @@ def notes_of(bench: Bench, counts: Mapping[str, object]) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    parser.add_argument("--base", default="builtin", help="as for load_base")
+    parser = parser_of(__doc__, evaluation_rows=2000)
     parser.add_argument("--tasks", nargs="+", default=["prompt_harm", "hate"], help="tasks of prompts and texts")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--limit", type=int, default=1500, help="training rows")
-    parser.add_argument("--evaluation-limit", type=int, default=2000, help="validation rows, test rows, a suite's rows")
     parser.add_argument("--benign", type=int, default=4000, help="instructions behind the second fit")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
     return parser
 
 

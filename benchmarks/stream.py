@@ -9,7 +9,7 @@ share of harmful answers that the rule stops over the share that the whole answe
 median of the tokens written by then; ``false_stops`` is the share of benign answers that are stopped.
 
 Labels say that an answer is harmful as a whole and not where: a delay counts from the answer's first token, and an
-early stop of a harmful answer may come before its first harmful word.  Writes stream.json.
+early stop of a harmful answer may come before its first harmful word.  Writes the part ``stream`` of guards.json.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gather import write_part
+from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.errors import InputError
 from safeside.evals.metrics import auroc, bootstrap
 from safeside.guards.calibrate import threshold_with_bound
 from safeside.guards.stream import StopRule, evaluate_stops, fit_stop_rule
 from safeside.terminal import note
-from task_guards import Lesson, Sizes
-from tidy import RESULTS, Row, figure_row, result_of
+from task_guards import Lesson, Sizes, parser_of
+from tidy import Row, figure_row, result_of
 
 TARGETS: tuple[Literal["end", "prefixes"], ...] = ("end", "prefixes")
 RATES = (0.01, 0.05, 0.1, 0.2)
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         lesson = Lesson.read((options.base, options.data), options.task, Path(folder), sizes)
         note(f"rows are read after {time.perf_counter() - started:.0f} s")
-        path, rows = options.output / "stream.json", []
+        path, rows = options.output / FILE, []
         for seed in options.seeds:
             rows += measure(lesson, seed, tuple(options.rates), options.consecutive)
             result = result_of("stream", time.perf_counter() - started, rows, notes_of(lesson))
@@ -177,19 +177,10 @@ def notes_of(lesson: Lesson) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    parser.add_argument("--base", default="builtin", help="as for load_base; one that reads forwards")
+    parser = parser_of(__doc__, evaluation_rows=2000)
     parser.add_argument("--task", default="response_harm", help="a task of answers")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="false-positive rates to promise")
     parser.add_argument("--consecutive", type=int, default=2, help="risky tokens in a row that stop an answer")
-    parser.add_argument("--limit", type=int, default=1500, help="training rows")
-    parser.add_argument("--evaluation-limit", type=int, default=2000, help="validation rows, and test rows")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from safeside.train.rows import Rows
 from safeside.train.splits import encode_rows
 from safeside.train.taps import StoredTaps, TapStore, make_batch
 from safeside.types import Example
+from tidy import RESULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +150,18 @@ class Lesson:
 def drawn(examples: Sequence[Example], limit: int) -> list[Example]:
     """At most ``limit`` of the rows, always the same ones."""
     return list(examples) if len(examples) <= limit else random.Random(0).sample(list(examples), limit)
+
+
+def parser_of(description: str | None, evaluation_rows: int) -> argparse.ArgumentParser:
+    """The options that benches of one task's guards share."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--base", default="builtin", help="as for load_base")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=1500, help="training rows")
+    parser.add_argument("--evaluation-limit", type=int, default=evaluation_rows, help="validation rows, and test rows")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
+    return parser

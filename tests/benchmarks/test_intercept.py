@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import cells
 import intercept
+from parts import read_parts
 
 
 @pytest.fixture
@@ -36,9 +37,8 @@ def test_it_writes_auroc_and_times_for_each_block(
     monkeypatch.setattr(intercept, "N_PROMPTS", 10)
     cells.prepare.cache_clear()
     small = ["--quick", "--data", str(data), "--base", str(tiny_folder("llama")), "--blocks", "1", "3", "--pairs", "2"]
-    result = json.loads(intercept.main([*small, "--output", str(data)]).read_text())
+    result = read_parts(intercept.main([*small, "--output", str(data)]))["intercept"]
     cells.prepare.cache_clear()
-    assert result["benchmark"] == "intercept"
     found = [row for row in result["rows"] if row["metric"] == "auroc"]
     assert [row["block"] for row in found] == [1, 3]
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in found)

@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import patch
+from parts import read_parts
 from safeside.train.patch import PatchSettings
 
 
@@ -67,7 +68,7 @@ def test_it_writes_four_figures_for_each_patch(data: Path, tmp_path: Path, monke
         "--threads",
         "1",
     ]
-    result = json.loads(patch.main([*words, "--output", str(tmp_path)]).read_text())
+    result = read_parts(patch.main([*words, "--output", str(tmp_path)]))["patch"]
     assert [row["metric"] for row in result["rows"]] == ["before", "after", "elsewhere_change", "seconds"]
     assert {(row["family"], row["examples"], row["seed"]) for row in result["rows"]} == {("GCG", 4, 0)}
     before, after, change, _ = result["rows"]

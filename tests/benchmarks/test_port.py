@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import port
+from parts import read_parts
 from safeside.errors import InputError, MissingExtraError
 
 
 def test_every_pair_and_method_gets_its_figures(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
     bases = ["--bases", str(tiny_folder("llama")), "--also", str(tiny_folder("gpt2"))]
     small = ["--rows", "40", "--test-rows", "80", "--threads", "1"]
-    result = json.loads(port.main([*bases, *small, "--output", str(tmp_path)]).read_text())
+    result = read_parts(port.main([*bases, *small, "--output", str(tmp_path)]))["port"]
     kept = [row for row in result["rows"] if row["metric"] == "kept_auroc"]
     assert [(row["source"], row["target"], row["method"]) for row in kept] == [
         (*pair, method)

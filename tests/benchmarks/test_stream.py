@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import stream
+from parts import read_parts
 from safeside.guards.stream import StopRule, score_answers
 from stream import Answers, figures_of
 from task_guards import Lesson, Sizes
@@ -91,11 +91,9 @@ def test_it_writes_figures_for_both_ways_of_learning(
     words = ["--data", str(small_tasks), "--base", str(tiny_folder("llama")), "--task", "bench/answers"]
     small = ["--limit", "128", "--evaluation-limit", "240", "--epochs", "2", "--seeds", "0", "--rates", "0.001", "0.2"]
     path = stream.main([*words, *small, "--output", str(tmp_path / "results")])
-    result = json.loads(path.read_text())
+    result = read_parts(path)["stream"]
     assert {row["targets"] for row in result["rows"]} == {"end", "prefixes"}
     assert {row["false_positive_rate"] for row in result["rows"] if row["metric"] == "false_stops"} == {0.2}
     assert all(math.isfinite(row["value"]) for row in result["rows"])
     assert result["notes"]["benign_validation_rows"] < 299
     assert result["notes"]["rows_without_answer"] == 2
-    merged = json.loads((tmp_path / "results" / "guards.json").read_text())
-    assert [row["part"] for row in merged["rows"]] == ["stream"] * len(result["rows"])
