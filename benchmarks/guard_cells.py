@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import functools
-import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from cells import narrowed
+from guard_rows import HARMLESS, MOST_WINDOWS, SPLITS, Prepared, Setup, prepare
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls
 from safeside.artifact import create_adapter
-from safeside.base.model import Base, load_base
-from safeside.errors import InputError
 from safeside.evals.baselines import States, fit_keywords, fit_probe
 from safeside.evals.prompted import QUESTIONS, choose_question, prompted_scores
-from safeside.guards.windows import windows
 from safeside.lora import LoraShape
 from safeside.provenance import config_hash, git_commit, machine
-from safeside.tasks.rows import load_examples
-from safeside.tasks.task import Task, TaskRows, load_task
 from safeside.train.importance import Importance, Sample, measure_importance
 from safeside.train.loop import Loop
 from safeside.train.lora import create_lora
 from safeside.train.objectives import guard_logits, guard_metric, guard_objective
 from safeside.train.pruning import create_pruned_standalone, start_from_base
 from safeside.train.recipe import Recipe
-from safeside.train.rows import Rows
-from safeside.train.splits import encode_rows
 from safeside.train.standalone import create_standalone, standalone_matmuls
 from safeside.train.taps import Source, StoredTaps, TapStore
 from safeside.train.teacher import teacher_scores
-from safeside.types import Example
 
 Array = NDArray[np.float64]
 
-FORMAT = 1  # of a cell; raise it when cells of an older kind must not be used again
-SPLITS = ("train", "validation", "test", "harmless")
+FORMAT = 2  # of a cell; raise it when cells of an older kind must not be used again
 LST = {"kind": "lst", "reduction": 4}
 ADAPTERS = {
     "plr": {"kind": "plr"},
     "rtb": {"kind": "rtb", "bottleneck": 32},
     "lst": LST,
+    "lst_pruned": {**LST, "start": "pruned"},
+    "lst_taught": LST,
     "lst_distilled": {**LST, "start": "pruned"},
     "standalone": LST,
     "standalone_distilled": LST,
@@ -57,37 +47,11 @@ ADAPTERS = {
 }
 FITTED = ("probe", "tfidf", "prompted")
 METHODS = (*ADAPTERS, *FITTED, "lora_full")
+TAUGHT = ("lst_taught", "lst_distilled", "standalone_distilled", "standalone_pruned_distilled")  # by the LoRA guard
 # Chosen on validation rows: plr, rtb and standalone by the core benchmark; lst and lora on 1,500 rows of the hate task.
 LEARNING_RATES = {"plr": 3e-3, "rtb": 1e-3, "lst": 1e-3, "standalone": 1e-3, "lora": 2e-3}
-# Rows of training, and of validation and of test each, at most: the longer a task's texts, the fewer.
-ROWS = {"hate": (1500, 1000), "prompt_harm": (1000, 600), "response_harm": (1000, 600), "grounding": (600, 600)}
-MOST_WINDOWS = 4  # a row that takes more is left out and counted: whole web pages would take most of the time
 SOFT_WEIGHT = 0.2  # of the teacher's scores beside the labels; at 0.5 and 1.0 the teacher's mistakes cost more
 TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "batch_size": 16, "folds": 2}
-HARMLESS = {
-    "xstest/prompts_test.jsonl.gz": 250,
-    "benign_prompts/alpaca_test.jsonl.gz": 250,
-}  # at most
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What all cells of a run share.  ``bases`` are (what tables call it, what it is loaded by, its fingerprint)."""
-
-    data: Path
-    bases: tuple[tuple[str, str, str], ...]
-    cells: Path
-    limit: int
-    evaluation_limit: int
-    epochs: int
-
-    def rows_of(self, task: str) -> tuple[int, int]:
-        """Most rows of training, and of validation and of test."""
-        training, evaluation = ROWS[task]
-        return min(self.limit, training), min(self.evaluation_limit, evaluation)
-
-    def base_of(self, name: str) -> tuple[str, str]:
-        return next((source, fingerprint) for label, source, fingerprint in self.bases if label == name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,115 +68,9 @@ class Cell:
         return f"{self.task} {self.base} {self.method} seed {self.seed}"
 
 
-@dataclass(slots=True)
-class Split:
-    """Rows of one split in windows: ``rows`` are windows, ``row_of_window`` the row of each."""
-
-    examples: list[Example]
-    rows: Rows
-    row_of_window: NDArray[np.int64]
-    n_uncut: int = 0
-    n_too_long: int = 0
-
-    @property
-    def labels(self) -> Array:
-        return np.array([example.labels[0] for example in self.examples])
-
-    @property
-    def is_windowed(self) -> NDArray[np.bool_]:
-        return np.bincount(self.row_of_window, minlength=len(self.examples)) > 1
-
-    def combined(self, values: Array, how: str) -> Array:
-        """A value for each row from those of its windows; a row that could not be cut has NaN."""
-        worst = -np.inf if how == "max" else np.inf
-        result = np.full(len(self.examples), worst)
-        (np.maximum if how == "max" else np.minimum).at(result, self.row_of_window, values)
-        return np.where(np.isinf(result), np.nan, result)
-
-
-@dataclass(slots=True)
-class Prepared:
-    """A task's rows, encoded for one base."""
-
-    base: Base
-    task: Task
-    train: Rows
-    splits: dict[str, Split]
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def rows(self, split: str) -> Rows:
-        return self.train if split == "train" else self.splits[split].rows
-
-
-@functools.lru_cache(maxsize=1)
-def prepare(setup: Setup, task: str, base_name: str) -> Prepared:
-    """Read and encode the rows of ``task``; kept in memory until another pair is asked for."""
-    base = load_base(setup.base_of(base_name)[0], dtype="float32")
-    found, (limit, evaluation_limit) = _task_rows(task, setup.data), setup.rows_of(task)
-    train = encode_rows(base, found.of("train"), limit)
-    splits = {}
-    for split in ("validation", "test"):
-        splits[split] = _windowed(base, found.of(split), found.task.windows, evaluation_limit)
-    splits["harmless"] = _windowed(base, _harmless(setup, task), found.task.windows)
-    left_out = {f"{split}_{reason}": 0 for split in ("train", "validation", "test") for reason in ("leaks", "bad")}
-    for (_, split), left in found.left_out.items():
-        left_out[f"{split}_leaks"] += left.exact + left.near
-        left_out[f"{split}_bad"] += len(left.bad)
-    counts = {**left_out, "train": len(train.ids), "train_too_long": train.n_too_long}
-    counts |= {split: len(part.examples) for split, part in splits.items()}
-    counts |= {f"{split}_too_long": part.n_too_long for split, part in splits.items()}
-    counts |= {f"{split}_windowed": int(part.is_windowed.sum()) for split, part in splits.items() if part.examples}
-    return Prepared(base, found.task, train, splits, counts)
-
-
-@functools.lru_cache(maxsize=1)
-def _task_rows(task: str, root: Path) -> TaskRows:
-    return load_task(task, root)
-
-
-def _drawn(examples: Sequence[Example], limit: int) -> list[Example]:
-    return list(examples) if len(examples) <= limit else random.Random(0).sample(list(examples), limit)
-
-
-def _harmless(setup: Setup, task: str) -> list[Example]:
-    """Harmless prompts that a guard of prompts should leave alone; none for tasks that judge answers and claims."""
-    if task not in ("hate", "prompt_harm"):
-        return []
-    examples = []
-    for name, limit in HARMLESS.items():
-        rows = [row for row in load_examples(setup.data / name, ("harm",))[0] if row.labels[0] == 0]
-        examples += _drawn(rows, limit)
-    return examples
-
-
-def _windowed(base: Base, examples: Sequence[Example], how: str, limit: int | None = None) -> Split:
-    """At most ``limit`` of the examples, drawn always alike, in windows."""
-    drawn = list(examples) if limit is None else random.Random(0).sample(list(examples), len(examples))
-    found = Split([], Rows([], [], torch.zeros(0, 1), None), np.zeros(0, dtype=int))
-    row_of_window: list[int] = []
-    for example in drawn:
-        if len(found.examples) == limit:
-            break
-        try:
-            parts = windows(base, example.messages, combine="max" if how == "max" else "min")
-        except InputError:
-            parts = []
-            found.n_uncut += 1
-        if len(parts) > MOST_WINDOWS:
-            found.n_too_long += 1
-            continue
-        found.rows.ids.extend(base.encode(part).ids for part in parts)
-        row_of_window += [len(found.examples)] * len(parts)
-        found.examples.append(example)
-    labels = torch.tensor([found.examples[row].labels[:1] for row in row_of_window]).reshape(-1, 1)
-    found.row_of_window = np.array(row_of_window, dtype=int)
-    found.rows = Rows(found.rows.ids, [0] * len(row_of_window), labels, None)
-    return found
-
-
 def recipe_of(setup: Setup, cell: Cell) -> Recipe:
     """The cell as a recipe: everything about it but the bytes of data and base."""
-    is_distilled = cell.method.endswith("distilled")
+    is_taught = cell.method in TAUGHT
     family = cell.method.partition("_")[0]
     return Recipe.model_validate(
         {
@@ -220,17 +78,17 @@ def recipe_of(setup: Setup, cell: Cell) -> Recipe:
             "output": "none",
             "seed": cell.seed,
             "base": {"name": cell.base},
-            "data": {"task": cell.task, "limit": setup.rows_of(cell.task)[0]},
+            "data": {"task": cell.task, "limit": setup.most_rows(cell.task)["train"]},
             "adapter": {**ADAPTERS.get(cell.method, LST), "labels": ("risk",)},
             "training": {
                 "epochs": TEACHER["epochs"] if family == "lora" else setup.epochs,
                 "batch_size": 16 if family == "lora" else 32,
                 "learning_rate": LEARNING_RATES.get(family, 1e-3),
-                "soft_weight": SOFT_WEIGHT if is_distilled else 0.0,
+                "soft_weight": SOFT_WEIGHT if is_taught else 0.0,
                 "patience": 2,
                 "checkpoint_seconds": 1e9,
             },
-            **({"teacher": TEACHER} if is_distilled else {}),
+            **({"teacher": TEACHER} if is_taught else {}),
         }
     )
 
@@ -239,14 +97,14 @@ def key_of(setup: Setup, cell: Cell, data: str) -> str:
     """Hash of recipe, data, base and seed: the name of the cell's file."""
     recipe = recipe_of(setup, cell).model_dump(exclude_defaults=True)  # a new field of recipes changes no cell
     values = {"format": FORMAT, "recipe": recipe, "method": cell.method, "data": data}
-    evaluation = (setup.rows_of(cell.task)[1], MOST_WINDOWS, HARMLESS)
+    evaluation = (setup.most_rows(cell.task), MOST_WINDOWS, HARMLESS)
     return config_hash({**values, "base": setup.base_of(cell.base)[1], "evaluation": evaluation})
 
 
 def store_of(setup: Setup, cell: Cell, split: str) -> TapStore:
     """The base's states at all layers for one split, shared by the cells of task and base; computed on first use."""
     data = prepare(setup, cell.task, cell.base)
-    folder = setup.cells / "taps" / cell.task / cell.base
+    folder = setup.scratch / "taps" / cell.task / cell.base
     return TapStore.build(data.base, data.rows(split).ids, range(data.base.n_layers + 1), folder, batch_size=16)
 
 
@@ -287,7 +145,7 @@ def run_cell(setup: Setup, cell: Cell, key: str) -> dict[str, object]:
         "labels": {split: part.labels.tolist() for split, part in data.splits.items()},
         "windowed": data.splits["test"].is_windowed.tolist(),
         "values": {
-            split: (data.splits[split].combined(values, how) if len(values) else values).tolist()
+            split: (data.splits[split].combined(values, how) if len(values) else values).round(6).tolist()
             for split, values in trained.values.items()
         },
         **trained.facts,
@@ -324,10 +182,10 @@ def _taps(setup: Setup, cell: Cell, adapter: Adapter, split: str) -> Source:
 
 def _taught(setup: Setup, cell: Cell, data: Prepared) -> Prepared:
     """The data with the soft targets of one teacher, the same for every seed, where the method is distilled."""
-    if not cell.method.endswith("distilled"):
+    if cell.method not in TAUGHT:
         return data
     recipe = recipe_of(setup, Cell(cell.task, cell.base, cell.method, 0))
-    train = teacher_scores(data.base, recipe, (data.train, data.splits["validation"].rows), setup.cells / "teachers")
+    train = teacher_scores(data.base, recipe, (data.train, data.splits["validation"].rows), setup.scratch / "teachers")
     return Prepared(data.base, data.task, train, data.splits, data.counts)
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from guard_cells import METHODS, SPLITS, Cell, Setup, build_store, key_of, prepare, run_cell
+from guard_cells import METHODS, TAUGHT, Cell, build_store, key_of, run_cell
+from guard_rows import SPLITS, Setup, prepare
 from parts import write_part
 from safeside.base.model import load_base
 from safeside.errors import InputError, MissingExtraError
@@ -39,7 +40,8 @@ from workers import Workers
 
 Array = NDArray[np.float64]
 
-CELLS = Path(__file__).parent / ".cells" / "guards"
+CELLS = RESULTS / "guard_cells"  # kept with the results: hours of work, and the rows behind every interval
+SCRATCH = Path(__file__).parent / ".cells" / "guards"
 TASK_NAMES = ("hate", "prompt_harm", "response_harm", "grounding")
 BASES = {"builtin": "builtin", "minilm": "minilm"}
 SEEDS = (0, 1, 2)
@@ -59,9 +61,11 @@ class Plan:
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
+    cells: Path
     output: Path
+    finished_only: bool = False
 
-    def cells(self, task: str, base: str) -> list[Cell]:
+    def cells_of(self, task: str, base: str) -> list[Cell]:
         return [
             Cell(task, base, method, seed)
             for method, seed in product(self.methods, self.seeds)
@@ -72,16 +76,17 @@ class Plan:
 def run_plan(plan: Plan, workers: Workers) -> Path:
     """Run what is missing and write the result file; returns it."""
     started = time.perf_counter()
-    plan.setup.cells.mkdir(parents=True, exist_ok=True)
-    (plan.setup.cells / ".gitignore").write_text("*\n", encoding="utf-8")
     pairs = [(task, base) for task in plan.tasks for base, _, _ in plan.setup.bases]
     hashes = {task: _data_hash(plan.setup.data, task) for task in plan.tasks}
     paths = {
-        cell: plan.setup.cells / f"{key_of(plan.setup, cell, hashes[cell.task])}.json"
+        cell: plan.cells / f"{key_of(plan.setup, cell, hashes[cell.task])}.json"
         for pair in pairs
-        for cell in plan.cells(*pair)
+        for cell in plan.cells_of(*pair)
     }
     missing = [cell for cell, path in paths.items() if not path.is_file()]
+    if plan.finished_only:
+        paths = {cell: path for cell, path in paths.items() if path.is_file()}
+        missing = []
     stated = sum(STATED.get(cell.method, 60) for cell in missing) / workers.n_workers
     note(f"{len(paths)} cells, {len(paths) - len(missing)} cached; about {stated / 60:.0f} min for the others")
     for task, base in pairs:
@@ -120,21 +125,21 @@ def _fill(plan: Plan, workers: Workers, todo: list[Cell], paths: dict[Cell, Path
     stored = [(todo[0], split) for split in SPLITS if prepare(plan.setup, todo[0].task, todo[0].base).rows(split).ids]
     for (cell, split), seconds in workers.run(functools.partial(build_store, plan.setup), stored):
         note(f"{cell.task} {cell.base}: states of the {split} rows stored in {seconds:.0f} s")
-    distilled = [cell for cell in todo if cell.method.endswith("distilled")]
-    waves = [[cell for cell in todo if cell not in distilled[1:]], distilled[1:]]  # the first one trains the teacher
-    waves[0].sort(key=lambda cell: cell not in distilled)
+    taught = [cell for cell in todo if cell.method in TAUGHT]
+    waves = [[cell for cell in todo if cell not in taught[1:]], taught[1:]]  # the first one trains the teacher
+    waves[0].sort(key=lambda cell: cell not in taught)
     for wave in waves:
         jobs = [(cell, paths[cell]) for cell in wave]
         for (cell, _), seconds in workers.run(functools.partial(_run, plan.setup), jobs):
             note(f"{cell.title}: {seconds:.0f} s")
-    shutil.rmtree(plan.setup.cells / "taps" / todo[0].task / todo[0].base, ignore_errors=True)  # gigabytes
+    shutil.rmtree(plan.setup.scratch / "taps" / todo[0].task / todo[0].base, ignore_errors=True)  # gigabytes
 
 
 def _run(setup: Setup, job: tuple[Cell, Path]) -> float:
     """Run one cell and write its file at once: a run that is killed later does not lose it."""
     cell, path = job
     values = run_cell(setup, cell, path.stem)
-    write_json(path, values)
+    write_json(path, values, indent=None)
     return float(values["seconds"])
 
 
@@ -192,24 +197,24 @@ def _calibration_error(labels: Array, values: Array) -> Callable[[Array, Array],
 
 
 def wins_of(task: str, base: str, values: dict[Cell, dict[str, object]]) -> list[Row]:
-    """1, 0 or -1: does lst_distilled beat the best standalone?  By a paired bootstrap over rows and seeds."""
-
-    def scores(method: str) -> Array:
-        found = [value for cell, value in values.items() if (cell.task, cell.base, cell.method) == (task, base, method)]
-        return np.array([value["values"]["test"] for value in found])
-
-    truth = next(np.array(v["labels"]["test"]) for c, v in values.items() if (c.task, c.base) == (task, base))
-    ours = scores("lst_distilled")
-    others = {method: some for method in STANDALONES if len(some := scores(method))}
-    if not len(ours) or not others:
+    """1, 0 or -1: does lst_distilled beat the best standalone?  By a paired bootstrap over rows and common seeds."""
+    found = {
+        (cell.method, cell.seed): value for cell, value in values.items() if (cell.task, cell.base) == (task, base)
+    }
+    others = [method for method in STANDALONES if method in {method for method, _ in found}]
+    compared = ["lst_distilled", *others]
+    seeds = [seed for seed in SEEDS if all((method, seed) in found for method in compared)]
+    if not others or not seeds:
         return []
-    scored = np.isfinite(np.concatenate([ours, *others.values()])).all(0)
-    truth, ours = truth[scored], ours[:, scored]
-    best = max(others, key=lambda method: np.mean([auroc(truth, line[scored]) for line in others[method]]))
-    gain = paired_difference(auroc, truth, ours, others[best][:, scored])
+    lines = {method: np.array([found[method, seed]["values"]["test"] for seed in seeds]) for method in compared}
+    truth = np.array(found["lst_distilled", seeds[0]]["labels"]["test"])
+    scored = np.isfinite(np.concatenate(list(lines.values()))).all(0)
+    truth, lines = truth[scored], {method: line[:, scored] for method, line in lines.items()}
+    best = max(others, key=lambda method: np.mean([auroc(truth, line) for line in lines[method]]))
+    gain = paired_difference(auroc, truth, lines["lst_distilled"], lines[best])
     verdict = 1 if gain.low > 0 else -1 if gain.high < 0 else 0
     labels = {"task": task, "base": base, "method": "lst_distilled", "seed": -1, "against": best}
-    counts = {"n": int(scored.sum()), "n_unscored": int((~scored).sum())}
+    counts = {"n": int(scored.sum()), "n_unscored": int((~scored).sum()), "seeds": len(seeds)}
     return [
         figure_row(labels, "win_over_best_standalone", verdict, **counts),
         figure_row(labels, "gain_over_best_standalone", gain.value, (gain.low, gain.high), **counts),
@@ -233,13 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     setup = Setup(
         data=options.data,
         bases=tuple(bases),
-        cells=options.cells or (scratch / "guard-cells" if options.quick else CELLS),
+        scratch=options.scratch or (scratch if options.quick else SCRATCH),
         limit=options.limit,
         evaluation_limit=options.evaluation_limit,
         epochs=options.epochs,
     )
     output = options.output or (scratch if options.quick else RESULTS)
-    plan = Plan(setup, tuple(options.tasks), tuple(options.methods), tuple(options.seeds), output)
+    cells = options.cells or (scratch / "guard-cells" if options.quick else CELLS)
+    plan = Plan(
+        setup, tuple(options.tasks), tuple(options.methods), tuple(options.seeds), cells, output, options.finished_only
+    )
     with Workers(options.workers, options.threads) as workers:
         path = run_plan(plan, workers)
     note(f"wrote {path}")
@@ -259,10 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluation-limit", type=int, default=1000, help="validation rows, and test rows; ROWS may allow fewer"
     )
-    parser.add_argument("--epochs", type=int, default=6, help="at most; training stops 2 epochs after its best")
+    parser.add_argument("--epochs", type=int, default=5, help="at most; training stops 2 epochs after its best")
+    parser.add_argument("--finished-only", action="store_true", help="run nothing: the figures of the cells there are")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
-    parser.add_argument("--cells", type=Path, help="folder of cached cells")
+    parser.add_argument("--cells", type=Path, help="folder of finished cells")
+    parser.add_argument("--scratch", type=Path, help="folder of stored states and teachers")
     parser.add_argument("--output", type=Path, help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
     return parser

@@ -42,10 +42,10 @@ def result_of(benchmark: str, seconds: float, rows: Sequence[Row], notes: Mappin
     }
 
 
-def write_json(path: Path, values: object) -> Path:
+def write_json(path: Path, values: object, indent: int | None = 1) -> Path:
     """Write ``values`` so that a kill leaves the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
