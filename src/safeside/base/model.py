@@ -169,7 +169,8 @@ class Base:
         text is what was added, and a latched gate reads the prompt with the beginning of the answer.
 
         ``release`` is called with a row and the next ids of its answer while it is written, never with an id that a
-        guard can still take back.  Prompts that an intercepting guard blocks have no answer; the others go on.
+        guard can still take back; what it raises ends the answers.  Prompts that an intercepting guard blocks have no
+        answer; the others go on.
         """
         self._check_chat(strength, stop, generate)
         if not conversations:

@@ -177,6 +177,10 @@ def evaluate_stops(
     )
 
 
+ANSWERING = "safeside answer"
+"""Name of the threads in which models write."""
+
+
 class _ClosedError(Exception):
     """The reader of a stream went away."""
 
@@ -218,7 +222,7 @@ class AnswerStream(Iterator[str]):
         self._ids: list[int] = []
         self._shown = ""
         self._ended: _Ended | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=ANSWERING, daemon=True)
         self._thread.start()
 
     @property
@@ -244,9 +248,8 @@ class AnswerStream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the answer where it is; the model's thread is gone on return."""
+        """End the answer where it is, without waiting: the model's thread ends with the token that it is at."""
         self._is_closed.set()
-        self._thread.join()
         self._ended = self._ended or _Ended()
 
     def __enter__(self) -> Self:
@@ -283,4 +286,5 @@ class AnswerStream(Iterator[str]):
     def _release(self, row: int, ids: list[int]) -> None:
         if self._is_closed.is_set():
             raise _ClosedError
-        self._queue.put(ids)
+        if ids:
+            self._queue.put(ids)
