@@ -140,8 +140,8 @@ class Base:
     ) -> Completion:
         """One answer.  ``strength`` overrides the attachment's for this request (see ``attach``).
 
-        ``stop`` is a StopRule for the only guard attached, or rules by guard's name: an answer that meets one ends
-        there, and its text holds only the tokens before the risky ones.
+        ``stop`` is a StopRule for the only guard attached, rules by guard's name, or True for the rules that the guards'
+        artifacts keep: an answer that meets one ends there, and its text holds only the tokens before the risky ones.
 
         Greedy unless ``do_sample=True``; ``generate`` holds further options of transformers' ``generate``.  A prompt
         that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut.  Beams, several samples, stop

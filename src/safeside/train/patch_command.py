@@ -53,7 +53,8 @@ def patch_command(
             f"thresholds and presets for mode {', '.join(done.dropped)} were dropped, for the scores are new: the "
             "guard's own threshold holds. Run safeside calibrate again."
         )
-    save_patched(guard, source, target, base, {**_kept_facts(source), **facts})
+    learnt = [*rows.examples, *rows.replay]
+    save_patched(guard, source, target, base, {**_kept_facts(source), **facts}, learnt=learnt)
     return {"adapter": str(target), "versions_before": count_versions(target), "bad_rows": n_bad, **facts}
 
 
