@@ -112,9 +112,7 @@ def test_rules_find_their_guards(session_base: Base, random_guard: Callable[...,
             as_rules(wrong, [harm])
 
 
-def test_true_asks_for_the_rules_that_artifacts_keep(
-    session_base: Base, random_guard: Callable[..., Adapter]
-) -> None:
+def test_true_asks_for_the_rules_that_artifacts_keep(session_base: Base, random_guard: Callable[..., Adapter]) -> None:
     harm, other = random_guard(session_base, name="harm"), random_guard(session_base, name="other")
     with pytest.raises(InputError, match=r"No guard attached keeps a stop rule \('harm' at preset none\)\. Make one"):
         as_rules(True, [harm])

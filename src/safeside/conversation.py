@@ -95,9 +95,7 @@ class _Conversation:
     def answer(self, text: str) -> Completion:
         """The answer to ``text``; both join the history once there is one."""
         asked = [*self.history, Message("user", text)]
-        completion = self.base.chat(
-            asked, strength=self.policy, stop=self.stop, max_new_tokens=self.max_new_tokens
-        )
+        completion = self.base.chat(asked, strength=self.policy, stop=self.stop, max_new_tokens=self.max_new_tokens)
         self.history = [*asked, Message("assistant", completion.text)]
         return completion
 

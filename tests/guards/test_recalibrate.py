@@ -145,7 +145,9 @@ def test_a_stop_rule_is_kept_and_used_when_asked_for(tiny_base: Base, source: Pa
     assert (found.n_harmless, found.promise.false_positive_rate, found.promise.confidence) == (70, 0.1, 0.95)
     assert (done.n_other_modes, done.n_unscored) == (1, 0)
     assert kept_rule(guard.with_preset("strict")).threshold > kept.threshold
-    assert "3 tokens in a row stop an answer; default " in adapter_facts(str(done.folder), tiny_base.name)["mode stream"]
+    assert (
+        "3 tokens in a row stop an answer; default " in adapter_facts(str(done.folder), tiny_base.name)["mode stream"]
+    )
     again = recalibrate(str(done.folder), tiny_base, Traffic(benign, None, 0.2, "stream"), tmp_path / "again")
     assert again.modes["stream"].n_consecutive == 3  # the guard's own, unless told
     with attach(tiny_base, guards=[guard]):
@@ -160,7 +162,7 @@ def test_a_stop_rule_needs_answers_and_rows(tiny_base: Base, source: Path, tmp_p
     with pytest.raises(InputError, match="holds no row that is read in mode 'stream'; found 60 for 'prompt'"):
         recalibrate(str(source), tiny_base, Traffic(benign, mode="stream"), tmp_path / "none")
     few = answers(tmp_path / "answers.jsonl", 40)
-    with pytest.raises(InputError, match="Mode 'stream': 40 harmless rows cannot promise .* it takes 59"):
+    with pytest.raises(InputError, match=r"Mode 'stream': 40 harmless rows cannot promise .* it takes 59"):
         recalibrate(str(source), tiny_base, Traffic(few, None, 0.05, "stream"), tmp_path / "none")
     with pytest.raises(InputError, match="those of a stop rule, for mode 'stream'"):
         Traffic(few, None, 0.05, "answer", 2)
@@ -240,9 +242,9 @@ def test_rows_that_the_guard_learnt_from_are_left_out(tiny_base: Base, source: P
     done = recalibrate(str(guard), tiny_base, Traffic(benign, None, 0.2), tmp_path / "mine")
     assert (done.n_learnt, done.modes["prompt"].n_harmless) == (20, 50)
     assert load_learnt(done.folder).tolist() == load_learnt(guard).tolist()
-    with pytest.raises(InputError, match="50 harmless rows cannot promise .* it takes 59"):
+    with pytest.raises(InputError, match=r"50 harmless rows cannot promise .* it takes 59"):
         recalibrate(str(guard), tiny_base, Traffic(benign, None, 0.05), tmp_path / "none")
-    with pytest.raises(InputError, match="learnt from every row of .* Give harmless rows that it has not seen"):
+    with pytest.raises(InputError, match=r"learnt from every row of .* Give harmless rows that it has not seen"):
         recalibrate(str(guard), tiny_base, Traffic(prompts(tmp_path / "old.jsonl", 20)), tmp_path / "none")
 
 
@@ -253,7 +255,9 @@ def test_a_text_is_harmless_or_harmful(tiny_base: Base, source: Path, tmp_path: 
         with pytest.raises(InputError, match="is given as --benign and as --harmful; expected two files"):
             Traffic(benign, same)
     harmful = write(tmp_path / "harmful.jsonl", [{"prompt": "kill"}, {"prompt": texts(3)[2].upper() + " "}])
-    with pytest.raises(InputError, match=r"1 rows are given as harmless and as harmful: the first is line 3 of .*line 2"):
+    with pytest.raises(
+        InputError, match=r"1 rows are given as harmless and as harmful: the first is line 3 of .*line 2"
+    ):
         recalibrate(str(source), tiny_base, Traffic(benign, harmful, 0.1), tmp_path / "none")
 
 

@@ -147,6 +147,8 @@ class ModeCalibration(BaseModel):
     """Harmless rows behind the thresholds; of several labels the fewest."""
     promise: Promise | None = None
     """Thresholds of this mode when no preset is chosen; without them the guard's own ``threshold`` holds."""
+    held: tuple[Score, ...] = ()
+    """Without a promise: thresholds that stand in for the guard's own, carried over by a patch or a port."""
     presets: dict[Preset, Promise] = {}
     """Thresholds by preset; one that ``n_harmless`` rows cannot promise is left out."""
     maps: tuple[ProbabilityMap, ...] = ()
@@ -165,7 +167,7 @@ class ModeCalibration(BaseModel):
     def n_labels(self) -> set[int]:
         """How many labels its parts have: one number if they agree."""
         promises = [*self.presets.values(), *([self.promise] if self.promise else [])]
-        return {len(promise.threshold) for promise in promises} | ({len(self.maps)} if self.maps else set())
+        return {len(promise.threshold) for promise in promises} | {len(part) for part in (self.maps, self.held) if part}
 
     @property
     def summary(self) -> str:
@@ -177,9 +179,10 @@ class ModeCalibration(BaseModel):
             for name, promise in named
             if promise is not None
         ]
+        held = [f"held {', '.join(f'{value:.4f}' for value in self.held)} (no promise)"] if self.held else []
         rule = [] if self.n_consecutive is None else [f"{self.n_consecutive} tokens in a row stop an answer"]
         errors = [f"ECE {fit.error_before:.3f} before, {fit.error_after:.3f} after ({fit.method})" for fit in self.maps]
-        return "; ".join([*rule, *(promises or ["no preset"]), f"{self.n_harmless:,} harmless rows", *errors])
+        return "; ".join([*rule, *held, *(promises or ["no preset"]), f"{self.n_harmless:,} harmless rows", *errors])
 
 
 class AdapterConfig(BaseModel):

@@ -140,7 +140,7 @@ class Base:
     ) -> Completion:
         """One answer.  ``strength`` overrides the attachment's for this request (see ``attach``).
 
-        ``stop`` is a StopRule for the only guard attached, rules by guard's name, or True for the rules that the guards'
+        ``stop`` is a StopRule for the only guard attached, rules by guard's name, or True for those that the guards'
         artifacts keep: an answer that meets one ends there, and its text holds only the tokens before the risky ones.
 
         Greedy unless ``do_sample=True``; ``generate`` holds further options of transformers' ``generate``.  A prompt

@@ -42,9 +42,9 @@ class Traffic:
     """Of mode ``stream``: tokens of the rule; the guard's own, or 2, unless given."""
 
     def __post_init__(self) -> None:
-        if self.harmful is not None and self.harmful.exists() and self.benign.exists():
-            if self.benign.samefile(self.harmful):
-                raise InputError(f"{self.benign} is given as --benign and as --harmful; expected two files.")
+        both_exist = self.harmful is not None and self.harmful.exists() and self.benign.exists()
+        if self.harmful is not None and both_exist and self.benign.samefile(self.harmful):
+            raise InputError(f"{self.benign} is given as --benign and as --harmful; expected two files.")
         rows_needed(self.false_positive_rate)  # an InputError outside (0, 1), before anything is scored
         if self.n_consecutive is not None and self.mode != "stream":
             raise InputError("Tokens in a row are those of a stop rule, for mode 'stream'. Add --mode stream.")
