@@ -131,6 +131,7 @@ def calibrate_stream(
     guard: Adapter,
     rows: Sequence[Example],
     benign: Sequence[Example] = (),
+    *,
     n_consecutive: int = N_CONSECUTIVE,
 ) -> None:
     """Keep a stop rule in ``guard`` for each preset that its answers among labelled ``rows`` can promise.
