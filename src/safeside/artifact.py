@@ -77,8 +77,9 @@ def save_adapter(
     weights = {
         name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in adapter.state_dict().items()
     }
-    (Path(folder) / LEARNT_FILE).unlink(missing_ok=True)  # of the adapter that was there before
-    return _write(Path(folder), adapter, weights, stamp)
+    written = _write(Path(folder), adapter, weights, stamp)
+    (written / LEARNT_FILE).unlink(missing_ok=True)  # of the adapter that was there before
+    return written
 
 
 def copy_adapter(source: Path, folder: Path, config: AdapterConfig, facts: Mapping[str, str]) -> Path:

@@ -90,7 +90,7 @@ def test_a_guard_that_learns_from_prefixes_sees_harm_early(tiny_base: Base, tmp_
         assert done.outcome.best_metric > 0.9
         assert done.adapter.config.modes["answer"].n_consecutive is None
         stream = load_adapter(done.folder, tiny_base).config.modes.get("stream")
-        assert (stream is not None and stream.n_consecutive == 2) == (targets == "prefixes")
+        assert (stream is not None and stream.n_consecutive == 8) == (targets == "prefixes")
         assert are_learnt(done.train.examples, load_learnt(done.folder)) == [True] * len(done.train.examples)
         places = (done.validation.ids, done.validation.answer_starts)
         prefixes = [ids[: start + 3] for ids, start in zip(*places, strict=True)]

@@ -39,7 +39,7 @@ class Traffic:
     mode: Mode | None = None
     """The reading mode to calibrate; None: every one that the harmless rows are read in, ``stream`` not among them."""
     n_consecutive: int | None = None
-    """Of mode ``stream``: tokens of the rule; the guard's own, or 2, unless given."""
+    """Of mode ``stream``: tokens of the rule; the guard's own, or 8, unless given."""
 
     def __post_init__(self) -> None:
         both_exist = self.harmful is not None and self.harmful.exists() and self.benign.exists()

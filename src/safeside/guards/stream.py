@@ -44,7 +44,8 @@ __all__ = [
     "strongest_runs",
 ]
 
-N_CONSECUTIVE = 2  # tokens of a rule, unless told
+N_CONSECUTIVE = 8  # tokens of a rule that an artifact keeps: of 1 to 32, those that stopped most within a third of the
+# answer at promises of 5% and 10% (built-in guard, validation answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +289,7 @@ class AnswerStream(Iterator[str]):
             if isinstance(item, _Ended):
                 self._ended = item
                 self._thread.join()
-                if item.error is not None and not isinstance(item.error, _ClosedError):
+                if item.error is not None and not self._is_closed.is_set():
                     raise item.error
             else:
                 self._ids += item
