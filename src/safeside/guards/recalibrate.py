@@ -91,18 +91,7 @@ def calibrate_command(
     base = base_of(name, base_name)
     is_in_place = output is not None and output.exists()
     done = recalibrate(name, base, traffic, output)
-    for row in done.bad:
-        note(f"line {row.line} was left out: {row.problem}")
-    if done.n_unscored:
-        note(f"{done.n_unscored} rows could not be scored; they count as flagged")
-    if done.n_other_modes:
-        note(f"{done.n_other_modes} rows were left out: they are read in other modes than {', '.join(done.modes)}")
-    if done.n_learnt:
-        note(f"{done.n_learnt} rows were left out: the guard learnt from them, and a promise rests on unseen rows")
-    if done.n_learnt is None:
-        note(f"{name} keeps no record of the rows that it learnt from; make sure that yours are not among them")
-    if is_in_place:
-        note(f"{done.folder} was changed in place")
+    _tell(name, done, is_in_place)
     rows: list[dict[str, object]] = [
         {
             "mode": mode,
@@ -129,6 +118,22 @@ def calibrate_command(
         "n_other_modes": done.n_other_modes,
         "n_learnt": done.n_learnt,
     }
+
+
+def _tell(name: str, done: Recalibration, is_in_place: bool) -> None:
+    """Say what was left out, and what cannot be known."""
+    for row in done.bad:
+        note(f"line {row.line} was left out: {row.problem}")
+    if done.n_unscored:
+        note(f"{done.n_unscored} rows could not be scored; they count as flagged")
+    if done.n_other_modes:
+        note(f"{done.n_other_modes} rows were left out: they are read in other modes than {', '.join(done.modes)}")
+    if done.n_learnt:
+        note(f"{done.n_learnt} rows were left out: the guard learnt from them, and a promise rests on unseen rows")
+    if done.n_learnt is None:
+        note(f"{name} keeps no record of the rows that it learnt from; make sure that yours are not among them")
+    if is_in_place:
+        note(f"{done.folder} was changed in place")
 
 
 def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | None = None) -> Recalibration:
