@@ -27,6 +27,7 @@ from safeside.adapters.config import PRESET_RATES
 from safeside.evals.metrics import bootstrap
 from safeside.guards.calibrate import fit_mode
 from safeside.guards.score import score_conversations
+from safeside.tasks.leakage import without_leaks
 from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.types import Example
@@ -113,12 +114,15 @@ def figures_of(
         )
 
 
-def harmless(path: Path, limit: int) -> list[Example]:
-    """At most ``limit`` of the rows that a file labels harmless."""
+def harmless(path: Path, limit: int, lesson: Lesson) -> list[Example]:
+    """At most ``limit`` of the rows that a file labels harmless, none of which the guard learns from, nor nearly."""
     examples, bad = load_examples(path, ("risk",))
     if bad:
         note(f"{len(bad)} rows of {path.name} were left out; line {bad[0].line}: {bad[0].problem}")
-    return drawn([example for example in examples if example.labels[0] == 0], limit)
+    known = [*lesson.splits["train"].examples, *lesson.splits["validation"].examples]
+    unseen, n_known = without_leaks([example for example in examples if example.labels[0] == 0], known)
+    lesson.counts[f"{path.parent.name}/{path.name}_leaks"] = n_known
+    return drawn(unseen, limit)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -138,8 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             lesson = Lesson.read((options.base, options.data), task, Path(folder), sizes)
             bench = Bench(
                 lesson,
-                harmless(options.data / BENIGN, options.benign),
-                {name: harmless(options.data / place, options.evaluation_limit) for name, place in SUITES.items()},
+                harmless(options.data / BENIGN, options.benign, lesson),
+                {
+                    name: harmless(options.data / place, options.evaluation_limit, lesson)
+                    for name, place in SUITES.items()
+                },
             )
             counts[task] = {**lesson.counts, "validation_harmless": int((lesson.labels("validation") == 0).sum())}
             for seed in options.seeds:

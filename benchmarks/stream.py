@@ -4,7 +4,8 @@
 
 An LST guard of answers learns in two ways: from each answer's last token (``end``), and from its prefixes too
 (``prefixes``).  Two thresholds, one for the rule that stops and one for the whole answer's last score, are fitted on
-the same benign validation answers for the same promised false-positive rate.  On test answers ``detected_share`` is the
+the same benign validation answers for the same promised false-positive rate; how many tokens in a row the rule waits
+for is chosen on validation answers too (``n_consecutive``).  On test answers ``detected_share`` is the
 share of harmful answers that the rule stops over the share that the whole answer's score flags; ``delay_tokens`` is the
 median of the tokens written by then; ``false_stops`` is the share of benign answers that are stopped.
 
@@ -38,6 +39,7 @@ from tidy import Row, figure_row, result_of
 
 TARGETS: tuple[Literal["end", "prefixes"], ...] = ("end", "prefixes")
 RATES = (0.01, 0.05, 0.1, 0.2)
+LATEST = 1 / 3  # of an answer: the goal for the median delay
 WRITTEN = tuple(round(0.1 * step, 1) for step in range(1, 11))  # shares of an answer, for the curve of stops
 
 
@@ -64,7 +66,19 @@ class Answers:
         return np.array([float(scores[-1]) for scores in self.scores])
 
 
-def measure(lesson: Lesson, seed: int, rates: Sequence[float], n_consecutive: int) -> Iterator[Row]:
+def chosen_rule(validation: Answers, rate: float, candidates: Sequence[int]) -> StopRule:
+    """Of the rules that promise ``rate``, one for each number of tokens in a row, the one that stops most.
+
+    Most harmful validation answers, that is, among those whose median delay is at most a third of the answer there; if
+    none is that fast, among all.
+    """
+    rules = [fit_stop_rule(validation.benign, rate, n_consecutive=n_consecutive) for n_consecutive in candidates]
+    found = [evaluate_stops(rule, 1.0, validation.scores, validation.labels == 1) for rule in rules]
+    fast = [place for place, report in enumerate(found) if report.delay_share <= LATEST]
+    return rules[max(fast or range(len(rules)), key=lambda place: found[place].detected_share)]
+
+
+def measure(lesson: Lesson, seed: int, rates: Sequence[float], candidates: Sequence[int]) -> Iterator[Row]:
     """The figures of one seed, trained in both ways."""
     for targets in TARGETS:
         recipe = lesson.recipe(seed, targets)
@@ -75,12 +89,12 @@ def measure(lesson: Lesson, seed: int, rates: Sequence[float], n_consecutive: in
         yield figure_row(labels, "auroc", figure.value, (figure.low, figure.high), n=len(test.labels), **costs)
         for rate in rates:
             try:
-                rule = fit_stop_rule(validation.benign, rate, n_consecutive=n_consecutive)
+                rule = chosen_rule(validation, rate, candidates)
                 whole = threshold_with_bound(validation.last[validation.labels == 0], rate)
             except InputError as error:
                 note(f"a false-positive rate of {rate:g} is left out: {error}")
                 continue
-            columns = {**labels, "false_positive_rate": rate, "n_consecutive": n_consecutive}
+            columns = {**labels, "false_positive_rate": rate, "n_consecutive": rule.n_consecutive}
             found = list(figures_of(rule, whole, test, columns, costs))
             yield from found
             note(
@@ -149,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         note(f"rows are read after {time.perf_counter() - started:.0f} s")
         path, rows = options.output / FILE, []
         for seed in options.seeds:
-            rows += measure(lesson, seed, tuple(options.rates), options.consecutive)
+            rows += measure(lesson, seed, tuple(options.rates), tuple(options.consecutive))
             result = result_of("stream", time.perf_counter() - started, rows, notes_of(lesson))
             path = write_part(options.output, result)  # after every seed: a run that is killed keeps what it has
     note(f"wrote {path}")
@@ -164,6 +178,7 @@ def notes_of(lesson: Lesson) -> dict[str, object]:
     ]
     return {
         "promise": "stop rule and whole-answer threshold: the same benign validation answers, rate and 95% confidence",
+        "n_consecutive": "chosen on validation answers: most stopped, with a median delay of at most a third there",
         "detected_share": "harmful answers stopped over harmful answers that the whole answer's last score flags",
         "delay": "tokens written when the rule stops, median over the harmful answers that it stops",
         "labels": "answers are harmful as a whole; where harm begins is not known: delays count from the first token",
@@ -180,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, evaluation_rows=2000)
     parser.add_argument("--task", default="response_harm", help="a task of answers")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="false-positive rates to promise")
-    parser.add_argument("--consecutive", type=int, default=2, help="risky tokens in a row that stop an answer")
+    parser.add_argument(
+        "--consecutive", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="risky tokens in a row: numbers to try"
+    )
     return parser
 
 

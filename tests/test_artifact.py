@@ -32,7 +32,10 @@ from safeside.artifact import (
     read_config,
 )
 from safeside.errors import FormatError, InputError, MismatchError
+from safeside.tasks.learnt import LEARNT_FILE, load_learnt, save_learnt
+from safeside.types import Example
 
+WRITTEN = [name for name in module.FILES if name != LEARNT_FILE]
 TALK = [Message("user", "how can this be?"), Message("assistant", "they said so")]
 
 
@@ -110,7 +113,7 @@ def test_the_same_adapter_is_the_same_bytes(tiny_base: Base, saved: Path, tmp_pa
 
 
 def test_a_folder_holds_four_files_and_no_path_of_the_machine(saved: Path, session_base: Base) -> None:
-    assert sorted(file.name for file in saved.iterdir()) == sorted(module._FILES)
+    assert sorted(file.name for file in saved.iterdir()) == sorted(WRITTEN)
     card, stamp = (saved / "README.md").read_text(), json.loads((saved / "provenance.json").read_text())
     assert 'load_adapter("path/to/harm", base)' in card
     assert "| thresholds | 0.3000 at a false-positive rate of 5% on validation data |" in card
@@ -371,7 +374,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
 def test_push_uploads_the_four_files(hub: list[tuple[str, object]], folder: Path) -> None:
     (folder / "notes.bin").write_bytes(b"secret")
     assert push_adapter(folder, "org/harm", private=True) == "https://hub/commit"
-    assert hub == [("org/harm", (True, True)), ("org/harm", (folder, sorted(module._FILES), "safeside harm"))]
+    assert hub == [("org/harm", (True, True)), ("org/harm", (folder, sorted(module.FILES), "safeside harm"))]
 
 
 def test_push_refuses_a_damaged_folder(hub: list[tuple[str, object]], folder: Path) -> None:
@@ -384,10 +387,21 @@ def test_push_refuses_a_damaged_folder(hub: list[tuple[str, object]], folder: Pa
 def test_pull_copies_the_four_files(tiny_base: Base, folder: Path, tmp_path: Path) -> None:
     (folder / "extra.py").write_text("print()")
     copy = pull_adapter(str(folder), tmp_path / "new" / "copy")
-    assert sorted(file.name for file in copy.iterdir()) == sorted(module._FILES)
+    assert sorted(file.name for file in copy.iterdir()) == sorted(WRITTEN)
     assert load_adapter(copy, tiny_base).config.name == "harm"
     with pytest.raises(InputError, match="exists already"):
         pull_adapter(str(folder), copy)
+
+
+def test_the_record_of_rows_goes_where_the_adapter_goes(tiny_base: Base, folder: Path, tmp_path: Path) -> None:
+    """And not with another adapter that is saved over it."""
+    save_learnt(folder, [Example((Message("user", "how?"),), (0.0,))])
+    copies = [pull_adapter(str(folder), tmp_path / "pulled")]
+    copies.append(copy_adapter(folder, tmp_path / "copied", read_config(folder), {}))
+    copy_adapter(folder, folder, read_config(folder), {})
+    assert [len(load_learnt(copy)) for copy in (*copies, folder)] == [1, 1, 1]
+    save_adapter(load_adapter(folder, tiny_base), folder, tiny_base)
+    assert load_learnt(folder) is None
 
 
 def test_a_copy_has_the_same_weights_under_another_configuration(tiny_base: Base, folder: Path, tmp_path: Path) -> None:
@@ -402,7 +416,7 @@ def test_a_copy_has_the_same_weights_under_another_configuration(tiny_base: Base
         assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
         stamp = json.loads((target / "provenance.json").read_text())
         assert (stamp["dataset"], stamp["why"]) == ("none", "a test")
-        assert sorted(file.name for file in target.iterdir()) == sorted(module._FILES)
+        assert sorted(file.name for file in target.iterdir()) == sorted(WRITTEN)
     edit(folder, name="spoilt")
     with pytest.raises(FormatError, match="checksum"):
         copy_adapter(folder, tmp_path / "more", config, {})

@@ -256,7 +256,11 @@ def test_calibrate_writes_an_adapter_with_a_promise(run: Callable[..., Ran], ada
     harmful = write(tmp_path / "bad.jsonl", [{"prompt": f"hat {text}"} for text in texts(40)])
     words = ("calibrate", adapters / "harm", "--benign", benign, "--fpr", 0.1, "--harmful", harmful)
     ran = run(*words, "--output", tmp_path / "mine", "--json")
-    assert (ran.code, ran.err) == (0, "")
+    assert ran.code == 0
+    assert " ".join(ran.err.split()).endswith(
+        "keeps no record of the rows that it learnt from; make sure that yours are not among them"
+    )
+    assert ran.json["n_learnt"] is None
     rows = ran.json["thresholds"]
     assert [(row["mode"], row["preset"], row["false_positive_rate"], row["n_harmless"]) for row in rows] == [
         ("prompt", "default", 0.1, 70),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safeside import Adapter, Base
+from safeside.adapters.config import ModeCalibration, Promise
 from safeside.errors import InputError
-from safeside.stopping import Standing, StopRule, as_rules, run_scores, standing_of
+from safeside.stopping import Standing, StopRule, as_rules, kept_rule, run_scores, standing_of
 
 SCORES = st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.5, 0.6, 0.9, 1.0, math.nan]), max_size=12)
 
@@ -93,16 +96,33 @@ def test_thresholds_outside_scores_are_refused(threshold: float) -> None:
         StopRule(0.5, 0)
 
 
-def test_rules_find_their_guards() -> None:
+def test_rules_find_their_guards(session_base: Base, random_guard: Callable[..., Adapter]) -> None:
     rule = StopRule(0.5)
+    harm, other = random_guard(session_base, name="harm"), random_guard(session_base, name="other")
     assert as_rules(None, []) == {}
-    assert as_rules(rule, ["harm"]) == {"harm": rule}
-    assert as_rules({"b": rule}, ["a", "b"]) == {"b": rule}
-    for guards in ([], ["a", "b"]):
+    assert as_rules(rule, [harm]) == {"harm": rule}
+    assert as_rules({"other": rule}, [harm, other]) == {"other": rule}
+    for guards in ([], [harm, other]):
         with pytest.raises(InputError, match=rf"for {len(guards)} guards .* expected one guard\. Pass stop="):
             as_rules(rule, guards)
-    with pytest.raises(InputError, match="No guard called c to stop by; attached are a, b"):
-        as_rules({"c": rule}, ["a", "b"])
-    for wrong in (0.5, {"a": 0.5}, "a"):
+    with pytest.raises(InputError, match="No guard called c to stop by; attached are harm, other"):
+        as_rules({"c": rule}, [harm, other])
+    for wrong in (0.5, {"harm": 0.5}, "harm", False):
         with pytest.raises(InputError, match="expected a StopRule, or a mapping"):
-            as_rules(wrong, ["a"])
+            as_rules(wrong, [harm])
+
+
+def test_true_asks_for_the_rules_that_artifacts_keep(session_base: Base, random_guard: Callable[..., Adapter]) -> None:
+    harm, other = random_guard(session_base, name="harm"), random_guard(session_base, name="other")
+    with pytest.raises(InputError, match=r"No guard attached keeps a stop rule \('harm' at preset none\)\. Make one"):
+        as_rules(True, [harm])
+    own, strict = (Promise(threshold=(value,), false_positive_rate=0.05) for value in (0.9, 0.8))
+    harm.set_mode("stream", ModeCalibration(n_harmless=60, promise=own, presets={"strict": strict}, n_consecutive=3))
+    assert as_rules(True, [harm, other]) == {"harm": StopRule(0.9, 3)}
+    assert as_rules(True, [harm.with_preset("strict")]) == {"harm": StopRule(0.8, 3)}
+    harm.set_mode("stream", ModeCalibration(n_harmless=60, presets={"strict": strict}, n_consecutive=3))
+    assert kept_rule(harm) is None
+    with pytest.raises(InputError, match="choose a preset that it has"):
+        as_rules(True, [harm])
+    harm.set_mode("stream", ModeCalibration(n_harmless=60, promise=own))
+    assert kept_rule(harm) is None  # kept by an older version, which knew no number of tokens

@@ -13,24 +13,40 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from rows import DEMO, GUARD_SOURCES, KEPT_SOURCES, Row, data_facts, guard_rows, kept_rows, refusal_rows, write
+from rows import (
+    DEMO,
+    GUARD_SOURCES,
+    KEPT_SOURCES,
+    Row,
+    benign_rows,
+    data_facts,
+    guard_rows,
+    kept_rows,
+    refusal_rows,
+    write,
+)
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import annotate_adapter, load_adapter, read_provenance
+from safeside.artifact import annotate_adapter, copy_adapter, load_adapter, read_provenance
 from safeside.base.model import Base, load_base
 from safeside.evals.guards import report_on
 from safeside.evals.metrics import guard_figures
 from safeside.evals.runs import run_aligner_suite
 from safeside.evals.suites import Suite
+from safeside.guards.calibrate import fit_mode
+from safeside.guards.score import place_of, score_conversations
+from safeside.guards.stream import calibrate_stream
+from safeside.tasks.learnt import save_learnt
 from safeside.tasks.rows import example_of
 from safeside.terminal import note, progress_bar
 from safeside.train.recipe import read_recipe
 from safeside.train.run import run_recipe
-from safeside.types import Message
+from safeside.types import Example, Message, Mode
 
 BUILTIN = Path("src/safeside/builtin")
 MODEL_FILES = (
@@ -53,15 +69,19 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path("../shared/pretrain/text"), help="pretraining text")
     parser.add_argument("--work", type=Path, default=Path("runs/builtin"), help="folder for everything in between")
     parser.add_argument("--minutes", type=float, default=10.0 if torch.cuda.is_available() else 180.0)
-    parser.add_argument("--only", choices=("base", "adapters", "harm", "refuse", "cards"), help="make only this")
+    parser.add_argument(
+        "--only", choices=("base", "adapters", "harm", "presets", "refuse", "cards"), help="make only this"
+    )
     options = parser.parse_args()
     if options.only in (None, "base"):
         make_base(options.data, options.text, options.work, options.minutes)
     if options.only in (None, "adapters", "harm"):
         make_harm(options.data, options.work)
+    if options.only in (None, "adapters", "harm", "presets"):
+        promise_harm(options.data)
     if options.only in (None, "adapters", "refuse"):
         make_refuse(options.data, options.work)
-    if options.only in (None, "adapters", "harm", "cards"):
+    if options.only in (None, "adapters", "harm", "presets", "cards"):
         describe_harm(options.data)
     if options.only in (None, "adapters", "refuse", "cards"):
         describe_refuse(options.data)
@@ -130,6 +150,34 @@ def make_harm(data: Path, work: Path) -> None:
     for split, rows in zip(("train", "validation"), guard_rows(data), strict=True):
         write(work / "rows" / f"harm_{split}.jsonl.gz", rows)
     train("harm", work / "rows", work)
+
+
+def promise_harm(data: Path) -> None:
+    """The presets and stop rules that unseen harmless rows can promise, and the record of the rows it learnt from."""
+    train_rows, validation = guard_rows(data)
+    base, folder = load_base("builtin"), BUILTIN / "adapters" / "harm"
+    guard = load_adapter(folder, base)
+    labels = guard.config.labels
+    rows, benign = ([example_of(row, labels) for row in some] for some in (validation, benign_rows(data)))
+    guard.config = guard.config.model_copy(update={"modes": {}})
+    modes: tuple[Mode, ...] = ("prompt", "answer")
+    for mode in modes:
+        parts = [[example for example in some if place_of(example.messages) == mode] for some in (rows, benign)]
+        scores = [scores_of(base, guard, part) for part in parts]
+        own = np.array([example.labels for example in parts[0]], dtype=np.float64)
+        guard.set_mode(mode, fit_mode(scores[0], own, benign=scores[1]))
+    calibrate_stream(base, guard, rows, benign)
+    source = f"{len(benign):,} rows of databricks-dolly-15k that it has not seen, CC-BY-SA-3.0"
+    copy_adapter(folder, folder, guard.config, {"presets": f"promised on {source}"})
+    save_learnt(folder, [example_of(row, labels) for row in train_rows])
+    for mode, found in guard.config.modes.items():
+        note(f"{mode}: {found.summary}")
+
+
+def scores_of(base: Base, guard: Adapter, examples: Sequence[Example]) -> np.ndarray:
+    """Scores (n, K) at the ends of the texts."""
+    found = score_conversations(base, [guard], [example.messages for example in examples])
+    return np.array([row.by_guard[guard.name] for row in found], dtype=np.float64)
 
 
 def make_refuse(data: Path, work: Path) -> None:

@@ -41,6 +41,11 @@ GUARD_SOURCES = (
     Source("instructions/dolly_partial_train.jsonl.gz", "CC-BY-SA-3.0", 500, label=0),
     Source("instructions/rasbt_train.jsonl.gz", "Apache-2.0", 300, label=0),
 )
+# Harmless rows behind the guard's presets: as many as the promise of 0.1% takes for prompts, 1% for answers.
+PROMISE_SOURCES = (
+    Source("instructions/dolly_partial_train.jsonl.gz", "CC-BY-SA-3.0", 4200, answer=False, label=0),
+    Source("instructions/dolly_partial_train.jsonl.gz", "CC-BY-SA-3.0", 1050, label=0),
+)
 # Harmless prompts on which the aligner learns to leave the base's own answer alone.
 KEPT_SOURCES = (
     Source("instructions/dolly_partial_train.jsonl.gz", "CC-BY-SA-3.0", 500, answer=False, label=0),
@@ -125,6 +130,12 @@ def guard_rows(data: Path) -> tuple[list[Row], list[Row]]:
         into += [{"prompt": row["prompt"], "response": row["response"], "label": 0} for row in refused]
     seen = {str(row["prompt"]) + str(row.get("response", "")) for row in validation}
     return [row for row in train if str(row["prompt"]) + str(row.get("response", "")) not in seen], validation
+
+
+def benign_rows(data: Path) -> list[Row]:
+    """Harmless rows for the presets of ``builtin:harm``: prompts, and those with answers, that neither split holds."""
+    known = {str(row["prompt"]) for split in guard_rows(data) for row in split}
+    return [row for row in drawn(data, PROMISE_SOURCES) if str(row["prompt"]) not in known]
 
 
 def kept_rows(data: Path) -> tuple[list[Row], list[Row]]:

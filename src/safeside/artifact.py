@@ -37,10 +37,12 @@ from safeside.errors import (
     UnsupportedError,
 )
 from safeside.provenance import provenance
+from safeside.tasks.learnt import LEARNT_FILE
 
 CONFIG_FILE, WEIGHTS_FILE = "safeside_config.json", "adapter.safetensors"
 PROVENANCE_FILE, CARD_FILE = "provenance.json", "README.md"
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, CARD_FILE)
+FILES = (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, WEIGHTS_FILE, LEARNT_FILE)
+"""All that can be in an adapter's folder, and all that is copied or uploaded."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = f"{BUILTIN_NAME}:"
@@ -75,7 +77,9 @@ def save_adapter(
     weights = {
         name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in adapter.state_dict().items()
     }
-    return _write(Path(folder), adapter, weights, stamp)
+    written = _write(Path(folder), adapter, weights, stamp)
+    (written / LEARNT_FILE).unlink(missing_ok=True)  # of the adapter that was there before
+    return written
 
 
 def copy_adapter(source: Path, folder: Path, config: AdapterConfig, facts: Mapping[str, str]) -> Path:
@@ -91,11 +95,13 @@ def copy_adapter(source: Path, folder: Path, config: AdapterConfig, facts: Mappi
     with TemporaryDirectory(dir=folder) as new:
         for file in _write(Path(new), adapter, weights, stamp).iterdir():
             file.replace(folder / file.name)
+    if (source / LEARNT_FILE).is_file() and source.resolve() != folder.resolve():
+        shutil.copyfile(source / LEARNT_FILE, folder / LEARNT_FILE)
     return folder
 
 
 def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], stamp: Mapping[str, str]) -> Path:
-    """The four files of an adapter, in ``folder`` (made if missing)."""
+    """The files of an adapter but that of its rows, in ``folder`` (made if missing)."""
     make_folder(folder)
     values = json.loads(adapter.config.model_dump_json())
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
@@ -187,7 +193,7 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
 
 
 def push_adapter(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a checked adapter folder to the hub, its own four files only; returns the address.
+    """Upload a checked adapter folder to the hub, its own files only; returns the address.
 
     Whatever the hub refuses, or a hub that cannot be reached, is an ArtifactError.
     """
@@ -196,7 +202,7 @@ def push_adapter(folder: str | Path, repository: str, *, private: bool = False) 
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         address = api.upload_folder(
-            repo_id=repository, folder_path=folder, allow_patterns=list(_FILES), commit_message=message
+            repo_id=repository, folder_path=folder, allow_patterns=list(FILES), commit_message=message
         )
     except Exception as error:  # the hub's client has no common root for its own errors and the network's
         raise ArtifactError(
@@ -212,7 +218,7 @@ def pull_adapter(name: str, folder: str | Path, *, revision: str | None = None) 
     source = find_adapter(name, revision)
     read_adapter(source)
     make_folder(folder)
-    for file in _FILES:
+    for file in FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
     return folder

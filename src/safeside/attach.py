@@ -133,7 +133,7 @@ class Attachment:
         ``strength`` replaces the attachment's (anything that ``attach`` takes); ``prompt_end`` holds the number of
         prompt tokens of each row, padding not counted, and is what latched policies and interception wait for.
         ``copies`` is how many rows ``generate`` makes of each: ``num_beams`` or ``num_return_sequences``.  ``stop`` is
-        a StopRule for the only guard, or rules by guard, and is what ``standings`` judges answers by.
+        a StopRule for the only guard, rules by guard, or True (those in the artifacts): what ``standings`` judges by.
         """
         self._check_attached()
         if strength is not None and not self.aligners:
@@ -143,7 +143,7 @@ class Attachment:
         ends = None if prompt_end is None else tuple(int(end) for end in prompt_end)
         if ends is not None and min(ends, default=0) < 1:
             raise InputError(f"prompt_end counts tokens and starts at 1; got {ends}.")
-        request = Request(policies, ends, copies=copies, rules=as_rules(stop, list(self.guards)))
+        request = Request(policies, ends, copies=copies, rules=as_rules(stop, list(self.guards.values())))
         before, self._thread.request = self._thread.request, request
         try:
             yield

@@ -41,7 +41,7 @@ EvalData = Annotated[
 Strengths = Annotated[
     str | None, typer.Option(help="For an aligner: strengths, comma-separated; 0,0.5,1 unless given.")
 ]
-ReadMode = Literal["prompt", "answer", "windowed"]
+ReadMode = Literal["prompt", "answer", "stream", "windowed"]
 _MISUSE = (InputError, ConfigError, UnknownNameError, MissingExtraError)
 
 
@@ -231,6 +231,7 @@ def chat(
     ] = None,
     gated: Annotated[bool, typer.Option("--gated", help="Let the first guard set the strength up to these.")] = False,
     preset: PresetName = None,
+    stop: Annotated[bool, typer.Option("--stop", help="End answers by the guards' own stop rules.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 96,
     allow_mismatch: Mismatch = None,
     as_json: Json = False,
@@ -242,7 +243,15 @@ def chat(
     from safeside.conversation import ChatOptions, chat_command
 
     options = ChatOptions(
-        base, aligner or [], guard or [], parse_strengths(strengths), gated, max_new_tokens, allow_mismatch, preset
+        base,
+        aligner or [],
+        guard or [],
+        parse_strengths(strengths),
+        gated,
+        max_new_tokens,
+        allow_mismatch,
+        preset,
+        stop,
     )
     if not chat_command(options, prompt, as_json):
         raise typer.Exit(1)
@@ -254,7 +263,8 @@ def calibrate(
     benign: Annotated[Path, typer.Option(help="Harmless rows of your traffic, .jsonl or .jsonl.gz.")],
     fpr: Annotated[float, typer.Option(help="Share of harmless texts that may be flagged, as a promise.")] = 0.01,
     harmful: Annotated[Path | None, typer.Option(help="Harmful rows, for probabilities.")] = None,
-    mode: Annotated[ReadMode | None, typer.Option(help="Reading mode (default: all that the rows have).")] = None,
+    mode: Annotated[ReadMode | None, typer.Option(help="Reading mode (default: all the rows have but stream).")] = None,
+    consecutive: Annotated[int | None, typer.Option(min=1, help="With --mode stream: risky tokens that stop.")] = None,
     output: Annotated[Path | None, typer.Option(help="New folder (default: NAME-calibrated).")] = None,
     base: BaseName = None,
     as_json: Json = False,
@@ -262,7 +272,7 @@ def calibrate(
     """Set a guard's thresholds on your own traffic, at a promised false-positive rate."""
     with _extra("eval"):
         from safeside.guards.recalibrate import Traffic, calibrate_command
-    rows, summary = calibrate_command(adapter, base, Traffic(benign, harmful, fpr, mode), output)
+    rows, summary = calibrate_command(adapter, base, Traffic(benign, harmful, fpr, mode, consecutive), output)
     if as_json:
         _print_json({**summary, "thresholds": rows})
     else:

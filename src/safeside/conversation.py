@@ -31,6 +31,7 @@ class ChatOptions:
     max_new_tokens: int
     allow_mismatch: str | None = None
     preset: Preset | None = None
+    stop: bool = False
 
 
 def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> bool:
@@ -42,6 +43,8 @@ def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> boo
         raise InputError("--gated needs a guard that sets the strength; add --guard builtin:harm.")
     if options.preset and not options.guards:
         raise InputError("--preset chooses a guard's thresholds; add --guard builtin:harm.")
+    if options.stop and not options.guards:
+        raise InputError("--stop ends answers by a guard's own rule; add --guard FOLDER.")
     if not options.aligners and (options.strengths is not None or options.gated):
         raise InputError(
             "Strengths need an aligner; add --aligner builtin:refuse, or leave --strengths and --gated out."
@@ -54,8 +57,9 @@ def chat_command(options: ChatOptions, prompt: str | None, as_json: bool) -> boo
     )
     guards = [guard.with_preset(options.preset) for guard in guards]
     strengths = (options.strengths or [1.0]) if aligners else [None]
+    stop = True if options.stop else None
     conversations = [
-        _Conversation(base, options.max_new_tokens, _policy(options, guards, value)) for value in strengths
+        _Conversation(base, options.max_new_tokens, _policy(options, guards, value), stop) for value in strengths
     ]
     with attach(base, aligners, guards) if names else nullcontext():
         if prompt is not None:
@@ -83,15 +87,15 @@ def _talk(conversations: list[_Conversation], strengths: Sequence[float | None],
 class _Conversation:
     """One conversation at one strength, and how often it could not go on."""
 
-    def __init__(self, base: Base, max_new_tokens: int, policy: object) -> None:
-        self.base, self.max_new_tokens, self.policy = base, max_new_tokens, policy
+    def __init__(self, base: Base, max_new_tokens: int, policy: object, stop: object = None) -> None:
+        self.base, self.max_new_tokens, self.policy, self.stop = base, max_new_tokens, policy, stop
         self.history: list[Message] = []
         self.n_problems = 0
 
     def answer(self, text: str) -> Completion:
         """The answer to ``text``; both join the history once there is one."""
         asked = [*self.history, Message("user", text)]
-        completion = self.base.chat(asked, strength=self.policy, max_new_tokens=self.max_new_tokens)
+        completion = self.base.chat(asked, strength=self.policy, stop=self.stop, max_new_tokens=self.max_new_tokens)
         self.history = [*asked, Message("assistant", completion.text)]
         return completion
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from safeside.adapters.adapter import Adapter
 from safeside.errors import InputError
 from safeside.types import Stop
 
@@ -71,10 +72,26 @@ class Standing:
     """The prompt was blocked, so there is no answer."""
 
 
-def as_rules(stop: object, guards: Sequence[str]) -> dict[str, StopRule]:
-    """One rule for each guard that may stop: ``stop`` is None, a rule for the only guard, or rules by guard's name."""
+def kept_rule(guard: Adapter) -> StopRule | None:
+    """The rule that a guard's artifact keeps for streams, at the preset chosen; None where it keeps none."""
+    found = guard.config.modes.get("stream")
+    promise = found.of_preset(guard.config.preset) if found is not None else None
+    if found is None or promise is None or found.n_consecutive is None:
+        return None
+    return StopRule(min(promise.threshold), found.n_consecutive)
+
+
+def as_rules(stop: object, attached: Sequence[Adapter]) -> dict[str, StopRule]:
+    """One rule for each guard that may stop.
+
+    ``stop`` is None, a rule for the only guard, rules by guard's name, or True: of every guard the rule that its
+    artifact keeps.  Where none keeps one, True is an InputError.
+    """
+    guards = [guard.name for guard in attached]
     if stop is None:
         return {}
+    if stop is True:
+        return _kept_rules(attached)
     if isinstance(stop, StopRule):
         if len(guards) != 1:
             raise InputError(
@@ -83,13 +100,24 @@ def as_rules(stop: object, guards: Sequence[str]) -> dict[str, StopRule]:
             )
         return {guards[0]: stop}
     if not isinstance(stop, Mapping) or not all(isinstance(rule, StopRule) for rule in stop.values()):
-        raise InputError(f"stop cannot be {stop!r}; expected a StopRule, or a mapping from guard to StopRule.")
+        raise InputError(f"stop cannot be {stop!r}; expected a StopRule, or a mapping from guard to StopRule, or True.")
     unknown = sorted(set(stop) - set(guards))
     if unknown:
         raise InputError(
             f"No guard called {', '.join(map(str, unknown))} to stop by; attached are {', '.join(guards) or 'none'}."
         )
     return dict(stop)
+
+
+def _kept_rules(attached: Sequence[Adapter]) -> dict[str, StopRule]:
+    rules = {guard.name: rule for guard in attached if (rule := kept_rule(guard)) is not None}
+    if not rules:
+        names = ", ".join(f"{guard.name!r} at preset {guard.config.preset or 'none'}" for guard in attached)
+        raise InputError(
+            f"No guard attached keeps a stop rule ({names or 'there is none'}). Make one with safeside calibrate "
+            "--mode stream, choose a preset that it has, or pass stop=StopRule(threshold)."
+        )
+    return rules
 
 
 def standing_of(rules: Mapping[str, StopRule], scores: Mapping[str, Float[Tensor, " T"]], length: int) -> Standing:

@@ -64,6 +64,17 @@ TEST = scored(
 )
 
 
+def test_the_rule_that_stops_most_in_time_is_chosen() -> None:
+    """One risky token is noise here; four in a row come late."""
+    noisy = [([0.1, 0.9, 0.1, 0.1] + [0.1] * 8, 0)] * 30 + [([0.1] * 12, 0)] * 30
+    harmful = [([0.1, 0.8, 0.8, 0.1] + [0.1] * 8, 1)] * 10 + [([0.1] * 8 + [0.8] * 4, 1)] * 3
+    validation = scored(*noisy, *harmful)
+    rule = stream.chosen_rule(validation, 0.05, (1, 2, 4))
+    assert (rule.n_consecutive, rule.threshold < 0.8) == (2, True)
+    assert stream.chosen_rule(validation, 0.05, (1, 4)).n_consecutive == 4  # late, but the other stops nothing
+    assert stream.chosen_rule(scored(*noisy, *harmful[10:]), 0.05, (2, 4)).threshold < 0.8
+
+
 def test_figures_are_those_of_the_rule_on_the_answers() -> None:
     rows = list(figures_of(StopRule(0.5, 2), 0.5, TEST, {"seed": 0}, {"flops_share": 0.1}))
     values = {row["metric"]: row for row in rows if "written" not in row}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safeside import Adapter, Base, Message, load_adapter, save_adapter
+from safeside import Adapter, Base, Message, attach, load_adapter, save_adapter
 from safeside.adapters.config import Calibration
 from safeside.artifact import CARD_FILE, PROVENANCE_FILE, WEIGHTS_FILE, read_adapter
 from safeside.errors import InputError
+from safeside.facts import adapter_facts
 from safeside.guards.calibrate import threshold_with_bound
 from safeside.guards.recalibrate import Traffic, recalibrate
 from safeside.guards.score import judge, score_conversations
+from safeside.guards.stream import AnswerStream, StreamOptions, fit_stop_rule, score_answers
+from safeside.stopping import kept_rule
+from safeside.tasks.learnt import load_learnt, save_learnt
+from safeside.types import Example
 
 LONG = "the cat sat on the mat and then " * 40
 
@@ -116,8 +122,63 @@ def test_every_mode_of_the_rows_is_calibrated_or_the_one_asked_for(
     assert (answer.mode, answer.threshold, answer.reason) == ("answer", loaded.thresholds_in("answer")[0], "")
     assert prompt.threshold == 0.9
     assert "not calibrated for mode 'prompt'" in prompt.reason
-    with pytest.raises(InputError, match="holds no row that is read in mode 'stream'; found 12 for 'prompt', 14 for"):
+
+
+def answers(path: Path, n: int, word: str = "cat") -> Path:
+    return write(path, [{"prompt": "how?", "response": text} for text in texts(n, word)])
+
+
+def test_a_stop_rule_is_kept_and_used_when_asked_for(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    """The rule of ``fit_stop_rule`` on the same answers; prompts among the rows are left out and counted."""
+    benign = answers(tmp_path / "answers.jsonl", 70)
+    benign.write_text(benign.read_text() + "\n" + json.dumps({"prompt": "how?"}))
+    traffic = Traffic(benign, None, 0.1, "stream", 3)
+    done = recalibrate(str(source), tiny_base, traffic, tmp_path / "mine")
+    guard = load_adapter(done.folder, tiny_base)
+    talks = [[Message("user", "how?"), Message("assistant", text)] for text in texts(70)]
+    scores = [row.scores for row in score_answers(tiny_base, guard, talks)]
+    rule = fit_stop_rule(scores, 0.1, n_consecutive=3)
+    kept = kept_rule(guard)
+    assert kept is not None
+    assert (kept.threshold, kept.n_consecutive) == (pytest.approx(rule.threshold, abs=1e-6), 3)
+    found = done.modes["stream"]
+    assert (found.n_harmless, found.promise.false_positive_rate, found.promise.confidence) == (70, 0.1, 0.95)
+    assert (done.n_other_modes, done.n_unscored) == (1, 0)
+    assert kept_rule(guard.with_preset("strict")).threshold > kept.threshold
+    assert (
+        "3 tokens in a row stop an answer; default " in adapter_facts(str(done.folder), tiny_base.name)["mode stream"]
+    )
+    again = recalibrate(str(done.folder), tiny_base, Traffic(benign, None, 0.2, "stream"), tmp_path / "again")
+    assert again.modes["stream"].n_consecutive == 3  # the guard's own, unless told
+    with attach(tiny_base, guards=[guard]):
+        expected = tiny_base.chat(talks[0][:1], stop=kept, max_new_tokens=8, min_new_tokens=8)
+        assert tiny_base.chat(talks[0][:1], stop=True, max_new_tokens=8, min_new_tokens=8) == expected
+        options = StreamOptions(stop=True, max_new_tokens=8, generate={"min_new_tokens": 8})
+        assert "".join(AnswerStream(tiny_base, talks[0][:1], options)).strip() == expected.text
+
+
+def test_a_stop_rule_needs_answers_and_rows(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    benign = prompts(tmp_path / "prompts.jsonl", 60)
+    with pytest.raises(InputError, match="holds no row that is read in mode 'stream'; found 60 for 'prompt'"):
         recalibrate(str(source), tiny_base, Traffic(benign, mode="stream"), tmp_path / "none")
+    few = answers(tmp_path / "answers.jsonl", 40)
+    with pytest.raises(InputError, match=r"Mode 'stream': 40 harmless rows cannot promise .* it takes 59"):
+        recalibrate(str(source), tiny_base, Traffic(few, None, 0.05, "stream"), tmp_path / "none")
+    with pytest.raises(InputError, match="those of a stop rule, for mode 'stream'"):
+        Traffic(few, None, 0.05, "answer", 2)
+    with pytest.raises(InputError, match="1 token in a row or more; got 0"):
+        Traffic(few, None, 0.05, "stream", 0)
+
+
+def test_harmful_answers_give_a_stream_probabilities(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    benign, harmful = answers(tmp_path / "benign.jsonl", 60), answers(tmp_path / "harmful.jsonl", 40, "hat")
+    done = recalibrate(str(source), tiny_base, Traffic(benign, harmful, 0.1, "stream", 2), tmp_path / "both")
+    (fit,) = done.modes["stream"].maps
+    assert (fit.n_harmless, fit.n_harmful) == (60, 40)
+    same = recalibrate(str(done.folder), tiny_base, Traffic(benign, None, 0.1, "stream"), tmp_path / "same")
+    assert same.modes["stream"].maps == (fit,)
+    longer = recalibrate(str(done.folder), tiny_base, Traffic(benign, None, 0.1, "stream", 3), tmp_path / "longer")
+    assert longer.modes["stream"].maps == ()  # it was of other scores
 
 
 def test_harmful_rows_give_probabilities_and_later_runs_keep_them(
@@ -168,6 +229,36 @@ def test_rows_that_cannot_be_used_are_counted(tiny_base: Base, source: Path, tmp
     empty = write(tmp_path / "empty.jsonl", ["{broken"])
     with pytest.raises(InputError, match=r"holds no usable row\. The first problem: line 1, empty\.jsonl: not JSON"):
         recalibrate(str(source), tiny_base, Traffic(empty), tmp_path / "none")
+
+
+def test_rows_that_the_guard_learnt_from_are_left_out(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    """Word for word after normalisation; a promise rests on the others alone."""
+    guard = shutil.copytree(source, tmp_path / "guard")
+    benign = prompts(tmp_path / "benign.jsonl", 70)
+    unknown = recalibrate(str(guard), tiny_base, Traffic(benign, None, 0.2), tmp_path / "unknown")
+    assert (unknown.n_learnt, unknown.modes["prompt"].n_harmless) == (None, 70)
+    learnt = [Example((Message("user", text.upper()),), (0.0,)) for text in texts(20)]
+    save_learnt(guard, learnt)
+    done = recalibrate(str(guard), tiny_base, Traffic(benign, None, 0.2), tmp_path / "mine")
+    assert (done.n_learnt, done.modes["prompt"].n_harmless) == (20, 50)
+    assert load_learnt(done.folder).tolist() == load_learnt(guard).tolist()
+    with pytest.raises(InputError, match=r"50 harmless rows cannot promise .* it takes 59"):
+        recalibrate(str(guard), tiny_base, Traffic(benign, None, 0.05), tmp_path / "none")
+    with pytest.raises(InputError, match=r"learnt from every row of .* Give harmless rows that it has not seen"):
+        recalibrate(str(guard), tiny_base, Traffic(prompts(tmp_path / "old.jsonl", 20)), tmp_path / "none")
+
+
+def test_a_text_is_harmless_or_harmful(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    benign = prompts(tmp_path / "benign.jsonl", 60)
+    (tmp_path / "link.jsonl").symlink_to(benign)
+    for same in (benign, tmp_path / "link.jsonl"):
+        with pytest.raises(InputError, match="is given as --benign and as --harmful; expected two files"):
+            Traffic(benign, same)
+    harmful = write(tmp_path / "harmful.jsonl", [{"prompt": "kill"}, {"prompt": texts(3)[2].upper() + " "}])
+    with pytest.raises(
+        InputError, match=r"1 rows are given as harmless and as harmful: the first is line 3 of .*line 2"
+    ):
+        recalibrate(str(source), tiny_base, Traffic(benign, harmful, 0.1), tmp_path / "none")
 
 
 def test_rows_of_the_other_kind_are_refused(tiny_base: Base, source: Path, tmp_path: Path) -> None:

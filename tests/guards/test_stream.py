@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from safeside import Adapter, Base, Message, attach
 from safeside.errors import InputError, UnsupportedError
 from safeside.guards.calibrate import n_allowed
 from safeside.guards.stream import (
+    ANSWERING,
     AnswerStream,
     StreamOptions,
     evaluate_stops,
@@ -196,19 +198,52 @@ def test_a_blocked_prompt_is_a_stream_without_pieces(tiny_base: Base, random_gua
     assert stream.completion.finish_reason == "blocked"
 
 
-def test_a_stream_that_is_left_ends_its_model(tiny_base: Base, guard: Adapter) -> None:
-    passes: list[int] = []
-    handle = tiny_base.decoder.register_forward_hook(lambda *_: passes.append(1))
+def await_models() -> None:
+    """Until no stream's model runs any more."""
+    for thread in threading.enumerate():
+        if thread.name == ANSWERING:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.0])
+def test_a_stream_that_is_left_ends_its_model(tiny_base: Base, guard: Adapter, threshold: float) -> None:
+    """Without waiting for the token that is being made, also where a rule holds all tokens back."""
+    entered, go_on, passes = threading.Event(), threading.Event(), []
+
+    def hold(*_: object) -> None:
+        passes.append(1)
+        if len(passes) == 3:
+            entered.set()
+            assert go_on.wait(20)
+
+    handle = tiny_base.decoder.register_forward_pre_hook(hold)
     with attach(tiny_base, guards=[guard]):
-        long = StreamOptions(StopRule(1.0, 1), max_new_tokens=200, generate={"min_new_tokens": 200})
-        with AnswerStream(tiny_base, PROMPT, long) as stream:
-            next(stream)
-        n_passes = len(passes)
+        rule = StopRule(threshold, 1 if threshold else 200)
+        stream = AnswerStream(tiny_base, PROMPT, StreamOptions(rule, None, 200, {"min_new_tokens": 200}))
+        assert entered.wait(20)
+        closing = threading.Thread(target=stream.close, daemon=True)
+        closing.start()
+        closing.join(5)
+        assert not closing.is_alive()  # though the model is in the middle of a pass
+        assert list(stream) == []
+        go_on.set()
+        await_models()
     handle.remove()
-    assert n_passes == len(passes) < 200
-    assert list(stream) == []
+    assert len(passes) == 3
     with pytest.raises(InputError, match="has not ended"):
         _ = stream.completion
+
+
+def test_a_stream_may_be_left_by_its_block_and_the_base_used_again(tiny_base: Base, guard: Adapter) -> None:
+    long = StreamOptions(StopRule(1.0, 1), None, 200, {"min_new_tokens": 200})
+    with attach(tiny_base, guards=[guard]), AnswerStream(tiny_base, PROMPT, long) as stream:
+        next(stream)
+    with attach(tiny_base, guards=[guard]):
+        expected = tiny_base.chat(PROMPT, max_new_tokens=12, **PLENTY)
+    await_models()
+    assert list(stream) == []
+    assert tiny_base.chat(PROMPT, max_new_tokens=12, **PLENTY).text == expected.text
 
 
 def test_errors_come_where_the_stream_is_read(tiny_base: Base) -> None:

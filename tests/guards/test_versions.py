@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safeside import Adapter, Base, load_adapter, save_adapter
+from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.artifact import WEIGHTS_FILE
 from safeside.errors import FormatError, InputError
 from safeside.guards.versions import BEFORE, count_versions, output_of, roll_back, save_patched, stored_dtype
+from safeside.tasks.learnt import are_learnt, load_learnt, save_learnt
+from safeside.types import Example
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -45,6 +47,15 @@ def test_two_patches_are_rolled_back_one_after_the_other(tiny_base: Base, folder
         assert sums(folder) == state
     assert count_versions(folder) == 0
     load_adapter(folder, tiny_base)
+
+
+def test_the_rows_of_a_patch_join_the_record_and_leave_it(tiny_base: Base, folder: Path) -> None:
+    rows = [Example((Message("user", text),), (1.0,)) for text in ("a", "b")]
+    save_learnt(folder, rows[:1])
+    save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, folder, tiny_base, {}, learnt=rows[1:])
+    assert are_learnt(rows, load_learnt(folder)) == [True, True]
+    roll_back(folder, folder)
+    assert are_learnt(rows, load_learnt(folder)) == [True, False]
 
 
 def test_the_patched_weights_keep_the_stored_dtype(tiny_base: Base, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import string
 from collections.abc import Sequence
 from dataclasses import replace
@@ -100,6 +101,51 @@ def test_a_long_conversation_is_cut_between_exchanges(tiny_base: Base, system: l
         n_shared = next(size for size in range(len(before), -1, -1) if before[len(before) - size :] == after[:size])
         assert 0.1 * len(before) < n_shared < 0.4 * len(before)
     assert list(dict.fromkeys(turn for body in bodies for turn in body)) == [*turns, Message("user", "and now?")]
+
+
+def cut_slowly(base: Base, turns: list[Message], limit: int) -> list[tuple[Message, ...]]:
+    """Windows of whole exchanges, each lengthened by one exchange as long as it fits."""
+    exchanges = [turns[place : place + 2] for place in range(0, len(turns), 2)]
+
+    def joined(start: int, stop: int) -> tuple[Message, ...]:
+        return tuple(turn for exchange in exchanges[start:stop] for turn in exchange)
+
+    found, start, stop = [], 0, 0
+    while stop < len(exchanges):
+        if n_tokens(base, joined(start, stop + 1)) > limit:
+            start = stop
+        stop += 1
+        while stop < len(exchanges) and n_tokens(base, joined(start, stop + 1)) <= limit:
+            stop += 1
+        found += windows(base, joined(start, stop), limit)
+        start = max(start + 1, stop - max(1, round((stop - start) / 4)))
+    return found
+
+
+@pytest.mark.parametrize(("seed", "limit"), list(enumerate((90, 256))))
+def test_windows_of_turns_are_those_of_the_slow_way(tiny_base: Base, seed: int, limit: int) -> None:
+    """Turns of all lengths, some of them too long for a window of their own."""
+    draws = random.Random(seed)
+    sizes = [draws.choice((1, 2, 5, 9, draws.choice((3, 60)))) for _ in range(60)]
+    turns = [turn for size in sizes for turn in (Message("user", "a b " * size), Message("assistant", "no"))]
+    assert windows(tiny_base, turns, limit) == cut_slowly(tiny_base, turns, limit)
+
+
+def test_many_turns_are_encoded_a_few_times_each(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many fit in one window: not once for each turn that it is lengthened by."""
+    encode, seen = Base.encode, []
+
+    def counted(self: Base, messages: Sequence[Message]) -> object:
+        seen.append(len(messages))
+        return encode(self, messages)
+
+    monkeypatch.setattr(Base, "encode", counted)
+    seen_by_limit = {}
+    for limit in (256, 1024):
+        seen.clear()
+        windows(tiny_base, talk(150), limit)
+        seen_by_limit[limit] = sum(seen) / 300
+    assert seen_by_limit[1024] < seen_by_limit[256] * 1.5 < 20
 
 
 def test_a_long_message_among_many_turns_is_cut_by_itself(tiny_base: Base) -> None:

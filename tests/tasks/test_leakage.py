@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safeside import Message
-from safeside.tasks.leakage import NEAR, SHINGLE, Leaks, find_leaks, normalise, shingles_of, text_of
+from safeside.tasks.leakage import NEAR, SHINGLE, Leaks, find_leaks, normalise, shingles_of, text_of, without_leaks
 from safeside.types import Example
 
 SENTENCE = "the quick brown fox jumps over the lazy dog while the cat sleeps on the warm mat near the old stove"
@@ -96,3 +96,13 @@ def test_a_row_is_all_of_its_messages() -> None:
 
 def test_nothing_leaks_from_nothing() -> None:
     assert find_leaks([], ["a"]) == find_leaks(["a"], []) == Leaks([], [])
+
+
+def test_rows_that_were_seen_are_left_out_and_counted() -> None:
+    def rows(*texts: str) -> list[Example]:
+        return [Example((Message("user", text),), (0.0,)) for text in texts]
+
+    seen = rows(SENTENCE, "How do I boil an egg?")
+    kept, n_left_out = without_leaks(rows("how do I  boil an EGG?", f"{SENTENCE}!", "Where is the cat?"), seen)
+    assert ([row.messages[0].content for row in kept], n_left_out) == (["Where is the cat?"], 2)
+    assert without_leaks([], seen) == ([], 0)

@@ -16,8 +16,9 @@ from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
 from safeside.artifact import CARD_FILE, PROVENANCE_FILE
 from safeside.errors import InputError
-from safeside.guards.score import score_conversations
+from safeside.guards.score import judge, score_conversations
 from safeside.guards.versions import roll_back
+from safeside.stopping import kept_rule
 from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard
 from safeside.train.patch_command import PatchFiles, patch_command
 from safeside.train.recipe import Recipe
@@ -231,17 +232,47 @@ def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path
 def test_a_calibration_that_no_longer_holds_is_told(
     tiny_base: Base, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A patch changes the scores, so promises made on the old ones go, and nobody is left to believe in them."""
+    """A patch changes the scores, so promises made on the old ones go, and nobody is left to believe in them.
+
+    The thresholds that judged still judge, and are what the report measures by.
+    """
     guard = load_adapter(trained, tiny_base)
     promise = Promise(threshold=(0.9,), false_positive_rate=0.05)
-    guard.set_mode("prompt", ModeCalibration(n_harmless=60, presets={"strict": promise}))
-    assert set(guard.config.modes) == {"prompt"}
+    guard.set_mode("prompt", ModeCalibration(n_harmless=60, promise=promise, presets={"strict": promise}))
+    guard.set_mode("answer", ModeCalibration(n_harmless=60, presets={"strict": promise}))
+    guard.set_mode("stream", ModeCalibration(n_harmless=60, promise=promise, n_consecutive=2))
     folder = save_adapter(guard, tmp_path / "harm", tiny_base)
     files = PatchFiles(write(tmp_path / "new.jsonl", family(8, 3)), write(tmp_path / "replay.jsonl", rows(40, 4)))
     summary = patch_command(str(folder), files, None, None, 0)
-    assert summary["patch dropped calibration"] == "prompt"
-    assert "thresholds and presets for mode prompt were dropped" in " ".join(capsys.readouterr().err.split())
-    assert not load_adapter(folder, tiny_base).config.modes
+    assert summary["patch dropped calibration"] == "answer, prompt, stream"
+    told = " ".join(capsys.readouterr().err.split())
+    assert "promises, presets and stop rules for mode answer, prompt, stream were dropped" in told
+    after = load_adapter(folder, tiny_base)
+    assert set(after.config.modes) == {"prompt"}
+    (held,) = after.thresholds_in("prompt")
+    assert held >= 0.9
+    assert after.thresholds_in("answer") == after.thresholds
+    assert summary["patch threshold, mode prompt"] == f"0.9000 to {held:.4f}"
+    ((verdict,),) = judge(tiny_base, [after], [[Message("user", "the cat")]])
+    assert verdict.threshold == held
+    assert "what was promised for mode 'prompt' was of the scores before a patch" in verdict.reason
+    assert kept_rule(after) is None
+
+
+def test_a_patch_is_measured_by_the_thresholds_in_force(tiny_base: Base, trained: Path) -> None:
+    guard = load_adapter(trained, tiny_base)
+    held_out, replay = family(40, 5), rows(80, 4)
+    strict = Promise(threshold=(0.02,), false_positive_rate=0.05)  # nearly everything reaches it
+    guard.set_mode("prompt", ModeCalibration(n_harmless=60, presets={"strict": strict}))
+    guard = guard.with_preset("strict")
+    expected = (scores(tiny_base, guard, held_out) >= 0.02).mean()
+    report = patch_guard(tiny_base, guard, PatchRows(family(8, 3), replay, held_out), replace(QUICK, steps=8))
+    assert report.detected[0] == expected
+    assert report.held["prompt"][0] == (0.02,)
+    after = guard.thresholds_in("prompt")
+    assert after == report.held["prompt"][1] >= (0.02,)
+    assert report.detected[1] == (scores(tiny_base, guard, held_out) >= after[0]).mean()
+    assert report.flagged_elsewhere[1] <= report.flagged_elsewhere[0]
 
 
 def test_a_row_that_cannot_be_read_is_named(tiny_base: Base, trained: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from safeside import Adapter, Base, Message, attach, create_adapter, load_adapter, load_base, make_config, save_adapter
-from safeside.adapters.config import Calibration
+from safeside.adapters.config import Calibration, ModeCalibration, Promise
 from safeside.artifact import PROVENANCE_FILE
 from safeside.errors import InputError, MismatchError, UnsupportedError
 from safeside.guards.score import score_conversations
@@ -22,7 +22,7 @@ from safeside.train.port_command import PortOptions, port_command
 from safeside.train.port_map import Maps, ported_config
 from safeside.train.port_text import PortSettings, Side, read_text
 from safeside.train.taps import TapStore, record_states
-from safeside.types import Example
+from safeside.types import Example, Mode
 from tiny import CHAT_TEMPLATE, make_tiny
 from twin import hash_of
 
@@ -171,14 +171,24 @@ def test_calibration_copies_mean_spread_and_rate(tiny_base: Base, guard: Adapter
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(400, 1))
     new = create_adapter(tiny_base, guard.config)
-    rates = calibrate_like(new, guard, logits, 3 * logits - 5)
+    modes: list[Mode] = ["prompt", "answer"] * 200
+    rates = calibrate_like(new, guard, logits, 3 * logits - 5, modes)
     assert new.config.calibration.scale[0] == pytest.approx(1 / 3)
     assert new.config.calibration.bias[0] == pytest.approx(5 / 3)
     assert rates[0] == pytest.approx(rates[1], abs=1 / 400)
     rare = guard.config.calibration.model_copy(update={"threshold": (0.999999,)})
     guard.set_calibration(rare)
-    assert calibrate_like(new, guard, logits, logits) == (0.0, 0.0)
+    assert calibrate_like(new, guard, logits, logits, modes) == (0.0, 0.0)
     assert new.thresholds == (0.999999,)
+    promise = Promise(threshold=(0.8,), false_positive_rate=0.05)
+    guard.set_mode("answer", ModeCalibration(n_harmless=60, promise=promise))
+    noisy = logits + generator.normal(size=(400, 1))
+    calibrate_like(new, guard, logits, noisy, modes)
+    scores = [1 / (1 + np.exp(-some[1::2, 0])) for some in (logits, noisy)]
+    scaled = new.config.calibration.scale[0] * noisy[1::2, 0] + new.config.calibration.bias[0]
+    flagged = (1 / (1 + np.exp(-scaled)) >= new.thresholds_in("answer")[0]).mean()
+    assert 0 < flagged <= (scores[0] >= 0.8).mean()  # of the answers alone, at the answers' threshold
+    assert new.thresholds_in("prompt") == new.thresholds == (0.999999,)
 
 
 def test_rows_that_a_base_cannot_read_whole_are_counted(

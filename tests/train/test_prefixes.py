@@ -14,8 +14,9 @@ import torch
 from pydantic import ValidationError
 from sklearn.metrics import roc_auc_score
 
-from safeside import Base, Message, create_adapter
+from safeside import Base, Message, create_adapter, load_adapter
 from safeside.errors import ConfigError
+from safeside.tasks.learnt import are_learnt, load_learnt
 from safeside.train.objectives import guard_logits, guard_objective
 from safeside.train.recipe import Recipe
 from safeside.train.run import run_recipe
@@ -87,6 +88,10 @@ def test_a_guard_that_learns_from_prefixes_sees_harm_early(tiny_base: Base, tmp_
     for targets in ("end", "prefixes"):
         done = run_recipe(recipe(targets), data_root=tmp_path, output=tmp_path / targets, base=tiny_base)
         assert done.outcome.best_metric > 0.9
+        assert done.adapter.config.modes["answer"].n_consecutive is None
+        stream = load_adapter(done.folder, tiny_base).config.modes.get("stream")
+        assert (stream is not None and stream.n_consecutive == 8) == (targets == "prefixes")
+        assert are_learnt(done.train.examples, load_learnt(done.folder)) == [True] * len(done.train.examples)
         places = (done.validation.ids, done.validation.answer_starts)
         prefixes = [ids[: start + 3] for ids, start in zip(*places, strict=True)]
         cut = replace(done.validation, ids=prefixes)

@@ -227,16 +227,19 @@ class Adapter(nn.Module):
     def thresholds_in(self, mode: Mode) -> tuple[float, ...]:
         """By label, the score from which on a text read in ``mode`` is flagged.
 
-        The preset's if one is chosen, else the mode's own; where the mode has none, the guard's ``thresholds``.
+        The preset's if one is chosen, else the mode's own; where the mode has none, those that a patch or a port held
+        for it, else the guard's ``thresholds``.
         """
         promise = self._promise_in(mode)
-        return promise.threshold if promise is not None else self.thresholds
+        return promise.threshold if promise is not None else self._held_in(mode) or self.thresholds
 
     def fallback_note(self, mode: Mode) -> str:
         """What a verdict says when ``mode`` lacks what was asked for and ``thresholds`` stand in; else empty."""
         config = self.config
         if self._promise_in(mode) is not None:
             return ""
+        if self._held_in(mode):
+            return f"what was promised for mode {mode!r} was of the scores before a patch or a port"
         if config.preset is not None:
             return f"no preset {config.preset!r} for mode {mode!r}: the guard's own threshold is used"
         is_missing = bool(config.modes) and mode not in config.modes
@@ -245,6 +248,10 @@ class Adapter(nn.Module):
     def _promise_in(self, mode: Mode) -> Promise | None:
         found = self.config.modes.get(mode)
         return found.of_preset(self.config.preset) if found is not None else None
+
+    def _held_in(self, mode: Mode) -> tuple[float, ...]:
+        found = self.config.modes.get(mode)
+        return found.held if found is not None else ()
 
     def probabilities(self, scores: NDArray[np.float64], mode: Mode) -> NDArray[np.float64]:
         """Calibrated probabilities (n, K) of scores (n, K) in ``mode``: the scores, where the mode has no map."""

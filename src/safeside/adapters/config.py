@@ -147,10 +147,17 @@ class ModeCalibration(BaseModel):
     """Harmless rows behind the thresholds; of several labels the fewest."""
     promise: Promise | None = None
     """Thresholds of this mode when no preset is chosen; without them the guard's own ``threshold`` holds."""
+    held: tuple[Score, ...] = ()
+    """Without a promise: thresholds that stand in for the guard's own, carried over by a patch or a port."""
     presets: dict[Preset, Promise] = {}
     """Thresholds by preset; one that ``n_harmless`` rows cannot promise is left out."""
     maps: tuple[ProbabilityMap, ...] = ()
     """From score to probability, one for each label; none where too few rows of both kinds were given."""
+    n_consecutive: int | None = Field(None, ge=1, le=_MOST)
+    """Of ``stream``, and of no other mode: so many tokens in a row from the threshold on stop an answer.
+
+    Of several labels the highest score counts, so a stream's thresholds are the same for all.
+    """
 
     def of_preset(self, preset: Preset | None) -> Promise | None:
         """The thresholds of a preset, or without one those of the mode; None where there are none."""
@@ -160,7 +167,7 @@ class ModeCalibration(BaseModel):
     def n_labels(self) -> set[int]:
         """How many labels its parts have: one number if they agree."""
         promises = [*self.presets.values(), *([self.promise] if self.promise else [])]
-        return {len(promise.threshold) for promise in promises} | ({len(self.maps)} if self.maps else set())
+        return {len(promise.threshold) for promise in promises} | {len(part) for part in (self.maps, self.held) if part}
 
     @property
     def summary(self) -> str:
@@ -172,8 +179,10 @@ class ModeCalibration(BaseModel):
             for name, promise in named
             if promise is not None
         ]
+        held = [f"held {', '.join(f'{value:.4f}' for value in self.held)} (no promise)"] if self.held else []
+        rule = [] if self.n_consecutive is None else [f"{self.n_consecutive} tokens in a row stop an answer"]
         errors = [f"ECE {fit.error_before:.3f} before, {fit.error_after:.3f} after ({fit.method})" for fit in self.maps]
-        return "; ".join([*(promises or ["no preset"]), f"{self.n_harmless:,} harmless rows", *errors])
+        return "; ".join([*rule, *held, *(promises or ["no preset"]), f"{self.n_harmless:,} harmless rows", *errors])
 
 
 class AdapterConfig(BaseModel):
@@ -248,6 +257,8 @@ class AdapterConfig(BaseModel):
         for mode, found in self.modes.items():
             if wrong := found.n_labels - {len(self.labels)}:
                 raise ValueError(f"modes.{mode} has {min(wrong)} entries for {len(self.labels)} labels")
+            if mode != "stream" and found.n_consecutive is not None:
+                raise ValueError(f"modes.{mode} has n_consecutive, which is for the mode stream alone")
         if self.preset is not None and not any(self.preset in found.presets for found in self.modes.values()):
             raise ValueError(f"preset {self.preset!r} is in none of the modes")
         return self

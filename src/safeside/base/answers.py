@@ -14,7 +14,10 @@ from transformers import DynamicCache, StoppingCriteria
 from safeside.types import Stop, StrengthTrace, Verdict
 
 Release = Callable[[int, list[int]], None]
-"""Told a row of the batch and the next token ids of its answer, in order, as soon as they can be shown."""
+"""Told a row of the batch and the next token ids of its answer, in order, as soon as they can be shown.
+
+It is called for each row after every token, with no ids where none can be shown yet; what it raises ends the answers.
+"""
 
 
 class AnswerStanding(Protocol):
@@ -88,9 +91,8 @@ class Follower(StoppingCriteria):
             return
         for row, (answer, n) in enumerate(zip(answers, n_clear, strict=True)):
             start = self.n_released.get(row, 0)
-            if n > start and answer[start:n]:
-                self.release(row, answer[start:n])
-                self.n_released[row] = min(n, len(answer))
+            self.release(row, answer[start:n])
+            self.n_released[row] = max(start, min(n, len(answer)))
 
 
 def told_stop(verdicts: Sequence[Verdict], stop: Stop | None) -> tuple[Verdict, ...]:

@@ -140,8 +140,8 @@ class Base:
     ) -> Completion:
         """One answer.  ``strength`` overrides the attachment's for this request (see ``attach``).
 
-        ``stop`` is a StopRule for the only guard attached, or rules by guard's name: an answer that meets one ends
-        there, and its text holds only the tokens before the risky ones.
+        ``stop`` is a StopRule for the only guard attached, rules by guard's name, or True for those that the guards'
+        artifacts keep: an answer that meets one ends there, and its text holds only the tokens before the risky ones.
 
         Greedy unless ``do_sample=True``; ``generate`` holds further options of transformers' ``generate``.  A prompt
         that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut.  Beams, several samples, stop
@@ -169,7 +169,8 @@ class Base:
         text is what was added, and a latched gate reads the prompt with the beginning of the answer.
 
         ``release`` is called with a row and the next ids of its answer while it is written, never with an id that a
-        guard can still take back.  Prompts that an intercepting guard blocks have no answer; the others go on.
+        guard can still take back; what it raises ends the answers.  Prompts that an intercepting guard blocks have no
+        answer; the others go on.
         """
         self._check_chat(strength, stop, generate)
         if not conversations:

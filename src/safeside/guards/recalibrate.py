@@ -17,7 +17,10 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.guards.calibrate import fit_mode
 from safeside.guards.probability import Array
-from safeside.guards.score import score_conversations
+from safeside.guards.score import place_of, score_conversations
+from safeside.guards.stream import N_CONSECUTIVE, any_label, score_answers, stream_scores
+from safeside.tasks.leakage import text_of
+from safeside.tasks.learnt import are_learnt, load_learnt
 from safeside.tasks.rows import BadRow, load_kind
 from safeside.terminal import note
 from safeside.types import Example, Mode
@@ -34,10 +37,19 @@ class Traffic:
     false_positive_rate: float = 0.01
     """The rate to promise, in (0, 1)."""
     mode: Mode | None = None
-    """The reading mode to calibrate; None: every one that the harmless rows are read in."""
+    """The reading mode to calibrate; None: every one that the harmless rows are read in, ``stream`` not among them."""
+    n_consecutive: int | None = None
+    """Of mode ``stream``: tokens of the rule; the guard's own, or 8, unless given."""
 
     def __post_init__(self) -> None:
+        both_exist = self.harmful is not None and self.harmful.exists() and self.benign.exists()
+        if self.harmful is not None and both_exist and self.benign.samefile(self.harmful):
+            raise InputError(f"{self.benign} is given as --benign and as --harmful; expected two files.")
         rows_needed(self.false_positive_rate)  # an InputError outside (0, 1), before anything is scored
+        if self.n_consecutive is not None and self.mode != "stream":
+            raise InputError("Tokens in a row are those of a stop rule, for mode 'stream'. Add --mode stream.")
+        if self.n_consecutive is not None and self.n_consecutive < 1:
+            raise InputError(f"A stop rule needs 1 token in a row or more; got {self.n_consecutive}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,8 @@ class Recalibration:
     """Rows that could not be scored; they count as flagged."""
     n_other_modes: int
     """Rows that are read in another mode than those calibrated."""
+    n_learnt: int | None
+    """Rows left out because the guard learnt from them; None where its folder keeps no record of those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,11 @@ class _Scored:
     labels: Array
     modes: tuple[Mode, ...]
 
+    def of(self, mode: Mode) -> _Scored:
+        """The rows of one mode."""
+        own = np.array([found == mode for found in self.modes])
+        return _Scored(self.scores[own], self.labels[own], tuple(found for found in self.modes if found == mode))
+
 
 def calibrate_command(
     name: str, base_name: str | None, traffic: Traffic, output: Path | None
@@ -72,14 +91,7 @@ def calibrate_command(
     base = base_of(name, base_name)
     is_in_place = output is not None and output.exists()
     done = recalibrate(name, base, traffic, output)
-    for row in done.bad:
-        note(f"line {row.line} was left out: {row.problem}")
-    if done.n_unscored:
-        note(f"{done.n_unscored} rows could not be scored; they count as flagged")
-    if done.n_other_modes:
-        note(f"{done.n_other_modes} rows were left out: they are read in other modes than {', '.join(done.modes)}")
-    if is_in_place:
-        note(f"{done.folder} was changed in place")
+    _tell(name, done, is_in_place)
     rows: list[dict[str, object]] = [
         {
             "mode": mode,
@@ -87,6 +99,7 @@ def calibrate_command(
             "false_positive_rate": promise.false_positive_rate,
             "threshold": list(promise.threshold),
             "n_harmless": fit.n_harmless,
+            **({"n_consecutive": fit.n_consecutive} if fit.n_consecutive is not None else {}),
         }
         for mode, fit in done.modes.items()
         for preset, promise in (("default", fit.promise), *fit.presets.items())
@@ -103,7 +116,24 @@ def calibrate_command(
         "n_skipped": len(done.bad),
         "n_unscored": done.n_unscored,
         "n_other_modes": done.n_other_modes,
+        "n_learnt": done.n_learnt,
     }
+
+
+def _tell(name: str, done: Recalibration, is_in_place: bool) -> None:
+    """Say what was left out, and what cannot be known."""
+    for row in done.bad:
+        note(f"line {row.line} was left out: {row.problem}")
+    if done.n_unscored:
+        note(f"{done.n_unscored} rows could not be scored; they count as flagged")
+    if done.n_other_modes:
+        note(f"{done.n_other_modes} rows were left out: they are read in other modes than {', '.join(done.modes)}")
+    if done.n_learnt:
+        note(f"{done.n_learnt} rows were left out: the guard learnt from them, and a promise rests on unseen rows")
+    if done.n_learnt is None:
+        note(f"{name} keeps no record of the rows that it learnt from; make sure that yours are not among them")
+    if is_in_place:
+        note(f"{done.folder} was changed in place")
 
 
 def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | None = None) -> Recalibration:
@@ -120,9 +150,11 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
     if folder.exists() and folder.resolve() != source.resolve():
         raise InputError(f"{folder} exists already. Choose another --output, or the adapter's own folder to change it.")
     examples, bad = _examples(traffic, guard.config.labels)
-    scored = _score(base, guard, examples)
+    examples, n_learnt = _unseen(examples, source, traffic)
+    n_consecutive = _n_consecutive(guard, traffic)
+    scored = _score(base, guard, examples, n_consecutive)
     modes = _modes(scored, traffic)
-    fits = {mode: _fit(scored, mode, traffic, guard.config.modes.get(mode)) for mode in modes}
+    fits = {mode: _fit(scored.of(mode), traffic, n_consecutive, guard.config.modes.get(mode)) for mode in modes}
     for mode, fit in fits.items():
         guard.set_mode(mode, fit)
     facts = {f"calibrated for {mode}": _fact(fit, traffic) for mode, fit in fits.items()}
@@ -133,6 +165,7 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
         bad=tuple(bad),
         n_unscored=int(np.isnan(scored.scores).any(1).sum()),
         n_other_modes=sum(mode not in fits for mode in scored.modes),
+        n_learnt=n_learnt,
     )
 
 
@@ -140,17 +173,61 @@ def _examples(traffic: Traffic, labels: tuple[str, ...]) -> tuple[list[Example],
     examples, bad = load_kind(traffic.benign, labels, is_harmful=False)
     if traffic.harmful is not None:
         harmful, broken = load_kind(traffic.harmful, labels, is_harmful=True)
+        _refuse_both(examples, harmful, traffic)
         examples, bad = [*examples, *harmful], [*bad, *broken]
     return examples, bad
 
 
-def _score(base: Base, guard: Adapter, examples: Sequence[Example]) -> _Scored:
-    found = score_conversations(base, [guard], [example.messages for example in examples])
-    return _Scored(
-        np.array([row.by_guard[guard.name] for row in found], dtype=np.float64),
-        np.array([example.labels for example in examples], dtype=np.float64),
-        tuple(row.mode_for(guard) for row in found),
-    )
+def _refuse_both(benign: Sequence[Example], harmful: Sequence[Example], traffic: Traffic) -> None:
+    """Raise an InputError where a text is given as harmless and as harmful."""
+    line_of = {text_of(example): example.line for example in benign}
+    both = [example for example in harmful if text_of(example) in line_of]
+    if both:
+        raise InputError(
+            f"{len(both)} rows are given as harmless and as harmful: the first is line {line_of[text_of(both[0])]} of "
+            f"{traffic.benign} and line {both[0].line} of {traffic.harmful}. Keep each text in one file."
+        )
+
+
+def _unseen(examples: Sequence[Example], source: Path, traffic: Traffic) -> tuple[list[Example], int | None]:
+    """The rows that the guard in ``source`` did not learn from, and how many others there are (None: it cannot tell).
+
+    No harmless row left is an InputError.
+    """
+    hashes = load_learnt(source)
+    if hashes is None:
+        return list(examples), None
+    unseen = [row for row, known in zip(examples, are_learnt(examples, hashes), strict=True) if not known]
+    if not any(not any(row.labels) for row in unseen):
+        raise InputError(
+            f"The guard learnt from every row of {traffic.benign}, and a promise on rows that it knows is worth "
+            "nothing. Give harmless rows that it has not seen."
+        )
+    return unseen, len(examples) - len(unseen)
+
+
+def _n_consecutive(guard: Adapter, traffic: Traffic) -> int | None:
+    """Tokens of the stop rule to fit; None for the modes that have none."""
+    if traffic.mode != "stream":
+        return None
+    before = guard.config.modes.get("stream")
+    return traffic.n_consecutive or (before.n_consecutive if before is not None else None) or N_CONSECUTIVE
+
+
+def _score(base: Base, guard: Adapter, examples: Sequence[Example], n_consecutive: int | None) -> _Scored:
+    """What each row's mode compares with its threshold; with ``n_consecutive`` answers are read token by token."""
+    labels = np.array([example.labels for example in examples], dtype=np.float64)
+    if n_consecutive is None:
+        found = score_conversations(base, [guard], [example.messages for example in examples])
+        scores = np.array([row.by_guard[guard.name] for row in found], dtype=np.float64)
+        return _Scored(scores, labels, tuple(row.mode_for(guard) for row in found))
+    answers = score_answers(base, guard, [example.messages for example in examples])
+    modes: list[Mode] = [
+        "stream" if answer.problem is None else "windowed" if place_of(example.messages) == "answer" else "prompt"
+        for answer, example in zip(answers, examples, strict=True)
+    ]
+    scores = np.nan_to_num(stream_scores(answers, n_consecutive, labels.shape[1]), nan=1.0)  # of rows in other modes
+    return _Scored(scores, any_label(labels), tuple(modes))
 
 
 def _modes(scored: _Scored, traffic: Traffic) -> list[Mode]:
@@ -162,23 +239,24 @@ def _modes(scored: _Scored, traffic: Traffic) -> list[Mode]:
         found = ", ".join(f"{count:,} for {mode!r}" for mode, count in counts.items())
         raise InputError(
             f"{traffic.benign} holds no row that is read in mode {traffic.mode!r}; found {found}. Prompts end with a "
-            "user's message, answers with an assistant's; windowed texts are longer than the base's context."
+            "user's message, answers with an assistant's; windowed texts are longer than the base's context, and "
+            "streams are answers that fit it."
         )
     return [traffic.mode]
 
 
-def _fit(scored: _Scored, mode: Mode, traffic: Traffic, before: ModeCalibration | None) -> ModeCalibration:
-    """The calibration of one mode; without harmful rows its old map from score to probability stays."""
-    own = np.array([found == mode for found in scored.modes])
-    benign = scored.scores[own & ~scored.labels.any(1)]
+def _fit(
+    scored: _Scored, traffic: Traffic, n_consecutive: int | None, before: ModeCalibration | None
+) -> ModeCalibration:
+    """The calibration of one mode, by its rows; without harmful ones its old map from score to probability stays."""
+    benign = scored.scores[~scored.labels.any(1)]
     try:
-        fit = fit_mode(
-            scored.scores[own], scored.labels[own], benign=benign, false_positive_rate=traffic.false_positive_rate
-        )
+        fit = fit_mode(scored.scores, scored.labels, benign=benign, false_positive_rate=traffic.false_positive_rate)
     except InputError as error:
-        raise InputError(f"Mode {mode!r}: {error}") from error
-    kept = before.maps if before is not None and not fit.maps else fit.maps
-    return fit.model_copy(update={"maps": kept})
+        raise InputError(f"Mode {scored.modes[0]!r}: {error}") from error
+    is_same_score = before is not None and before.n_consecutive == n_consecutive
+    kept = before.maps if before is not None and is_same_score and not fit.maps else fit.maps
+    return fit.model_copy(update={"maps": kept, "n_consecutive": n_consecutive})
 
 
 def _fact(fit: ModeCalibration, traffic: Traffic) -> str:

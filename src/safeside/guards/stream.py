@@ -25,20 +25,27 @@ from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.chat import Encoded, pad_batch
 from safeside.errors import InputError, UnsupportedError
-from safeside.guards.calibrate import threshold_with_bound
+from safeside.guards.calibrate import fit_mode, threshold_with_bound
+from safeside.guards.probability import Array
 from safeside.stopping import StopRule, run_scores
-from safeside.types import Completion, Message
+from safeside.types import Completion, Example, Message
 
 __all__ = [
     "AnswerScores",
     "AnswerStream",
     "StopRule",
     "StreamReport",
+    "any_label",
+    "calibrate_stream",
     "evaluate_stops",
     "fit_stop_rule",
     "score_answers",
+    "stream_scores",
     "strongest_runs",
 ]
+
+N_CONSECUTIVE = 8  # tokens of a rule that an artifact keeps: of 1 to 32, those that stopped most within a third of the
+# answer at promises of 5% and 10% (built-in guard, validation answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,47 @@ def strongest_runs(answers: Sequence[Float[Tensor, " T"]], n_consecutive: int) -
     """For each answer the lowest threshold at which it is *not* stopped: the most over positions of the least of
     ``n_consecutive`` scores in a row.  It is inf with a score that is not a number, -inf for an answer too short."""
     return [float(run_scores(scores, n_consecutive).max()) if len(scores) else -math.inf for scores in answers]
+
+
+def stream_scores(answers: Sequence[AnswerScores], n_consecutive: int, n_labels: int) -> Array:
+    """Of each answer the score (n, K) in [0, 1] that stops it when it reaches the threshold, the same for all labels.
+
+    An answer too short for a run has 0, one that was not scored NaN.
+    """
+    runs = np.array(strongest_runs([answer.scores for answer in answers], n_consecutive))
+    unscored = np.array([answer.problem is not None for answer in answers], dtype=bool)
+    clipped = np.where(unscored, np.nan, np.clip(runs, 0.0, 1.0))
+    return np.repeat(clipped[:, None], n_labels, 1)
+
+
+def any_label(labels: Array) -> Array:
+    """Labels (n, K) of a stream, the same for all: 1 where any is 1, 0 where all are 0, else NaN (not known)."""
+    known = np.where((labels == 1).any(1), 1.0, np.where((labels == 0).all(1), 0.0, np.nan))
+    return np.repeat(known[:, None], labels.shape[1], 1)
+
+
+def calibrate_stream(
+    base: Base,
+    guard: Adapter,
+    rows: Sequence[Example],
+    benign: Sequence[Example] = (),
+    *,
+    n_consecutive: int = N_CONSECUTIVE,
+) -> None:
+    """Keep a stop rule in ``guard`` for each preset that its answers among labelled ``rows`` can promise.
+
+    The promises rest on the answers among ``benign`` rows if there are any.  Without an answer nothing is kept.
+    """
+    n_labels, parts = len(guard.config.labels), []
+    for some in (rows, benign):
+        answers = [row for row in some if row.messages[-1].role == "assistant"]
+        found = score_answers(base, guard, [row.messages for row in answers]) if answers else []
+        labels = np.array([row.labels for row in answers], dtype=np.float64).reshape(-1, n_labels)
+        parts.append((stream_scores(found, n_consecutive, n_labels), any_label(labels)))
+    (scores, labels), (clean, _) = parts
+    if len(scores) or len(clean):
+        fit = fit_mode(scores, labels, benign=clean if len(clean) else None)
+        guard.set_mode("stream", fit.model_copy(update={"n_consecutive": n_consecutive}))
 
 
 def fit_stop_rule(
@@ -177,6 +225,10 @@ def evaluate_stops(
     )
 
 
+ANSWERING = "safeside answer"
+"""Name of the threads in which models write."""
+
+
 class _ClosedError(Exception):
     """The reader of a stream went away."""
 
@@ -194,7 +246,10 @@ class StreamOptions:
     """What ``Base.chat`` takes besides the conversation."""
 
     stop: object = None
-    """A StopRule for the only guard, or rules by guard; None streams without stopping."""
+    """A StopRule for the only guard, rules by guard, or True for those that the guards' artifacts keep.
+
+    None streams without stopping.
+    """
     strength: object = None
     """Overrides the attachment's strength."""
     max_new_tokens: int = 128
@@ -218,7 +273,7 @@ class AnswerStream(Iterator[str]):
         self._ids: list[int] = []
         self._shown = ""
         self._ended: _Ended | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=ANSWERING, daemon=True)
         self._thread.start()
 
     @property
@@ -234,7 +289,7 @@ class AnswerStream(Iterator[str]):
             if isinstance(item, _Ended):
                 self._ended = item
                 self._thread.join()
-                if item.error is not None and not isinstance(item.error, _ClosedError):
+                if item.error is not None and not self._is_closed.is_set():
                     raise item.error
             else:
                 self._ids += item
@@ -244,9 +299,8 @@ class AnswerStream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the answer where it is; the model's thread is gone on return."""
+        """End the answer where it is, without waiting: the model's thread ends with the token that it is at."""
         self._is_closed.set()
-        self._thread.join()
         self._ended = self._ended or _Ended()
 
     def __enter__(self) -> Self:
@@ -283,4 +337,5 @@ class AnswerStream(Iterator[str]):
     def _release(self, row: int, ids: list[int]) -> None:
         if self._is_closed.is_set():
             raise _ClosedError
-        self._queue.put(ids)
+        if ids:
+            self._queue.put(ids)

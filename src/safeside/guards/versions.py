@@ -7,27 +7,19 @@ files, so weights, thresholds and card are what they were bit for bit.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import (
-    CARD_FILE,
-    CONFIG_FILE,
-    PROVENANCE_FILE,
-    WEIGHTS_FILE,
-    find_adapter,
-    read_adapter,
-    require_new,
-    save_adapter,
-)
+from safeside.artifact import FILES, find_adapter, read_adapter, require_new, save_adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
+from safeside.tasks.learnt import save_learnt
+from safeside.types import Example
 
 BEFORE = "before"
-_FILES = (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, WEIGHTS_FILE)
 _STAGE = ".patch"
 
 
@@ -55,14 +47,24 @@ def output_of(adapter_name: str, source: Path, output: Path | None) -> Path:
     return output
 
 
-def save_patched(adapter: Adapter, source: Path, output: Path, base: Base, facts: Mapping[str, str]) -> Path:
+def save_patched(
+    adapter: Adapter,
+    source: Path,
+    output: Path,
+    base: Base,
+    facts: Mapping[str, str],
+    *,
+    learnt: Sequence[Example] = (),
+) -> Path:
     """Write the patched ``adapter`` to ``output`` in the dtype of ``source``, whose version is kept in ``before/``.
 
+    ``learnt`` are the rows behind the patch, which join the record of the others.
     ``output`` may be ``source`` itself.  The old version is in place before the first new file is, so a kill in between
     leaves a folder that can be rolled back.
     """
     stage = _empty_stage(output)
     save_adapter(adapter, stage, base, facts, dtype=stored_dtype(source))
+    save_learnt(stage, learnt, before=source)
     _copy_version(source, stage / BEFORE)
     if (output / BEFORE).is_dir():
         (output / BEFORE).rename(stage / "older")
@@ -114,7 +116,7 @@ def _empty_stage(folder: Path) -> Path:
 def _copy_version(source: Path, target: Path) -> None:
     """The files of an adapter folder and the versions that it keeps; nothing else that lies there."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
+    for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (source / BEFORE).is_dir():
@@ -122,7 +124,7 @@ def _copy_version(source: Path, target: Path) -> None:
 
 
 def _replace_files(stage: Path, folder: Path) -> None:
-    for name in _FILES:
+    for name in FILES:
         if (stage / name).is_file():
             (stage / name).replace(folder / name)
         else:

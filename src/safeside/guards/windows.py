@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from safeside.base.model import Base
@@ -66,7 +67,7 @@ def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
 def _runs(
     base: Base, exchanges: Sequence[Sequence[Message]], system: Sequence[Message], limit: int
 ) -> list[tuple[Message, ...]]:
-    """Windows of whole exchanges; one that does not fit by itself is cut."""
+    """Windows of whole exchanges, as many as fit; one that does not fit by itself is cut."""
 
     def joined(start: int, stop: int) -> tuple[Message, ...]:
         return (*system, *(message for exchange in exchanges[start:stop] for message in exchange))
@@ -77,14 +78,33 @@ def _runs(
     found: list[tuple[Message, ...]] = []
     start, stop = 0, 0
     while stop < len(exchanges):
+        size = stop - start
         if not fits(start, stop + 1):
             start = stop  # beside the next exchange nothing of the window before has room
-        stop += 1
-        while stop < len(exchanges) and fits(start, stop + 1):
-            stop += 1
-        found += windows(base, joined(start, stop), limit)
+        first, span = stop + 1, range(stop + 1, len(exchanges) + 1)
+        stop = _last_that_fits(span, partial(fits, start), start + size)
+        found += [joined(start, stop)] if stop > first else windows(base, joined(start, stop), limit)
         start = max(start + 1, stop - max(1, round((stop - start) * _OVERLAP)))
     return found
+
+
+def _last_that_fits(span: range, fits: Callable[[int], bool], guess: int) -> int:
+    """The last number of ``span`` up to which all fit, or its first; few are tried when ``guess`` is near it.
+
+    What fits goes on fitting with less, so it is looked for around the guess in steps that double, then by halves.
+    """
+    low, high, step = span[0], span[-1] + 1, 1  # low is taken to fit, high not to
+    probe = min(max(guess, low + 1), high - 1)
+    while low < probe < high:
+        if fits(probe):
+            low, probe = probe, probe + step
+        else:
+            high, probe = probe, probe - step
+        step *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _longest_of(messages: Sequence[Message]) -> int:

@@ -69,6 +69,14 @@ def find_leaks(texts: Sequence[str], others: Sequence[str], similarity: float = 
     return leaks
 
 
+def without_leaks(examples: Sequence[Example], seen: Sequence[Example]) -> tuple[list[Example], int]:
+    """The rows of ``examples`` that are none of ``seen``, nor nearly, and how many were left out."""
+    leaks = find_leaks([text_of(example) for example in examples], [text_of(example) for example in seen])
+    known = {*leaks.exact, *leaks.near}
+    kept = [example for position, example in enumerate(examples) if position not in known]
+    return kept, len(known)
+
+
 @dataclass(slots=True)
 class _Index:
     """Texts by their rarest shingles."""

@@ -1,8 +1,8 @@
 """Rapid patching: a guard learns a new family of unsafe texts from a few dozen examples and keeps its other scores.
 
 Every step sees some of the examples, with their labels, and some replayed rows, with the guard's own old logits as the
-target.  The base is not touched.  Thresholds are kept, or raised to where no more harmless replay rows are flagged than
-before; they are never lowered.
+target.  The base is not touched.  The thresholds in force, those of each reading mode, are kept, or raised to where no
+more harmless replay rows are flagged than before; they are never lowered.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,8 @@ from safeside.adapters.config import Calibration
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.guards.calibrate import threshold_at
+from safeside.guards.carry import ScoredTwice, carry_thresholds, in_force
+from safeside.guards.score import place_of
 from safeside.guards.windows import windows
 from safeside.train.loop import Loop, Progress
 from safeside.train.losses import guard_loss
@@ -100,8 +102,10 @@ class PatchReport:
     """Mean AUROC over labels on that half, before and after."""
     threshold: tuple[tuple[float, ...], tuple[float, ...]]
     """The guard's own thresholds before and after."""
+    held: Mapping[Mode, tuple[tuple[float, ...], tuple[float, ...]]]
+    """Thresholds before and after of the reading modes that have others than the guard's own."""
     dropped: tuple[Mode, ...] = ()
-    """Reading modes whose thresholds, presets and probabilities were of the old scores, and are gone."""
+    """Reading modes whose promises, presets and probabilities were of the old scores, and are gone."""
 
     @property
     def elsewhere_change(self) -> float:
@@ -116,6 +120,7 @@ class _Pool:
     windows: list[tuple[int, ...]]
     of_row: list[list[int]]
     combine: Literal["max", "min"]
+    modes: list[Mode]
     labels: NDArray[np.float64]
     store: TapStore
     examples: range
@@ -126,10 +131,10 @@ class _Pool:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """A guard's scores (n, K) on all rows of a pool, and its thresholds, at one time."""
+    """A guard's scores (n, K) on all rows of a pool, and the thresholds (n, K) that judge them, at one time."""
 
     scores: NDArray[np.float64]
-    thresholds: tuple[float, ...]
+    thresholds: NDArray[np.float64]
 
 
 def patch_guard(
@@ -147,18 +152,21 @@ def patch_guard(
     all of one class are an InputError.
     """
     settings = settings or PatchSettings()
-    started = time.perf_counter()
-    modes = tuple(guard.config.modes)
+    started, old = time.perf_counter(), guard.with_preset(guard.config.preset)
     with tempfile.TemporaryDirectory() as folder:
         pool = _pool(base, guard, _prepared(guard, rows, settings), Path(folder))
         lesson = _Lesson(base, guard.float(), pool, settings)
         lesson.learn(report)
         guard.to(dtype).float().eval().requires_grad_(False)
         scores = _calibrated(guard, lesson.row_logits(range(len(pool.of_row))))
-    before = _State(_calibrated(guard, lesson.targets), guard.thresholds)
+    before = _State(_calibrated(guard, lesson.targets), in_force(old, pool.modes))
     harmless = [row for row in pool.elsewhere if is_harmless(pool.labels[row].tolist())]
-    _raise_thresholds(guard, before.scores[harmless], scores[harmless])
-    both = before, _State(scores, guard.thresholds)
+    rows_of = [pool.modes[row] for row in harmless]
+    calibration = old.config.calibration or Calibration(
+        scale=(1.0,) * len(old.thresholds), bias=(0.0,) * len(old.thresholds), threshold=old.thresholds
+    )
+    carry_thresholds(guard, old, calibration, ScoredTwice(before.scores[harmless], scores[harmless], rows_of), _raised)
+    both = before, _State(scores, in_force(guard, pool.modes))
     return PatchReport(
         n_examples=len(pool.examples),
         n_held_out=len(pool.held_out),
@@ -169,8 +177,9 @@ def patch_guard(
         passed=_pair(both, lambda state: 1 - _flagged(state, pool, pool.held_out, 0)),
         flagged_elsewhere=_pair(both, lambda state: _flagged(state, pool, pool.elsewhere, 0)),
         auroc_elsewhere=_pair(both, lambda state: _auroc(state, pool)),
-        threshold=(before.thresholds, guard.thresholds),
-        dropped=modes,
+        threshold=(old.thresholds, guard.thresholds),
+        held={mode: (old.thresholds_in(mode), found.held) for mode, found in guard.config.modes.items()},
+        dropped=tuple(old.config.modes),
     )
 
 
@@ -236,8 +245,12 @@ def _pool(base: Base, guard: Adapter, rows: PatchRows, folder: Path) -> _Pool:
     ends = np.cumsum([0, *map(len, parts)]).tolist()
     spans = [range(start, end) for start, end in pairwise(ends)]
     labels = np.array([example.labels for part in parts for example in part], dtype=np.float64)
+    modes: list[Mode] = [
+        "windowed" if len(cut) > 1 else place_of(example.messages)
+        for cut, example in zip(of_row, (example for part in parts for example in part), strict=True)
+    ]
     store = TapStore.build(base, ids, guard.config.layers, folder)
-    return _Pool(ids, of_row, guard.config.windows, labels, store, *spans)
+    return _Pool(ids, of_row, guard.config.windows, modes, labels, store, *spans)
 
 
 class _Lesson:
@@ -322,17 +335,10 @@ def _calibrated(guard: Adapter, logits: Tensor) -> NDArray[np.float64]:
     return np.asarray(torch.sigmoid(scale * logits + bias).double())
 
 
-def _raise_thresholds(guard: Adapter, before: NDArray[np.float64], after: NDArray[np.float64]) -> None:
-    """Where more of the harmless rows are flagged than before, raise the threshold until they are not."""
-    old = guard.config.calibration or Calibration(
-        scale=(1.0,) * len(guard.thresholds), bias=(0.0,) * len(guard.thresholds), threshold=guard.thresholds
-    )
-    raised = []
-    for label, threshold in enumerate(guard.thresholds):
-        allowed = float((before[:, label] >= threshold).mean())
-        flagged = float((after[:, label] >= threshold).mean())
-        raised.append(threshold_at(after[:, label], allowed) if flagged > allowed else threshold)
-    guard.set_calibration(old.model_copy(update={"threshold": tuple(raised)}))
+def _raised(threshold: float, before: NDArray[np.float64], after: NDArray[np.float64]) -> float:
+    """The threshold, or where more of these harmless rows are flagged than before the lowest at which they are not."""
+    allowed, flagged = float((before >= threshold).mean()), float((after >= threshold).mean())
+    return threshold_at(after, allowed) if flagged > allowed else threshold
 
 
 def _pair(states: tuple[_State, _State], figure: Callable[[_State], float]) -> tuple[float, float]:
@@ -343,7 +349,7 @@ def _pair(states: tuple[_State, _State], figure: Callable[[_State], float]) -> t
 def _flagged(state: _State, pool: _Pool, rows: range, label: int) -> float:
     """Share of the labels with value ``label`` (0 or 1) in ``rows`` that are flagged; NaN if there is none."""
     chosen = pool.labels[list(rows)] == label
-    flagged = state.scores[list(rows)] >= np.array(state.thresholds)
+    flagged = state.scores[list(rows)] >= state.thresholds[list(rows)]
     return float(flagged[chosen].mean()) if chosen.any() else math.nan
 
 

@@ -50,10 +50,11 @@ def patch_command(
     facts = patch_facts(done, files, settings)
     if done.dropped:
         note(
-            f"thresholds and presets for mode {', '.join(done.dropped)} were dropped, for the scores are new: the "
-            "guard's own threshold holds. Run safeside calibrate again."
+            f"promises, presets and stop rules for mode {', '.join(done.dropped)} were dropped, for the scores are "
+            "new; the thresholds in force were kept, or raised. Run safeside calibrate again."
         )
-    save_patched(guard, source, target, base, {**_kept_facts(source), **facts})
+    learnt = [*rows.examples, *rows.replay]
+    save_patched(guard, source, target, base, {**_kept_facts(source), **facts}, learnt=learnt)
     return {"adapter": str(target), "versions_before": count_versions(target), "bad_rows": n_bad, **facts}
 
 
@@ -65,6 +66,7 @@ def patch_facts(done: PatchReport, files: PatchFiles, settings: PatchSettings) -
         "patch flagged elsewhere": done.flagged_elsewhere,
         "patch auroc elsewhere": done.auroc_elsewhere,
         "patch threshold": (max(done.threshold[0]), max(done.threshold[1])),
+        **{f"patch threshold, mode {mode}": (max(old), max(new)) for mode, (old, new) in done.held.items()},
     }
     return {
         "patch file": files.examples.name,

@@ -3,8 +3,8 @@
 A guard is ported by linear maps (``safeside.train.port_map``), by learning the old guard's scores and read-out on
 unlabelled text (``safeside.train.port_distill``), or by the second from where the first ends.  An aligner is ported by
 learning its mixed next-token distribution, for which both bases must share their tokenizer.  A ported guard is
-calibrated anew on text that it did not learn from: its scores get the old ones' mean and spread, and it flags no larger
-share of it.
+calibrated anew on text that it did not learn from: its scores get the old ones' mean and spread, and in each reading
+mode it flags no larger share of it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.errors import MismatchError, UnsupportedError
 from safeside.guards.calibrate import threshold_at
+from safeside.guards.carry import ScoredTwice, carry_thresholds, in_force
+from safeside.guards.score import place_of
 from safeside.train.loop import Progress
 from safeside.train.port_distill import chunks, distill_aligner, distill_guard, guard_outputs
 from safeside.train.port_map import Maps, check_mappable, ported_config
 from safeside.train.port_text import Method, PortSettings, PortText, Side, read_text
 from safeside.train.taps import FINAL, TapStore
-from safeside.types import Example, Message
+from safeside.types import Example, Message, Mode
 
 _LEAST_SPREAD = 1e-3  # of a new guard's logits
 _N_ANSWERS = 25  # written in one batch
@@ -173,7 +175,8 @@ def _port_guard(
     held_out = range(rows.n_learnt, rows.n_rows)
     with torch.no_grad():
         logits = [guard_logits_of(side, held_out) for side in (old, new)]
-    flagged = calibrate_like(new.adapter, old.adapter, logits[0], logits[1])
+    modes = [place_of(example.messages) for example in rows.old.examples[rows.n_learnt :]]
+    flagged = calibrate_like(new.adapter, old.adapter, logits[0], logits[1], modes)
     return _correlation(logits[0], logits[1]), flagged
 
 
@@ -182,30 +185,31 @@ def guard_logits_of(side: Side, rows: range) -> Array:
     return torch.cat([guard_outputs(side, some)[0] for some in chunks(rows)]).double().numpy()
 
 
-def calibrate_like(new: Adapter, old: Adapter, old_logits: Array, new_logits: Array) -> tuple[float, float]:
+def calibrate_like(
+    new: Adapter, old: Adapter, old_logits: Array, new_logits: Array, modes: Sequence[Mode]
+) -> tuple[float, float]:
     """Calibrate ``new`` to score as ``old`` on the same (n, K) rows; returns the shares of labels that each flags.
 
-    Scaled logits get the old ones' mean and spread.  Where the old guard flags some of the rows, the threshold is set
-    so that the new one flags as many at most; where it flags none or all, its threshold stays.
+    Scaled logits get the old ones' mean and spread.  Where a threshold in force flags some of the rows that it judges,
+    the new one is set so that as many are flagged at most; where it flags none or all, it stays.
     """
     assert isinstance(old.head, GuardHead)
     wanted = old.head.scale.cpu().double().numpy() * old_logits + old.head.bias.cpu().double().numpy()
     scale = wanted.std(0).clip(_LEAST_SPREAD) / new_logits.std(0).clip(_LEAST_SPREAD)
     bias = wanted.mean(0) - scale * new_logits.mean(0)
-    thresholds, rates = [], []
-    for label, threshold in enumerate(old.thresholds):
-        before = _scores(wanted[:, label])
-        after = _scores(scale[label] * new_logits[:, label] + bias[label])
-        rate = float((before >= threshold).mean())
-        if 0 < rate < 1:
-            threshold = threshold_at(after, rate)
-        thresholds.append(threshold)
-        rates.append((rate, float((after >= threshold).mean())))
+    before, after = _scores(wanted), _scores(scale * new_logits + bias)
     calibration = old.config.calibration or Calibration(scale=tuple(scale), bias=tuple(bias), threshold=old.thresholds)
-    values = {"scale": tuple(scale.tolist()), "bias": tuple(bias.tolist()), "threshold": tuple(thresholds)}
-    new.set_calibration(calibration.model_copy(update=values))
-    mean_before, mean_after = np.mean(rates, axis=0).tolist()
-    return mean_before, mean_after
+    values = {"scale": tuple(scale.tolist()), "bias": tuple(bias.tolist())}
+    rows = ScoredTwice(before, after, modes)
+    carry_thresholds(new, old, calibration.model_copy(update=values), rows, _matched)
+    flagged = (before >= in_force(old, modes)).mean(), (after >= in_force(new, modes)).mean()
+    return float(flagged[0]), float(flagged[1])
+
+
+def _matched(threshold: float, before: Array, after: Array) -> float:
+    """The lowest threshold that flags no larger share of the rows than before; the old one if that was none or all."""
+    rate = float((before >= threshold).mean())
+    return threshold_at(after, rate) if 0 < rate < 1 else threshold
 
 
 def _scores(scaled: Array) -> Array:

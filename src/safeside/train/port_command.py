@@ -10,6 +10,7 @@ from safeside.artifact import base_of, find_adapter, load_adapter, require_new, 
 from safeside.base.model import load_base
 from safeside.errors import InputError
 from safeside.guards.versions import stored_dtype
+from safeside.tasks.learnt import save_learnt
 from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.train.command import training_bars
@@ -50,8 +51,15 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
     with training_bars(old.name) as (report, _):
         done = port_adapter((old_base, old), base, examples, settings, report=report)
     facts = port_facts(done, settings, options)
+    if old.config.modes:
+        note(
+            f"promises, presets and stop rules for mode {', '.join(old.config.modes)} stay behind, for the scores are "
+            "new; thresholds flag no larger share of the text than before. Run safeside calibrate on the new base."
+        )
     came_from = {"ported from": f"{old.name} on {old_base.name} ({old_base.fingerprint})"}
     save_adapter(done.adapter, options.output, base, {**came_from, **facts}, dtype=stored_dtype(source))
+    if old.config.role == "guard":
+        save_learnt(options.output, examples, before=source)
     return {"adapter": str(options.output), **came_from, **facts, "bad_rows": len(bad)}
 
 

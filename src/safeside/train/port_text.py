@@ -90,6 +90,7 @@ def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: Por
     text = list(text)
     random.Random(settings.seed).shuffle(text)
     encoded: list[tuple[Encoded, Encoded]] = []
+    kept: list[Example] = []
     pairs: list[list[tuple[int, int]]] = []
     for example in text:
         try:
@@ -104,14 +105,16 @@ def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: Por
                 continue
             pairs.append(paired_positions(read[0], read[1]))
         encoded.append(both)
+        kept.append(example)
     if len(encoded) < _LEAST_ROWS:
         raise InputError(
             f"Both bases can read {len(encoded)} of {len(text)} rows of text; expected at least {_LEAST_ROWS}, and "
             "several hundred for a good port. Give more text of the kind that the adapter reads."
         )
-    old, new = (_rows([both[side] for both in encoded]) for side in (0, 1))
+    old, new = (_rows([both[side] for both in encoded], kept) for side in (0, 1))
     return PortText(old, new, pairs, len(text) - len(encoded))
 
 
-def _rows(encoded: Sequence[Encoded]) -> Rows:
-    return Rows([item.ids for item in encoded], [item.answer_start for item in encoded], torch.zeros(0), None)
+def _rows(encoded: Sequence[Encoded], examples: list[Example]) -> Rows:
+    ids, starts = [item.ids for item in encoded], [item.answer_start for item in encoded]
+    return Rows(ids, starts, torch.zeros(0), None, examples=examples)

@@ -17,7 +17,9 @@ from safeside.base.model import Base, load_base
 from safeside.errors import ConfigError
 from safeside.guards.calibrate import JudgedRows, calibrate_guard
 from safeside.guards.score import place_of
+from safeside.guards.stream import calibrate_stream
 from safeside.provenance import config_hash
+from safeside.tasks.learnt import save_learnt
 from safeside.terminal import note
 from safeside.train.importance import Sample, measure_importance
 from safeside.train.loop import CHECKPOINT, Loop, Outcome, Progress, processes_on
@@ -91,6 +93,8 @@ def run_recipe(
     _calibrate(base, adapter, recipe, sources[1:], splits[1:])
     if processes.is_main_process:
         save_adapter(adapter, folder, base, facts_of(recipe, outcome, train, objective.metric), dtype=dtype)
+        if adapter.config.role == "guard":
+            save_learnt(folder, train.examples)
         clean_up(folder, recipe.training.cache_taps is True)
     processes.wait_for_everyone()
     return Run(adapter, folder, outcome, train, validation, objective.metric, *splits[2:])
@@ -174,7 +178,10 @@ def identity_of(base: Base, adapter: object, recipe: Recipe, splits: Sequence[Ro
 
 
 def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[Source], splits: Sequence[Rows]) -> None:
-    """Calibrate a guard on validation rows, and its presets on benign rows if there are any; aligners need none."""
+    """Calibrate a guard on validation rows, and its presets on benign rows if there are any; aligners need none.
+
+    A guard that learnt from prefixes keeps a stop rule too.
+    """
     if adapter.config.role != "guard":
         return
     judged = [
@@ -186,6 +193,8 @@ def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[S
         for source, rows in zip(sources, splits, strict=True)
     ]
     calibrate_guard(adapter, recipe.calibration.false_positive_rate, *judged)
+    if recipe.training.targets == "prefixes":
+        calibrate_stream(base, adapter, *(rows.examples for rows in splits))
 
 
 def _sources(
