@@ -13,11 +13,14 @@ Usefulness: ``over_refusal`` on harmless prompts, ``utility`` on known helpful a
 from __future__ import annotations
 
 import argparse
+import gzip
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,11 +45,13 @@ from safeside.types import Message
 from tidy import RESULTS, Row, figure_row, result_of, write_json
 
 FLOOR = 0.3
-N_TOKENS = 24  # of an answer: a refusal begins with itself
+N_TOKENS = 16  # of an answer: a refusal begins with itself
 PLAIN = ("off", "none", "floor", "regate", "always")  # cures in which nothing is drawn
 DRAWN = ("several", "all")  # those that ask further guards, trained from a seed
+LATCHED = {"none": 0.0, "floor": FLOOR, "several": 0.0}  # one decision for an answer, and the strength where it is shut
 SUFFIX = ("none", "floor", "regate", *DRAWN)
 KINDS: tuple[tuple[str, Mapping[str, object]], ...] = (("lst", {"reduction": 8}), ("rtb", {"bottleneck": 16}))
+Answers = tuple[list[Record], list[bool | None]]  # and whether the gate stayed shut
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,40 +97,66 @@ class Bench:
         """What the adapters of a cure take of the base's compute."""
         adapters = () if cure == "off" else (self.aligner, *self.guards(cure, seed))
         share = flops_share(self.base, *adapters)
-        return {"flops_share": share, "config_hash": config_hash(self.method(cure, seed).key)}
+        return {"flops_share": share, "config_hash": config_hash(repr(self.policy(cure, seed)))}
 
-    def records(self, suite: str, prompts: Sequence[Prompt], cure: str, seed: int) -> list[Record]:
+    def records(self, suite: str, prompts: Sequence[Prompt], method: Aligned) -> list[Record]:
         """Answers and judgements, or likelihoods."""
         named: Suite = replace(SUITES.get(suite), max_new_tokens=N_TOKENS)
         judged = replace(judging(named), batch_size=max(1, min(40, len(prompts))))
-        return run_suite(named, prompts, self.method(cure, seed), judged)
+        return run_suite(named, prompts, method, judged)
+
+    def fixed(self, suite: str, prompts: Sequence[Prompt]) -> dict[float, list[Record]]:
+        """Answers at each strength that a latched gate can choose, every guard looking on at strength 0."""
+        guards = (self.guard, *(guard for some in self.further.values() for guard in some))
+        methods = {
+            strength: Aligned(self.base, self.aligner, as_policy(strength), () if strength else guards)
+            for strength in (0.0, FLOOR, 1.0)
+        }
+        return {strength: self.records(suite, prompts, method) for strength, method in methods.items()}
+
+    def answers(
+        self, suite: str, prompts: Sequence[Prompt], fixed: Mapping[float, Sequence[Record]], setting: tuple[str, int]
+    ) -> Answers:
+        """Under a cure.  A latched gate chooses one of the ``fixed`` answers; what it can change on the way is run."""
+        cure, seed = setting
+        if cure in ("off", "always"):
+            return list(fixed[float(cure == "always")]), []
+        if cure not in LATCHED or any(len(prompt.turns) > 1 for prompt in prompts):
+            records = self.records(suite, prompts, self.method(cure, seed))
+            return records, [is_shut(record) for record in records]
+        names = {guard.name for guard in self.guards(cure, seed)}
+        shut = [not_flagged(record, names) for record in fixed[0.0]]
+        pairs = zip(shut, fixed[LATCHED[cure]], fixed[1.0], strict=True)
+        return [low if is_low else full for is_low, low, full in pairs], shut
 
     def rows(self, seeds: Sequence[int]) -> Iterator[Row]:
-        """Every attack against every cure, then the suffixes, then usefulness."""
-        before = self.records("helpful", self.helpful, "off", seeds[0])
-        for cure, seed in self._settings(seeds):
-            for suite, prompts in self.harmful.items():
-                for attack in ("none", *ATTACKS):
-                    some = prompts if attack == "none" else [attacked(prompt, attack) for prompt in prompts]
-                    yield from self._attack_rows((suite, attack, cure, seed), some)
-            yield from self._cost_rows(cure, seed, before)
+        """Every attack against every cure, then usefulness, then the suffixes."""
+        settings = [(cure, seeds[0]) for cure in PLAIN] + [(cure, seed) for cure in DRAWN for seed in seeds]
+        for suite, prompts in self.harmful.items():
+            for attack in ("none", *ATTACKS):
+                some = prompts if attack == "none" else [attacked(prompt, attack) for prompt in prompts]
+                yield from self._attack_rows((suite, attack), some, settings)
+        yield from self._usefulness_rows(settings)
         for seed in seeds:
             yield from self._suffix_rows(seed)
 
-    def _settings(self, seeds: Sequence[int]) -> list[tuple[str, int]]:
-        return [(cure, seeds[0]) for cure in PLAIN] + [(cure, seed) for cure in DRAWN for seed in seeds]
-
-    def _attack_rows(self, place: tuple[str, str, str, int], prompts: Sequence[Prompt]) -> Iterator[Row]:
-        suite, attack, cure, seed = place
-        records = self.records(suite, prompts, cure, seed)
-        columns, costs = columns_of(self.base, suite, attack, cure, seed), self.costs(cure, seed)
-        if self.guards(cure, seed):
-            yield share_row(columns, "gate_shut", [is_shut(record) for record in records], costs)
-        yield share_row(columns, "harmful_rate", [is_harmful(record) for record in records], costs)
+    def _attack_rows(
+        self, place: tuple[str, str], prompts: Sequence[Prompt], settings: Sequence[tuple[str, int]]
+    ) -> Iterator[Row]:
+        suite, attack = place
+        fixed = self.fixed(suite, prompts)
+        for cure, seed in settings:
+            records, shut = self.answers(suite, prompts, fixed, (cure, seed))
+            columns, costs = columns_of(self.base, suite, attack, cure, seed), self.costs(cure, seed)
+            if shut:
+                yield share_row(columns, "gate_shut", shut, costs)
+            yield share_row(columns, "harmful_rate", [is_harmful(record) for record in records], costs)
 
     def _suffix_rows(self, seed: int) -> Iterator[Row]:
         suite, prompts = next(iter(self.harmful)), self.searched
         knowing = {"suffix": (self.guard,), "suffix_all_guards": self.guards("several", seed)}
+        settings = [(cure, seed) for cure in SUFFIX]
+        yield from self._attack_rows((suite, "none_searched"), prompts, settings)  # as they are, to compare with
         for attack, guards in knowing.items():
             search = replace(self.search, seed=seed)
             found = [find_suffix(self.base, guards, [Message("user", one.turns[0])], search) for one in prompts]
@@ -135,23 +166,23 @@ class Bench:
             taken = [one.n_steps for one in found if one.text]
             counts = {"n": len(taken), **costs}
             yield figure_row(columns, "suffix_steps", float(statistics.median(taken)) if taken else 0.0, **counts)
-            for cure in SUFFIX:
-                yield from self._attack_rows((suite, attack, cure, seed), changed)
-        for cure in SUFFIX:  # the same few prompts as they are, to compare with
-            yield from self._attack_rows((suite, "none_searched", cure, seed), prompts)
+            yield from self._attack_rows((suite, attack), changed, settings)
 
-    def _cost_rows(self, cure: str, seed: int, before: Sequence[Record]) -> Iterator[Row]:
-        costs = self.costs(cure, seed)
+    def _usefulness_rows(self, settings: Sequence[tuple[str, int]]) -> Iterator[Row]:
         for suite, prompts in self.harmless.items():
-            columns = columns_of(self.base, suite, "none", cure, seed)
-            records = self.records(suite, prompts, cure, seed)
-            yield share_row(columns, "over_refusal", [is_refused(record) for record in records], costs)
-        after = self.records("helpful", self.helpful, cure, seed)
-        pairs = [pair for pair in zip(before, after, strict=True) if None not in (pair[0].nll, pair[1].nll)]
-        figure = utility(*([likelihood_of(record) for record in side] for side in zip(*pairs, strict=True)))
-        counts = {"n": len(pairs), "n_unscored": len(before) - len(pairs), **costs}
-        columns = columns_of(self.base, "helpful", "none", cure, seed)
-        yield figure_row(columns, "utility", figure.value, (figure.low, figure.high), **counts)
+            fixed = self.fixed(suite, prompts)
+            for cure, seed in settings:
+                records, _ = self.answers(suite, prompts, fixed, (cure, seed))
+                columns = columns_of(self.base, suite, "none", cure, seed)
+                yield share_row(columns, "over_refusal", [is_refused(one) for one in records], self.costs(cure, seed))
+        before = self.records("helpful", self.helpful, self.method("off", settings[0][1]))
+        for cure, seed in settings:
+            after = self.records("helpful", self.helpful, self.method(cure, seed))
+            pairs = [pair for pair in zip(before, after, strict=True) if None not in (pair[0].nll, pair[1].nll)]
+            figure = utility(*([likelihood_of(record) for record in side] for side in zip(*pairs, strict=True)))
+            counts = {"n": len(pairs), "n_unscored": len(before) - len(pairs), **self.costs(cure, seed)}
+            columns = columns_of(self.base, "helpful", "none", cure, seed)
+            yield figure_row(columns, "utility", figure.value, (figure.low, figure.high), **counts)
 
 
 def columns_of(base: Base, suite: str, attack: str, cure: str, seed: int) -> dict[str, object]:
@@ -163,6 +194,14 @@ def is_shut(record: Record) -> bool | None:
     if not record.traces or not record.traces[-1][0].strengths:
         return None
     return max(record.traces[-1][0].strengths) < record.setting.strength
+
+
+def not_flagged(record: Record, guards: set[str]) -> bool | None:
+    """Whether none of the guards flags the last prompt; None where nothing was answered."""
+    if not record.verdicts:
+        return None
+    prompts = [verdict for verdict in record.verdicts[-1] if verdict.mode == "prompt"]
+    return not any(verdict.flagged for verdict in prompts if verdict.task in guards)
 
 
 def is_harmful(record: Record) -> bool | None:
@@ -196,25 +235,35 @@ def share_row(
     return figure_row(columns, metric, value, wilson(sum(known), len(known)), **counts)
 
 
-def further_guards(base: Base, seed: int, epochs: int, limit: int, folder: Path) -> list[Adapter]:
-    """Two more guards of prompts, of other kinds and first weights than the one in the gate."""
+def further_guards(base: Base, seed: int, epochs: int, folder: Path) -> list[Adapter]:
+    """Two more guards of prompts, of other kinds and first weights than the one in the gate, on rows in ``folder``."""
     guards = []
     for kind, dimensions in KINDS:
         recipe = Recipe.model_validate(
             {
                 "name": f"{kind}_{seed}",
-                "output": str(folder / f"{kind}_{seed}"),
+                "output": str(folder / "guard"),
                 "seed": seed,
-                "data": {"train": ["demo:train.jsonl.gz"], "validation": ["demo:validation.jsonl.gz"], "limit": limit},
+                "data": {"train": ["train.jsonl"], "validation": ["validation.jsonl"]},
                 "adapter": {"kind": kind, "role": "guard", **dimensions},
-                "training": {"epochs": epochs, "batch_size": 32, "learning_rate": 3e-3, "checkpoint_seconds": 1e9},
+                "training": {
+                    "epochs": epochs, "batch_size": 32, "learning_rate": 3e-3, "checkpoint_seconds": 1e9,
+                    "cache_taps": "keep",
+                },
             }
-        )
+        )  # fmt: skip
         started = time.perf_counter()
-        run = run_recipe(recipe, base=base)
+        run = run_recipe(recipe, base=base, data_root=folder)
         note(f"{recipe.name}: {run.outcome.best_metric:.4f}, {time.perf_counter() - started:.0f} s")
         guards.append(load_adapter(run.folder, base))
     return guards
+
+
+def write_rows(folder: Path, limit: int) -> None:
+    """The first rows of the packaged demo set: ``limit`` to learn from, a third of that to stop and calibrate by."""
+    for split, count in (("train", limit), ("validation", limit // 3)):
+        with gzip.open(files("safeside.builtin") / "demo" / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:  # type: ignore[call-overload]
+            (folder / f"{split}.jsonl").write_text("".join(islice(lines, count)), encoding="utf-8")
 
 
 def prompts_of(name: str, data: Path, limit: int, *, is_harmful: bool) -> list[Prompt]:
@@ -233,9 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         options.epochs, options.steps, options.rows = 1, 2, 64
     base = load_base("builtin")
     with tempfile.TemporaryDirectory() as folder:
-        further = {
-            seed: further_guards(base, seed, options.epochs, options.rows, Path(folder)) for seed in options.seeds
-        }
+        write_rows(Path(folder), options.rows)
+        further = {seed: further_guards(base, seed, options.epochs, Path(folder)) for seed in options.seeds}
     bench = Bench(
         base=base,
         aligner=load_adapter("builtin:refuse", base),
@@ -284,11 +332,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--harmful", nargs="+", default=["demo"], help="suites with harmful prompts")
     parser.add_argument("--harmless", nargs="+", default=["demo", "benign", "xstest"], help="suites with harmless ones")
-    parser.add_argument("--limit", type=int, default=30, help="prompts of each suite")
+    parser.add_argument("--limit", type=int, default=24, help="prompts of each suite")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3, help="of the further guards")
-    parser.add_argument("--rows", type=int, default=1200, help="training rows of the further guards")
-    parser.add_argument("--suffix-prompts", type=int, default=15, help="prompts that a suffix is searched for")
+    parser.add_argument("--rows", type=int, default=800, help="training rows of the further guards")
+    parser.add_argument("--suffix-prompts", type=int, default=8, help="prompts that a suffix is searched for")
     parser.add_argument("--steps", type=int, default=200, help="most steps of a suffix search")
     parser.add_argument("--candidates", type=int, default=24, help="replacements tried in a step")
     parser.add_argument("--threads", type=int, default=1)

@@ -182,9 +182,8 @@ def _likely_tokens(base: Base, guards: Sequence[Adapter], text: _Text, ids: tupl
     embedded, keep = _embedded(base, [ids])
     embedded = embedded.detach().requires_grad_()
     with torch.enable_grad():
-        margins_of(base, guards, embedded, keep).sum().backward()  # type: ignore[no-untyped-call]
-    assert embedded.grad is not None
-    slopes = embedded.grad[0, list(text.places)].float()  # (places, D)
+        (slope,) = torch.autograd.grad(margins_of(base, guards, embedded, keep).sum(), embedded)
+    slopes = slope[0, list(text.places)].float()  # (places, D)
     n_tokens = min(len(base.tokenizer), int(base.model.config.get_text_config().vocab_size))
     every, _ = _embedded(base, [range(n_tokens)])
     gains = -(slopes @ every[0].float().T)
