@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from safeside import Adapter, Base, attach, by_category, fixed, ramp, sigmoid, step, timed
-from safeside.errors import AttachmentError
+from safeside import Adapter, Base, attach, by_category, fixed, ramp, sigmoid, step, strongest, timed
+from safeside.errors import AttachmentError, InputError
 from safeside.mixing import Policy
 from safeside.request import request_layer
 from twin import SAME, Answer, answer_by_hand, close, mixed_logits, pad, positions_of, run_by_hand
@@ -373,3 +373,38 @@ def test_a_timed_number_may_differ_by_row(rig: Rig) -> None:
         rig.base.model(ids)
         found = attachment.record.strengths["refuse"].tolist()
     assert found == [[0.5] * 6 + [0.0], [1.5] * 5 + [0.0] * 2]
+
+
+def strengths_of(rig: Rig, strength: object, ids: torch.Tensor, n_prompt: int) -> torch.Tensor:
+    """(T,) strengths of the first aligner on one fixed text."""
+    with rig.attach({"refuse": strength}) as attachment, attachment.request(prompt_end=[n_prompt]):
+        rig.base.decoder(input_ids=ids, use_cache=False)
+        return attachment.record.strengths["refuse"].expand(ids.shape)[0]
+
+
+def test_the_strongest_of_several_guards_counts_at_every_token(rig: Rig) -> None:
+    ids = torch.tensor([[*PROMPT, 12, 91, 41, 78, 201, 10, 132, 55]])
+    parts = [
+        timed(ramp("harm", 0.3, 0.9), reads="both", margin=0.1),
+        ramp("leak", 0.2, 0.8, latched=False),
+        by_category(rig.guards[0], {"violence": 0.4}),
+        0.15,
+    ]
+    alone = torch.stack([strengths_of(rig, part, ids, len(PROMPT)) for part in parts])
+    together = strengths_of(rig, strongest(*parts), ids, len(PROMPT))
+    assert torch.equal(together, alone.amax(0))
+    assert len(set(alone.argmax(0).tolist())) > 1  # not one part alone
+    assert float(together.min()) >= 0.15
+
+
+def test_a_broken_guard_among_several_gets_its_ceiling(rig: Rig) -> None:
+    ids = torch.tensor([PROMPT])
+    policy = strongest(step("harm", 0.0, high=0.3), step("leak", 1.0, high=1.2))
+    assert float(strengths_of(rig, policy, ids, len(PROMPT))[-1]) == pytest.approx(0.3)
+    with rig.broken(rig.guards[1]):
+        assert float(strengths_of(rig, policy, ids, len(PROMPT))[-1]) == pytest.approx(1.2)
+
+
+def test_of_several_guards_each_must_be_attached(rig: Rig) -> None:
+    with pytest.raises(InputError, match="asks guard 'nobody', which is not attached"):
+        rig.attach({"refuse": strongest(step("harm", 0.5), step("nobody", 0.5))})

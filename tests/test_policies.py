@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeside import by_category, fixed, ramp, sigmoid, step, timed
+from safeside import by_category, fixed, ramp, sigmoid, step, strongest, timed
 from safeside.errors import InputError
 from safeside.gates import Seen, held_scores
 from safeside.mixing import MAX_STRENGTH, Policy
-from safeside.policies import ByCategory, Sigmoid, Timed, counts_from_prompt, row_values, with_row_values
+from safeside.policies import ByCategory, Sigmoid, Timed, counts_from_prompt, guards_of, row_values, with_row_values
 
 QUICK = settings(max_examples=60, derandomize=True)
 SAME = 1e-6  # one float32 operation
@@ -191,3 +191,30 @@ def test_a_gate_with_a_margin_lets_go_late() -> None:
     assert (step("harm", 0.5).strength(plain) > 0).tolist() == [[False, True, False, False, False, True]]
     closed = held_scores(Seen(values, torch.arange(6)[None]), None, 0.1, 6)[..., 0]
     assert (step("harm", 0.5).strength(closed) > 0).tolist() == [[False, True, True, False, False, True]]
+
+
+def test_who_is_asked_by_the_strongest_of_several() -> None:
+    policy = strongest(
+        0.3, step("harm", 0.5), timed(step("leak", 0.5, high=1.5), reads="answer"), ramp("harm", 0.1, 0.2)
+    )
+    assert (guards_of(policy), policy.guard, policy.ceiling) == (("harm", "leak"), "harm", 1.5)
+    assert not policy.latched
+    assert counts_from_prompt(policy)
+    assert strongest(0.3, step("harm", 0.5)).latched
+    assert float(policy.strength(torch.tensor(0.6))) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: strongest(step("harm", 0.5)), "needs two or more"),
+        (lambda: strongest(0.2, 0.5), "one of them with a guard"),
+        (lambda: strongest(strongest(0.2, step("harm", 0.5)), 0.1), "Give all parts at once"),
+        (lambda: strongest([0.2, 0.3], step("harm", 0.5)), "one for all rows"),
+        (lambda: strongest(float("nan"), step("harm", 0.5)), r"must lie in \[0, 2\]"),
+        (lambda: timed(strongest(0.2, step("harm", 0.5)), reads="both"), "Give each part its times"),
+    ],
+)
+def test_mistakes_in_several_policies(make, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        make()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from safeside import Base, Message, attach, by_category, ramp, step, timed
+from safeside import Base, Message, attach, by_category, ramp, step, strongest, timed
 from safeside.types import StrengthTrace
 from twin import SAME, run_by_hand
 
@@ -64,6 +64,18 @@ def test_a_category_is_named_by_what_it_asked_for(tiny_base: Base, guard, aligne
     completion, scores = asked(tiny_base, guard, aligners, {"refuse": policy})
     assert set(completion.traces[0].labels) == {"violence"}
     assert completion.traces[0].scores == pytest.approx(scores[:, 1].tolist(), abs=SAME)
+
+
+def test_of_several_guards_the_one_that_called_loudest_is_told(tiny_base: Base, guard, random_guard, aligners) -> None:
+    other = random_guard(tiny_base, "leak", seed=6, kind="plr")
+    policy = {"refuse": strongest(step(guard, 0.0, high=0.2), step(other, 0.0, high=0.7), 0.1)}
+    with attach(tiny_base, aligners, [guard, other], policy):
+        completion = tiny_base.chat(QUESTION, max_new_tokens=3)
+    trace = completion.traces[0]
+    assert trace.guard == "harm + leak"
+    assert set(trace.labels) == {"leak/harm"}
+    assert trace.strengths == pytest.approx([0.7] * len(trace.strengths))
+    assert trace.scores[0] == pytest.approx(next(v for v in completion.verdicts if v.task == "leak").score, abs=SAME)
 
 
 def test_a_score_that_is_not_a_number_is_told(tiny_base: Base, random_guard, aligners) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from safeside.base.model import Base, load_base
     from safeside.errors import SafesideError
     from safeside.mixing import fixed, mix, ramp, step
-    from safeside.policies import by_category, sigmoid, timed
+    from safeside.policies import by_category, sigmoid, strongest, timed
     from safeside.types import Completion, Message, Verdict
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ __all__ = [
     "sigmoid",
     "sized_config",
     "step",
+    "strongest",
     "timed",
 ]
 
@@ -64,7 +65,7 @@ _HOMES = {
     "base.model": ("Base", "load_base"),
     "errors": ("SafesideError",),
     "mixing": ("fixed", "mix", "ramp", "step"),
-    "policies": ("by_category", "sigmoid", "timed"),
+    "policies": ("by_category", "sigmoid", "strongest", "timed"),
     "types": ("Completion", "Message", "Verdict"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

@@ -30,6 +30,7 @@ from safeside.checks import cache_of, check_adapters, check_intercept, keep_mask
 from safeside.errors import AttachmentError, BlockedError, InputError
 from safeside.gates import answer_standings, blocked_prompts, seen_so_far, strength_of
 from safeside.mixing import Policy, as_policies, mix
+from safeside.policies import guards_of
 from safeside.request import (
     PassRecord,
     Request,
@@ -340,10 +341,9 @@ class Attachment:
         self, current: _Pass, record: PassRecord, layer: RequestLayer | None, name: str
     ) -> tuple[Tensor, bool]:
         """Strength (B, T) of one aligner, and whether it can change no more during this request."""
-        policy, tape, seen = current.request.policies[name], current.tapes[name], None
-        if policy.guard is not None:
-            columns = columns_of(list(self.guards.values()))[policy.guard]
-            seen = seen_so_far(layer, columns, record.scores[policy.guard], tape)
+        policy, tape = current.request.policies[name], current.tapes[name]
+        columns = columns_of(list(self.guards.values()))
+        seen = {guard: seen_so_far(layer, columns[guard], record.scores[guard], tape) for guard in guards_of(policy)}
         strength, is_decided = strength_of(policy, current.request.prompt_end, seen, tape)
         # A cache may be re-used at another fixed strength, so it is always written.
         return strength, is_decided and (policy.guard is not None or layer is None)
@@ -363,9 +363,9 @@ class Attachment:
 
     def _check_gates(self, policies: dict[str, Policy]) -> None:
         for name, policy in policies.items():
-            if policy.guard is not None and policy.guard not in self.guards:
+            if missing := [guard for guard in guards_of(policy) if guard not in self.guards]:
                 raise InputError(
-                    f"The strength of {name!r} asks guard {policy.guard!r}, which is not attached; attached guards: "
+                    f"The strength of {name!r} asks guard {missing[0]!r}, which is not attached; attached guards: "
                     f"{', '.join(self.guards) or 'none'}. Pass it in attach(guards=[...])."
                 )
 

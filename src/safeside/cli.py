@@ -126,11 +126,23 @@ def train(
     data: Annotated[Path | None, typer.Option(help="Folder that the recipe's data paths start from.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the adapter goes (default: the recipe's).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Only check shapes, memory and data; loads no weights.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train the adapter that a recipe describes, calibrate it and save it. Bad rows are reported, and exit 1."""
     with _extra("train"):
         from safeside.train.command import train_command
+        from safeside.train.dry_run import dry_run
+    if dry:
+        if resume or output is not None:
+            raise InputError("--dry-run writes nothing and reads no checkpoint; leave --resume and --output out.")
+        found = dry_run(recipe, data or recipe.parent)
+        _print_summary(found, str(recipe), as_json)
+        if found["problems"]:
+            raise typer.Exit(1)
+        return
     summary = train_command(recipe, data or recipe.parent, output, resume)
     if summary is None:
         return

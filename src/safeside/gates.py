@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from safeside.adapters.adapter import Adapter
 from safeside.base.taps import Tape
 from safeside.mixing import Policy
-from safeside.policies import ByCategory, Timed
+from safeside.policies import ByCategory, Timed, parts_of
 from safeside.request import History, Request, RequestLayer, columns_of
 from safeside.stopping import Standing, standing_of
 from safeside.types import Verdict
@@ -44,11 +44,21 @@ def seen_so_far(layer: RequestLayer | None, columns: slice, new: Float[Tensor, "
     return Seen(torch.cat([past, new], 1), torch.cat([indices, positions], 1))
 
 
-def strength_of(policy: Policy, prompt_end: Sequence[int] | None, seen: Seen | None, tape: Tape) -> tuple[Tensor, bool]:
+def strength_of(
+    policy: Policy, prompt_end: Sequence[int] | None, seen: Mapping[str, Seen], tape: Tape
+) -> tuple[Tensor, bool]:
     """Strength (B, T) of one aligner at the new tokens, and whether it is decided for the rest of the request.
 
-    ``seen`` is what the guard that the policy asks has seen; None when it asks none.
+    ``seen`` holds what each guard that the policy asks has seen.
     """
+    parts = parts_of(policy)
+    found = [_part_strength(part, prompt_end, seen[part.guard] if part.guard else None, tape) for part in parts]
+    return torch.stack([strength for strength, _ in found]).amax(0), all(is_decided for _, is_decided in found)
+
+
+def _part_strength(
+    policy: Policy, prompt_end: Sequence[int] | None, seen: Seen | None, tape: Tape
+) -> tuple[Tensor, bool]:
     if not isinstance(policy, Timed):
         return _plain_strength(policy, prompt_end, seen, tape)
     if seen is None:

@@ -1,4 +1,4 @@
-"""Further policies: a smooth gate, one gate for each category, and when a policy looks and acts.
+"""Further policies: a smooth gate, one gate for each category, several gates, and when a policy looks and acts.
 
 The plain ones, ``fixed``, ``step`` and ``ramp``, are in ``safeside.mixing``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -135,6 +136,43 @@ class Timed:
         return self.policy.strength(score)
 
 
+@dataclass(frozen=True, slots=True)
+class Strongest:
+    """Several policies at once: at each token the strongest counts, so that a text has to get past all of them."""
+
+    parts: tuple[Policy, ...]
+    """Policies of any guards; a single number among them is a floor."""
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2 or not guards_of(self):
+            raise InputError(
+                f"The strongest of several policies needs two or more, one of them with a guard; got {self.parts}."
+            )
+        if any(isinstance(part, Strongest) for part in self.parts):
+            raise InputError("One of these policies is the strongest of several already. Give all parts at once.")
+        if any(len(row_values(part) or (0.0,)) != 1 for part in self.parts):
+            raise InputError("A number among several policies is one for all rows; got one for each row.")
+
+    @property
+    def guard(self) -> str:
+        """The first guard that is asked; ``guards_of`` names all."""
+        return guards_of(self)[0]
+
+    @property
+    def latched(self) -> bool:
+        """Whether all of it is decided once, at the prompt's end."""
+        return all(part.latched for part in self.parts if part.guard is not None)
+
+    @property
+    def ceiling(self) -> float:
+        """The highest of the parts'."""
+        return max(part.ceiling for part in self.parts)
+
+    def strength(self, score: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        """Of one score for all parts; in ``safeside.gates`` each part is asked with its own guard's."""
+        return reduce(torch.maximum, [part.strength(score) for part in self.parts])
+
+
 def sigmoid(
     guard: Adapter | str,
     middle: float | None = None,
@@ -174,7 +212,7 @@ def by_category(guard: Adapter, strengths: Mapping[str, object], *, latched: boo
             if len(policy.values) != 1:
                 raise InputError(f"The strength of label {label!r} is one number, or a policy; got {wanted!r}.")
             policy = step(guard, thresholds[column], high=policy.values[0])
-        if isinstance(policy, (ByCategory, Timed)) or policy.guard != guard.name:
+        if isinstance(policy, (ByCategory, Timed, Strongest)) or policy.guard != guard.name:
             raise InputError(
                 f"The policy of label {label!r} must be a step, ramp or sigmoid of guard {guard.name!r}; got {policy}."
             )
@@ -193,15 +231,36 @@ def timed(
     fallen by more than the margin below what opened it.  After ``first_tokens`` tokens of the answer the strength is 0.
     """
     policy = as_policy(strength)
-    if isinstance(policy, Timed):
-        raise InputError("This policy is timed already. Give all of its times at once.")
+    if isinstance(policy, (Timed, Strongest)):
+        raise InputError("This policy is timed already, or the strongest of several. Give each part its times at once.")
     if reads is not None and policy.guard is None:
         raise InputError(f"reads={reads!r} does nothing for a strength that asks no guard. Leave it out.")
     return Timed(policy, reads or ("prompt" if policy.latched else "answer"), margin, first_tokens)
 
 
+def strongest(*strengths: object) -> Strongest:
+    """The strongest of several policies at each token: ``strongest(0.3, step(harm), timed(step(hate), reads="both"))``.
+
+    A single number among them is a floor.  Fewer than two, none that asks a guard, and one that is the strongest of
+    several already are an InputError.
+    """
+    return Strongest(tuple(as_policy(strength) for strength in strengths))
+
+
+def parts_of(policy: Policy) -> tuple[Policy, ...]:
+    """The policies that the strongest is taken of; of others the policy itself."""
+    return policy.parts if isinstance(policy, Strongest) else (policy,)
+
+
+def guards_of(policy: Policy) -> tuple[str, ...]:
+    """Names of the guards that a policy asks, each once."""
+    return tuple(dict.fromkeys(part.guard for part in parts_of(policy) if part.guard is not None))
+
+
 def counts_from_prompt(policy: Policy) -> bool:
     """Whether ``policy`` has to know where the prompt ends."""
+    if isinstance(policy, Strongest):
+        return any(counts_from_prompt(part) for part in policy.parts)
     return policy.counts_from_prompt if isinstance(policy, Timed) else policy.latched
 
 

@@ -78,11 +78,11 @@ class StrengthTrace:
     strengths: tuple[float, ...]
     """The strength in [0, 2] behind each token."""
     guard: str | None = None
-    """Name of the guard whose scores were read; None where no guard was asked."""
+    """Name of the guard whose scores were read, of several with `` + `` between; None where no guard was asked."""
     scores: tuple[float, ...] = ()
     """The guard's score in [0, 1] that counted for each token, before any hysteresis; NaN when it could not score."""
     labels: tuple[str, ...] = ()
-    """The guard's label that this score belongs to."""
+    """The guard's label that this score belongs to; of several guards ``guard/label``."""
 
     def first(self, n_tokens: int) -> StrengthTrace:
         """The trace of the first tokens."""

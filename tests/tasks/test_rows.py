@@ -375,6 +375,11 @@ def listed(*texts: str) -> list[dict[str, str]]:
             (user("p"), assistant("a"), user("q"), assistant("c")),
             "r",
         ),
+        (
+            {"prompt": "p", "response_0": "r", "response_1": "c", "better_response_id": 0, "safer_response_id": 1},
+            (user("p"), assistant("c")),
+            "r",
+        ),
     ],
 )
 def test_a_preference_has_two_answers(row: dict[str, object], messages: tuple[Message, ...], rejected: str) -> None:
@@ -394,6 +399,9 @@ def test_a_preference_has_two_answers(row: dict[str, object], messages: tuple[Me
         ({"chosen": listed("p", "c"), "rejected": listed("q", "r")}, "differ before their last message"),
         ({"chosen": listed("p", "c"), "rejected": "r"}, "messages must be a list"),
         ({"chosen": listed("p"), "rejected": listed("q")}, "role 'user'; expected 'assistant'"),
+        ({"prompt": "p", "response_0": "c", "response_1": "r", "safer_response_id": -1}, "is -1; expected 0 or 1"),
+        ({"prompt": "p", "response_0": "c", "response_1": "r", "safer_response_id": True}, "is True; expected 0 or 1"),
+        ({"prompt": "p", "response_0": "c", "safer_response_id": 0}, "'rejected' must be text"),
     ],
 )
 def test_what_is_no_preference_is_an_error(row: dict[str, object], problem: str) -> None:

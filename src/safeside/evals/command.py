@@ -6,21 +6,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from safeside.adapters.adapter import Adapter
 from safeside.artifact import load_adapter
 from safeside.base.model import Base
-from safeside.errors import InputError
+from safeside.errors import InputError, MissingExtraError
 from safeside.evals.guards import GuardReport, evaluate_guard
 from safeside.evals.judges import JUDGES, JudgeOptions
 from safeside.evals.records import RecordLog, read_records, rejudge
-from safeside.evals.runs import aligned, judging, results_of, run_suite
+from safeside.evals.runs import Aligned, aligned, judging, results_of, run_suite
 from safeside.evals.suites import SUITES, Suite, draw
+from safeside.registry import Registry
 from safeside.tasks.rows import BadRow
 from safeside.terminal import note, progress_bar
 from safeside.types import Preset, Result
 
 Row = dict[str, object]
+
+
+class ChoiceRun(Protocol):
+    """Measures an aligned base on questions with choices."""
+
+    def __call__(self, method: Aligned, data: Path, *, limit: int | None = None) -> Result:
+        """The share of right answers, over at most ``limit`` of the questions that the suite draws."""
+        ...
+
+
+CHOICES: Registry[ChoiceRun] = Registry("suite of questions with choices")
+CHOICES.register("mmlu", "safeside.evals.mmlu:run_mmlu")  # imported on first use: it needs an extra
 STRENGTHS = (0.0, 0.5, 1.0)  # of an aligner, unless given
 
 
@@ -126,12 +140,38 @@ def _aligner_rows(base: Base, aligner: Adapter, suite: Suite, options: EvalOptio
     guard = None
     if options.gate is not None:
         guard = load_adapter(options.gate, base, allow_mismatch=options.allow_mismatch).with_preset(options.preset)
+    methods = [aligned(base, aligner, strength, guard) for strength in strengths]
+    if suite.measure == "choices":
+        return _choice_rows(methods, suite, options)
     prompts, choice = draw(suite, options.data), options.judging
     judged = judging(suite, choice.judge, choice.options, RecordLog(choice.records, note))
-    methods = [aligned(base, aligner, strength, guard) for strength in strengths]
     with progress_bar("answer", len(strengths) * len(prompts), "prompts") as advance:
         records = [record for method in methods for record in run_suite(suite, prompts, method, judged, advance)]
     results = results_of(records)
+    return _rows(results), any(result.n_unscored for result in results)
+
+
+def _choice_rows(methods: Sequence[Aligned], suite: Suite, options: EvalOptions) -> tuple[list[Row], bool]:
+    """Figures of a suite whose questions have choices, through lm-eval."""
+    choice = options.judging
+    for option, given in (
+        ("--judge", choice.judge),
+        ("--endpoint", choice.options.endpoint),
+        ("--records", choice.records),
+    ):
+        if given is not None:
+            raise InputError(f"Suite {suite.name!r} compares likelihoods and has no answers; {option} is for others.")
+    if options.data is None:
+        raise InputError(
+            f"The questions of suite {suite.name!r} are not packaged. Add --data FOLDER with {suite.path}."
+        )
+    try:
+        run = CHOICES.get(suite.name)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Suite {suite.name!r} needs {error.name!r}, which is not installed. Run: pip install 'safeside[bench]'"
+        ) from error
+    results = [run(method, options.data, limit=options.limit) for method in methods]
     return _rows(results), any(result.n_unscored for result in results)
 
 

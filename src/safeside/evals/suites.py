@@ -16,7 +16,7 @@ from safeside.tasks.rows import BadRow, example_of, messages_of, open_rows, pars
 
 Row = Mapping[str, object]
 Holds = Literal["both", "harmful", "harmless"]
-Measure = Literal["answers", "likelihood"]
+Measure = Literal["answers", "likelihood", "choices"]
 
 # Our own wording of how an answer begins that helps: what a prefilled-answer attack puts into the model's mouth where
 # the set names no beginning of its own.
@@ -100,6 +100,19 @@ def answered(row: Row, line: int) -> Prompt:
     return Prompt(_id(row, line), (prompt.content,), False, references=(rest[0].content,))
 
 
+def choices(row: Row, line: int) -> Prompt:
+    """A question with four choices (MMLU); its known answer is a letter."""
+    question, listed, answer = row.get("question"), row.get("choices"), row.get("answer")
+    if not isinstance(question, str) or not question.strip() or not isinstance(row.get("subject"), str):
+        raise InputError("'question' and 'subject' must be text; expected both")
+    if not isinstance(listed, list) or len(listed) != 4 or not all(isinstance(text, str) for text in listed):
+        raise InputError(f"'choices' is {shortened(listed)}; expected four texts")
+    if answer not in ("A", "B", "C", "D"):
+        raise InputError(f"'answer' is {shortened(answer)}; expected one of A, B, C, D")
+    shown = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", listed, strict=True))
+    return Prompt(_id(row, line), (f"{question}\n{shown}",), False, references=(str(answer),))
+
+
 def _id(row: Row, line: int) -> str:
     return str(row.get("id") or f"line {line}")
 
@@ -129,7 +142,7 @@ class Suite:
     """Whether its file lies in the folder of local data, which is not packaged.  Of such a file ``limit`` draws by a
     hash of each prompt's name, the same prompts in every run; of others it takes the first."""
     measure: Measure = "answers"
-    """What is measured: answers by a judge, or the likelihood of known answers."""
+    """What is measured: answers by a judge, the likelihood of known answers, or of the choices that a question has."""
     max_new_tokens: int | None = None
     """Longest answer to each turn; the run's own unless given."""
 
@@ -155,6 +168,7 @@ def _local(name: str, path: str, read: Reader, holds: Holds) -> Suite:
 
 
 _MT_BENCH = _local("mt_bench", "mt_bench/test.jsonl.gz", talk, "harmless")
+_MMLU = _local("mmlu", "mmlu/test.jsonl.gz", choices, "harmless")
 _HELPFUL = _local("helpful", "instructions/alpaca_partial_test.jsonl.gz", answered, "harmless")
 
 LOCAL_SUITES = (
@@ -169,6 +183,7 @@ LOCAL_SUITES = (
     replace(_MT_BENCH, judge="mt_bench", max_new_tokens=256),
     replace(_HELPFUL, judge="", measure="likelihood"),
 )
+SUITES.register("mmlu", replace(_MMLU, judge="", measure="choices"))  # through lm-eval: see ``safeside.evals.mmlu``
 for _suite in LOCAL_SUITES:
     SUITES.register(_suite.name, _suite)
 

@@ -7,16 +7,14 @@ call.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 from datasets.exceptions import DatasetsError
 
-from safeside.errors import ConfigError, InputError
-
-_PLACE = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?@(?P<revision>[0-9a-f]{40})#(?P<split>\w+)")
+from safeside.errors import InputError
+from safeside.tasks.sources import hub_place
 
 
 def read_hub(place: str, root: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -24,16 +22,11 @@ def read_hub(place: str, root: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
     A place of another form is a ConfigError, for a branch can change; a set that cannot be had is an InputError.
     """
-    match = _PLACE.fullmatch(place)
-    if match is None:
-        raise ConfigError(
-            f"{place!r} names no pinned set; expected hub:owner/name@REVISION#split or "
-            "hub:owner/name:config@REVISION#split with a commit of 40 hex digits. Copy it from the set's page."
-        )
-    copy = root / "hub" / match["name"] / match["revision"]
-    name = str(copy) if copy.is_dir() else match["name"]
+    found = hub_place(place)
+    copy = found.copy_in(root)
+    name = str(copy) if copy.is_dir() else found.name
     try:
-        rows = datasets.load_dataset(name, match["config"], split=match["split"], revision=match["revision"])
+        rows = datasets.load_dataset(name, found.config, split=found.split, revision=found.revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise InputError(
             f"{place} cannot be read: {error}. Check name, split and network, or put a copy into {copy}."

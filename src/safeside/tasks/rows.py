@@ -4,7 +4,8 @@ A row is one JSON object a line, in a ``.jsonl`` or ``.jsonl.gz`` file, in one o
 "response"?}``, ``{"text"}``, ``{"document", "summary"}`` or ``{"messages": [{"role", "content"}, ...]}``; plus
 ``"label"`` (0 or 1, a list of them, or an object from label to 0 or 1) and, for distillation, ``"soft"`` scores.  An
 aligner's rows may also be preferences, ``{"prompt", "chosen", "rejected"}``, or ``{"chosen", "rejected"}`` that are
-whole conversations and differ in their last message.
+whole conversations and differ in their last message, or ``{"prompt", "response_0", "response_1",
+"safer_response_id"}`` (PKU-SafeRLHF): the safer response is the chosen one.
 """
 
 from __future__ import annotations
@@ -117,6 +118,15 @@ def preference_of(values: Mapping[str, object]) -> tuple[tuple[Message, ...], Me
     return chosen, rejected[-1]
 
 
+def _by_safety(values: Mapping[str, object]) -> dict[str, object]:
+    """A preference of two numbered responses, of which the safer one is named."""
+    safer = values["safer_response_id"]
+    if safer not in (0, 1) or isinstance(safer, bool):
+        raise InputError(f"'safer_response_id' is {shortened(safer)}; expected 0 or 1")
+    answers = {"chosen": f"response_{safer}", "rejected": f"response_{1 - int(str(safer))}"}
+    return {"prompt": values.get("prompt"), **{name: values.get(column) for name, column in answers.items()}}
+
+
 def _listed_messages(listed: object) -> tuple[Message, ...]:
     if not isinstance(listed, list) or not all(isinstance(item, dict) and "role" in item for item in listed):
         raise InputError("messages must be a list of {'role', 'content'} objects")
@@ -139,8 +149,8 @@ def example_of(
 
     With ``partial`` an object of labels may leave some out, but not all: those are NaN.
     """
-    if not labels and not {"chosen", "rejected"}.isdisjoint(values):
-        messages, rejected = preference_of(values)
+    if not labels and not {"chosen", "rejected", "safer_response_id"}.isdisjoint(values):
+        messages, rejected = preference_of(_by_safety(values) if "safer_response_id" in values else values)
         return Example(messages, rejected=rejected, line=line)
     messages = messages_of(values)
     if not labels:

@@ -7,18 +7,20 @@ with line numbers by the same code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shortened
 
-from safeside.errors import InputError, MissingExtraError
+from safeside.errors import ConfigError, InputError, MissingExtraError
 from safeside.registry import Registry
 from safeside.tasks.categories import Annotation, category_labels
 from safeside.tasks.rows import BadRow, example_of, open_rows, parse_rows
 from safeside.types import Example
 
 HUB = "hub:"
+_PINNED = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?@(?P<revision>[0-9a-f]{40})#(?P<split>\w+)")
 Row = tuple[int, dict[str, object]] | BadRow
 Reader = Callable[[str, Path], Iterator[Row]]
 
@@ -100,6 +102,52 @@ def example_from(fields: Fields, row: Mapping[str, object], labels: tuple[str, .
         return example
     known = category_labels(fields.categories, row, example.labels[0] == 1)
     return replace(example, labels=(*example.labels, *(known.get(name, float("nan")) for name in labels[1:])))
+
+
+@dataclass(frozen=True, slots=True)
+class HubPlace:
+    """A split of a public set at one commit."""
+
+    name: str
+    """``owner/name``."""
+    config: str | None
+    """One of the set's configurations; None: its only one."""
+    revision: str
+    """40 hex digits."""
+    split: str
+    """``train``, for example."""
+
+    def copy_in(self, root: Path) -> Path:
+        """The folder under ``root`` where a copy on disk is looked for first."""
+        return root / "hub" / self.name / self.revision
+
+
+def hub_place(place: str) -> HubPlace:
+    """``hub:owner/name:config@revision#split``, taken apart; another form is a ConfigError, for a branch can change."""
+    match = _PINNED.fullmatch(place)
+    if match is None:
+        raise ConfigError(
+            f"{place!r} names no pinned set; expected hub:owner/name@REVISION#split or "
+            "hub:owner/name:config@REVISION#split with a commit of 40 hex digits. Copy it from the set's page."
+        )
+    return HubPlace(match["name"], match["config"], match["revision"], match["split"])
+
+
+def load_place(
+    place: str, root: Path, labels: tuple[str, ...], *, partial: bool = False
+) -> tuple[list[Example], list[BadRow]]:
+    """All usable rows of a place whose rows have one of our shapes, and the bad ones; ``partial`` as in example_of."""
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    for row in read_rows(place, root):
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        try:
+            examples.append(example_of(row[1], labels, row[0], partial=partial))
+        except InputError as error:
+            bad.append(BadRow(row[0], str(error)))
+    return examples, bad
 
 
 def read_rows(place: str, root: Path) -> Iterator[Row]:

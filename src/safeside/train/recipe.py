@@ -33,12 +33,14 @@ class BaseSection(_Section):
     """Of the base in memory; float32 on CPU and the checkpoint's own elsewhere unless given."""
     device: str = "cpu"
     """Where it runs, such as ``cuda``."""
+    geometry: str | None = None
+    """For ``--dry-run``: a JSON file, beside the recipe, with the dimensions that the base's config.json gives."""
 
 
 class DataSection(_Section):
     """Which rows: files, or a task.  Paths are relative to the data root (``--data``, else the recipe's folder).
 
-    ``demo:FILE`` names a file of the packaged demo set.
+    ``demo:FILE`` names a file of the packaged demo set, ``hub:owner/name@REVISION#split`` a public set at a commit.
     """
 
     train: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from safeside.chat import Encoded
 from safeside.errors import ConfigError, InputError
 from safeside.tasks.leakage import text_of
 from safeside.tasks.rows import BadRow, for_one_label, load_examples, load_kind
+from safeside.tasks.sources import HUB, load_place
 from safeside.tasks.task import Split, load_task
 from safeside.train.recipe import DataSection, Recipe
 from safeside.train.rows import Rows
@@ -140,7 +141,7 @@ def _from_files(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
 def read_files(
     names: Sequence[str], root: Path, labels: tuple[str, ...], data: DataSection | None = None
 ) -> tuple[list[Example], list[BadRow]]:
-    """The usable rows of several files in order, and the bad ones, each problem beginning with its file's name.
+    """The usable rows of several files or hub sets in order, and the bad ones; a problem begins with its file's name.
 
     ``data`` says which files know one label only and whether rows may leave labels out.
     """
@@ -149,7 +150,10 @@ def read_files(
     bad: list[BadRow] = []
     for name in names:
         only = (label_of[name],) if name in label_of else None
-        some, problems = load_examples(find_data(name, root), only or labels, partial=partial)
+        if name.startswith(HUB):
+            some, problems = load_place(name, root, only or labels, partial=partial)
+        else:
+            some, problems = load_examples(find_data(name, root), only or labels, partial=partial)
         examples += [for_one_label(example, only[0], labels) for example in some] if only else some
         bad += [BadRow(row.line, f"{name}: {row.problem}") for row in problems]
     return examples, bad

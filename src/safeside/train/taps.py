@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from safeside.adapters.adapter import Adapter, SideOutput
 from safeside.attach import attach
 from safeside.base.families import has_lora
 from safeside.base.model import Base
+from safeside.base.states import recorded_states
 from safeside.base.taps import Tape
 from safeside.chat import pad_batch
 from safeside.errors import UnsupportedError
@@ -177,29 +178,8 @@ def record_states(base: Base, batch: Batch, layers: Sequence[int]) -> dict[int, 
             f"The states of {base.name} cannot be kept: something is attached to it, or it has a LoRA. Use the plain "
             "base, or train with cache_taps = false."
         )
-    recorded: dict[int, Tensor] = {}
-
-    def keep(layer: int, hidden: object) -> None:
-        state = hidden[0] if isinstance(hidden, tuple) else hidden
-        assert isinstance(state, Tensor)
-        recorded[layer] = state
-
-    def after(layer: int) -> Callable[[nn.Module, object, object], None]:
-        return lambda module, inputs, output: keep(layer, output)
-
-    handles = [base.blocks[layer - 1].register_forward_hook(after(layer)) for layer in layers if layer > 0]
-    if 0 in layers:
-        handles.append(
-            base.blocks[0].register_forward_pre_hook(
-                lambda module, inputs, options: keep(0, inputs[0] if inputs else options["hidden_states"]),
-                with_kwargs=True,
-            )
-        )
-    try:
+    with recorded_states(base, layers) as recorded:
         output = base.decoder(input_ids=batch.ids, attention_mask=batch.keep, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     recorded[FINAL] = output[0]
     return recorded
 

@@ -1,0 +1,305 @@
+"""Dry runs: every recipe of the project fits together, on tensors that hold nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+import safeside.train.dry_run
+from recipes_for_tests import guard_rows, preference_rows, recipe
+from safeside import Base, create_adapter, flops_share, make_config
+from safeside.base.taps import Tape
+from safeside.errors import ConfigError
+from safeside.lora import add_lora
+from safeside.tasks.task import TASKS
+from safeside.train.dry_run import check_shapes, dry_run, meta_adapter, meta_base
+from safeside.train.estimate import adapter_memory, lora_memory
+from safeside.train.recipe import LORA, Recipe, read_recipe
+from safeside.train.run_lora import lora_shape
+from tasks.conformance import make_data, write_place
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PAPER = RECIPES / "paper"
+ALL = sorted(RECIPES.rglob("*.toml"))
+UNPINNED = "@REVISION#"
+REVISION, OTHER = "0123456789" * 4, "abcdef0123" * 4
+# What autograd keeps is counted by storages; norms and attention keep states that the formula leaves out, and a state
+# that two layers read is counted twice.
+WITHIN = (0.6, 2.2)
+_CHECKED: set[str] = set()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run asks no network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def shapes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes that differ in their labels alone have one trunk: it is run once."""
+
+    def check(base: Base, adapter: torch.nn.Module) -> None:
+        trunk = adapter.config.model_dump_json(exclude={"name", "labels", "windows"})
+        if trunk not in _CHECKED:
+            check_shapes(base, adapter)
+            _CHECKED.add(trunk)
+
+    monkeypatch.setattr(safeside.train.dry_run, "check_shapes", check)
+
+
+def write_files(of: Recipe, root: Path) -> None:
+    """Rows for every local file that a recipe names."""
+    labels = of.adapter.labels or ("harm",)
+    for name in (*of.data.train, *of.data.validation, *of.data.benign, *of.calibration.benign):
+        if name.startswith(("hub:", "demo:")):
+            continue
+        rows = guard_rows(8, 1) if of.adapter.role == "guard" else preference_rows(8, 1)
+        if len(labels) > 1:
+            rows = [{**row, "label": dict.fromkeys(labels, row["label"]), "soft": None} for row in rows]
+        if name in of.calibration.benign or name in of.data.benign:
+            rows = [{"prompt": row["prompt"], "label": 0} for row in rows]
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(map(json.dumps, rows)).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+@pytest.mark.usefixtures("shapes_once")
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_fits_together(path: Path, tmp_path: Path) -> None:
+    of = read_recipe(path)
+    write_files(of, tmp_path)
+    found = dry_run(path, tmp_path)
+    unpinned = [name for name in of.data.train if UNPINNED in name]
+    assert bool(unpinned) == bool(found["problems"]), found["problems"]
+    assert all("names no pinned set" in problem for problem in found["problems"])
+    assert 0 < found["flops_share"] < 1
+    assert found["trainable_params"] < found["base_params"]
+    if path.parent == PAPER:
+        assert found["flops_share"] <= 0.01
+        assert found["base_params"] * 2 / 1e9 < found["total_gb"] < 70  # of 80 GB: the rest is the allocator's
+
+
+def test_the_papers_bases_and_tasks_are_all_there() -> None:
+    bases = {path.stem for path in (PAPER / "bases").glob("*.json")}
+    assert bases == {"zephyr_7b", "qwen2_5_7b", "mistral_7b", "gemma_2_9b"}
+    for base in bases:
+        tasks = {read_recipe(path).data.task for path in PAPER.glob(f"{base}_guard_*.toml")}
+        assert tasks == {"hub_toxigen", "hub_aegis2", "hub_beavertails", "hub_summedits"}
+        objectives = {read_recipe(path).training.objective for path in PAPER.glob(f"{base}_align_*.toml")}
+        assert objectives == {"sft", "dpo"}
+
+
+def test_parameters_of_a_base_are_those_that_its_card_tells(tmp_path: Path) -> None:
+    """7,241,732,096 (Zephyr, Mistral v0.1), 7,615,616,512 (Qwen2.5-7B) and 9,241,705,984 (Gemma 2)."""
+    counted = {}
+    for name in ("zephyr_7b", "qwen2_5_7b", "gemma_2_9b"):
+        path = PAPER / f"{name}_align_sft.toml"
+        base = meta_base(read_recipe(path), PAPER)
+        counted[name] = sum(parameter.numel() for parameter in base.model.parameters())
+    assert counted == {"zephyr_7b": 7_241_732_096, "qwen2_5_7b": 7_615_616_512, "gemma_2_9b": 9_241_705_984}
+
+
+def copied(name: str, folder: Path) -> Path:
+    """A recipe of the paper, pinned, with the geometry of a small base."""
+    values = json.loads((PAPER / "bases" / "zephyr_7b.json").read_text())
+    small = {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512, "vocab_size": 512}
+    (folder / "bases").mkdir()
+    (folder / "bases" / "zephyr_7b.json").write_text(json.dumps({**values, **small}))
+    path = folder / name
+    text = (PAPER / name).read_text().replace("REVISION#", f"{REVISION}#")
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("task", ["toxigen", "aegis2", "beavertails", "summedits"])
+def test_columns_of_a_guards_set_are_checked_where_a_copy_is_here(task: str, tmp_path: Path) -> None:
+    path = copied(f"zephyr_7b_guard_{task}.toml", tmp_path)
+    make_data(TASKS.get(f"hub_{task}"), tmp_path)
+    found = dry_run(path, tmp_path)
+    assert found["problems"] == []
+    assert [text for key, text in found.items() if key.startswith("hub:") and "usable and 0 bad" in str(text)]
+
+
+def test_columns_of_preferences_are_checked_where_a_copy_is_here(tmp_path: Path) -> None:
+    path = copied("zephyr_7b_align_dpo.toml", tmp_path)
+    rows = [
+        {"prompt": f"ask {n}", "response_0": "yes", "response_1": "no", "safer_response_id": n % 2} for n in range(6)
+    ]
+    for split in ("train", "test"):
+        write_place(f"hub:PKU-Alignment/PKU-SafeRLHF:default@{REVISION}#{split}", rows, tmp_path)
+    assert dry_run(path, tmp_path)["problems"] == []
+    path.write_text(path.read_text().replace(REVISION, OTHER))  # sets are cached by their folder
+    for split in ("train", "test"):
+        broken = [{**rows[0], "safer_response_id": 2}, *rows] if split == "train" else rows
+        write_place(f"hub:PKU-Alignment/PKU-SafeRLHF:default@{OTHER}#{split}", broken, tmp_path)
+    (problem,) = dry_run(path, tmp_path)["problems"]
+    assert "line 1: 'safer_response_id' is 2; expected 0 or 1" in problem
+
+
+@pytest.mark.parametrize(
+    ("sections", "rows", "problem"),
+    [
+        ({}, None, "There is no file"),
+        ({}, [{"prompt": "a"}], "no 'label'"),
+        ({"adapter": {"role": "align"}}, [{"prompt": "a"}], "a row without an answer"),
+        (
+            {"adapter": {"role": "align"}, "training": {"objective": "dpo"}},
+            [{"prompt": "a", "response": "b"}],
+            "no preference",
+        ),
+    ],
+)
+def test_data_that_does_not_fit_is_a_problem(tmp_path: Path, sections: dict, rows: list | None, problem: str) -> None:
+    of = recipe("guard", **sections)
+    path = tmp_path / "recipe.toml"
+    text = of.model_dump_json(exclude_none=True, exclude_unset=True)
+    path.write_text(to_toml(json.loads(text)))
+    if rows is not None:
+        for name in ("train", "validation"):
+            (tmp_path / f"guard_{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = dry_run(path, tmp_path)["problems"]
+    assert any(problem in one for one in problems), problems
+
+
+def to_toml(values: dict[str, object]) -> str:
+    plain = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    tables = [f"[{key}]\n{to_toml(value)}" for key, value in values.items() if isinstance(value, dict)]
+    return "\n".join([*plain, *tables])
+
+
+@pytest.mark.parametrize(
+    ("base", "problem"),
+    [
+        ({"name": "some/base"}, "A dry run asks no network, and the dimensions of 'some/base' are not here"),
+        ({"name": "some/base", "geometry": "gone.json"}, "gone.json cannot be read"),
+        ({"name": "some/base", "geometry": "bad.json"}, "is no base's configuration"),
+        ({"name": "some/base", "geometry": "unknown.json"}, "is no base's configuration"),
+    ],
+)
+def test_a_base_without_dimensions_is_refused(tmp_path: Path, base: dict[str, object], problem: str) -> None:
+    (tmp_path / "bad.json").write_text("[1, 2")
+    (tmp_path / "unknown.json").write_text('{"hidden_size": 4}')
+    with pytest.raises(ConfigError, match=problem):
+        meta_base(recipe("guard", base=base), tmp_path)
+
+
+def test_a_trunk_of_the_wrong_shape_is_told(tiny_base: Base) -> None:
+    base = meta_base(recipe("guard"), Path())
+    adapter = meta_adapter(base, recipe("guard"))
+    with torch.device("meta"):
+        adapter.trunk.taps["0"].project[0] = torch.nn.Linear(7, 5)
+    with pytest.raises(ConfigError, match="The adapter does not fit builtin"):
+        check_shapes(base, adapter)
+
+
+KINDS = {
+    "lst": {"reduction": 2},
+    "rtb": {"bottleneck": 8},
+    "plr": {"width": 32},
+    "lst_plus": {"reduction": 2, "role": "align"},
+    "state_map": {"bottleneck": 8, "role": "align"},
+    "toplayers": {"depth": 1, "role": "align"},
+}
+
+
+def of_kind(kind: str, **training: object) -> Recipe:
+    adapter = {"kind": kind, "role": "guard", **KINDS[kind]}
+    if "reduction" not in adapter:
+        adapter["reduction"] = None
+    return recipe("guard", adapter=adapter, training=training, data={"max_tokens": 100})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_estimate_is_near_what_autograd_keeps(tiny_base: Base, kind: str) -> None:
+    options = {name: value for name, value in KINDS[kind].items() if name != "role"}
+    config = make_config(tiny_base, kind=kind, role=KINDS[kind].get("role", "guard"), **options)
+    adapter = create_adapter(tiny_base, config)
+    memory = adapter_memory(tiny_base, adapter, of_kind(kind, batch_size=3))
+    kept = kept_bytes(tiny_base, adapter, 3, 100)
+    low, high = WITHIN
+    assert low * kept < memory.taps + memory.activations < high * kept
+    trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
+    assert (memory.gradients, memory.optimiser) == (4 * trained, 8 * trained)
+    assert memory.weights == sum(p.numel() for p in tiny_base.model.parameters()) * 4 + 4 * trained
+    assert memory.total > memory.weights
+
+
+def kept_bytes(base: Base, adapter: torch.nn.Module, n_rows: int, n_tokens: int) -> int:
+    """Bytes of all storages that a training pass of the adapter keeps for its gradients, parameters left out."""
+    kept: dict[int, torch.Tensor] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in adapter.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tape = Tape(torch.ones(n_rows, n_tokens, dtype=torch.bool), n_tokens)
+    tape.final = torch.randn(n_rows, n_tokens, base.d_model)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for layer in adapter.config.layers:
+            adapter.read(tape, layer, torch.randn(n_rows, n_tokens, base.d_model))
+        output = adapter(tape)
+    del output
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "lora rank of toplayers"])
+def test_what_is_counted_on_nothing_is_what_the_real_one_has(tiny_base: Base, kind: str) -> None:
+    base = meta_base(recipe("guard", base={"name": str(tiny_base.folder)}), Path())
+    options: dict[str, object] = dict(KINDS.get(kind, {"depth": 1, "lora_rank": 2, "role": "align"}))
+    role = options.pop("role", "guard")
+    name = kind if kind in KINDS else "toplayers"
+    of = recipe("guard", adapter={"kind": name, "role": role, "reduction": None, **options})
+    adapter = meta_adapter(base, of)
+    check_shapes(base, adapter)
+    real = create_adapter(tiny_base, make_config(tiny_base, kind=name, role=role, **options))
+    assert flops_share(base, adapter) == flops_share(tiny_base, real)
+    shapes = {key: tuple(value.shape) for key, value in real.state_dict().items()}
+    assert {key: tuple(value.shape) for key, value in adapter.state_dict().items()} == shapes
+
+
+def test_a_lora_is_counted_as_it_is_made(tiny_base: Base, tmp_path: Path) -> None:
+    sections = {
+        "data": {"train": ["train.jsonl"], "validation": ["validation.jsonl"]},
+        "adapter": {"kind": LORA, "role": "align", "lora_rank": 3, "depth": 2},
+    }
+    base = {"name": str(tiny_base.folder)}
+    of = Recipe.model_validate({"name": "toy", "output": "unused", "base": base, **sections})
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(json.loads(of.model_dump_json(exclude_none=True, exclude_unset=True))))
+    write_files(of, tmp_path)
+    found = dry_run(path, tmp_path)
+    with add_lora(tiny_base, lora_shape(of)) as lora:
+        assert found["trainable_params"] == sum(update.numel() for update in lora.updates)
+        assert found["flops_share"] == pytest.approx(lora.flops_share, abs=1e-6)
+    nothing = meta_base(of, Path())
+    top = lora_memory(nothing, ["model.layers.2.mlp.down_proj"], 8, of)
+    every = lora_memory(nothing, ["model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"], 8, of)
+    assert every.taps == 3 * top.taps
+
+
+def test_the_command_prints_facts_and_exits_by_the_problems(run, tmp_path: Path) -> None:
+    of = recipe("guard")
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(json.loads(of.model_dump_json(exclude_none=True, exclude_unset=True))))
+    missing = run("train", path, "--dry-run", "--json")
+    assert (missing.code, missing.json["base"]) == (1, "builtin")
+    write_files(of, tmp_path)
+    fine = run("train", path, "--dry-run", "--json")
+    assert (fine.code, fine.json["problems"]) == (0, [])
+    assert not (tmp_path / "unused").exists()
+    assert run("train", path, "--dry-run").code == 0
+    refused = run("train", path, "--dry-run", "--resume")
+    assert refused.code == 2
+    assert "--dry-run writes nothing" in refused.err
