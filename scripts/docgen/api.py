@@ -42,7 +42,7 @@ FURTHER = {
     "safeside.evals.prompted": ("prompted_scores", "choose_question", "PromptedScores"),
     "safeside.evals.records": ("Record", "RecordLog", "Setting", "read_records", "rejudge"),
     "safeside.evals.rubrics": ("strongreject_judge", "mt_bench_judge"),
-    "safeside.evals.runs": ("Aligned", "Method", "aligned", "judging", "results_of", "run_aligner_suite", "run_suite"),
+    "safeside.evals.runs": ("judging", "results_of", "run_aligner_suite", "run_suite"),
     "safeside.evals.suites": ("Suite", "Prompt", "draw", "goals_of"),
     "safeside.guards.calibrate": ("fit_calibration", "threshold_with_bound", "fit_mode"),
     "safeside.guards.probability": ("fit_map", "expected_calibration_error"),

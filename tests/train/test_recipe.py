@@ -314,6 +314,8 @@ def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
         ("guard", "objective = 'dpo'", "objective: for aligners only, and role is 'guard'"),
         ("guard", "kl_weight = 0.5", "kl_weight: for aligners only, and role is 'guard'"),
         ("align", "beta = 0.5", "beta does nothing for objective 'sft'"),
+        ("align", "sft_weight = 1.0", "sft_weight does nothing for objective 'sft'"),
+        ("guard", "sft_weight = 1.0", "sft_weight: for aligners only"),
         ("align", "objective = 'ppo'", "training.objective: Input should be 'sft' or 'dpo'"),
         ("align", "objective = 'dpo'\nbeta = 0", "training.beta: Input should be greater"),
         ("align", "objective = 'dpo'\nbeta = nan", "training.beta: Input should be"),

@@ -13,8 +13,9 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.guards import GuardReport, evaluate_guard
 from safeside.evals.judges import JUDGES, JudgeOptions
+from safeside.evals.methods import aligned
 from safeside.evals.records import RecordLog, read_records, rejudge
-from safeside.evals.runs import aligned, judging, results_of, run_suite
+from safeside.evals.runs import judging, results_of, run_suite
 from safeside.evals.suites import SUITES, Suite, draw
 from safeside.tasks.rows import BadRow
 from safeside.terminal import note, progress_bar
