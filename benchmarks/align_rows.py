@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -26,10 +27,11 @@ from tidy import write_json
 Row = dict[str, object]
 
 DEMO = Path(str(files("safeside.builtin") / "demo"))
+LONGEST_REFUSAL = 100  # characters
 LONGEST_PROMPT = 200  # characters: about 60 tokens of the built-in base
 ANSWER_TOKENS = 32
 BATCH = 25
-FORMAT = 1  # of the files; raise it when they would be made otherwise
+FORMAT = 3  # of the files; raise it when they would be made otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,44 +48,44 @@ class Source:
 # What aligners learn from.  Split by split, so that no prompt is on both sides.
 PAIRS = {
     "train": (
-        Source("refusals_train.jsonl.gz", 200, 1, is_packaged=True),
-        Source("safety_sft/safety_tuned_llamas_train.jsonl.gz", 220, 1),
-        Source("guardreasoner_prompts5k/train.jsonl.gz", 220, 1),
-        Source("benign_prompts/alpaca_train.jsonl.gz", 420, 0),
-        Source("instructions/dolly_partial_train.jsonl.gz", 160, 0),
-        Source("guardreasoner_prompts5k/train.jsonl.gz", 220, 0),
+        Source("refusals_train.jsonl.gz", 120, 1, is_packaged=True),
+        Source("safety_sft/safety_tuned_llamas_train.jsonl.gz", 130, 1),
+        Source("guardreasoner_prompts5k/train.jsonl.gz", 130, 1),
+        Source("benign_prompts/alpaca_train.jsonl.gz", 260, 0),
+        Source("instructions/dolly_partial_train.jsonl.gz", 100, 0),
+        Source("guardreasoner_prompts5k/train.jsonl.gz", 140, 0),
     ),
     "validation": (
-        Source("refusals_validation.jsonl.gz", 30, 1, is_packaged=True),
-        Source("safety_sft/safety_tuned_llamas_val.jsonl.gz", 40, 1),
-        Source("guardreasoner_prompts5k/val.jsonl.gz", 40, 1),
-        Source("benign_prompts/alpaca_val.jsonl.gz", 80, 0),
-        Source("instructions/dolly_partial_val.jsonl.gz", 30, 0),
+        Source("refusals_validation.jsonl.gz", 20, 1, is_packaged=True),
+        Source("safety_sft/safety_tuned_llamas_val.jsonl.gz", 20, 1),
+        Source("guardreasoner_prompts5k/val.jsonl.gz", 20, 1),
+        Source("benign_prompts/alpaca_val.jsonl.gz", 20, 0),
+        Source("instructions/dolly_partial_val.jsonl.gz", 20, 0),
         Source("guardreasoner_prompts5k/val.jsonl.gz", 40, 0),
     ),
 }
 # What the gate learns from: more of the same and further sets; none of them is one that the taught judge learns from.
 GATE = {
     "train": (
-        Source("train.jsonl.gz", 700, 1, is_packaged=True),
-        Source("train.jsonl.gz", 500, 0, is_packaged=True),
-        Source("safety_sft/safety_tuned_llamas_train.jsonl.gz", 1400, 1),
-        Source("guardreasoner_prompts5k/train.jsonl.gz", 1000, 1),
-        Source("guardreasoner_prompts5k/train.jsonl.gz", 1000, 0),
-        Source("aegis/v2_sample900_train.jsonl.gz", 500, 1),
-        Source("benign_prompts/alpaca_train.jsonl.gz", 2000, 0),
-        Source("instructions/dolly_partial_train.jsonl.gz", 500, 0),
+        Source("train.jsonl.gz", 300, 1, is_packaged=True),
+        Source("train.jsonl.gz", 200, 0, is_packaged=True),
+        Source("safety_sft/safety_tuned_llamas_train.jsonl.gz", 700, 1),
+        Source("guardreasoner_prompts5k/train.jsonl.gz", 500, 1),
+        Source("guardreasoner_prompts5k/train.jsonl.gz", 500, 0),
+        Source("aegis/v2_sample900_train.jsonl.gz", 200, 1),
+        Source("benign_prompts/alpaca_train.jsonl.gz", 1000, 0),
+        Source("instructions/dolly_partial_train.jsonl.gz", 200, 0),
     ),
     "validation": (
-        Source("validation.jsonl.gz", 80, 1, is_packaged=True),
-        Source("validation.jsonl.gz", 80, 0, is_packaged=True),
-        Source("safety_sft/safety_tuned_llamas_val.jsonl.gz", 140, 1),
-        Source("guardreasoner_prompts5k/val.jsonl.gz", 150, 1),
-        Source("guardreasoner_prompts5k/val.jsonl.gz", 150, 0),
-        Source("benign_prompts/alpaca_val.jsonl.gz", 300, 0),
+        Source("validation.jsonl.gz", 40, 1, is_packaged=True),
+        Source("validation.jsonl.gz", 40, 0, is_packaged=True),
+        Source("safety_sft/safety_tuned_llamas_val.jsonl.gz", 100, 1),
+        Source("guardreasoner_prompts5k/val.jsonl.gz", 70, 1),
+        Source("guardreasoner_prompts5k/val.jsonl.gz", 70, 0),
+        Source("benign_prompts/alpaca_val.jsonl.gz", 200, 0),
     ),
 }
-ANSWERED = Source("instructions/alpaca_partial_train.jsonl.gz", 450, 0)  # with their known answers: for the divergence
+ANSWERED = Source("instructions/alpaca_partial_train.jsonl.gz", 220, 0)  # with their known answers: for the divergence
 LONGEST_ANSWER = 240  # characters of those
 CHECKED = {  # prompts that settings are chosen on: of other files than the suites' and the training rows'
     "harmful": (
@@ -146,9 +148,10 @@ def _is_of(source: Source, row: Mapping[str, object]) -> bool:
 
 
 def refusals_of(split: str) -> list[str]:
-    """Refusals written for this project."""
+    """Short refusals written for this project."""
     with gzip.open(DEMO / f"refusals_{split}.jsonl.gz", "rt", encoding="utf-8") as handle:
-        return sorted({str(json.loads(line)["response"]) for line in handle})
+        found = {str(json.loads(line)["response"]) for line in handle}
+    return sorted(text for text in found if len(text) <= LONGEST_REFUSAL and refusal_phrases(text))
 
 
 def pairs_of(base: Base, rows: Sequence[Row], refusals: Sequence[str]) -> list[Row]:
@@ -156,14 +159,15 @@ def pairs_of(base: Base, rows: Sequence[Row], refusals: Sequence[str]) -> list[R
 
     Answers of the base that refuse, that are empty or, where they are chosen, that do not end are left out.
     """
-    generator, found = random.Random(0), list[Row]()
+    found: list[Row] = []
     ordered = sorted(rows, key=lambda row: len(str(row["prompt"])))
     for start in range(0, len(ordered), BATCH):
         batch = ordered[start : start + BATCH]
         prompts = [[Message("user", str(row["prompt"]))] for row in batch]
         answers = base.chat_batch(prompts, max_new_tokens=ANSWER_TOKENS)
         for row, answer in zip(batch, answers, strict=True):
-            refusal, is_harmful = generator.choice(refusals), row["label"] == 1
+            refusal = refusals[zlib.crc32(str(row["prompt"]).encode()) % len(refusals)]
+            is_harmful = row["label"] == 1
             if not answer.text or refusal_phrases(answer.text) or not (is_harmful or answer.finish_reason == "stop"):
                 continue
             chosen, rejected = (refusal, answer.text) if is_harmful else (answer.text, refusal)

@@ -60,6 +60,7 @@ temperature = 2.0
 targets = "prefixes"
 objective = "sft"
 beta = 0.1
+sft_weight = 0.0
 kl_weight = 0.0
 cache_taps = false
 checkpoint_seconds = 5
