@@ -43,7 +43,7 @@ def run(bench: Bench, output: Path, cost: Path) -> Path:
             note(f"{title}: left out, there was no time")
             continue
         note(f"{title}: {time.perf_counter() - before:.0f} s")
-    rows += cost_rows(cost, bench.study.setup.base_name)
+    rows += cost_rows(cost)
     notes = {
         **bench.notes,
         "goals": GOALS,

@@ -111,10 +111,10 @@ def timings(geometry: str, batch: int, settings: Settings) -> dict[str, object]:
     return {"geometry": geometry, "batch": batch, "seconds": seconds, "extra": extra}
 
 
-def cost_rows(path: Path, base: str) -> list[Row]:
-    """``decode_ratio`` of every variant against each of the others that aligners are compared with; none without file.
+def cost_rows(path: Path) -> list[Row]:
+    """``decode_ratio`` of every variant over the base, a second model and LoRA-DPO; none without the file.
 
-    ``base`` is the column of the benchmark's base; the timings are of ``geometry``.
+    Their column ``base`` names the geometry that was timed.
     """
     if not path.is_file():
         return []
