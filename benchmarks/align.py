@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--base", default="builtin", help="builtin, a folder or a hub name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the headline and of LoRA-DPO")
-    parser.add_argument("--tries", type=int, default=3, help="settings that lst and LoRA-DPO each choose from, up to 3")
+    parser.add_argument(
+        "--tries", type=int, default=3, choices=(1, 2, 3), help="settings that lst and LoRA-DPO each choose from"
+    )
     parser.add_argument("--prompts", type=int, default=100, help="of each suite")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then nothing new is made")
     parser.add_argument("--threads", type=int, default=1)
@@ -73,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--output", type=Path, help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="prove that it works: few rows and prompts, one epoch")
     options = parser.parse_args(arguments)
+    if options.prompts < 1 or len(set(options.seeds)) < len(options.seeds):
+        parser.error("--prompts starts at 1, and --seeds are different numbers")
     torch.set_num_threads(options.threads)
     scratch = Path(tempfile.gettempdir()) / "safeside-bench"
     if options.quick:

@@ -134,20 +134,22 @@ class Study:
         return [full if is_open(full.prompt) else none for none, full in pairs]
 
 
-def gate_scores(guard: Adapter, questions: Questions, names: Sequence[str]) -> dict[tuple[str, str], float]:
+def gate_scores(guard: Adapter, questions: Questions, names: Sequence[str]) -> dict[str, float | None]:
     """By suite and prompt, the guard's score at the prompt's end: what a latched gate reads.
 
-    A prompt that the base cannot read has none: it is not answered either.
+    A prompt that the base cannot read has None: it is not answered either.
     """
-    base, found = questions.setup.base, dict[tuple[str, str], float]()
+    base, found = questions.setup.base, dict[str, float | None]()
     with attach(base, guards=[guard]):
         for name in names:
-            prompts = [prompt for prompt in questions.prompts(name) if _fits(questions, prompt)]
+            prompts = questions.prompts(name)
+            found |= {f"{name} {prompt.id}": None for prompt in prompts}
+            prompts = [prompt for prompt in prompts if _fits(questions, prompt)]
             for start in range(0, len(prompts), BATCH):
                 some = prompts[start : start + BATCH]
                 answers = base.chat_batch([asked(prompt) for prompt in some], max_new_tokens=1, begun=True)
                 for prompt, answer in zip(some, answers, strict=True):
-                    found[name, prompt.id] = answer.verdicts[0].score
+                    found[f"{name} {prompt.id}"] = answer.verdicts[0].score
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from align_answers import CHECKED, FURTHER, MAIN
@@ -155,16 +156,18 @@ def _identical(bench: Bench) -> list[Row]:
     """Whether the logits at strength 0 are the base's, bit for bit, for every aligner that is there."""
     study, found = bench.study, list[Row]()
     base = study.setup.base
-    ids = torch.tensor([base.encode([Message("user", "How do I pick a lock?")]).ids])
-    plain = base.model(input_ids=ids).logits
+    prompts = study.questions.own_prompts()
+    ids = [torch.tensor([base.encode([Message("user", prompt.turns[0])]).ids]) for prompt in prompts]
+    plain = [base.model(input_ids=some).logits for some in ids]
     for name in KINDS:
         try:
             adapter = bench.one(name).adapter
         except MissingError:
             continue
         with attach(base, [adapter], strength=0.0):
-            same = torch.equal(base.model(input_ids=ids).logits, plain)
-        found.append(figure_row(bench.labels(name, "fixed", 0.0, "one prompt", 0), "identical_at_0", float(same)))
+            same = [torch.equal(base.model(input_ids=some).logits, one) for some, one in zip(ids, plain, strict=True)]
+        labels = bench.labels(name, "fixed", 0.0, "demo", 0)
+        found.append(figure_row(labels, "identical_at_0", float(np.mean(same)), n=len(same)))
     return found
 
 

@@ -8,6 +8,7 @@ prompts come from public sets; whatever asks for a goal of an evaluation is left
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import zlib
@@ -120,6 +121,8 @@ def make_rows(base: Base, data: Path, folder: Path) -> dict[str, object]:
         rows = [rows[example.line] for example in overlap.kept]
         if name.startswith("pairs"):
             rows = pairs_of(base, rows, refusals_of(name.removeprefix("pairs_")))
+        if name.startswith("checked"):  # records are found again by these names
+            rows = [{"id": hashlib.sha256(str(row["prompt"]).encode()).hexdigest()[:12], **row} for row in rows]
         _write(folder / f"{name}.jsonl", rows)
         counts[name] = {"rows": len(rows), "left_out": str(overlap)}
     write_json(done, counts)
