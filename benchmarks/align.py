@@ -24,7 +24,7 @@ from align_answers import NEW_TOKENS, Questions, Study
 from align_cost import cost_rows
 from align_figures import GOALS, PAPER_POINTS
 from align_jobs import Bench, jobs_of
-from align_training import Clock, MissingError, Setup
+from align_training import KINDS, Clock, MissingError, Setup
 from safeside.terminal import note
 from tidy import RESULTS, Row, result_of, write_json
 
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--base", default="builtin", help="builtin, a folder or a hub name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the headline and of LoRA-DPO")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of aligners")
     parser.add_argument(
         "--tries", type=int, default=3, choices=(1, 2, 3), help="settings that lst and LoRA-DPO each choose from"
     )
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         1 if options.quick else None,
         Clock(time.monotonic() + 60 * options.minutes),
     )
-    bench = Bench(Study(Questions(setup, options.prompts)), tuple(options.seeds), options.tries)
+    bench = Bench(Study(Questions(setup, options.prompts)), tuple(options.seeds), options.tries, tuple(options.kinds))
     assert setup.counts
     path = run(bench, options.output or (scratch if options.quick else RESULTS), setup.cells / "cost.json")
     note(f"wrote {path}")

@@ -28,6 +28,8 @@ class Bench:
     seeds: tuple[int, ...] = (0, 1, 2)
     n_tries: int = 3
     """Of the settings of what is tuned."""
+    kinds: tuple[str, ...] = KINDS
+    """Of aligners."""
     changes: dict[str, Changes] = field(default_factory=dict)
     """By method, what the best try changed."""
     choice: Choice | None = None

@@ -21,7 +21,7 @@ from align_bench import (
 from align_choice import TRIES, best_try, choose, gate_of, told_of, validation_side
 from align_figures import refused, trend_rows
 from align_headline import further, generated, headline
-from align_training import GATE, KINDS, LORAS, MissingError
+from align_training import GATE, LORAS, MissingError
 from safeside.attach import attach
 from safeside.evals.judges import Judgement
 from safeside.evals.methods import Aligned, Method, WithSystemPrompt
@@ -42,7 +42,7 @@ def jobs_of(bench: Bench) -> Iterator[Job]:
     yield "the headline", lambda: strength_rows(bench, bench.chosen.name, 0, STRENGTHS)
     yield f"{BASELINE} by scale", lambda: strength_rows(bench, BASELINE, 0, LORA_SCALES)
     yield "eleven strengths", lambda: _eleven(bench)
-    for name in (*KINDS, *LORAS):
+    for name in (*bench.kinds, *LORAS):
         if name not in (BASELINE, bench.choice.name if bench.choice else ""):
             yield f"{name} by strength", _by_strength(bench, name)
     yield "other ways", lambda: _others(bench)
@@ -81,7 +81,7 @@ def _tries(bench: Bench) -> list[Row]:
 
 def _choice(bench: Bench) -> list[Row]:
     kinds, gate = [], gate_of(bench.study, (*MAIN, *FURTHER, *CHECKED))
-    for name in KINDS:
+    for name in bench.kinds:
         try:
             kinds.append(bench.one(name))
         except MissingError:
@@ -159,7 +159,7 @@ def _identical(bench: Bench) -> list[Row]:
     prompts = study.questions.own_prompts()
     ids = [torch.tensor([base.encode([Message("user", prompt.turns[0])]).ids]) for prompt in prompts]
     plain = [base.model(input_ids=some).logits for some in ids]
-    for name in KINDS:
+    for name in bench.kinds:
         try:
             adapter = bench.one(name).adapter
         except MissingError:
@@ -172,11 +172,17 @@ def _identical(bench: Bench) -> list[Row]:
 
 
 def _training(bench: Bench) -> list[Row]:
-    """Seconds, memory and parameters of every training run that is there."""
-    found = []
-    for name in (*KINDS, *LORAS, GATE):
+    """Seconds, memory and parameters of every training run that is there; 0 of what is not trained."""
+    untrained = bench.labels("system_prompt", "fixed", 1.0, "training", 0)
+    found = [figure_row(untrained, fact, 0.0) for fact in TRAINED_FACTS]
+    behind = {
+        **{name: name for name in (*bench.kinds, *LORAS, GATE)},
+        "safe_decoding": "lora_sft",
+        "guard_canned": GATE,
+    }
+    for method, name in behind.items():
         for one in bench.trained_seeds(name):
-            labels = bench.labels(name, "fixed", 1.0, "training", one.seed)
+            labels = bench.labels(method, "fixed", 1.0, "training", one.seed)
             found += [figure_row(labels, fact, float(one.facts[fact]), flops_share=one.share) for fact in TRAINED_FACTS]
     return found
 

@@ -97,7 +97,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One kind, two baselines, few strengths and suites: seconds."""
     monkeypatch.setattr(align_training, "make_rows", made)
     for module in (align_bench, align_jobs):
-        monkeypatch.setattr(module, "KINDS", ("state_map",))
         monkeypatch.setattr(module, "STRENGTHS", (1.0,))
         monkeypatch.setattr(module, "LORA_SCALES", (1.0,), raising=False)
     monkeypatch.setattr(align_jobs, "LORAS", ("lora_dpo", "lora_sft"))
@@ -111,7 +110,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(data: Path, folder: Path, base: Path, *more: str) -> dict[str, list[dict[str, object]]]:
     options = ["--data", str(data), "--base", str(base), "--cells", str(folder / "cells"), "--output", str(folder)]
-    path = align.main([*options, "--seeds", "0", "--prompts", "3", "--tries", "1", *more])
+    path = align.main([*options, "--seeds", "0", "--prompts", "3", "--tries", "1", "--kinds", "state_map", *more])
     return json.loads(path.read_text())
 
 
