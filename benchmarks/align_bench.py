@@ -36,18 +36,18 @@ class Bench:
     """The headline's setting."""
     notes: dict[str, object] = field(default_factory=dict)
 
-    def one(self, name: str, seed: int = 0) -> Trained:
+    def one(self, name: str, seed: int = 0, *, makes: bool = True) -> Trained:
         """A trained method, at the settings that were chosen for it."""
         if name in TRIES and name not in self.changes:
             raise MissingError
-        return trained(self.study.setup, name, seed, self.changes.get(name, {}))
+        return trained(self.study.setup, name, seed, self.changes.get(name, {}), makes=makes)
 
     def trained_seeds(self, name: str) -> list[Trained]:
-        """Those of a method that are there, or that there is time for."""
+        """Those of a method that are there."""
         found = []
         for seed in self.seeds:
             try:
-                found.append(self.one(name, seed))
+                found.append(self.one(name, seed, makes=False))
             except MissingError:
                 continue
         return found

@@ -127,10 +127,10 @@ def recipe_of(setup: Setup, name: str, seed: int, changes: Changes) -> Recipe:
     return Recipe.model_validate({**values, "seed": seed, "base": {"name": setup.base_name}})
 
 
-def trained(setup: Setup, name: str, seed: int, changes: Changes | None = None) -> Trained:
+def trained(setup: Setup, name: str, seed: int, changes: Changes | None = None, *, makes: bool = True) -> Trained:
     """The method ``name`` trained with ``seed``, from the cache or now; a run that was killed goes on.
 
-    What is not there when the time is over is MissingError.
+    What is not there when the time is over, or with ``makes`` off, is MissingError.
     """
     recipe = recipe_of(setup, name, seed, changes or {})
     files = [*recipe.data.train, *recipe.data.validation, *recipe.data.benign]
@@ -138,7 +138,7 @@ def trained(setup: Setup, name: str, seed: int, changes: Changes | None = None) 
     known = [FORMAT, described, _hash_of(setup, tuple(files)), setup.base.fingerprint.model_dump()]
     folder = setup.cells / "trained" / f"{name}-{seed}-{config_hash(known)}"
     if not (folder / "provenance.json").is_file():
-        setup.clock.check()
+        (setup.clock if makes else Clock(0.0)).check()
         note(f"{name}, seed {seed}: training {dict(changes or {})}")
         run = run_lora if recipe.adapter.kind == LORA else run_recipe
         run(recipe, data_root=setup.rows, output=folder, base=setup.base, resume=True)
