@@ -35,6 +35,7 @@ METHODS = {
     "safe_decoding": ("#7b5ea7", ":"),
     "guard_canned": (GREY, ":"),
 }
+KINDS = ("lst", "lst_plus", "toplayers", "state_map")
 POLICIES = {
     "fixed": ("untargeted", GREY),
     "targeted_step": ("targeted, step", BLUE),
@@ -184,11 +185,7 @@ def table_section(page: Page) -> Section | None:
     """All methods at one strength each: targeted, untargeted, and the baselines."""
     strength = page.chosen.get("strength", 1.0)
     keys: list[tuple[str, str, object]] = [("base", "fixed", 0.0)]
-    keys += [
-        (method, policy, strength if method in ("lst", "lst_plus", "toplayers", "state_map") else 1.0)
-        for method in METHODS
-        for policy in POLICIES
-    ]
+    keys += [(method, policy, strength if method in KINDS else 1.0) for method in METHODS for policy in POLICIES]
     rows = []
     for method, policy, at in keys:
         cells = [
@@ -199,7 +196,7 @@ def table_section(page: Page) -> Section | None:
             )
         ]
         if any(cells):
-            rows.append((method, POLICIES[policy][0], f"{float(str(at)):g}", *cells))
+            rows.append((method, POLICIES[policy][0] if method in KINDS else "", f"{float(str(at)):g}", *cells))
     if not rows:
         return None
     heads = ("method", "strength set by", "strength", "harmful rate", "utility", "over-refusal", "on XSTest")

@@ -176,7 +176,7 @@ def _align_methods(rows: Sequence[Row], strength: float) -> tuple[Sequence[str],
         ("over_refusal", "benign"),
         ("over_refusal", "xstest"),
     )
-    plain = [row for row in rows if "headline" not in row]
+    plain = [row for row in rows if "headline" not in row and (row["metric"], row["suite"]) in figures]
     lines = []
     for method, policy in dict.fromkeys((row["method"], row["policy"]) for row in plain):
         at = {strength, 1.0, 0.0} if method == "base" else {strength} if policy != "fixed" else {strength, 1.0}
@@ -195,7 +195,7 @@ def decode_table(path: Path) -> str:
     rows = [row for row in result["rows"] if row["metric"] == "decode_ratio"] if result else []
     if not rows:
         return "*No figures yet: `python benchmarks/align_cost.py` and then `make bench-align` write them.*"
-    against = list(dict.fromkeys(str(row["against"]) for row in rows))
+    against = ["base", *dict.fromkeys(str(row["against"]) for row in rows if row["against"] != "base")]
     lines = []
     for method in dict.fromkeys(str(row["method"]) for row in rows):
         found = {str(row["against"]): row for row in rows if row["method"] == method}
