@@ -82,7 +82,12 @@ def quality(side: Side) -> float:
 
 
 def best_try(study: Study, name: str, n_tries: int) -> tuple[Changes, list[Row]]:
-    """Of the first tries the one with the best quality at the better of two strengths, and how each did."""
+    """Of the first tries the one with the best quality at the better of two strengths, and how each did.
+
+    Where there is one only, there is nothing to choose.
+    """
+    if n_tries == 1:
+        return TRIES[name][0], []
     tried: list[tuple[float, Changes]] = []
     told: list[Row] = []
     for changes in TRIES[name][:n_tries]:

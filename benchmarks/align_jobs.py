@@ -73,7 +73,7 @@ def _with_seed(bench: Bench, seed: int) -> Callable[[], list[Row]]:
 
 
 def _tries(bench: Bench) -> list[Row]:
-    for name in TRIES:
+    for name in [name for name in TRIES if name in (*bench.kinds, BASELINE)]:
         bench.changes[name], told = best_try(bench.study, name, bench.n_tries)
         bench.notes.setdefault("tries", []).extend(told)  # type: ignore[attr-defined]
     return []

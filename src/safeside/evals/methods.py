@@ -179,8 +179,8 @@ class Oracle:
             return likelihoods(self.base, conversations)
 
     def _strengths(self, conversations: Sequence[Conversation]) -> Policy:
-        said = [[message.content for message in messages if message.role == "user"][-1] for messages in conversations]
-        return fixed([self.strength if prompt in self.harmful else 0.0 for prompt in said] or [0.0])
+        said = [[message.content for message in messages if message.role == "user"][-1:] for messages in conversations]
+        return fixed([self.strength if self.harmful.intersection(last) else 0.0 for last in said] or [0.0])
 
 
 @dataclass(frozen=True, slots=True)
