@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
 TEXT ?= ../shared/pretrain/text
 SMALL := benchmarks/.cells/small
+COST := benchmarks/.cells/align/cost.json
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-overhead builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-overhead builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -79,6 +80,20 @@ bench-guards: setup $(SMALL)/config.json
 # The page of pictures alone, from the results and cells that are there.
 report-guards: setup
 	$(BIN)/python benchmarks/guards_report.py
+
+# What an aligner adds to a decoded token at a 0.5B geometry with random weights (minutes).
+$(COST):
+	$(BIN)/python benchmarks/align_cost.py --output $(COST)
+
+# Every kind of aligner, every baseline, every policy: trained, answered, judged (an hour on a quiet core; goes on after a
+# kill), then the page of pictures.
+bench-align: setup $(COST)
+	$(BIN)/python benchmarks/align.py --data $(DATA)
+	$(BIN)/python benchmarks/align_report.py
+
+# Its page alone, from the results that are there.
+report-align: setup
+	$(BIN)/python benchmarks/align_report.py
 
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup

@@ -135,6 +135,79 @@ def guards_table(path: Path) -> str:
     return head + _table(["method", *(f"{task}, {base}" for task, base in places)], lines)
 
 
+def align_table(path: Path) -> str:
+    """The headline beside its goals, and every method at the headline's strength, targeted and not."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows, notes = result["rows"], result["notes"]
+    chosen = notes.get("choice")
+    if not chosen:
+        return "*The headline was not measured in this run.*"
+    head = (
+        f"On `{rows[0]['base']}`, {notes['prompts_a_suite']} prompts a suite; `harmful_rate` is the share of "
+        "StrongREJECT prompts that is not refused, a proxy of compliance. Mean over seeds (lowest to highest end of "
+        f"their 95% intervals). Commit `{result['commit']}`, {result['machine']}.\n\n"
+    )
+    goals = notes["goals"]
+    lines = [
+        [
+            metric,
+            *(_signed_or_not(rows, metric, policy) for policy in ("targeted_step", "oracle", "fixed")),
+            f"{goal:g}",
+        ]
+        for metric, goal in goals.items()
+    ]
+    title = f"`{chosen['method']}` at strength {chosen['strength']:g}"
+    heads = (title, "learned gate", "oracle gate", "untargeted", "goal")
+    return head + _table(heads, lines) + "\n\n" + _table(*_align_methods(rows, float(chosen["strength"])))
+
+
+def _signed_or_not(rows: Sequence[Row], metric: str, policy: str) -> str:
+    found = [row for row in rows if "headline" in row and (row["metric"], row["policy"]) == (metric, policy)]
+    return _signed(found[0]) if found else ""
+
+
+def _align_methods(rows: Sequence[Row], strength: float) -> tuple[Sequence[str], list[list[str]]]:
+    """A line for each method and policy: rate, utility, and over-refusal on both harmless suites."""
+    figures = (
+        ("harmful_rate", "strongreject"),
+        ("utility", "helpful"),
+        ("over_refusal", "benign"),
+        ("over_refusal", "xstest"),
+    )
+    plain = [row for row in rows if "headline" not in row and (row["metric"], row["suite"]) in figures]
+    lines = []
+    for method, policy in dict.fromkeys((row["method"], row["policy"]) for row in plain):
+        at = {strength, 1.0, 0.0} if method == "base" else {strength} if policy != "fixed" else {strength, 1.0}
+        mine = [row for row in plain if (row["method"], row["policy"]) == (method, policy) and row["strength"] in at]
+        top = max((float(row["strength"]) for row in mine), default=0.0)
+        mine = [row for row in mine if row["strength"] == top]
+        cells = [_auroc_cell([row for row in mine if (row["metric"], row["suite"]) == figure]) for figure in figures]
+        if all(cells[:2]):
+            lines.append([f"{method}, {policy}", f"{top:g}", *cells])
+    return ("method", "strength", "harmful_rate", "utility", "over-refusal, benign", "over-refusal, XSTest"), lines
+
+
+def decode_table(path: Path) -> str:
+    """Time of a decoded token with every aligner, over the base, a second model and LoRA-DPO."""
+    result = _read(path.with_name("align.json"))
+    rows = [row for row in result["rows"] if row["metric"] == "decode_ratio"] if result else []
+    if not rows:
+        return "*No figures yet: `python benchmarks/align_cost.py` and then `make bench-align` write them.*"
+    against = ["base", *dict.fromkeys(str(row["against"]) for row in rows if row["against"] != "base")]
+    lines = []
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        found = {str(row["against"]): row for row in rows if row["method"] == method}
+        share = _share(list(found.values()))
+        lines.append([method, *(_ratio_cell(found[name]) if name in found else "" for name in against), share])
+    head = (
+        f"One token at the geometry of {rows[0]['base']} with random weights, batch {rows[0]['batch']}: median over "
+        f"{rows[0]['n']} interleaved rounds (95% bootstrap interval).\n\n"
+    )
+    return head + _table(["with", *(f"over {name}" for name in against), "multiply-adds"], lines)
+
+
 def _signed(row: Row) -> str:
     return f"{float(row['value']):+.3f} ({float(row['low']):+.3f} to {float(row['high']):+.3f})"
 
@@ -158,6 +231,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "taps": taps_table,
     "overhead": overhead_table,
     "guards": guards_table,
+    "align": align_table,
+    "decode": decode_table,
 }
 
 

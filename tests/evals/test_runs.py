@@ -17,8 +17,9 @@ from safeside.errors import InputError, NotFiniteError
 from safeside.evals import runs as module
 from safeside.evals.judges import JUDGES, Judgement, by_refusal
 from safeside.evals.likelihood import Likelihood
+from safeside.evals.methods import Aligned, aligned
 from safeside.evals.records import Record, RecordLog, read_records
-from safeside.evals.runs import Aligned, Judging, aligned, judging, results_of, run_aligner_suite, run_suite, wilson
+from safeside.evals.runs import Judging, judging, results_of, run_aligner_suite, run_suite, wilson
 from safeside.evals.suites import Prompt, Suite, answered, draw, suite_prompts
 from safeside.types import Completion
 

@@ -96,6 +96,7 @@ class Twin:
             worse, worse_reference = self.of_answer(rows.rejected.ids[row], rows.rejected.answer_starts[row])
             margin = self.training.beta * ((own - reference) - (worse - worse_reference))
             total += math.log1p(math.exp(-margin))
+            total -= self.training.sft_weight * own / (len(rows.ids[row]) - rows.answer_starts[row])
             weight += 1
         return total / weight
 
@@ -111,6 +112,18 @@ def test_a_loss_is_its_twin(
     rows = rows_of(base, with_rejected=objective == "dpo")
     loss = AlignmentLoss(base, LiveTaps(base, aligner), rows, training)
     assert loss(some).item() == pytest.approx(Twin(base, aligner, training).loss(rows, some), rel=SAME, abs=SAME)
+
+
+@pytest.mark.parametrize("some", [[0, 2], range(7)])
+def test_the_chosen_answers_count_by_themselves(tiny_base: Base, random_aligner, some: Sequence[int]) -> None:
+    aligner, rows = random_aligner(tiny_base), rows_of(tiny_base)
+    found = {}
+    for weight in (0.0, 0.6):
+        training = settings(kl_weight=0.7, sft_weight=weight)
+        found[weight] = AlignmentLoss(tiny_base, LiveTaps(tiny_base, aligner), rows, training)(some).item()
+        expected = Twin(tiny_base, aligner, training).loss(rows, some)
+        assert found[weight] == pytest.approx(expected, rel=SAME, abs=SAME)
+    assert found[0.6] > found[0.0]
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])

@@ -60,6 +60,7 @@ temperature = 2.0
 targets = "prefixes"
 objective = "sft"
 beta = 0.1
+sft_weight = 0.0
 kl_weight = 0.0
 cache_taps = false
 checkpoint_seconds = 5
@@ -314,6 +315,8 @@ def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
         ("guard", "objective = 'dpo'", "objective: for aligners only, and role is 'guard'"),
         ("guard", "kl_weight = 0.5", "kl_weight: for aligners only, and role is 'guard'"),
         ("align", "beta = 0.5", "beta does nothing for objective 'sft'"),
+        ("align", "sft_weight = 1.0", "sft_weight does nothing for objective 'sft'"),
+        ("guard", "sft_weight = 1.0", "sft_weight: for aligners only"),
         ("align", "objective = 'ppo'", "training.objective: Input should be 'sft' or 'dpo'"),
         ("align", "objective = 'dpo'\nbeta = 0", "training.beta: Input should be greater"),
         ("align", "objective = 'dpo'\nbeta = nan", "training.beta: Input should be"),

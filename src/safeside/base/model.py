@@ -116,8 +116,13 @@ class Base:
         """Of the weights; adapters are loaded in it."""
         return self.model.dtype
 
-    def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Encoded:
-        """Token ids of a conversation; with ``answer`` they end where the assistant's answer begins."""
+    def encode(self, messages: Sequence[Message], *, answer: bool = True, begun: bool = False) -> Encoded:
+        """Token ids of a conversation; with ``answer`` they end where the assistant's answer begins.
+
+        With ``begun`` a last message of the assistant is the beginning of an answer, and they end with it.
+        """
+        if begun and messages[-1:] and messages[-1].role == "assistant":
+            return encode_begun(self.tokenizer, messages)
         return encode_chat(self.tokenizer, messages, add_generation_prompt=answer, is_encoder=self.is_encoder)
 
     def head_logits(self, final: Tensor) -> Tensor:
@@ -175,12 +180,7 @@ class Base:
         self._check_chat(strength, stop, generate)
         if not conversations:
             return []
-        encoded = [
-            encode_begun(self.tokenizer, messages)
-            if begun and messages[-1:] and messages[-1].role == "assistant"
-            else self.encode(messages)
-            for messages in conversations
-        ]
+        encoded = [self.encode(messages, begun=begun) for messages in conversations]
         self._check_room(encoded, max_new_tokens)
         ends = [len(item.ids) for item in encoded]
         attached = self.attachment

@@ -14,8 +14,9 @@ from safeside.base.model import Base
 from safeside.errors import InputError, MissingExtraError
 from safeside.evals.guards import GuardReport, evaluate_guard
 from safeside.evals.judges import JUDGES, JudgeOptions
+from safeside.evals.methods import Aligned, aligned
 from safeside.evals.records import RecordLog, read_records, rejudge
-from safeside.evals.runs import Aligned, aligned, judging, results_of, run_suite
+from safeside.evals.runs import judging, results_of, run_suite
 from safeside.evals.suites import SUITES, Suite, draw
 from safeside.registry import Registry
 from safeside.tasks.rows import BadRow

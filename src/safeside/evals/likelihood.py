@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from safeside.base.model import Base
-from safeside.chat import Encoded, pad_batch
+from safeside.chat import pad_batch
 from safeside.errors import InputError
 from safeside.evals.metrics import N_RESAMPLES, Figure
 from safeside.types import Message
@@ -32,13 +33,28 @@ class Likelihood:
     """How many those are."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One known answer: its tokens, and the states that predict them."""
+
+    states: Float[Tensor, "N D"]
+    """Final normed state before each token."""
+    targets: Int[Tensor, " N"]
+    """The answer's tokens and what the template puts after them."""
+
+
 def likelihoods(base: Base, conversations: Sequence[Sequence[Message]]) -> list[Likelihood]:
     """Of the answers that end each conversation, under whatever is attached; one batch.
 
     A latched gate reads the prompt's end, as when the base answers.  A conversation without an answer, or longer than
     the base's context, is an InputError.
     """
+    return [_likelihood(base, known) for known in known_answers(base, conversations)]
+
+
+@torch.no_grad()
+def known_answers(base: Base, conversations: Sequence[Sequence[Message]]) -> list[Known]:
+    """The states behind ``likelihoods``: one pass of the base over all conversations, under whatever is attached."""
     encoded = [base.encode(messages) for messages in conversations]
     for item in encoded:
         if item.answer_start >= len(item.ids):
@@ -53,19 +69,20 @@ def likelihoods(base: Base, conversations: Sequence[Sequence[Message]]) -> list[
     starts = [item.answer_start for item in encoded]
     with base.attachment.request(prompt_end=starts) if base.attachment else nullcontext():
         states = base.decoder(input_ids=ids, attention_mask=keep, use_cache=False).last_hidden_state  # (B, T, D)
-    return [_likelihood(base, item, states[row]) for row, item in enumerate(encoded)]
+    return [
+        Known(states[row, start - 1 : len(item.ids) - 1], ids[row, start : len(item.ids)])
+        for row, (item, start) in enumerate(zip(encoded, starts, strict=True))
+    ]
 
 
-def _likelihood(base: Base, item: Encoded, states: Tensor) -> Likelihood:
-    """Of one answer, from its row's final states (T, D): the state before a token predicts it."""
-    targets = torch.tensor(item.ids[item.answer_start :], device=states.device)
-    before = states[item.answer_start - 1 : len(item.ids) - 1]
+@torch.no_grad()
+def _likelihood(base: Base, known: Known) -> Likelihood:
     total = 0.0
-    for start in range(0, len(targets), _TOKENS_AT_ONCE):
+    for start in range(0, len(known.targets), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
-        logits = base.head_logits(before[None, part])[0].float()
-        total -= float(logits.log_softmax(-1).gather(-1, targets[part, None]).double().sum())
-    return Likelihood(total, len(targets))
+        logits = base.head_logits(known.states[None, part])[0].float()
+        total -= float(logits.log_softmax(-1).gather(-1, known.targets[part, None]).double().sum())
+    return Likelihood(total, len(known.targets))
 
 
 def utility(base: Sequence[Likelihood], method: Sequence[Likelihood]) -> Figure:

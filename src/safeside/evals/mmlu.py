@@ -20,7 +20,8 @@ from lm_eval.models.huggingface import HFLM
 
 from safeside.attach import Attachment, attach
 from safeside.errors import InputError
-from safeside.evals.runs import Aligned, wilson
+from safeside.evals.methods import Aligned
+from safeside.evals.runs import wilson
 from safeside.evals.suites import SUITES, draw
 from safeside.policies import counts_from_prompt
 from safeside.tasks.rows import BadRow, open_rows, parse_rows

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
@@ -185,6 +186,7 @@ def dots_picture(dots: Sequence[Dot], x: Axis) -> str:
             axes.plot([dot.value], [height], "o", color=dot.colour, markersize=4.5, label=label)
             named.add(dot.kind)
     axes.set_yticks(range(len(rows)), list(rows))
+    axes.xaxis.set_major_locator(MaxNLocator(6))  # more of them run into one another on narrow ranges
     if kinds:
         canvas.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
     return _svg(canvas, x, y)

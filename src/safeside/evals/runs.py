@@ -2,123 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from safeside.adapters.adapter import Adapter
-from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.judges import JUDGES, Judge, JudgeOptions, unscored
-from safeside.evals.likelihood import Likelihood, likelihoods, utility
+from safeside.evals.likelihood import Likelihood, utility
+from safeside.evals.methods import Method, aligned
 from safeside.evals.metrics import N_RESAMPLES, Figure
 from safeside.evals.records import Record, RecordLog, Setting, safely
 from safeside.evals.suites import Prompt, Suite, draw
-from safeside.mixing import Policy, as_policy, ramp
 from safeside.provenance import config_hash
 from safeside.types import Completion, Message, Result
 
 MAX_NEW_TOKENS = 48
 
-Conversation = Sequence[Message]
 Advance = Callable[[int], None]
-
-
-class Method(Protocol):
-    """Anything that answers prompts: an aligner at a strength, a baseline, a guard with a fixed refusal."""
-
-    @property
-    def name(self) -> str:
-        """What figures call it."""
-        ...
-
-    @property
-    def policy_name(self) -> str:
-        """What sets its strength, in a word."""
-        ...
-
-    @property
-    def strength(self) -> float:
-        """Its strength, of a policy the ceiling."""
-        ...
-
-    @property
-    def key(self) -> object:
-        """JSON-able: everything that decides its answers."""
-        ...
-
-    def answers(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Completion]:
-        """One answer each; where a conversation ends with an assistant's message, what goes on from there."""
-        ...
-
-    def likelihoods(self, conversations: Sequence[Conversation]) -> list[Likelihood]:
-        """Of the answers that end the conversations."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Aligned:
-    """A base with one aligner, whose strength is a number or a policy of ``guards``."""
-
-    base: Base
-    """The frozen base."""
-    aligner: Adapter
-    """Gives the second distribution."""
-    policy: Policy
-    """Sets its strength."""
-    guards: tuple[Adapter, ...] = ()
-    """Those that the policy asks."""
-
-    @property
-    def name(self) -> str:
-        """That of the aligner."""
-        return self.aligner.name
-
-    @property
-    def policy_name(self) -> str:
-        """``fixed``, ``ramp``, ``step``, ``sigmoid``, ``bycategory`` or ``timed``."""
-        return type(self.policy).__name__.lower()
-
-    @property
-    def strength(self) -> float:
-        """The policy's ceiling."""
-        return self.policy.ceiling
-
-    @property
-    def key(self) -> object:
-        """Hashes of the base and of every adapter, and the policy with all its settings."""
-        adapters = [digest_of(adapter) for adapter in (self.aligner, *self.guards)]
-        return [self.base.fingerprint.model_dump(), str(self.base.dtype), adapters, repr(self.policy)]
-
-    def answers(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Completion]:
-        """Greedy answers."""
-        with attach(self.base, [self.aligner], list(self.guards), strength=self.policy):
-            return self.base.chat_batch(conversations, max_new_tokens=max_new_tokens, begun=True)
-
-    def likelihoods(self, conversations: Sequence[Conversation]) -> list[Likelihood]:
-        """Of the answers that end the conversations."""
-        with attach(self.base, [self.aligner], list(self.guards), strength=self.policy):
-            return likelihoods(self.base, conversations)
-
-
-def aligned(base: Base, aligner: Adapter, strength: float, guard: Adapter | None = None) -> Aligned:
-    """``aligner`` at ``strength``; with ``guard`` that is the ceiling of a ramp around the guard's threshold."""
-    if guard is None or strength == 0:
-        return Aligned(base, aligner, as_policy(strength))
-    return Aligned(base, aligner, ramp(guard, ceiling=strength), (guard,))
-
-
-def digest_of(adapter: Adapter) -> str:
-    """Hash of an adapter's configuration and weights."""
-    hasher = hashlib.sha256(adapter.config.model_dump_json().encode())
-    for name, tensor in sorted(adapter.state_dict().items()):
-        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hasher.update(tensor.detach().double().cpu().numpy().tobytes())
-    return hasher.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

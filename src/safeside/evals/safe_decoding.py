@@ -7,7 +7,7 @@ of the tokens that are near the top of both, each gets ``p_base + a (p_expert - 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from safeside.base.model import Base
 from safeside.errors import InputError
-from safeside.evals.methods import Conversation, Sampling, answers_of
+from safeside.evals.likelihood import Known, Likelihood, known_answers
+from safeside.evals.methods import Conversation, digest_of_lora, key_of
 from safeside.lora import Lora, load_lora
 from safeside.types import Completion
 
@@ -43,26 +44,63 @@ class Mix:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SafeDecoding:
     """The base, helped by an expert, a LoRA in a peft folder, over the first tokens of each answer."""
 
     base: Base
+    """The base."""
     expert: Path
+    """As peft saves it."""
     mix: Mix = Mix()
-    sampling: Sampling = field(default_factory=Sampling)
+    """How they are mixed."""
     name: str = "safe_decoding"
+    """What figures call it."""
+    policy_name: str = "fixed"
+    """The same for every prompt."""
 
-    def answer(self, conversations: Sequence[Conversation], seed: int = 0) -> list[Completion]:
-        """Answers; each batch costs ``mix.n_tokens`` passes of the expert more than the base alone."""
-        size, completions = self.sampling.batch_size, list[Completion]()
+    @property
+    def strength(self) -> float:
+        """How far the mix goes towards the expert, in [0, 2]; the released weight, 3, counts as 1."""
+        return min(self.mix.weight / Mix().weight, 2.0)
+
+    @property
+    def key(self) -> object:
+        """Hashes of base and expert, and the mix."""
+        return [*key_of(self.base), digest_of_lora(self.expert), repr(self.mix)]
+
+    def answers(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Completion]:
+        """Answers; they cost ``mix.n_tokens`` passes of the expert more than the base alone."""
+        if not conversations:
+            return []
         with load_lora(self.expert, self.base) as lora, lora.scaled(0.0):
-            for start in range(0, len(conversations), size):
-                some = conversations[start : start + size]
-                lengths = [len(self.base.encode(messages).ids) for messages in some]
-                mixing = LogitsProcessorList([_Mixing(lora, lengths, self.mix)])
-                completions += answers_of(self.base, some, self.sampling, seed + start, mixing)
-        return completions
+            lengths = [len(self.base.encode(messages, begun=True).ids) for messages in conversations]
+            mixing = _Mixing(lora, lengths, self.mix)
+            return self.base.chat_batch(
+                conversations,
+                max_new_tokens=max_new_tokens,
+                begun=True,
+                logits_processor=LogitsProcessorList([mixing]),
+            )
+
+    @torch.no_grad()
+    def likelihoods(self, conversations: Sequence[Conversation]) -> list[Likelihood]:
+        """Under the mix before its candidates are cut, which would make most known answers impossible."""
+        with load_lora(self.expert, self.base) as lora:
+            with lora.scaled(0.0):
+                of_base = known_answers(self.base, conversations)
+            of_expert = known_answers(self.base, conversations)
+        return [self._likelihood(*pair) for pair in zip(of_base, of_expert, strict=True)]
+
+    def _likelihood(self, of_base: Known, of_expert: Known) -> Likelihood:
+        n_mixed = self.mix.n_tokens
+        logits = self.base.head_logits(of_base.states[None])[0].float()
+        found = logits.log_softmax(-1)
+        expert = self.base.head_logits(of_expert.states[None, :n_mixed])[0].float().softmax(-1)
+        mixed = _extrapolated(logits[:n_mixed].softmax(-1), expert, self.mix.weight)
+        found[:n_mixed] = (mixed / mixed.sum(-1, keepdim=True)).log()
+        taken = found.gather(-1, of_base.targets[:, None]).double()
+        return Likelihood(-float(taken.sum()), len(of_base.targets))
 
 
 class _Mixing(LogitsProcessor):
@@ -97,9 +135,15 @@ class _Mixing(LogitsProcessor):
 def mixed_scores(base_logits: Float[Tensor, "B V"], expert_logits: Float[Tensor, "B V"], mix: Mix) -> Tensor:
     """Log-probabilities (B, V) of the mix; minus infinity for what is no candidate."""
     of_base, of_expert = base_logits.softmax(-1), expert_logits.softmax(-1)
-    mixed = (of_base + mix.weight * (of_expert - of_base)).clamp_min(_LEAST)
-    mixed = torch.where(candidates(base_logits, expert_logits, mix.n_candidates), mixed, 0.0)
+    mixed = torch.where(
+        candidates(base_logits, expert_logits, mix.n_candidates), _extrapolated(of_base, of_expert, mix.weight), 0.0
+    )
     return (mixed / mixed.sum(-1, keepdim=True)).log()
+
+
+def _extrapolated(of_base: Tensor, of_expert: Tensor, weight: float) -> Tensor:
+    """``p_base + weight (p_expert - p_base)``, nowhere below the least probability; not normed."""
+    return (of_base + weight * (of_expert - of_base)).clamp_min(_LEAST)
 
 
 def candidates(base_logits: Tensor, expert_logits: Tensor, n_least: int) -> Bool[Tensor, "B V"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safeside.base.model import Base
@@ -50,8 +50,9 @@ class AlignmentLoss:
     """The loss of training rows (numbers 0 to n - 1) and of benign rows behind them (n to n + m - 1).
 
     ``sft``: a mean over tokens, of minus the log-probability of the answer's, and on benign rows of ``kl_weight`` times
-    ``KL(p_base || p)``.  ``dpo``: a mean over rows, of the pair's loss, and on benign rows of ``kl_weight`` times the
-    mean divergence of its tokens.  A benign row's tokens are those of its answer, or without one the answer's first.
+    ``KL(p_base || p)``.  ``dpo``: a mean over rows, of the pair's loss and ``sft_weight`` times the chosen answer's
+    mean over tokens, and on benign rows of ``kl_weight`` times the mean divergence of its tokens.  A benign row's
+    tokens are those of its answer, or without one the answer's first.
     """
 
     def __init__(self, base: Base, source: Source, rows: Rows, training: TrainingSection) -> None:
@@ -122,6 +123,8 @@ class AlignmentLoss:
             ratios = found.new_zeros(len(batch.rows)).index_add(0, row[is_learnt], found - found_by_base)
             chosen, worse, _ = torch.split(ratios, groups)
             total = total + dpo_losses(chosen, worse, self.training.beta).sum()
+            if self.training.sft_weight:
+                total = total - self.training.sft_weight * self._means(batch, row[is_learnt], found)[: groups[0]].sum()
         else:
             total = total - found.sum()
         if benign:
@@ -132,10 +135,12 @@ class AlignmentLoss:
     def _divergence(self, batch: Batch, row: Tensor, states: Tensor, reference: Tensor, is_learnt: Tensor) -> Tensor:
         """Summed over the tokens of the benign rows, or in ``dpo`` over the rows' means."""
         divergences = token_divergences(self.base, reference[~is_learnt], states[~is_learnt])
-        if not self.is_dpo:
-            return divergences.sum()
+        return self._means(batch, row[~is_learnt], divergences).sum() if self.is_dpo else divergences.sum()
+
+    def _means(self, batch: Batch, row: Tensor, values: Tensor) -> Float[Tensor, " B"]:
+        """The mean over its tokens of each row of the batch; ``row`` says which row each value is of."""
         counts = torch.tensor([self.n_read[text] for text in batch.rows], device=row.device)
-        return (divergences / counts[row[~is_learnt]]).sum()
+        return values.new_zeros(len(batch.rows)).index_add(0, row, values / counts[row])
 
     def _read_at(self, batch: Batch) -> Bool[Tensor, "B T"]:
         """The places whose state predicts a token of the answer; the last one of a row without answer."""

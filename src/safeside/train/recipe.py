@@ -175,6 +175,11 @@ class TrainingSection(_Section):
     """What an aligner learns: answers (of preferences the chosen ones), or to prefer the chosen to the rejected one."""
     beta: float = Field(0.1, gt=0)
     """Of ``dpo``: how dear it is to leave the base, which is the reference."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Of ``dpo``: weight of the chosen answer's negative log-likelihood per token, added to each pair's loss.
+
+    Preference alone may lower both answers' likelihood; this keeps the chosen one's up (arXiv 2404.19733, section 2).
+    """
     kl_weight: float = Field(0.0, ge=0)
     """Weight of the divergence from the base on benign rows; each counts as much as a training row (``sft``: token)."""
     cache_taps: bool | Literal["keep"] = True
@@ -276,6 +281,7 @@ class Recipe(_Section):
             "align": {
                 "objective": training.objective != "sft",
                 "beta": training.beta != TrainingSection.model_fields["beta"].default,
+                "sft_weight": training.sft_weight,
                 "kl_weight": training.kl_weight,
                 "data.benign": self.data.benign,
             },
@@ -287,8 +293,9 @@ class Recipe(_Section):
                 raise ValueError(
                     f"{' and '.join(given)}: for {kind} only, and role is {self.adapter.role!r}; leave out"
                 )
-        if of_role["align"]["beta"] and training.objective != "dpo":
-            raise ValueError("beta does nothing for objective 'sft'; leave it out, or set objective = 'dpo'")
+        given = [field for field in ("beta", "sft_weight") if of_role["align"][field]]
+        if given and training.objective != "dpo":
+            raise ValueError(f"{given[0]} does nothing for objective 'sft'; leave it out, or set objective = 'dpo'")
         if bool(training.kl_weight) != bool(self.data.benign):
             raise ValueError("kl_weight and data.benign belong together: a weight, and the rows that it acts on")
         return self

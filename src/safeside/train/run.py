@@ -250,6 +250,8 @@ def _aligner_facts(recipe: Recipe, train: Rows) -> dict[str, str]:
     if recipe.adapter.role != "align":
         return {}
     learnt = f"dpo, beta {training.beta:g}" if training.objective == "dpo" else "sft"
+    if training.sft_weight:
+        learnt += f", chosen answers' likelihood x {training.sft_weight:g}"
     if train.benign is None:
         return {"objective": learnt}
     return {"objective": f"{learnt}, KL to the base x {training.kl_weight:g} on {len(train.benign.ids)} benign rows"}

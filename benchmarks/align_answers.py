@@ -1,0 +1,169 @@
+"""Answers of the alignment benchmark: prompts of every suite by every method, kept as records that a run goes on with.
+
+A gate that is latched at the prompt's end leaves an answer at strength 0 or at full strength, and an aligner writes
+nothing into the base.  So the answers of a step, or of an oracle, are picked from those of the two fixed strengths.
+That this is what the gate itself would answer is tested, and checked again for the headline, which is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from align_training import Clock, Setup, Trained
+from safeside.adapters.adapter import Adapter
+from safeside.attach import attach
+from safeside.evals.likelihood import Likelihood
+from safeside.evals.methods import Method, PlainBase
+from safeside.evals.records import Record, RecordLog
+from safeside.evals.runs import judging, run_suite
+from safeside.evals.suites import SUITES, Prompt, Suite, answered, draw
+from safeside.types import Completion, Message
+
+NEW_TOKENS = 24  # of an answer: 99.7% of the refusals that are learnt from say no within them
+BATCH = 25
+MAIN = ("strongreject", "benign", "xstest", "helpful")  # measured for every method and strength
+FURTHER = ("jailbreakbench", "harmbench", "advbench", "prefilled", "attacks")  # for the base and the headline
+CHECKED = ("checked_harmful", "checked_harmless", "checked_helpful")  # what settings are chosen on
+
+Choose = Callable[[Prompt], bool]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A method that answers only while there is time; its records are those of the method."""
+
+    method: Method
+    clock: Clock
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return self.method.name
+
+    @property
+    def policy_name(self) -> str:
+        """The method's."""
+        return self.method.policy_name
+
+    @property
+    def strength(self) -> float:
+        """The method's."""
+        return self.method.strength
+
+    @property
+    def key(self) -> object:
+        """The method's."""
+        return self.method.key
+
+    def answers(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Completion]:
+        """The method's, or MissingError."""
+        self.clock.check()
+        return self.method.answers(conversations, max_new_tokens)
+
+    def likelihoods(self, conversations: Sequence[Sequence[Message]]) -> list[Likelihood]:
+        """The method's, or MissingError."""
+        self.clock.check()
+        return self.method.likelihoods(conversations)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The suites of a run, with their prompts in order of length: little padding."""
+
+    setup: Setup
+    limit: int
+
+    def suite(self, name: str) -> Suite:
+        """The suite, public or of validation prompts."""
+        if name not in CHECKED:
+            measured = replace(SUITES.get(name), limit=self.limit)
+            return measured if measured.measure == "likelihood" else replace(measured, max_new_tokens=NEW_TOKENS)
+        path = self.setup.rows / f"{name}.jsonl"
+        if name == "checked_helpful":
+            return Suite(name, path, "", self.limit, answered, "harmless", measure="likelihood")
+        holds = "harmful" if name == "checked_harmful" else "harmless"
+        return Suite(name, path, limit=self.limit, holds=holds, max_new_tokens=NEW_TOKENS)  # type: ignore[arg-type]
+
+    def prompts(self, name: str) -> list[Prompt]:
+        """The prompts drawn."""
+        drawn = draw(self.suite(name), self.setup.data)
+        return sorted(drawn, key=lambda prompt: len(prompt.turns[0]) + sum(map(len, prompt.references)))
+
+    def own_prompts(self) -> list[Prompt]:
+        """A few harmful and harmless prompts that were written for this project, and can be shown."""
+        return draw(replace(SUITES.get("demo"), limit=4))
+
+    def ask(self, name: str, method: Method, log: RecordLog) -> list[Record]:
+        """A record of each prompt; those that ``log`` holds are not made again.  Without time it is a MissingError."""
+        suite = self.suite(name)
+        judged = replace(judging(suite, log=log), batch_size=BATCH if suite.measure == "answers" else BATCH // 2)
+        return run_suite(suite, self.prompts(name), Timed(method, self.setup.clock), judged)
+
+
+@dataclass
+class Study:
+    """Questions, and one file of records for each method and seed."""
+
+    questions: Questions
+    logs: dict[str, RecordLog] = field(default_factory=dict)
+
+    @property
+    def setup(self) -> Setup:
+        """What the run shares."""
+        return self.questions.setup
+
+    def ask(self, method: Method, suite: str, seed: int = 0) -> list[Record]:
+        """Records of a suite's prompts by a method."""
+        name = f"{method.name}-{seed}"
+        if name not in self.logs:
+            self.logs[name] = RecordLog(self.setup.cells / "records" / f"{name}.jsonl")
+        return self.questions.ask(suite, method, self.logs[name])
+
+    def of_base(self, suite: str) -> list[Record]:
+        """The base's records."""
+        return self.ask(PlainBase(self.setup.base), suite)
+
+    def at(self, trained: Trained, suite: str, strength: float) -> list[Record]:
+        """Records at a fixed strength; 0 is the base, whatever was trained."""
+        return self.of_base(suite) if strength == 0.0 else self.ask(trained.at(strength), suite, trained.seed)
+
+    def picked(self, trained: Trained, suite: str, strength: float, is_open: Choose) -> list[Record]:
+        """Records of a gate that puts the strength on where ``is_open``."""
+        pairs = zip(self.of_base(suite), self.at(trained, suite, strength), strict=True)
+        return [full if is_open(full.prompt) else none for none, full in pairs]
+
+
+def gate_scores(guard: Adapter, questions: Questions, names: Sequence[str]) -> dict[str, float | None]:
+    """By suite and prompt, the guard's score at the prompt's end: what a latched gate reads.
+
+    A prompt that the base cannot read has None: it is not answered either.
+    """
+    base, found = questions.setup.base, dict[str, float | None]()
+    with attach(base, guards=[guard]):
+        for name in names:
+            prompts = questions.prompts(name)
+            found |= {f"{name} {prompt.id}": None for prompt in prompts}
+            prompts = [prompt for prompt in prompts if _fits(questions, prompt)]
+            for start in range(0, len(prompts), BATCH):
+                some = prompts[start : start + BATCH]
+                answers = base.chat_batch([asked(prompt) for prompt in some], max_new_tokens=1, begun=True)
+                for prompt, answer in zip(some, answers, strict=True):
+                    found[f"{name} {prompt.id}"] = answer.verdicts[0].score
+    return found
+
+
+def asked(prompt: Prompt) -> list[Message]:
+    """The conversation that the last turn's answer goes on from; suites here have one turn."""
+    begun = [Message("assistant", prompt.prefix)] if prompt.prefix else []
+    return [Message("user", prompt.turns[-1]), *begun]
+
+
+def _fits(questions: Questions, prompt: Prompt) -> bool:
+    base = questions.setup.base
+    return len(base.encode(asked(prompt), begun=True).ids) + NEW_TOKENS <= base.max_tokens
+
+
+def is_refusal(record: Record) -> bool | None:
+    """Whether the answer refuses; None where the judge could not tell."""
+    return None if record.judgement.outcome == "unscored" else record.judgement.outcome == "refused"

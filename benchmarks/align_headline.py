@@ -1,0 +1,121 @@
+"""The headline of the alignment benchmark: the chosen aligner behind its gate and behind an oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from align_answers import FURTHER, MAIN, Choose
+from align_bench import BASELINE, LORA_SCALES, Bench, gated_rows, is_harmful, suite_rows
+from align_figures import Side, headline_rows, interval_of, side_of
+from align_training import MissingError, Trained
+from safeside.evals.methods import Aligned, Method, Oracle
+from safeside.evals.records import Record
+from safeside.mixing import step
+from tidy import Row, figure_row
+
+
+def _sides(bench: Bench, ones: Sequence[Trained], strength: float, opens: Callable[[str], Choose], over: str) -> Side:
+    def of(suite: str) -> list[list[Record]]:
+        return [bench.study.picked(one, suite, strength, opens(suite)) for one in ones]
+
+    return side_of(of("strongreject"), of(over), of("helpful"), bench.study.of_base("helpful"))
+
+
+def _available(bench: Bench, name: str, strengths: Sequence[float]) -> list[Trained]:
+    """The seeds of a method whose answers are all there."""
+    found = []
+    for one in bench.trained_seeds(name):
+        try:
+            for suite in MAIN:
+                for strength in strengths:
+                    bench.study.at(one, suite, strength)
+            found.append(one)
+        except MissingError:
+            continue
+    if not found:
+        raise MissingError
+    return found
+
+
+def headline(bench: Bench) -> list[Row]:
+    """The headline rows: learned gate and oracle; seeds are pooled, hence seed -1."""
+    chosen = bench.chosen
+    ours, theirs = _available(bench, chosen.name, [chosen.strength]), _available(bench, BASELINE, LORA_SCALES)
+
+    def always(suite: str) -> Choose:
+        return lambda prompt: True
+
+    bench.notes["headline_seeds"] = {chosen.name: len(ours), BASELINE: len(theirs)}
+    ways: Mapping[str, Callable[[str], Choose]] = {
+        "targeted_step": chosen.gate.opens,
+        "oracle": lambda suite: is_harmful,
+        "fixed": always,
+    }
+    found: list[Row] = []
+    for policy, opens in ways.items():
+        for over in ("benign", "xstest"):
+            base = _sides(bench, ours[:1], 0.0, always, over)
+            front = [base, *(_sides(bench, theirs, scale, always, over) for scale in LORA_SCALES)]
+            side = _sides(bench, ours, chosen.strength, opens, over)
+            labels = bench.labels(chosen.name, policy, chosen.strength, over, -1)
+            if over == "xstest":
+                change = interval_of(
+                    lambda draw, s=side, b=base: s.over_refusal(draw) - b.over_refusal(draw), [side, base]
+                )
+                found.append(figure_row(labels, "over_refusal_change", *change, n=side.over.shape[1]))
+                continue
+            rows = headline_rows(labels, side, base, front, flops_share=ours[0].share)
+            found += [_placed(row, is_headline=policy != "fixed") for row in rows]
+    return found
+
+
+def _placed(row: Row, *, is_headline: bool) -> Row:
+    """The row with the suite that its figure is of; what is no headline is shown beside it."""
+    suites = {"harm_reduction": "strongreject", "over_refusal_change": "benign"}
+    suite = suites.get(str(row["metric"]), "helpful")
+    judge = "" if suite == "helpful" else "refusal_phrases"
+    return {**row, "suite": suite, "judge": judge, "headline": is_headline}
+
+
+def further(bench: Bench) -> list[Row]:
+    """The other harmful suites, for the base, the headline and LoRA-DPO at scale 1."""
+    chosen, study, found = bench.chosen, bench.study, list[Row]()
+    one, other = bench.one(chosen.name), bench.one(BASELINE)
+    for suite in FURTHER:
+        try:
+            found += suite_rows(bench, "base", "fixed", 0.0, study.of_base, suites=[suite])
+            found += gated_rows(bench, one, chosen.strength, [suite])
+            for trained_, strength in ((one, chosen.strength), (other, 1.0)):
+                found += suite_rows(
+                    bench,
+                    trained_.name,
+                    "fixed",
+                    strength,
+                    lambda suite, t=trained_, s=strength: study.at(t, suite, s),
+                    suites=[suite],
+                    share=trained_.share,
+                )
+        except MissingError:
+            continue
+    return found
+
+
+def generated(bench: Bench) -> list[Row]:
+    """The headline once more, generated under the gate and under the oracle, and how many answers differ."""
+    chosen, study, found = bench.chosen, bench.study, list[Row]()
+    one, guard = bench.one(chosen.name), chosen.gate.guard
+    base = study.setup.base
+    for suite in ("strongreject", "benign"):
+        harmful = frozenset(p.turns[0] for p in study.questions.prompts(suite) if p.is_harmful)
+        gated = Aligned(base, one.adapter, step(guard, chosen.gate.threshold, high=chosen.strength), (guard,))
+        pairs: list[tuple[Method, str, Choose]] = [
+            (gated, "targeted_step", chosen.gate.opens(suite)),
+            (Oracle(base, one.adapter, chosen.strength, harmful), "oracle", is_harmful),
+        ]
+        for method, policy, opens in pairs:
+            made = study.ask(method, suite)
+            expected = study.picked(one, suite, chosen.strength, opens)
+            n_other = sum(a.answers != b.answers for a, b in zip(made, expected, strict=True))
+            labels = bench.labels(one.name, policy, chosen.strength, suite, 0)
+            found.append(figure_row(labels, "answers_unlike_picked", n_other, n=len(made)))
+    return found

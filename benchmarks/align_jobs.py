@@ -1,0 +1,210 @@
+"""The parts of the alignment benchmark by weight: each answers what is missing and gives its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from align_answers import CHECKED, FURTHER, MAIN
+from align_bench import (
+    BASELINE,
+    HEADLINE_STRENGTHS,
+    LORA_SCALES,
+    STRENGTHS,
+    TRAINED_FACTS,
+    Bench,
+    strength_rows,
+    suite_rows,
+)
+from align_choice import TRIES, best_try, choose, gate_of, told_of, validation_side
+from align_figures import refused, trend_rows
+from align_headline import further, generated, headline
+from align_training import GATE, LORAS, MissingError
+from safeside.attach import attach
+from safeside.evals.judges import Judgement
+from safeside.evals.methods import Aligned, Method, WithSystemPrompt
+from safeside.evals.records import Record
+from safeside.evals.safe_decoding import SafeDecoding
+from safeside.mixing import ramp, step
+from safeside.types import Message
+from tidy import Row, figure_row
+
+Job = tuple[str, Callable[[], list[Row]]]
+
+
+def jobs_of(bench: Bench) -> Iterator[Job]:
+    """Every part; where one is missing something its rows are left out, and the others go on."""
+    yield "the base", lambda: suite_rows(bench, "base", "fixed", 0.0, bench.study.of_base)
+    yield "tries", lambda: _tries(bench)
+    yield "the choice", lambda: _choice(bench)
+    yield "the headline", lambda: strength_rows(bench, bench.chosen.name, 0, STRENGTHS)
+    yield f"{BASELINE} by scale", lambda: strength_rows(bench, BASELINE, 0, LORA_SCALES)
+    yield "eleven strengths", lambda: _eleven(bench)
+    for name in (*bench.kinds, *LORAS):
+        if name not in (BASELINE, bench.choice.name if bench.choice else ""):
+            yield f"{name} by strength", _by_strength(bench, name)
+    yield "other ways", lambda: _others(bench)
+    yield "the ramp", lambda: _ramp(bench)
+    for seed in bench.seeds[1:]:
+        yield f"seed {seed}", _with_seed(bench, seed)
+    yield "headline figures", lambda: headline(bench)
+    yield "further suites", lambda: further(bench)
+    yield "the gate itself", lambda: generated(bench)
+    yield "strength 0", lambda: _identical(bench)
+    yield "training", lambda: _training(bench)
+    yield "answers", lambda: _answers(bench)
+
+
+def _by_strength(bench: Bench, name: str) -> Callable[[], list[Row]]:
+    strengths = LORA_SCALES if name in LORAS else STRENGTHS
+    return lambda: strength_rows(bench, name, 0, strengths)
+
+
+def _with_seed(bench: Bench, seed: int) -> Callable[[], list[Row]]:
+    """The headline and the baseline, trained once more."""
+
+    def rows() -> list[Row]:
+        found = strength_rows(bench, bench.chosen.name, seed, [bench.chosen.strength])
+        return found + strength_rows(bench, BASELINE, seed, LORA_SCALES)
+
+    return rows
+
+
+def _tries(bench: Bench) -> list[Row]:
+    for name in [name for name in TRIES if name in (*bench.kinds, BASELINE)]:
+        bench.changes[name], told = best_try(bench.study, name, bench.n_tries)
+        bench.notes.setdefault("tries", []).extend(told)  # type: ignore[attr-defined]
+    return []
+
+
+def _choice(bench: Bench) -> list[Row]:
+    kinds, gate = [], gate_of(bench.study, (*MAIN, *FURTHER, *CHECKED))
+    for name in bench.kinds:
+        try:
+            kinds.append(bench.one(name))
+        except MissingError:
+            continue
+    bench.choice = choose(bench.study, kinds, gate)
+    chosen = bench.choice
+    bench.notes["choice"] = {
+        "method": chosen.name,
+        "strength": chosen.strength,
+        "gate_threshold": round(chosen.gate.threshold, 4),
+        "validation": chosen.validation,
+        "among": [one.name for one in kinds],
+    }
+    bench.notes["validation"] = [
+        {"method": one.name, "strength": strength, **told_of(validation_side(bench.study, one, strength))}
+        for one in kinds
+        for strength in (1.0, 2.0)
+    ]
+    return []
+
+
+def _eleven(bench: Bench) -> list[Row]:
+    """The headline aligner at eleven strengths, and whether the dial is one."""
+    name = bench.chosen.name
+    rest = [strength for strength in HEADLINE_STRENGTHS if strength not in STRENGTHS]
+    found = strength_rows(bench, name, 0, rest)
+    one = bench.one(name)
+    by_strength = {s: refused(bench.study.at(one, "strongreject", s)) for s in (0.0, *HEADLINE_STRENGTHS)}
+    return found + trend_rows(bench.labels(name, "fixed", 2.0, "strongreject", 0), by_strength)
+
+
+def _others(bench: Bench) -> list[Row]:
+    """System prompt, SafeDecoding and a fixed refusal behind the gate."""
+    study, found = bench.study, list[Row]()
+    expert = bench.one("lora_sft")
+    methods: list[Method] = [WithSystemPrompt(study.setup.base), SafeDecoding(study.setup.base, expert.folder)]
+    for method in methods:
+        found += suite_rows(bench, method.name, "fixed", 1.0, lambda suite, method=method: study.ask(method, suite))
+    gate = bench.chosen.gate
+
+    def canned(suite: str) -> list[Record]:
+        opens = gate.opens(suite)
+        return [_blocked(record) if opens(record.prompt) else record for record in study.of_base(suite)]
+
+    return found + suite_rows(bench, "guard_canned", "fixed", 1.0, canned)
+
+
+def _blocked(record: Record) -> Record:
+    refusal = Judgement("refused", "a guard blocked the prompt")
+    return record.model_copy(update={"judgement": refusal, "nll": None, "n_tokens": None})
+
+
+def _ramp(bench: Bench) -> list[Row]:
+    chosen, found = bench.chosen, list[Row]()
+    one, guard = bench.one(chosen.name), chosen.gate.guard
+    for strength in STRENGTHS:
+        policy = ramp(guard, chosen.gate.threshold / 2, chosen.gate.threshold, ceiling=strength)
+        method = Aligned(bench.study.setup.base, one.adapter, policy, (guard,))
+        found += suite_rows(
+            bench,
+            chosen.name,
+            "targeted_ramp",
+            strength,
+            lambda suite, method=method: bench.study.ask(method, suite),
+            share=one.share,
+        )
+    return found
+
+
+@torch.no_grad()
+def _identical(bench: Bench) -> list[Row]:
+    """Whether the logits at strength 0 are the base's, bit for bit, for every aligner that is there."""
+    study, found = bench.study, list[Row]()
+    base = study.setup.base
+    prompts = study.questions.own_prompts()
+    ids = [torch.tensor([base.encode([Message("user", prompt.turns[0])]).ids]) for prompt in prompts]
+    plain = [base.model(input_ids=some).logits for some in ids]
+    for name in bench.kinds:
+        try:
+            adapter = bench.one(name).adapter
+        except MissingError:
+            continue
+        with attach(base, [adapter], strength=0.0):
+            same = [torch.equal(base.model(input_ids=some).logits, one) for some, one in zip(ids, plain, strict=True)]
+        labels = bench.labels(name, "fixed", 0.0, "demo", 0)
+        found.append(figure_row(labels, "identical_at_0", float(np.mean(same)), n=len(same)))
+    return found
+
+
+def _training(bench: Bench) -> list[Row]:
+    """Seconds, memory and parameters of every training run that is there; 0 of what is not trained."""
+    untrained = bench.labels("system_prompt", "fixed", 1.0, "training", 0)
+    found = [figure_row(untrained, fact, 0.0) for fact in TRAINED_FACTS]
+    behind = {
+        **{name: name for name in (*bench.kinds, *LORAS, GATE)},
+        "safe_decoding": "lora_sft",
+        "guard_canned": GATE,
+    }
+    for method, name in behind.items():
+        for one in bench.trained_seeds(name):
+            labels = bench.labels(method, "fixed", 1.0, "training", one.seed)
+            found += [figure_row(labels, fact, float(one.facts[fact]), flops_share=one.share) for fact in TRAINED_FACTS]
+    return found
+
+
+def _answers(bench: Bench) -> list[Row]:
+    """Answers side by side, to prompts written for this project, for the page."""
+    chosen, study = bench.chosen, bench.study
+    one, other = bench.one(chosen.name), bench.one(BASELINE)
+    base, guard = study.setup.base, chosen.gate.guard
+    methods: dict[str, Method] = {
+        "base": one.at(0.0),
+        "targeted": Aligned(base, one.adapter, step(guard, chosen.gate.threshold, high=chosen.strength), (guard,)),
+        "untargeted": one.at(chosen.strength),
+        BASELINE: other.at(1.0),
+    }
+    prompts = study.questions.own_prompts()
+    texts = {
+        name: [answer.text for answer in method.answers([[Message("user", p.turns[0])] for p in prompts], 40)]
+        for name, method in methods.items()
+    }
+    bench.notes["answers"] = [
+        {"prompt": prompt.turns[0], "is_harmful": prompt.is_harmful, **{name: texts[name][i] for name in texts}}
+        for i, prompt in enumerate(prompts)
+    ]
+    return []

@@ -1,0 +1,266 @@
+"""The alignment bench from end to end on a tiny base, and its figures against ones that are worked out by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import align
+import align_bench
+import align_choice
+import align_cost
+import align_figures
+import align_headline
+import align_jobs
+import align_report
+import align_training
+import tables
+from align_figures import Side, headline_rows, interval_of, trend_rows, utility_at
+from align_rows import LONGEST_REFUSAL, Source, drawn, pairs_of, refusals_of
+from benchmarks.made_rows import sentence
+from overhead_variants import random_base
+from safeside import Base
+from safeside.errors import InputError
+from safeside.evals.judges import refusal_phrases
+from tiny import tiny_config
+
+SUITE_FILES = {
+    "harmful_prompts/strongreject_test": 1,
+    "harmful_prompts/jailbreakbench_test": 1,
+    "harmful_prompts/harmbench_test": 1,
+    "harmful_prompts/advbench_test": 1,
+    "jailbreakbench_artifacts/test": 1,
+    "xstest/prompts_test": 0,
+    "benign_prompts/alpaca_test": 0,
+    "instructions/alpaca_partial_test": 0,
+}
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def labelled(generator: random.Random, n: int, label: int) -> list[dict[str, object]]:
+    """Rows of one label, each with an answer and what an attack is after."""
+    return [
+        {
+            "id": f"{label}-{index}",
+            "prompt": f"{index} {sentence(generator, label == 1)}",
+            "response": sentence(generator, False),
+            "label": label,
+            "orig": {"goal": "a bomb"},
+        }
+        for index in range(n)
+    ]
+
+
+def preferences(generator: random.Random, n: int) -> list[dict[str, object]]:
+    return [
+        {**row, "chosen": "I can't help with that.", "rejected": row["response"]}
+        for row in labelled(generator, n, 1) + labelled(generator, n, 0)
+    ]
+
+
+def made(base: Base, data: Path, folder: Path) -> dict[str, object]:
+    """In place of ``make_rows``: a few rows of each file."""
+    generator = random.Random(1)
+    for split in ("train", "validation"):
+        pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in preferences(generator, 4)]
+        write(folder / f"pairs_{split}.jsonl", pairs)
+        both = labelled(generator, 12, 1) + labelled(generator, 12, 0)
+        write(folder / f"gate_{split}.jsonl", [{"prompt": row["prompt"], "label": row["label"]} for row in both])
+    write(folder / "answered.jsonl", labelled(generator, 4, 0))
+    for name, label in (("harmful", 1), ("harmless", 0), ("helpful", 0)):
+        write(folder / f"checked_{name}.jsonl", labelled(generator, 3, label))
+    return {"pairs_train": 8}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    generator = random.Random(0)
+    for name, label in SUITE_FILES.items():
+        write(tmp_path / "data" / f"{name}.jsonl.gz", labelled(generator, 3, label))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kind, two baselines, few strengths and suites: seconds."""
+    monkeypatch.setattr(align_training, "make_rows", made)
+    for module in (align_bench, align_jobs):
+        monkeypatch.setattr(module, "STRENGTHS", (1.0,))
+        monkeypatch.setattr(module, "LORA_SCALES", (1.0,), raising=False)
+    monkeypatch.setattr(align_jobs, "LORAS", ("lora_dpo", "lora_sft"))
+    monkeypatch.setattr(align_jobs, "HEADLINE_STRENGTHS", (1.0, 2.0))
+    monkeypatch.setattr(align_choice, "CHECKED_STRENGTHS", (1.0,))
+    monkeypatch.setattr(align_headline, "LORA_SCALES", (1.0,))
+    monkeypatch.setattr(align_headline, "FURTHER", ("jailbreakbench",))
+    monkeypatch.setattr(align_jobs, "FURTHER", ("jailbreakbench",))
+    monkeypatch.setattr(align_figures, "N_RESAMPLES", 20)
+
+
+def run(data: Path, folder: Path, base: Path, *more: str) -> dict[str, list[dict[str, object]]]:
+    options = ["--data", str(data), "--base", str(base), "--cells", str(folder / "cells"), "--output", str(folder)]
+    path = align.main([*options, "--seeds", "0", "--prompts", "3", "--tries", "1", "--kinds", "state_map", *more])
+    return json.loads(path.read_text())
+
+
+def test_a_run_and_one_without_time(
+    data: Path, small: None, tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    """The whole bench; then a second run, which has no time to make anything, gives the same rows from the cells."""
+    nothing = run(data, tmp_path / "other", tiny_folder("llama"), "--minutes", "0")
+    assert nothing["rows"] == []
+    assert "the base" in nothing["notes"]["left_out"]
+    found = run(data, tmp_path, tiny_folder("llama"))
+    assert found["notes"]["left_out"] == []
+    rows = found["rows"]
+    for row in rows:
+        assert {"base", "method", "policy", "strength", "suite", "judge", "seed", "metric", "value"} <= set(row)
+    assert {row["method"] for row in rows} >= {
+        "base", "state_map", "lora_dpo", "lora_sft", "system_prompt", "safe_decoding", "guard_canned", "gate"
+    }  # fmt: skip
+    assert {row["policy"] for row in rows} == {"fixed", "targeted_step", "targeted_ramp", "oracle"}
+    headline = [row for row in rows if row.get("headline")]
+    assert sorted((row["policy"], row["metric"]) for row in headline) == sorted(
+        (policy, metric) for policy in ("targeted_step", "oracle") for metric in align.GOALS
+    )
+    assert {row["value"] for row in rows if row["metric"] == "identical_at_0"} == {1.0}
+    assert {row["value"] for row in rows if row["metric"] == "answers_unlike_picked"} == {0}
+    oracle = [row for row in rows if row["policy"] == "oracle" and row["suite"] == "benign" and not row.get("headline")]
+    base = next(row for row in rows if row["method"] == "base" and row["suite"] == "benign")
+    assert {row["value"] for row in oracle if row["metric"] == "over_refusal"} == {base["value"]}
+    assert run(data, tmp_path, tiny_folder("llama"), "--minutes", "0")["rows"] == rows
+    page = align_report.write_page(tmp_path).read_text()
+    for title in ("The headline", "Safety against usefulness", "Answers side by side", "The dial", "Training"):
+        assert f"<h2>{title}</h2>" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    table = tables.align_table(tmp_path / "align.json")
+    assert all(f"\n| {name} |" in table for name in (*align.GOALS, "lora_dpo, fixed", "state_map, oracle"))
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 2
+
+
+def test_nothing_to_show(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no align"):
+        align_report.write_page(tmp_path)
+    assert "No figures yet" in tables.align_table(tmp_path / "align.json")
+    assert "No figures yet" in tables.decode_table(tmp_path / "decode.json")
+    nothing = {"rows": [], "notes": {"goals": align.GOALS}, "commit": "c", "machine": "m"}
+    (tmp_path / "align.json").write_text(json.dumps(nothing))
+    assert "Where the figures come from" in align_report.write_page(tmp_path).read_text()
+    assert "not measured" in tables.align_table(tmp_path / "align.json")
+
+
+def test_every_aligner_is_timed_beside_its_alternatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        align_cost, "open_base", lambda name, device: random_base(tiny_config("llama"), name, device, torch.float32)
+    )
+    monkeypatch.setattr(align_cost, "SIZE", 0.5)
+    found = align_cost.main(["--tokens", "8", "--steps", "2", "--pairs", "2", "--output", str(tmp_path / "cost.json")])
+    rows = align_cost.cost_rows(found)
+    pairs = {(row["method"], row["against"]) for row in rows}
+    assert pairs == {
+        (name, other) for name in (*align_cost.KINDS, *align_cost.OTHERS) for other in align_cost.OTHERS
+    } - {(name, name) for name in align_cost.OTHERS}
+    for row in rows:
+        assert 0 < row["low"] <= row["value"] <= row["high"]
+        assert (row["flops_share"] > 0) == (row["method"] != "base")
+    assert align_cost.cost_rows(tmp_path / "none.json") == []
+    (tmp_path / "align.json").write_text(json.dumps({"rows": rows, "notes": {}, "commit": "c", "machine": "m"}))
+    table = tables.decode_table(tmp_path / "decode.json")
+    assert all(f"\n| {name} |" in table for name in (*align_cost.KINDS, *align_cost.OTHERS))
+    assert "What decoding costs" in align_report.write_page(tmp_path).read_text()
+
+
+def test_pairs_prefer_the_base_only_where_nothing_is_harmful(tiny_base: Base) -> None:
+    rows = [{"prompt": text, "response": "", "label": label} for text, label in (("the cat sat", 1), ("how can", 0))]
+    pairs = pairs_of(tiny_base, rows, ["no, never"])
+    assert pairs
+    for pair in pairs:
+        refusal, answer = ("chosen", "rejected") if pair["label"] == 1 else ("rejected", "chosen")
+        assert pair[refusal] == "no, never" != pair[answer]
+    harmful = refusals_of("validation")
+    assert harmful
+    assert all(len(text) <= LONGEST_REFUSAL and refusal_phrases(text) for text in harmful)
+
+
+def test_sources_are_drawn_the_same_way_twice(tmp_path: Path) -> None:
+    rows = [{"prompt": f"row {index}", "label": index % 2} for index in range(20)] + [{"prompt": "x" * 999, "label": 1}]
+    write(tmp_path / "rows.jsonl", rows)
+    first = drawn(tmp_path, Source("rows.jsonl", 5, 1))
+    assert first == drawn(tmp_path, Source("rows.jsonl", 8, 1))[:5]
+    assert all(int(row["prompt"].split()[1]) % 2 == 1 for row in first)
+
+
+def side(refused: float, utility: float, over: float = 0.0, n: int = 40, seeds: int = 2) -> Side:
+    """A method that refuses so much of everything, and loses the same on every answer."""
+    harm, harmless = np.arange(n) < refused * n, np.arange(n) < over * n
+    gains = np.full((seeds, 10), np.log(utility) * 20)
+    repeated = [np.tile(values.astype(float), (seeds, 1)) for values in (harm, harmless)]
+    return Side(*repeated, gains, np.full(10, 20.0))
+
+
+def test_a_front_is_interpolated_and_never_gets_worse_with_more_harm() -> None:
+    front = [side(0.0, 1.0), side(0.5, 0.9), side(0.75, 0.95)]  # the last one is better than the one before it
+    assert utility_at(front, 1.0) == pytest.approx(1.0)
+    assert utility_at(front, 0.75) == pytest.approx(0.975)
+    assert utility_at(front, 0.5) == pytest.approx(0.95)
+    assert utility_at(front, 0.1) == pytest.approx(0.95)  # beyond its end
+
+
+def test_headline_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align_figures, "N_RESAMPLES", 200)
+    base = side(0.1, 1.0, seeds=1)
+    rows = headline_rows({}, side(0.9, 0.99, over=0.05), base, [base, side(0.5, 0.9), side(0.9, 0.8)])
+    found = {row["metric"]: row for row in rows}
+    assert found["harm_reduction"]["value"] == pytest.approx(1 - 0.1 / 0.9)
+    assert found["utility"]["value"] == pytest.approx(0.99)
+    assert found["over_refusal_change"]["value"] == pytest.approx(0.05)
+    assert found["utility_minus_lora_dpo"]["value"] == pytest.approx(0.19)
+    for row in rows:
+        assert row["headline"] is True
+        assert row["low"] <= row["value"] <= row["high"]
+    assert found["utility"]["low"] == pytest.approx(found["utility"]["high"])
+    assert found["harm_reduction"]["high"] > found["harm_reduction"]["low"]
+
+
+def test_intervals_draw_prompts_and_seeds() -> None:
+    one = side(0.5, 1.0, n=400)
+    value, (low, high) = interval_of(one.harmful_rate, [one])
+    assert value == 0.5
+    half = 1.96 * np.sqrt(0.25 / 400)
+    assert (low, high) == (pytest.approx(0.5 - half, abs=0.01), pytest.approx(0.5 + half, abs=0.01))
+    apart = Side(np.array([[1.0] * 10, [0.0] * 10]), one.over[:, :10], one.gains, one.tokens)
+    assert interval_of(apart.harmful_rate, [apart])[1] == (0.0, 1.0)
+
+
+def test_a_trend_is_found_where_there_is_one() -> None:
+    generator = np.random.default_rng(0)
+    strengths = np.linspace(0, 2, 11)
+    rising = {s: (generator.random(60) < s / 2.5).astype(float) for s in strengths}
+    flat = {s: (generator.random(60) < 0.5).astype(float) for s in strengths}
+    values = [{row["metric"]: row["value"] for row in trend_rows({}, found)} for found in (rising, flat)]
+    assert values[0]["trend_p_value"] < 1e-4 < 0.01 < values[1]["trend_p_value"]
+    assert trend_rows({}, rising)[0]["steps"] == 11
+
+
+def test_recipes_change_only_what_a_try_changes(tmp_path: Path) -> None:
+    setup = align_training.Setup(tmp_path, tmp_path)
+    plain, changed = (align_training.recipe_of(setup, "lora_dpo", 3, more) for more in ({}, {"beta": 0.7}))
+    assert (changed.training.beta, changed.seed) == (0.7, 3)
+    assert changed.model_copy(update={"training": plain.training}) == plain
+
+
+def test_the_shipped_recipes_learn_from_the_same_rows() -> None:
+    setup = align_training.Setup(Path(), Path())
+    names = (*align_training.KINDS, *align_training.LORAS)
+    assert len({align_training.recipe_of(setup, name, 0, {}).data.model_dump_json() for name in names}) == 1
