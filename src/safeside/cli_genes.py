@@ -20,9 +20,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 GeneFolder = Annotated[Path, typer.Argument(help="A gene's folder.")]
 NewFolder = Annotated[Path, typer.Option("--output", help="A new folder for the result.")]
 ModelName = Annotated[str, typer.Option("--base", help="The model: 'builtin', a folder or a hub name.")]
-Method = Annotated[
-    Literal["shift", "random", "all"] | None, typer.Option(help="How layers are chosen (default: the recipe's).")
-]
+Selection = Literal["shift", "random", "all"]
+Method = Annotated[Selection | None, typer.Option(help="How layers are chosen (default: the recipe's).")]
 
 
 @app.command()

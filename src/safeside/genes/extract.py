@@ -67,7 +67,7 @@ def extract_gene(
 
     loss = optimise(parameters_of(updates), loss_of, Steps(settings.steps, settings.learning_rate, report))
     learnt = {name: LowRank(update.down.detach(), update.up.detach()) for name, update in updates.items()}
-    results: dict[str, float | str] = {
+    results: dict[str, int | float | str] = {
         "extract_loss": loss,
         "extract_seconds": time.perf_counter() - started,
         "n_harmful": len(texts),

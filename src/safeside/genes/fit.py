@@ -52,7 +52,7 @@ def fit_gene(
         steps = Steps(settings.steps, settings.learning_rate, report)
         loss = optimise(list(factors.values()), loss_of, steps)
     pairs = zip(factors.values(), gene.config.coefficients, strict=True)
-    results: dict[str, float | str] = {
+    results: dict[str, int | float | str] = {
         "fit_loss": loss,
         "fit_seconds": time.perf_counter() - started,
         "fit_shots": len(refused),

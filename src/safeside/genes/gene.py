@@ -71,7 +71,7 @@ class GeneConfig(_Frozen):
     """Names of genes that it is never used with."""
     recipe: GeneRecipe
     """How it was made."""
-    results: dict[str, float | str] = {}
+    results: dict[str, int | float | str] = {}
     """What was measured while it was made."""
     checksum: str = ""
     """Of the weights and of PEFT's configuration."""
@@ -131,7 +131,7 @@ class Gene:
         updates = {point.name: self.updates[point.name].scaled(factors[point.layer]) for point in self.config.modules}
         return Gene(changed(self.config, {"coefficients": tuple(map(float, coefficients))}), updates)
 
-    def with_results(self, results: Mapping[str, float | str]) -> Gene:
+    def with_results(self, results: Mapping[str, int | float | str]) -> Gene:
         """The gene with further results."""
         return Gene(changed(self.config, {"results": {**self.config.results, **results}}), self.updates)
 

@@ -61,7 +61,7 @@ def select_layers(
         chosen = random.Random(gene.config.recipe.seed).sample(gene.config.layers, settings.keep)
     else:
         chosen = sorted(shifts, key=lambda layer: -shifts[layer].contrast)[: settings.keep]
-    results: dict[str, float | str] = {"selected_by": settings.method}
+    results: dict[str, int | float | str] = {"selected_by": settings.method}
     for layer, shift in shifts.items():
         results |= {f"shift_harmful_{layer}": shift.harmful, f"shift_benign_{layer}": shift.benign}
     return gene.kept(chosen).with_results(results)
