@@ -16,12 +16,14 @@ import typer
 from command_line import Ran, texts, toy_recipe, write
 from safeside import Adapter, Base, Message, cli
 from safeside.cli import ReadMode
+from safeside.cli_genes import Selection
 from safeside.errors import MissingExtraError
 from safeside.guards.score import judge
 from safeside.types import Preset
 
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
-COMMANDS = ("demo", "train", "eval", "guard", "calibrate", "chat", "info", "patch", "port", "push")
+GENES = tuple(f"gene {name}" for name in ("extract", "select", "fit", "apply", "unapply", "inspect"))
+COMMANDS = ("demo", "train", "eval", "guard", "calibrate", "chat", "info", "patch", "port", "push", *GENES)
 SHAPES = {
     "prompt": lambda text: {"prompt": text},
     "answer": lambda text: {"prompt": "how?", "response": text},
@@ -41,6 +43,8 @@ KINDS = {
     float: "number",
     bool: "flag",
     list[str]: "text, repeatable",
+    list[Path]: "path, repeatable",
+    Selection: "selection",
     Preset: "preset",
     ReadMode: "mode",
 }
@@ -49,8 +53,14 @@ KINDS = {
 def options() -> str:
     """Every command with its arguments and options: spelling, type, default."""
     lines = []
-    for command in sorted(cli.app.registered_commands, key=lambda command: str(command.callback.__name__)):
-        lines.append(command.name or command.callback.__name__)
+    groups = {"": cli.app, **{f"{group.name} ": group.typer_instance for group in cli.app.registered_groups}}
+    named = {
+        prefix + (command.name or command.callback.__name__): command
+        for prefix, group in groups.items()
+        for command in group.registered_commands
+    }
+    for title, command in sorted(named.items()):
+        lines.append(title)
         hints = get_type_hints(command.callback, include_extras=True)
         for name, parameter in inspect.signature(command.callback).parameters.items():
             kind, declared = hints[name].__origin__, hints[name].__metadata__[0]
@@ -79,7 +89,7 @@ def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     script = """
 import sys
 from safeside.cli import main
-for words in (["--help"], *([name, "--help"] for name in sys.argv[1:]), ["guard"], ["eval", "x"], ["nothing"]):
+for words in (["--help"], *([*name.split(), "--help"] for name in sys.argv[1:]), ["guard"], ["eval", "x"], ["nothing"]):
     sys.argv = ["safeside", *words]
     try:
         main()
@@ -91,7 +101,7 @@ sys.exit(f"imported {slow}" if slow else 0)
     done = subprocess.run([sys.executable, "-c", script, *COMMANDS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name in COMMANDS:
-        assert f"['{name}', '--help'] 0" in done.stderr
+        assert f"{[*name.split(), '--help']} 0" in done.stderr
     for mistake in ("['guard'] 2", "['eval', 'x'] 2", "['nothing'] 2"):
         assert mistake in done.stderr
 

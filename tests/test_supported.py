@@ -172,7 +172,7 @@ def lora(rig: Rig) -> None:
     with attach(base, guards=[rig.guard]):
         verdicts = base.chat([Message("user", "hi")], max_new_tokens=2).verdicts
     assert verdicts
-    assert all("a LoRA on the base shifts the states" in verdict.reason for verdict in verdicts)
+    assert all("a LoRA or a gene in the base shifts the states" in verdict.reason for verdict in verdicts)
     with rig.attach():
         verdicts = rig.base.chat([Message("user", "hi")], max_new_tokens=2).verdicts
     assert not any("LoRA" in verdict.reason for verdict in verdicts)

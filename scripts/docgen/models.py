@@ -1,4 +1,4 @@
-"""docs/reference/recipe.md and adapter-config.md: the fields of the files that people write and adapters carry."""
+"""docs/reference/recipe.md, adapter-config.md and gene.md: fields of the files that people write and adapters carry."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ from safeside.adapters.config import (
     Promise,
 )
 from safeside.base.fingerprint import Fingerprint
+from safeside.genes.gene import AttachmentPoint, GeneConfig, GeneFamily
+from safeside.genes.recipe import GeneRecipe
 from safeside.train.recipe import Recipe
 
 EXAMPLE = "recipes/builtin/harm.toml"
+GENE_EXAMPLE = "recipes/genes/gene.toml"
 _PARTS: dict[str, type[BaseModel]] = {
     "base": BaseReference,
     "base.fingerprint": Fingerprint,
@@ -74,6 +77,30 @@ def adapter_config_page() -> str:
     for name, model in _PARTS.items():
         parts += [f"## `{name}`", prose(_doc(model)), _fields(model)]
     return page("Adapter configuration", *parts)
+
+
+def gene_page() -> str:
+    """Every field of gene.json and of a gene's recipe."""
+    parts = [
+        "Every gene's folder holds `gene.json` beside PEFT's two files. `save_gene` writes it, `load_gene` reads it.",
+        "## `gene.json`",
+        prose(_doc(GeneConfig)),
+        _fields(GeneConfig),
+    ]
+    for name, model in {"modules[]": AttachmentPoint, "family": GeneFamily}.items():
+        parts += [f"## `{name}`", prose(_doc(model)), _fields(model)]
+    parts += [
+        "## Recipe",
+        "A TOML file, for `safeside gene extract`; it stays in `gene.json`. This one makes the benchmark's gene "
+        f"(`{GENE_EXAMPLE}`):",
+        fence((ROOT / GENE_EXAMPLE).read_text(encoding="utf-8"), "toml"),
+    ]
+    sections = {name: _model_of(info.annotation) for name, info in GeneRecipe.model_fields.items()}
+    named = {name: model for name, model in sections.items() if model is not None}
+    parts.append(_fields(GeneRecipe, leave_out=set(named)))
+    for name, model in named.items():
+        parts += [f"### `[{name}]`", prose(_doc(model)), _fields(model)]
+    return page("Gene", *parts)
 
 
 def _on_one_line(match: re.Match[str]) -> str:

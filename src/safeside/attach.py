@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.utils.generic import ModelOutput
 
 from safeside.adapters.adapter import Adapter, SideOutput
-from safeside.base.families import has_lora
+from safeside.base.families import is_updated
 from safeside.base.model import Base
 from safeside.base.taps import SideCache, Tape
 from safeside.checks import cache_of, check_adapters, check_intercept, keep_mask, refuse_compiled, refuse_packed
@@ -94,7 +94,6 @@ class Attachment:
         self.intercept = intercept
         self.policies = as_policies(strength, list(self.aligners))
         self._check_gates(self.policies)
-        self.base_has_lora = has_lora(base.model)
         self._adapters = {**self.guards, **self.aligners}
         self._thread = _Thread()
         self._signature = inspect.signature(base.decoder.forward)
@@ -165,7 +164,7 @@ class Attachment:
         """
         ends = ended_request(cache).prompt_end or ()
         guards = list(self.guards.values())
-        return prompt_and_answer_verdicts(guards, history_of(cache), ends, answer_lengths, self.base_has_lora)
+        return prompt_and_answer_verdicts(guards, history_of(cache), ends, answer_lengths, is_updated(self.base.model))
 
     def standings(self, cache: DynamicCache, answer_lengths: Sequence[int]) -> list[Standing]:
         """For each row how its answer of so many tokens stands by the request's stop rules and the intercepting guard.
@@ -277,7 +276,9 @@ class Attachment:
         current.early[guard.name] = output = guard(tape, self._side_cache(current.cache, guard.name))
         assert output.scores is not None
         seen = seen_so_far(layer, columns_of(list(self.guards.values()))[guard.name], output.scores, tape)
-        verdicts = blocked_prompts(guard, seen, current.request, tape, [LORA_NOTE] if self.base_has_lora else [])
+        verdicts = blocked_prompts(
+            guard, seen, current.request, tape, [LORA_NOTE] if is_updated(self.base.model) else []
+        )
         if verdicts is None:
             return
         self._thread.current = None

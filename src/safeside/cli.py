@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from safeside.cli_genes import app as genes
+from safeside.cli_output import cell as _cell
+from safeside.cli_output import extra as _extra
+from safeside.cli_output import print_json as _print_json
+from safeside.cli_output import print_rows as _print_rows
+from safeside.cli_output import print_summary as _print_summary
 from safeside.errors import ConfigError, InputError, MissingExtraError, SafesideError, UnknownNameError
 from safeside.types import Preset
 
@@ -25,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(genes, name="gene")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 BaseName = Annotated[str | None, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
@@ -60,50 +66,12 @@ def main() -> None:
         raise SystemExit(1) from error
 
 
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """A missing optional dependency becomes the line that installs it."""
-    try:
-        yield
-    except ImportError as error:
-        if isinstance(error, SafesideError):
-            raise
-        raise MissingExtraError(
-            f"This command needs {error.name!r}, which is not installed. Run: pip install 'safeside[{name}]'"
-        ) from error
-
-
 def _load(adapter: str, base_name: str | None, allow_mismatch: str | None = None) -> tuple[Any, Any]:
     """The adapter and its base; without ``--base`` the one that the adapter names."""
     from safeside.artifact import base_of, load_adapter
 
     base = base_of(adapter, base_name)
     return base, load_adapter(adapter, base, allow_mismatch=allow_mismatch)
-
-
-def _print_json(values: object) -> None:
-    print(json.dumps(values, indent=2))
-
-
-def _print_summary(values: dict[str, object], title: str, as_json: bool) -> None:
-    """Facts of a finished command, as JSON or as a table."""
-    if as_json:
-        _print_json(values)
-    else:
-        from safeside.terminal import table
-
-        table(["fact", "value"], [[key, str(value)] for key, value in values.items()], title=title)
-
-
-def _print_rows(rows: list[dict[str, object]], title: str, as_json: bool) -> None:
-    """Tidy rows, as JSON or as a table."""
-    if as_json:
-        _print_json(rows)
-    else:
-        from safeside.terminal import table
-
-        columns = list(rows[0])
-        table(columns, [[_cell(row[column]) for column in columns] for row in rows], title=title)
 
 
 @app.command()
@@ -395,7 +363,3 @@ def parse_strengths(text: str | None) -> list[float] | None:
         raise
     except ValueError as error:
         raise InputError(f"Strengths must be numbers like 0,0.5,1; got {text!r}.") from error
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

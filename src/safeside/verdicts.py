@@ -11,7 +11,7 @@ from safeside.adapters.adapter import Adapter
 from safeside.request import History
 from safeside.types import Mode, Verdict
 
-LORA_NOTE = "a LoRA on the base shifts the states that the guard reads"
+LORA_NOTE = "a LoRA or a gene in the base shifts the states that the guard reads"
 
 _MISMATCH_NOTE = "the base's weights or chat template differ from those the guard was trained on"
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from docs.pages import DOCS, PAGES, ROOT, anchors, blocks, links, name_of
@@ -128,6 +129,9 @@ def test_commands_in_console_blocks_exist(line: str) -> None:
     if arguments[0] == "--help":
         return
     command = group.commands[arguments[0]]
+    if isinstance(command, TyperGroup) and arguments[1:] != ["--help"]:
+        arguments = arguments[1:]
+        command = command.commands[arguments[0]]
     if "--help" not in arguments:
         command.make_context(arguments[0], arguments[1:]).close()
 

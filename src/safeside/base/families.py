@@ -11,6 +11,7 @@ from functools import reduce
 from torch import nn
 from transformers import PreTrainedModel
 
+from safeside.base.updates import has_live_updates
 from safeside.errors import UnsupportedError
 from safeside.registry import Registry, did_you_mean
 
@@ -109,5 +110,10 @@ def refused_reason(model: nn.Module) -> str | None:
 
 
 def has_lora(model: nn.Module) -> bool:
-    """Whether PEFT layers sit inside the model: they shift the hidden states that guards were trained on."""
+    """Whether PEFT layers sit inside the model."""
     return any(type(module).__module__.startswith("peft.tuners") for module in model.modules())
+
+
+def is_updated(model: nn.Module) -> bool:
+    """Whether a LoRA or a gene sits inside the model: either shifts the hidden states that guards were trained on."""
+    return has_lora(model) or has_live_updates(model)

@@ -87,6 +87,12 @@ def take_fingerprint(folder: Path) -> Fingerprint:
     )
 
 
+def architecture_settings(folder: Path) -> dict[str, object]:
+    """What the hash of the architecture is taken of: the settings that shape the network, as plain values."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return dict(json.loads(_canonical(config.to_diff_dict())))
+
+
 def _canonical(values: object) -> bytes:
     """One spelling of equal settings: sorted keys, 10000.0 as 10000, nothing that does not shape the network."""
     return json.dumps(_settled(values), sort_keys=True).encode()

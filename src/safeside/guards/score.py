@@ -12,7 +12,7 @@ import torch
 
 from safeside.adapters.adapter import Adapter
 from safeside.attach import attach
-from safeside.base.families import has_lora
+from safeside.base.families import is_updated
 from safeside.base.model import Base
 from safeside.chat import pad_batch
 from safeside.errors import InputError
@@ -167,5 +167,5 @@ def _notes(base: Base, guard: Adapter, scores: Scores) -> list[str]:
     return [
         *([scores.problem] if scores.problem and scores.problem != _NOT_A_NUMBER and not is_scored else []),
         *([f"{which} of {n_windows} windows"] if n_windows > 1 else []),
-        *([LORA_NOTE] if has_lora(base.model) else []),
+        *([LORA_NOTE] if is_updated(base.model) else []),
     ]

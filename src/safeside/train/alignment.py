@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safeside.base.model import Base
+from safeside.base.token_scores import token_divergences, token_log_probs
 from safeside.errors import ConfigError
 from safeside.train.losses import dpo_losses
 from safeside.train.recipe import TrainingSection
 from safeside.train.rows import Rows
 from safeside.train.taps import Batch, Forward, Source, make_batch
-from safeside.train.token_scores import token_divergences, token_log_probs
 
 _EVALUATED = 32  # rows of one batch when the loss of a whole set is taken
 

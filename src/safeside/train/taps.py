@@ -19,7 +19,7 @@ from torch import Tensor
 
 from safeside.adapters.adapter import Adapter, SideOutput
 from safeside.attach import attach
-from safeside.base.families import has_lora
+from safeside.base.families import is_updated
 from safeside.base.model import Base
 from safeside.base.states import recorded_states
 from safeside.base.taps import Tape
@@ -173,10 +173,10 @@ class StoredTaps:
 
 def record_states(base: Base, batch: Batch, layers: Sequence[int]) -> dict[int, Tensor]:
     """The base's states (B, T, D) at ``layers`` for one batch, full width: for the store and for tests."""
-    if base.attachment is not None or has_lora(base.model):
+    if base.attachment is not None or is_updated(base.model):
         raise UnsupportedError(
-            f"The states of {base.name} cannot be kept: something is attached to it, or it has a LoRA. Use the plain "
-            "base, or train with cache_taps = false."
+            f"The states of {base.name} cannot be kept: something is attached to it, or it has a LoRA or a gene. Use "
+            "the plain base, or train with cache_taps = false."
         )
     with recorded_states(base, layers) as recorded:
         output = base.decoder(input_ids=batch.ids, attention_mask=batch.keep, use_cache=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safeside import Base
-from safeside.train.token_scores import token_divergences, token_log_probs
+from safeside.base.token_scores import token_divergences, token_log_probs
 from tiny import VOCABULARY
 
 SAME = 1e-4  # float32 sums of 304 terms in another order

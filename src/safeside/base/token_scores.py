@@ -31,13 +31,22 @@ def token_log_probs(
 
 
 def token_divergences(
-    base: Base, base_states: Float[Tensor, "N D"], states: Float[Tensor, "N D"], n_logits: int = N_LOGITS
+    base: Base,
+    base_states: Float[Tensor, "N D"],
+    states: Float[Tensor, "N D"],
+    n_logits: int = N_LOGITS,
+    *,
+    teacher: Base | None = None,
 ) -> Float[Tensor, " N"]:
-    """``KL(p_base || p)`` (nats) of the next-token distributions at each pair of final states, over all tokens."""
+    """``KL(p_base || p)`` (nats) of the next-token distributions at each pair of final states, over all tokens.
+
+    With a ``teacher`` the first states are read by its head and not by the base's own.
+    """
+    reader = teacher or base
 
     def of_chunk(reference: Tensor, some: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = F.log_softmax(base.head_logits(reference[None])[0].float(), -1)
+            wanted = F.log_softmax(reader.head_logits(reference[None])[0].float(), -1)
         found = F.log_softmax(base.head_logits(some[None])[0].float(), -1)
         return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 

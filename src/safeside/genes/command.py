@@ -1,0 +1,182 @@
+"""What ``safeside gene`` does: read files, call one function of the package, say how it went."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from safeside.artifact import require_new
+from safeside.base.model import load_base
+from safeside.errors import ConfigError, InputError
+from safeside.genes.apply import ContextPolicy, apply_genes
+from safeside.genes.artifact import load_gene, read_gene_config, save_gene
+from safeside.genes.checks import check_fits, check_model
+from safeside.genes.extract import Pair, extract_gene
+from safeside.genes.fit import fit_gene
+from safeside.genes.gene import Gene, gene_facts
+from safeside.genes.merge import merge_genes, read_merged, unmerge_genes
+from safeside.genes.optimise import Report
+from safeside.genes.recipe import FitSection, SelectSection, problems_of, read_gene_recipe
+from safeside.genes.rows import read_conversations
+from safeside.genes.select import select_layers
+from safeside.terminal import progress_bar
+from safeside.types import Message
+
+Summary = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Models that take the place of the recipe's."""
+
+    aligned: str | None = None
+    degraded: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """How genes are applied: into a new folder, or live to answer a prompt."""
+
+    weights: Mapping[str, float] | None
+    output: Path | None
+    prompt: str | None
+    max_new_tokens: int = 96
+
+
+def extract_command(path: Path, data_root: Path, models: Models, output: Path) -> Summary:
+    """Extract the gene that a recipe describes and save it."""
+    recipe = read_gene_recipe(path)
+    require_new(output)
+    harmful, benign = (
+        read_conversations(data_root / name for name in names) for names in (recipe.data.harmful, recipe.data.benign)
+    )
+    pair = Pair(load_base(models.aligned or recipe.aligned), load_base(models.degraded or recipe.degraded))
+    with _steps(f"extract {recipe.name}") as report:
+        gene = extract_gene(pair, harmful, benign, recipe, report)
+    return summary_of(gene, save_gene(gene, output))
+
+
+def select_command(
+    folder: Path, model: str, rows: tuple[Path, Path], settings: Mapping[str, object], output: Path
+) -> Summary:
+    """Keep some layers of a gene, chosen on prompts of both kinds (harmful, harmless), and save it anew."""
+    gene = load_gene(folder)
+    require_new(output)
+    harmful, benign = (read_conversations([path]) for path in rows)
+    found = SelectSection.model_validate({**gene.config.recipe.select.model_dump(), **settings})
+    kept = select_layers(load_base(model), gene, harmful, benign, found)
+    return summary_of(kept, save_gene(kept, output))
+
+
+def fit_command(
+    folder: Path, model: str, rows: tuple[Path, Path], settings: Mapping[str, object], output: Path
+) -> Summary:
+    """Fit a gene's coefficients on a task model from two files (refusals, task rows) and save it anew.
+
+    ``shots`` among the settings keeps the first so many refusals.
+    """
+    gene = load_gene(folder)
+    require_new(output)
+    shots = settings.get("shots")
+    refusals, task_rows = (read_conversations([path]) for path in rows)
+    refusals = refusals[:shots] if isinstance(shots, int) else refusals
+    if not refusals or not task_rows:
+        raise InputError("A fit needs at least one refusal and one task row; got none of one kind. Add rows.")
+    given = {name: value for name, value in settings.items() if name != "shots"}
+    found = FitSection.model_validate({**gene.config.recipe.fit.model_dump(), **given})
+    base = load_base(model)
+    with _steps(f"fit {gene.name}") as report:
+        fitted = fit_gene(base, gene, refusals, task_rows, found, report=report)
+    return summary_of(fitted, save_gene(fitted, output))
+
+
+def apply_command(model: str, folders: Sequence[Path], how: Application) -> Summary:
+    """Merge genes into a copy of a model, or answer one prompt with them live."""
+    if (how.output is None) == (how.prompt is None):
+        raise InputError("apply needs one of --output FOLDER (a merged copy) and --prompt TEXT (live).")
+    genes, base = [load_gene(folder) for folder in folders], load_base(model)
+    if how.output is not None:
+        merged = merge_genes(base, genes, how.output, how.weights)
+        return {"model": str(merged), "genes": read_merged(merged).genes}
+    with apply_genes(base, genes, how.weights) as applied:
+        answer = base.chat([Message("user", str(how.prompt))], max_new_tokens=how.max_new_tokens)
+        return {"answer": answer.text, "genes": applied.weights}
+
+
+def asked_weights(
+    folders: Sequence[Path], weights: str | None, policy: Path | None, context: str | None
+) -> dict[str, float] | None:
+    """By gene, the weights that a command asks for: listed in the order of the genes, or those of a context."""
+    names = [read_gene_config(folder).name for folder in folders]
+    if policy is not None:
+        return read_policy(policy).weights_for(str(context), [load_gene(folder) for folder in folders])
+    if weights is None:
+        return None
+    try:
+        found = [float(part) for part in weights.split(",")]
+    except ValueError as error:
+        raise InputError(f"Weights must be numbers like 1,0.5; got {weights!r}.") from error
+    if len(found) != len(names):
+        raise InputError(f"--weights needs a number for each of {len(names)} genes; got {len(found)}.")
+    return dict(zip(names, found, strict=True))
+
+
+def read_policy(path: Path) -> ContextPolicy:
+    """The policy in a TOML file, a table of weights by gene for each context; anything else is a ConfigError."""
+    try:
+        contexts = tomllib.loads(path.read_text(encoding="utf-8"))
+        return ContextPolicy(TypeAdapter(dict[str, dict[str, float]]).validate_python(contexts))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Expected a TOML file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        what = problems_of(error) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"{path} is not a policy: {what}. Expected [context] tables of GENE = WEIGHT.") from error
+
+
+def unapply_command(folder: Path, output: Path) -> Summary:
+    """Put back the originals of a merged copy."""
+    genes = read_merged(folder).genes
+    return {"model": str(unmerge_genes(folder, output)), "taken_out": sorted(genes)}
+
+
+def inspect_command(folder: Path, model: str | None) -> tuple[list[dict[str, object]], Summary]:
+    """The gene's layers, and what it is; with a model whether it fits (an error where it does not)."""
+    gene = load_gene(folder)
+    if model is not None:
+        base = load_base(model)
+        check_model(base)
+        check_fits(gene, base)
+    config = gene.config
+    facts: Summary = {
+        "name": config.name,
+        "family": config.family.base,
+        "architecture": config.family.architecture,
+        "tokenizer": config.family.tokenizer,
+        "conflicts": list(config.conflicts),
+        "results": config.results,
+    }
+    return gene_facts(gene), facts
+
+
+def summary_of(gene: Gene, folder: Path) -> Summary:
+    """What a finished command says of the gene that it wrote."""
+    config = gene.config
+    return {
+        "gene": str(folder),
+        "layers": list(config.layers),
+        "coefficients": [round(value, 4) for value in config.coefficients],
+        "share_of_weights_touched": round(gene.n_weights_touched / config.family.n_weights, 6),
+        **config.results,
+    }
+
+
+@contextmanager
+def _steps(title: str) -> Iterator[Report]:
+    """A bar for the steps of one optimisation."""
+    with progress_bar(title, None, "steps") as advance:
+        yield lambda step, n_steps: advance(1, n_steps)
