@@ -59,25 +59,31 @@ class FlagRule(_Rule):
 
 
 class SteerRule(_Rule):
-    """Sets an aligner's strength by a guard's score: ``floor`` up to ``low``, ``ceiling`` from ``high``, linear between."""
+    """Sets an aligner's strength by a guard's score: a ramp from ``low`` to ``high``, or a step at the threshold."""
 
     action: Literal["steer"]
     """Always ``steer``."""
     aligner: Name | None = None
     """The aligner that is set; every one unless given."""
-    low: Score
-    """Score at which the strength starts to rise."""
-    high: Score
-    """Score at which it is full; equal to ``low`` for a step."""
+    preset: Preset | None = None
+    """For a step: the false-positive rate whose thresholds count; the guard's own unless given."""
+    low: Score | None = None
+    """Score up to which the strength is ``floor``; without it and ``high`` a step at the guard's threshold."""
+    high: Score | None = None
+    """Score from which it is ``ceiling``, linear between; equal to ``low`` for a step."""
     floor: Strength = 0.0
-    """Strength in [0, 2] up to ``low``."""
+    """Strength in [0, 2] of what the guard finds harmless."""
     ceiling: Strength = 1.0
-    """Strength in [0, 2] from ``high`` on, and where the guard cannot score."""
+    """Strength in [0, 2] of what it flags, and where it cannot score."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.low > self.high:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("a ramp needs both low and high; a step at the guard's threshold neither")
+        if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"low {self.low} must not be above high {self.high}")
+        if self.low is not None and self.preset is not None:
+            raise ValueError("a steer rule has low and high or a preset, not both")
         if self.floor > self.ceiling:
             raise ValueError(f"floor {self.floor} must not be above ceiling {self.ceiling}")
         return self
@@ -118,7 +124,12 @@ class Policy(BaseModel):
             if isinstance(rule, FlagRule) and rule.labels and rule.action in ("replace", "block"):
                 raise ValueError("an answer is ended by its guard's highest label; leave labels out of answer rules")
         top = MAX_STRENGTH if self.ceiling is None else self.ceiling
-        asked = [self.floor, *(rule.ceiling for rule in (*self.prompt, *self.answer) if isinstance(rule, SteerRule))]
-        if max(asked) > top:
-            raise ValueError(f"ceiling {top:g} is below a floor or a steer rule's ceiling of {max(asked):g}")
+        if self.highest_asked > top:
+            raise ValueError(f"ceiling {top:g} is below a floor or a steer rule's ceiling of {self.highest_asked:g}")
         return self
+
+    @property
+    def highest_asked(self) -> float:
+        """The highest strength that its floor or a steer rule asks for."""
+        rules = (*self.prompt, *self.answer)
+        return max([self.floor, *(rule.ceiling for rule in rules if isinstance(rule, SteerRule))])

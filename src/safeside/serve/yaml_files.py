@@ -20,7 +20,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"a key must be text, put it in quotes; got {key!r}", key_node.start_mark
@@ -33,7 +33,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def parse_record(kind: type[Record], path: Path, content: bytes | None = None) -> Record:
     """The record in a YAML file (or in its ``content``); anything that is not one is a ConfigError."""
-    found = _parse(path, _read(path) if content is None else content)
+    found = _parse(path, read_file(path) if content is None else content)
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected a mapping from names to values; got {type(found).__name__}.")
     try:
@@ -42,7 +42,8 @@ def parse_record(kind: type[Record], path: Path, content: bytes | None = None) -
         raise ConfigError(f"{path}: {_problems(error)}") from error
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The content of a file; one that cannot be read is a ConfigError."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -53,7 +54,7 @@ def _parse(path: Path, content: bytes) -> object:
     if len(content) > _LARGEST:
         raise ConfigError(f"{path} has {len(content):,} bytes; expected at most {_LARGEST:,}.")
     try:
-        return yaml.load(content, _StrictLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(content, _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
