@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from safeside.errors import ConfigError, UnknownKeyError
-from safeside.serve.limits import Limits
-from safeside.serve.yaml_files import parse_record
+from safeside.serve.limits import NO_LIMITS, Limits
+from safeside.serve.rules import Name
+from safeside.serve.yaml_files import parse_record, problems
 
 _PREFIX = "safeside-"
 _BEARER = "bearer "
 _LONGEST_HEADER = 1024  # characters: longer ones are no key of ours
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Caller:
     """May load and unload adapters and read policies."""
     may_loosen: bool = False
     """May ask for less than its policy demands: for testers and operators."""
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     """Its rates and sizes."""
 
 
@@ -56,7 +58,7 @@ class KeyRecord(BaseModel):
     """May load and unload adapters."""
     may_loosen: bool = False
     """May ask for less than its policy demands."""
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     """Rates and sizes."""
 
 
@@ -106,12 +108,41 @@ def new_key() -> tuple[str, str]:
     return key, _sha256(key)
 
 
-def make_key(path: str | Path, name: str, record: Mapping[str, object]) -> str:
+def make_key(path: str | Path, name: str, rights: Mapping[str, object]) -> str:
     """Add a fresh key called ``name`` to the file (made if missing, for its owner only) and return it, once.
 
-    ``record`` holds the fields of KeyRecord but the hash.  A name that is taken is a ConfigError.
+    ``rights`` holds the fields of KeyRecord but the hash.  A name that is taken, and one that cannot be, is a
+    ConfigError.
     """
-    raise NotImplementedError
+    path = Path(path)
+    known = parse_record(KeyFile, path).keys if path.exists() else {}
+    if name in known:
+        raise ConfigError(f"{path} has a key called {name!r} already. Choose another name, or take that entry out.")
+    key, sha256 = new_key()
+    try:
+        file = KeyFile.model_validate({"keys": {**known, name: {"sha256": sha256, **rights}}})
+    except ValidationError as error:
+        raise ConfigError(f"A key cannot be made: {problems(error)}") from error
+    content = file.model_dump(mode="json", exclude_defaults=True)
+    try:
+        _write_private(path, yaml.safe_dump(content, sort_keys=False))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    return key
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Put a file in the place of another in one step; only its owner can read it, from the first byte on."""
+    with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as handle:
+        temporary = Path(handle.name)
+        try:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _key_of(header: str | None) -> str:

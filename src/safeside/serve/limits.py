@@ -27,6 +27,9 @@ class Limits(BaseModel):
     """Of one answer."""
 
 
+NO_LIMITS = Limits()
+
+
 @dataclass(slots=True)
 class _Bucket:
     """So many are left at this time; it fills at ``rate`` a second up to ``size``."""
@@ -76,8 +79,46 @@ class Limiter:
 
         Too many at present are a LimitError that says when to come back; what could never be let in is an InputError.
         """
-        raise NotImplementedError
+        _check_sizes(limits, n_prompt_tokens, max_new_tokens)
+        n_tokens = n_prompt_tokens + max_new_tokens
+        with self._lock:
+            wanted = [
+                (self._bucket(self._requests, key, limits.requests_per_minute), 1),
+                (self._bucket(self._tokens, key, limits.tokens_per_minute), n_tokens),
+            ]
+            wait_s = max((bucket.wait_s(amount) for bucket, amount in wanted if bucket is not None), default=0.0)
+            if wait_s > 0:
+                raise LimitError(f"This key has used up its share for now. Come back in {wait_s:.1f} s.", wait_s)
+            for bucket, amount in wanted:
+                if bucket is not None:
+                    bucket.left -= amount
+        return Admission(self, key, n_tokens)
 
     def give_back(self, key: str, n_tokens: int) -> None:
         """Return tokens that were set aside for a request of ``key``."""
-        raise NotImplementedError
+        with self._lock:
+            bucket = self._tokens.get(key)
+            if bucket is not None:
+                bucket.left = min(bucket.size, bucket.left + n_tokens)
+
+    def _bucket(self, buckets: dict[str, _Bucket], key: str, size: int | None) -> _Bucket | None:
+        """The key's bucket, filled up to now; a new one is full.  None where there is no limit."""
+        if size is None:
+            buckets.pop(key, None)
+            return None
+        now = self._clock()
+        bucket = buckets.setdefault(key, _Bucket(size, size, now))
+        bucket.size = size  # the file of keys may have changed
+        bucket.fill(now)
+        return bucket
+
+
+def _check_sizes(limits: Limits, n_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise an InputError where a request could never be let in."""
+    for what, n_asked, most in (
+        ("prompt tokens", n_prompt_tokens, limits.max_prompt_tokens),
+        ("new tokens", max_new_tokens, limits.max_new_tokens),
+        ("tokens of prompt and answer", n_prompt_tokens + max_new_tokens, limits.tokens_per_minute),
+    ):
+        if most is not None and n_asked > most:
+            raise InputError(f"This request asks for {n_asked:,} {what}; its key allows {most:,}. Ask for less.")

@@ -39,7 +39,7 @@ def parse_record(kind: type[Record], path: Path, content: bytes | None = None) -
     try:
         return kind.model_validate(found)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_problems(error)}") from error
+        raise ConfigError(f"{path}: {problems(error)}") from error
 
 
 def read_file(path: Path) -> bytes:
@@ -59,6 +59,6 @@ def _parse(path: Path, content: bytes) -> object:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _problems(error: ValidationError) -> str:
+def problems(error: ValidationError) -> str:
     """Every problem on one line, by the path of its field."""
     return "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in error.errors())
