@@ -12,6 +12,8 @@ SafesideError
 │   └── UnknownKeyError                    the key is missing or unknown
 ├── LimitError            (RuntimeError)   a caller asked for more than its share
 ├── AuditError            (OSError)        a decision could not be made durable, so it must not be acted on
+├── ServingError          (RuntimeError)   the server cannot answer now
+│   └── DeadlineError                      the answer was not ready in time
 ├── ArtifactError         (ValueError)     an adapter folder cannot be used
 │   ├── MismatchError                      it belongs to another base
 │   └── FormatError                        it is damaged, unsafe or from a newer version
@@ -87,6 +89,14 @@ class LimitError(SafesideError, RuntimeError):
 
 class AuditError(SafesideError, OSError):
     """A decision could not be made durable, so it must not be acted on."""
+
+
+class ServingError(SafesideError, RuntimeError):
+    """The server cannot answer now."""
+
+
+class DeadlineError(ServingError):
+    """The answer was not ready in time."""
 
 
 class ArtifactError(SafesideError, ValueError):

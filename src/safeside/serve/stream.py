@@ -53,7 +53,7 @@ class AnswerText:
         before = self._decode(self._ids[self._before : self._read])
         return self._decode(self._ids[self._before :])[len(before) :]
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _take(self, piece: str) -> None:
