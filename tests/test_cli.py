@@ -14,14 +14,17 @@ import pytest
 import typer
 
 from command_line import Ran, texts, toy_recipe, write
-from safeside import Adapter, Base, Message, cli
+from safeside import Adapter, Base, Message, cli, cli_shared
 from safeside.cli import ReadMode
 from safeside.errors import MissingExtraError
 from safeside.guards.score import judge
 from safeside.types import Preset
 
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
-COMMANDS = ("demo", "train", "eval", "guard", "calibrate", "chat", "info", "patch", "port", "push")
+COMMANDS = (
+    "demo", "train", "eval", "guard", "calibrate", "chat", "info", "key", "patch", "policy check", "policy simulate",
+    "port", "push",
+)  # fmt: skip
 SHAPES = {
     "prompt": lambda text: {"prompt": text},
     "answer": lambda text: {"prompt": "how?", "response": text},
@@ -49,8 +52,11 @@ KINDS = {
 def options() -> str:
     """Every command with its arguments and options: spelling, type, default."""
     lines = []
-    for command in sorted(cli.app.registered_commands, key=lambda command: str(command.callback.__name__)):
-        lines.append(command.name or command.callback.__name__)
+    commands = {command.name or command.callback.__name__: command for command in cli.app.registered_commands}
+    for group in cli.app.registered_groups:
+        commands |= {f"{group.name} {command.name}": command for command in group.typer_instance.registered_commands}
+    for name, command in sorted(commands.items()):
+        lines.append(name)
         hints = get_type_hints(command.callback, include_extras=True)
         for name, parameter in inspect.signature(command.callback).parameters.items():
             kind, declared = hints[name].__origin__, hints[name].__metadata__[0]
@@ -62,7 +68,8 @@ def options() -> str:
             written = [word for word in (declared.default, *(declared.param_decls or ())) if str(word).startswith("--")]
             is_option = isinstance(declared, typer.models.OptionInfo)
             spelling = (written or [f"--{name.replace('_', '-')}"])[0] if is_option else name.upper()
-            need = "required" if parameter.default is parameter.empty else f"default {parameter.default}"
+            default = "empty" if parameter.default == "" else parameter.default
+            need = "required" if parameter.default is parameter.empty else f"default {default}"
             lines.append(f"    {spelling} ({KINDS[kind]}), {need}")
     return "\n".join(lines) + "\n"
 
@@ -79,7 +86,7 @@ def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     script = """
 import sys
 from safeside.cli import main
-for words in (["--help"], *([name, "--help"] for name in sys.argv[1:]), ["guard"], ["eval", "x"], ["nothing"]):
+for words in (["--help"], *([*name.split(), "--help"] for name in sys.argv[1:]), ["guard"], ["eval", "x"], ["nothing"]):
     sys.argv = ["safeside", *words]
     try:
         main()
@@ -91,7 +98,7 @@ sys.exit(f"imported {slow}" if slow else 0)
     done = subprocess.run([sys.executable, "-c", script, *COMMANDS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name in COMMANDS:
-        assert f"['{name}', '--help'] 0" in done.stderr
+        assert f"{[*name.split(), '--help']} 0" in done.stderr
     for mistake in ("['guard'] 2", "['eval', 'x'] 2", "['nothing'] 2"):
         assert mistake in done.stderr
 
@@ -180,7 +187,7 @@ def test_interrupts_and_missing_extras_are_told(run: Callable[..., Ran], monkeyp
         pytest.raises(
             MissingExtraError, match=r"needs 'sklearn', which is not installed. Run: pip install 'safeside\[x\]'"
         ),
-        cli._extra("x"),
+        cli_shared.extra("x"),
     ):
         raise ModuleNotFoundError(name="sklearn")
 

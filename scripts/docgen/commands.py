@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from docgen.markdown import fence, page, prose
@@ -18,14 +19,18 @@ def cli_page() -> str:
     """The help of ``safeside`` and of each command, in a terminal of one width."""
     parts = [prose(module_doc("safeside.cli")), _help([])]
     for name in command_names():
-        parts += [f"## safeside {name}", _help([name])]
+        parts += [f"## safeside {name}", _help(name.split())]
     return page("Command line", *parts)
 
 
 def command_names() -> list[str]:
-    """The commands, in the order of the help."""
-    group = get_command(app)
-    return list(group.commands)  # type: ignore[attr-defined]
+    """The commands, in the order of the help, each of a group after it."""
+    names = []
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        names.append(name)
+        if isinstance(command, TyperGroup):
+            names += [f"{name} {member}" for member in command.commands]
+    return names
 
 
 def _help(command: list[str]) -> str:

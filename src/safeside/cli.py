@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from safeside.cli_serve import key, policy_app
+from safeside.cli_shared import (
+    BaseName,
+    Json,
+    Mismatch,
+    cell,
+    extra,
+    load_with_base,
+    print_json,
+    print_rows,
+    print_summary,
+)
 from safeside.errors import ConfigError, InputError, MissingExtraError, SafesideError, UnknownNameError
 from safeside.types import Preset
 
@@ -26,11 +36,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-BaseName = Annotated[str | None, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
-Mismatch = Annotated[
-    str | None, typer.Option(help="'weights' lets an adapter run on other weights, or with another chat template.")
-]
 PresetName = Annotated[Preset | None, typer.Option("--preset", help="The guard's promised false-positive rate.")]
 JudgeKey = Annotated[
     str | None, typer.Option(envvar="SAFESIDE_JUDGE_KEY", help="The endpoint's key; better not on a command line.")
@@ -60,52 +65,6 @@ def main() -> None:
         raise SystemExit(1) from error
 
 
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """A missing optional dependency becomes the line that installs it."""
-    try:
-        yield
-    except ImportError as error:
-        if isinstance(error, SafesideError):
-            raise
-        raise MissingExtraError(
-            f"This command needs {error.name!r}, which is not installed. Run: pip install 'safeside[{name}]'"
-        ) from error
-
-
-def _load(adapter: str, base_name: str | None, allow_mismatch: str | None = None) -> tuple[Any, Any]:
-    """The adapter and its base; without ``--base`` the one that the adapter names."""
-    from safeside.artifact import base_of, load_adapter
-
-    base = base_of(adapter, base_name)
-    return base, load_adapter(adapter, base, allow_mismatch=allow_mismatch)
-
-
-def _print_json(values: object) -> None:
-    print(json.dumps(values, indent=2))
-
-
-def _print_summary(values: dict[str, object], title: str, as_json: bool) -> None:
-    """Facts of a finished command, as JSON or as a table."""
-    if as_json:
-        _print_json(values)
-    else:
-        from safeside.terminal import table
-
-        table(["fact", "value"], [[key, str(value)] for key, value in values.items()], title=title)
-
-
-def _print_rows(rows: list[dict[str, object]], title: str, as_json: bool) -> None:
-    """Tidy rows, as JSON or as a table."""
-    if as_json:
-        _print_json(rows)
-    else:
-        from safeside.terminal import table
-
-        columns = list(rows[0])
-        table(columns, [[_cell(row[column]) for column in columns] for row in rows], title=title)
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the trained guard and report.html.")] = Path("demo_output"),
@@ -113,11 +72,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a guard on the built-in base, score prompts, chat, write report.html."""
-    with _extra("train,eval"):
+    with extra("train,eval"):
         from safeside.demo import run_demo
     result = run_demo(output, quick=quick, show=not as_json)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
@@ -129,12 +88,12 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train the adapter that a recipe describes, calibrate it and save it. Bad rows are reported, and exit 1."""
-    with _extra("train"):
+    with extra("train"):
         from safeside.train.command import train_command
     summary = train_command(recipe, data or recipe.parent, output, resume)
     if summary is None:
         return
-    _print_summary(summary, str(recipe), as_json)
+    print_summary(summary, str(recipe), as_json)
     if summary["bad_rows"]:
         raise typer.Exit(1)
 
@@ -161,7 +120,7 @@ def evaluate(
 ) -> None:
     """Measure a guard on labelled rows, or an adapter on a suite. Unscored answers are counted, and exit 1."""
     _check_eval(adapter, data, suite, rejudge)
-    with _extra("eval"):
+    with extra("eval"):
         from safeside.evals.command import EvalOptions, JudgeChoice, evaluate_command, rejudge_command
         from safeside.evals.endpoint import endpoint_of
         from safeside.evals.judges import JudgeOptions
@@ -171,8 +130,8 @@ def evaluate(
         rows, failed = rejudge_command(rejudge, choice)
     else:
         options = EvalOptions(data, suite, parse_strengths(strengths), gate, allow_mismatch, preset, limit, choice)
-        rows, failed = evaluate_command(*_load(str(adapter), base, allow_mismatch), options)
-    _print_rows(rows, str(adapter or rejudge), as_json)
+        rows, failed = evaluate_command(*load_with_base(str(adapter), base, allow_mismatch), options)
+    print_rows(rows, str(adapter or rejudge), as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -200,7 +159,7 @@ def guard(
     from safeside.artifact import load_adapter
     from safeside.guards.lines import guard_lines
 
-    loaded_base, first = _load(adapter, base, allow_mismatch)
+    loaded_base, first = load_with_base(adapter, base, allow_mismatch)
     others = [load_adapter(name, loaded_base, allow_mismatch=allow_mismatch) for name in also or []]
     guards = [guard.with_preset(preset) for guard in (first, *others)]
     collected: list[dict[str, object]] = []
@@ -214,7 +173,7 @@ def guard(
         else:
             print(json.dumps(line), flush=True)
     if as_json:
-        _print_json({"rows": collected, "n_bad": n_bad})
+        print_json({"rows": collected, "n_bad": n_bad})
     if n_bad:
         print(f"safeside: {n_bad} bad rows; each was flagged unscored", file=sys.stderr)
         raise typer.Exit(1)
@@ -260,13 +219,13 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Set a guard's thresholds on your own traffic, at a promised false-positive rate."""
-    with _extra("eval"):
+    with extra("eval"):
         from safeside.guards.recalibrate import Traffic, calibrate_command
     rows, summary = calibrate_command(adapter, base, Traffic(benign, harmful, fpr, mode), output)
     if as_json:
-        _print_json({**summary, "thresholds": rows})
+        print_json({**summary, "thresholds": rows})
     else:
-        _print_rows(rows, str(summary["adapter"]), as_json)
+        print_rows(rows, str(summary["adapter"]), as_json)
     if summary["n_skipped"]:
         raise typer.Exit(1)
 
@@ -283,11 +242,11 @@ def info(
 
     facts = base_facts(base or "builtin") if adapter is None else adapter_facts(adapter, base, allow_mismatch)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         from safeside.terminal import table
 
-        table(["fact", "value"], [[key, _cell(value)] for key, value in facts.items()])
+        table(["fact", "value"], [[key, cell(value)] for key, value in facts.items()])
 
 
 @app.command()
@@ -316,10 +275,10 @@ def patch(
         summary = rollback_command(adapter, output)
     else:
         assert examples is not None
-        with _extra("train"):
+        with extra("train"):
             from safeside.train.patch_command import PatchFiles, patch_command
         summary = patch_command(adapter, PatchFiles(examples, replay, held_out), output, base, seed)
-    _print_summary(summary, adapter, as_json)
+    print_summary(summary, adapter, as_json)
     if summary.get("bad_rows"):
         raise typer.Exit(1)
 
@@ -336,10 +295,10 @@ def port(
     as_json: Json = False,
 ) -> None:
     """Carry an adapter over to another base, with text but no labels."""
-    with _extra("train"):
+    with extra("train"):
         from safeside.train.port_command import PortOptions, port_command
     summary = port_command(adapter, PortOptions(to, text, output, method, base, seed))
-    _print_summary(summary, adapter, as_json)
+    print_summary(summary, adapter, as_json)
     if summary["bad_rows"]:
         raise typer.Exit(1)
 
@@ -356,9 +315,13 @@ def push(
 
     address = push_adapter(folder, repository, private=private)
     if as_json:
-        _print_json({"address": address})
+        print_json({"address": address})
     else:
         print(address)
+
+
+app.add_typer(policy_app, name="policy")
+app.command()(key)
 
 
 def parse_strengths(text: str | None) -> list[float] | None:
@@ -373,7 +336,3 @@ def parse_strengths(text: str | None) -> list[float] | None:
         raise
     except ValueError as error:
         raise InputError(f"Strengths must be numbers like 0,0.5,1; got {text!r}.") from error
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

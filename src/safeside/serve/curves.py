@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from safeside import mixing
 from safeside.adapters.adapter import Adapter
 from safeside.errors import ConfigError
 from safeside.mixing import Fixed, Ramp, Step
+from safeside.mixing import Policy as StrengthPolicy
 from safeside.policies import Reads, by_category, timed
 from safeside.serve.rules import Stage, SteerRule
 from safeside.types import Mode
@@ -50,7 +50,7 @@ class Curve:
         return Step(guard, self.low, self.floor, self.ceiling, latched)
 
 
-def strength_policy(rules: Iterable[StagedRule], guards: Mapping[str, Adapter], floor: float) -> mixing.Policy:
+def strength_policy(rules: Iterable[StagedRule], guards: Mapping[str, Adapter], floor: float) -> StrengthPolicy:
     """What sets the strength of one aligner under ``rules``, nowhere below ``floor``.
 
     Rules that read different guards are a ConfigError.
@@ -65,7 +65,7 @@ def strength_policy(rules: Iterable[StagedRule], guards: Mapping[str, Adapter], 
         label: replace(curve, floor=max(curve.floor, floor), ceiling=max(curve.ceiling, floor))
         for label, curve in _curves(rules, guards).items()
     }
-    policy: mixing.Policy
+    policy: StrengthPolicy
     if set(curves) == {_ALL}:
         policy = curves[_ALL].policy(guard, latched)
     else:

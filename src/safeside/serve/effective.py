@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from safeside import mixing
 from safeside.adapters.adapter import Adapter
 from safeside.mixing import Fixed
+from safeside.mixing import Policy as StrengthPolicy
 from safeside.policies import ByCategory, Timed
 from safeside.serve.curves import loaded, strength_policy
 from safeside.serve.rules import SEVERITY, Action, FlagRule, OnError, Policy, Rule, Stage, SteerRule
@@ -114,7 +114,7 @@ class EffectivePolicy:
         """The same for an answer, or for what is there of it."""
         return self._decide("answer", verdicts)
 
-    def strengths(self) -> dict[str, mixing.Policy]:
+    def strengths(self) -> dict[str, StrengthPolicy]:
         """By aligner, what sets its strength; ready for ``attachment.request(strength=...)``."""
         if self.exact_strength is not None:
             return {name: Fixed((self.exact_strength,)) for name in self.aligners}
@@ -210,7 +210,7 @@ class EffectivePolicy:
         policies = self._strengths((stage,), acting_only=acting_only).values()
         return max((_strength_at(policy, scores, self.adapters) for policy in policies), default=0.0)
 
-    def _strengths(self, stages: Iterable[Stage], *, acting_only: bool) -> dict[str, mixing.Policy]:
+    def _strengths(self, stages: Iterable[Stage], *, acting_only: bool) -> dict[str, StrengthPolicy]:
         rules = [
             (stage, rule)
             for stage in stages
@@ -239,7 +239,7 @@ def _probabilities(guard: Adapter, scores: Sequence[float], mode: Mode) -> list[
 
 
 def _strength_at(
-    policy: mixing.Policy, scores: Mapping[str, Mapping[str, float]], guards: Mapping[str, Adapter]
+    policy: StrengthPolicy, scores: Mapping[str, Mapping[str, float]], guards: Mapping[str, Adapter]
 ) -> float:
     """The strength for one text, by guard and label its scores; one that is missing counts as not a number."""
     if policy.guard is None:

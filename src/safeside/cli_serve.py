@@ -1,0 +1,81 @@
+"""The commands around serving: policies and keys."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeside.cli_shared import BaseName, Json, extra, print_json, print_rows
+
+policy_app = typer.Typer(help="Check a file of policies, or try it on rows.", no_args_is_help=True)
+PolicyFile = Annotated[Path, typer.Argument(help="A YAML file of policies, as serve takes it.")]
+Rate = Annotated[int | None, typer.Option(min=1, help="Most in a minute (default: no limit).")]
+Size = Annotated[int | None, typer.Option(min=1, help="Most in one request (default: no limit).")]
+
+
+@policy_app.command("check")
+def policy_check(file: PolicyFile, base: BaseName = None, as_json: Json = False) -> None:
+    """Say what a file of policies holds, or what is wrong with it. With --base its adapters are checked as well."""
+    with extra("serve"):
+        from safeside.serve.simulate import check_command
+    print_rows(check_command(file, base), str(file), as_json)
+
+
+@policy_app.command("simulate")
+def policy_simulate(
+    file: PolicyFile,
+    data: Annotated[Path, typer.Option(help="Prompts or whole exchanges, .jsonl or .jsonl.gz.")],
+    tenant: Annotated[str, typer.Option(help="Whose requests these would have been.")] = "",
+    policy: Annotated[str | None, typer.Option(help="A policy that every request would have named.")] = None,
+    base: Annotated[str, typer.Option(help="Base: 'builtin', a folder or a hub name.")] = "builtin",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with all lines and counts.")] = False,
+) -> None:
+    """Say what a policy would have done with each row, and why. Rows that cannot be scored are counted, and exit 1."""
+    with extra("serve"):
+        from safeside.serve.simulate import Asked, simulate_command, summary_of
+    lines, n_bad = [], 0
+    for line, is_good in simulate_command(file, data, Asked(policy), tenant, base):
+        lines.append(line)
+        n_bad += not is_good
+        if not as_json:
+            print(json.dumps(line), flush=True)
+    summary = {**summary_of(lines), "n_bad": n_bad}
+    if as_json:
+        print_json({"rows": lines, "summary": summary})
+    else:
+        print(f"safeside: {json.dumps(summary)}", file=sys.stderr)
+    if n_bad:
+        raise typer.Exit(1)
+
+
+def key(
+    file: Annotated[Path, typer.Argument(help="The file of keys, made if missing.")],
+    name: Annotated[str, typer.Argument(help="What the key is called.")],
+    tenant: Annotated[str, typer.Option(help="Whose key it is.")],
+    admin: Annotated[bool, typer.Option("--admin", help="May load and unload adapters.")] = False,
+    may_loosen: Annotated[bool, typer.Option("--may-loosen", help="May ask for less than its policy.")] = False,
+    requests_per_minute: Rate = None,
+    tokens_per_minute: Rate = None,
+    max_prompt_tokens: Size = None,
+    max_new_tokens: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Make an API key. It is shown once; the file keeps its hash."""
+    with extra("serve"):
+        from safeside.serve.keys import make_key
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+    }
+    rights = {"tenant": tenant, "is_admin": admin, "may_loosen": may_loosen, "limits": limits}
+    made = make_key(file, name, rights)
+    if as_json:
+        print_json({"name": name, "tenant": tenant, "key": made})
+    else:
+        print(made)  # alone on its line, so that no table cuts it
