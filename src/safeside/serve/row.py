@@ -95,6 +95,8 @@ class Job:
     """Told every event, in order, in the engine's thread."""
     deadline: float = math.inf
     """By ``time.monotonic``: the answer fails then."""
+    is_streamed: bool = True
+    """Whether the listener tells what it hears at once; if not, risky tokens never have to get out."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when nobody listens any more."""
 
@@ -116,7 +118,7 @@ class Row:
         self._text = AnswerText(tokenizer, job.sampling.stop)
         self._guards = policy.guards
         rules = policy.stop_rules()
-        self._sends_at_once = policy.hold_back == 0 or not self._guards
+        self._sends_at_once = not self._guards or (job.is_streamed and policy.hold_back == 0)
         self._stream = StreamGuard(rules, max(0, policy.hold_back - 1) if rules else 0)
         self._strengths: list[float] = []
         self._risks: list[Scores] = []
