@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from safeside.serve.moderation import inline
 from safeside.serve.problems import problem_of
 from safeside.serve.replies import DONE, Kind, Reply, SafetyTold, TokenTold, Usage, VerdictTold, event, logprobs_of
-from safeside.serve.row import Judged, Piece, Trace
+from safeside.serve.row import Ended, Event, Judged, Piece, Trace
 from safeside.serve.rules import SEVERITY
 from safeside.serve.sampling import Token
 from safeside.serve.service import Answering, Service
@@ -53,33 +53,35 @@ class Answer:
 
     async def stream(self, is_gone: IsGone) -> AsyncGenerator[str]:
         """The events of a stream.  The first comes once the prompt was judged; an error before it is raised."""
-        reply = self.reply
+        is_open = False
         try:
             async with aclosing(self.service.events(self.answering, is_gone)) as events:
                 async for found in events:
-                    if isinstance(found, Judged) and self.kind == "chat":
-                        yield reply.opening()
-                    elif isinstance(found, Piece):
-                        for chunk in self._chunks(reply, found):
-                            yield chunk
-            for chunk in self._closing(reply):
-                yield chunk
-        except Exception as error:  # the edge of the server: bytes are out, so the error is the last of them
-            if self.answering.judged is None:
+                    for chunk in self._chunks(found):
+                        is_open = True
+                        yield chunk
+        except Exception as error:  # the edge of the server: where bytes are out, the error is the last of them
+            if not is_open:
                 raise
             yield event(problem_of(error)[1])
 
-    def _chunks(self, reply: Reply, piece: Piece) -> list[str]:
+    def _chunks(self, found: Event) -> list[str]:
+        """What is sent for one event of the engine's."""
+        if isinstance(found, Piece):
+            return self._piece(found)
+        if isinstance(found, Ended):
+            return self._closing(found)
+        return [self.reply.opening()] if isinstance(found, Judged) and self.kind == "chat" else []
+
+    def _piece(self, piece: Piece) -> list[str]:
         logprobs = self._logprobs(piece.tokens)
         rest: dict[str, object] = {}
         if self.asked.safety.tokens and piece.traces:
             rest = {"safety": {"tokens": [each.model_dump() for each in self._tokens(piece.traces)]}}
-        return [reply.chunk(piece.text, None, logprobs, rest)] if piece.text or logprobs or rest else []
+        return [self.reply.chunk(piece.text, None, logprobs, rest)] if piece.text or logprobs or rest else []
 
-    def _closing(self, reply: Reply) -> list[str]:
-        ended = self.answering.ended
-        if ended is None:
-            return []
+    def _closing(self, ended: Ended) -> list[str]:
+        reply = self.reply
         chunks = [reply.chunk(ended.decision.text)] if ended.decision.action == "replace" else []
         chunks.append(reply.chunk(None, ended.finish, None, {"safety": self._safety(with_tokens=False)}))
         if moderation := self._moderation():

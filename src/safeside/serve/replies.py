@@ -167,7 +167,6 @@ def logprobs_of(kind: Kind, tokens: Sequence[Token], tokenizer: PreTrainedTokeni
         "tokens": [spelled(tokenizer, token.id) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [{spelled(tokenizer, index): value for index, value in token.likeliest} for token in tokens],
-        "text_offset": [],
     }
 
 

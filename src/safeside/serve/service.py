@@ -26,7 +26,7 @@ from safeside.serve.policy import PolicyBook
 from safeside.serve.row import Ended, Event, Failed, Job, Judged, Piece
 from safeside.serve.rules import Stage
 from safeside.serve.sampling import Sampling
-from safeside.serve.wire import Asked, ChatRequest
+from safeside.serve.wire import Asked
 from safeside.types import Message, Verdict
 
 _POLL_S = 0.25  # how often a silent client is looked at
@@ -143,10 +143,7 @@ class Service:
         return Answering(caller, policy, job, admission, inbox, prompt)
 
     def _sampling(self, asked: Asked, caller: Caller, n_prompt: int) -> Sampling:
-        wanted = asked.max_tokens
-        n_logprobs = asked.n_logprobs if isinstance(asked, ChatRequest) else None
-        if isinstance(asked, ChatRequest) and asked.max_completion_tokens is not None:
-            wanted = asked.max_completion_tokens
+        wanted = asked.most_tokens
         room = self.base.max_tokens - n_prompt
         if room < 1 or (wanted is not None and wanted > room):
             raise InputError(
@@ -159,7 +156,7 @@ class Service:
             temperature=1.0 if asked.temperature is None else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
-            n_logprobs=n_logprobs,
+            n_logprobs=asked.n_logprobs,
             stop=asked.stops,
         )
 

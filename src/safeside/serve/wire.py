@@ -18,10 +18,13 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 _SEED = 2**63
 
 
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
 class Record(BaseModel):
     """A checked object of a request."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _STRICT
 
 
 class SafetyAsked(Record):
@@ -101,8 +104,10 @@ class StreamOptions(Record):
     include_usage: bool = False
 
 
-class Asked(Record):
+class Asked(BaseModel):
     """What both kinds of completions take."""
+
+    model_config = _STRICT
 
     model: str
     """A name of ``/v1/models``."""
@@ -120,6 +125,16 @@ class Asked(Record):
     """Accepted and not used."""
     safety: SafetyAsked = SafetyAsked()
     moderation: ModerationAsked | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of the answer, where a number was given."""
+        return self.max_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """Likeliest tokens to tell beside each; None for no logarithms."""
+        return None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -142,8 +157,13 @@ class ChatRequest(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
+    def most_tokens(self) -> int | None:
+        """OpenAI's newer name counts before the older one."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
     def n_logprobs(self) -> int | None:
-        """Likeliest tokens to tell beside each; None for no logarithms."""
+        """As in ``Asked``; a number without the switch is an InputError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InputError("top_logprobs was given without logprobs. Set logprobs to true, or leave it out.")
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -156,6 +176,11 @@ class CompletionRequest(Asked):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """As in ``Asked``."""
+        return self.logprobs
 
     @property
     def text(self) -> str:
