@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from safeside.cli_serve import key, policy_app
+from safeside.cli_serve import key, policy_app, serve
 from safeside.cli_shared import (
     BaseName,
     Json,
@@ -321,6 +321,7 @@ def push(
 
 
 app.add_typer(policy_app, name="policy")
+app.command()(serve)
 app.command()(key)
 
 
