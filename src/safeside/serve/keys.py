@@ -152,4 +152,4 @@ def _key_of(header: str | None) -> str:
 
 
 def _sha256(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from safeside.errors import ConfigError
 
 Record = TypeVar("Record", bound=BaseModel)
-_LARGEST = 1 << 20  # bytes
+_LARGEST = 1 << 18  # bytes
 
 
 class _StrictLoader(yaml.SafeLoader):
