@@ -10,6 +10,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     Column,
+    Connection,
     DateTime,
     Engine,
     Float,
@@ -87,8 +88,7 @@ def open_database(url: str) -> Engine:
             engine, triggers = _sqlite(parsed), _SQLITE_TRIGGERS
         else:
             engine, triggers = _postgresql(parsed), _POSTGRESQL_TRIGGERS
-        _metadata.create_all(engine)
-        _run(engine, triggers)
+        return _prepared(engine, triggers)
     except (SQLAlchemyError, OSError) as error:
         shown = parsed.render_as_string(hide_password=True)
         raise ConfigError(f"The audit log {shown} cannot be opened: {first_line(error)}") from error
@@ -96,7 +96,6 @@ def open_database(url: str) -> Engine:
         raise MissingExtraError(
             f"The audit log's database needs {error.name!r}, which is not installed. Run: pip install {error.name}"
         ) from error
-    return engine
 
 
 def first_line(error: Exception) -> str:
@@ -135,16 +134,23 @@ def _sqlite(url: URL) -> Engine:
 
 def _postgresql(url: URL) -> Engine:
     options = f"-c synchronous_commit=on -c statement_timeout={WAIT_S * 1000}"
-    engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": WAIT_S, "options": options})
-    with engine.connect() as connection:
-        if connection.execute(text("SHOW fsync")).scalar_one() != "on":
-            raise ConfigError(
-                "This PostgreSQL server runs with fsync=off and keeps nothing through a crash. Turn it on."
-            )
+    return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": WAIT_S, "options": options})
+
+
+def _prepared(engine: Engine, triggers: Sequence[str]) -> Engine:
+    """The engine once table and triggers are there; where they cannot be, nothing of it stays open."""
+    try:
+        with engine.begin() as connection:
+            _check_syncs(connection)
+            _metadata.create_all(connection)
+            for trigger in triggers:
+                connection.execute(text(trigger))
+    except BaseException:
+        engine.dispose()
+        raise
     return engine
 
 
-def _run(engine: Engine, statements: Sequence[str]) -> None:
-    with engine.begin() as connection:
-        for statement in statements:
-            connection.execute(text(statement))
+def _check_syncs(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql" and connection.execute(text("SHOW fsync")).scalar_one() != "on":
+        raise ConfigError("This PostgreSQL server runs with fsync=off and keeps nothing through a crash. Turn it on.")

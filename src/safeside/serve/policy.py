@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from safeside.adapters.adapter import Adapter
 from safeside.errors import AccessError, ConfigError, InputError, UnknownNameError
-from safeside.mixing import MAX_STRENGTH
 from safeside.registry import did_you_mean
 from safeside.serve.binding import check_binding
 from safeside.serve.effective import EffectivePolicy
@@ -21,6 +20,7 @@ from safeside.serve.keys import Caller
 from safeside.serve.merging import strictest
 from safeside.serve.rules import Name, Policy, PolicyMode
 from safeside.serve.yaml_files import parse_record, read_file
+from safeside.types import MAX_STRENGTH
 
 _VERSION_DIGITS = 12
 Place = Annotated[str, Field(min_length=1)]

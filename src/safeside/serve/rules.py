@@ -6,8 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from safeside.mixing import MAX_STRENGTH
-from safeside.types import Preset
+from safeside.types import MAX_STRENGTH, Preset
 
 Action = Literal["allow", "annotate", "steer", "replace", "block"]
 """What is done with a text, the mildest first.  ``annotate``: the answer is sent with the verdict marked."""

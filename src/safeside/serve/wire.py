@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints
 
 from safeside.errors import InputError, UnsupportedError
-from safeside.mixing import MAX_STRENGTH
 from safeside.serve.rules import Name, PolicyMode
-from safeside.types import Message, Role
+from safeside.types import MAX_STRENGTH, Message, Role
 
 Text = Annotated[str, StringConstraints(max_length=1 << 20)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
