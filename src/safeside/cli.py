@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -153,6 +153,9 @@ def guard(
     preset: PresetName = None,
     base: BaseName = None,
     allow_mismatch: Mismatch = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Keep the lines here, with progress; a killed run goes on.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with all lines and counts.")] = False,
 ) -> None:
     """Score rows: one JSON line each, in order. Rows that cannot be scored are flagged, counted, and exit 1."""
@@ -162,6 +165,9 @@ def guard(
     loaded_base, first = load_with_base(adapter, base, allow_mismatch)
     others = [load_adapter(name, loaded_base, allow_mismatch=allow_mismatch) for name in also or []]
     guards = [guard.with_preset(preset) for guard in (first, *others)]
+    if output is not None:
+        _guard_into(output, loaded_base, guards, file, as_json)
+        return
     collected: list[dict[str, object]] = []
     n_bad = 0
     for line, problem in guard_lines(loaded_base, guards, file):
@@ -175,6 +181,22 @@ def guard(
     if as_json:
         print_json({"rows": collected, "n_bad": n_bad})
     if n_bad:
+        print(f"safeside: {n_bad} bad rows; each was flagged unscored", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _guard_into(output: Path, base: Any, guards: Any, file: Path | None, as_json: bool) -> None:
+    """Keep the lines in a file; what was bad in it before counts as well."""
+    from safeside.guards.lines import keep_lines, n_unscored
+    from safeside.terminal import progress_bar
+
+    if file is None or as_json:
+        raise InputError("--output reads rows from a file, so that it can go on, and prints none. Leave --json out.")
+    with progress_bar(str(file), None) as advance:
+        for line, problem in keep_lines(base, guards, file, output, advance):
+            if problem is not None:
+                print(f"safeside: line {line['line']}: {problem}", file=sys.stderr)
+    if n_bad := n_unscored(output):
         print(f"safeside: {n_bad} bad rows; each was flagged unscored", file=sys.stderr)
         raise typer.Exit(1)
 
