@@ -11,13 +11,13 @@ from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from safeside import __version__
-from safeside.serve import routes
+from safeside.serve import playground, routes
 from safeside.serve.admin import AdapterDesk
 from safeside.serve.middleware import BodyLimit, RequestCount
-from safeside.serve.problems import install
+from safeside.serve.problems import PROBLEMS, install
 from safeside.serve.routes import Object, Served
 from safeside.serve.service import Service
 
@@ -51,7 +51,8 @@ def create_app(service: Service, options: AppOptions = AppOptions()) -> FastAPI:
     app.state.service = service
     app.state.desk = AdapterDesk(service, options.adapter_roots)
     app.include_router(router)
-    app.include_router(routes.router)
+    app.include_router(routes.router, responses=PROBLEMS)  # type: ignore[arg-type]
+    app.include_router(playground.router)
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes, timeout_s=service.limits.body_timeout_s)
     app.add_middleware(RequestCount, metrics=service.metrics)
     if options.origins:
@@ -75,7 +76,7 @@ async def readyz(service: Served) -> Response:
     return JSONResponse({"status": "not ready"}, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: Served) -> Response:
     """Prometheus' text format."""
     service.metrics.queue_depth.set(service.engine.n_waiting)
