@@ -1,7 +1,7 @@
 """The playground: one page in the package that speaks the public wire, and nothing from elsewhere.
 
-Written by hand in plain HTML, CSS and JavaScript: a few small files need no build, no further dependency and no network.
-The page cannot do what another client could not.
+Written by hand in plain HTML, CSS and JavaScript: small files that need no build, no dependency and no network.  The
+page cannot do what another client could not.
 """
 
 from __future__ import annotations
