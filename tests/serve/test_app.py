@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import uvicorn
 from openai import OpenAI
 
 from safeside import Adapter, Base, Message
@@ -26,7 +23,7 @@ from safeside.serve.keys import Keys, make_key
 from safeside.serve.moderation import OPENAI_CATEGORIES
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
-from serving_for_tests import marking, scripted
+from serving_for_tests import marking, running_at, scripted
 
 Make = Callable[..., Adapter]
 GOOD, BAD = "the hat on the mat ", "KILL"
@@ -56,17 +53,13 @@ class Running:
     """A server on a free port."""
 
     service: Service
-    port: int
+    url: str
     keys: dict[str, str]
     folder: Path
     policy: Path
 
     def client(self, key: str = "user") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[key], max_retries=0)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def post(self, path: str, body: object, key: str = "user") -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.keys[key]}"}
@@ -104,16 +97,8 @@ def running(
     service = Service(engine, book, audit, keys=Keys.load(keyfile), model="tiny", limits=limits)
     (allowed := folder / "adapters").mkdir()
     save_adapter(random_aligner(base, "calm", seed=9), allowed / "calm")
-    server = uvicorn.Server(uvicorn.Config(create_app(service, AppOptions((allowed,))), port=0, log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield Running(service, port, keys, folder, policy)
-        server.should_exit = True
-        thread.join()
+    with running_at(create_app(service, AppOptions((allowed,)))) as url:
+        yield Running(service, url, keys, folder, policy)
     assert base.attachment is None
 
 
@@ -365,7 +350,7 @@ def test_bodies_that_are_no_json_are_refused(running: Running, body: bytes) -> N
 def test_a_body_that_is_too_large_or_too_slow_is_refused(running: Running) -> None:
     large = running.post("/v1/chat/completions", {"model": "tiny", "messages": [], "user": "x" * 60_000})
     assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
+    connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=30)
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Length", "100")
     connection.endheaders(b"{")

@@ -51,7 +51,7 @@ def create_app(service: Service, options: AppOptions = AppOptions()) -> FastAPI:
     app.state.service = service
     app.state.desk = AdapterDesk(service, options.adapter_roots)
     app.include_router(router)
-    app.include_router(routes.router, responses=PROBLEMS)  # type: ignore[arg-type]
+    app.include_router(routes.router, responses=PROBLEMS)
     app.include_router(playground.router)
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes, timeout_s=service.limits.body_timeout_s)
     app.add_middleware(RequestCount, metrics=service.metrics)

@@ -94,7 +94,7 @@ class Runner:
         by_row = zip(*(values[:, 0].tolist() for values in strengths.values()), strict=True)
         return Pass(
             rows,
-            self.base.head_logits(final)[:, -1],
+            self.base.head_logits(final.contiguous())[:, -1],  # of a view CPUs copy a tied head's whole matrix
             self._scores(len(settings)),
             tuple(dict(zip(strengths, values, strict=True)) for values in by_row) or ({},) * len(settings),
         )

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from safeside.errors import (
@@ -41,6 +42,27 @@ _KINDS: tuple[tuple[type[Exception], HTTPStatus, str, str], ...] = (
     (UnsupportedError, HTTPStatus.BAD_REQUEST, "invalid_request_error", "unsupported"),
     (ArtifactError, HTTPStatus.BAD_REQUEST, "invalid_request_error", "bad_adapter"),
 )
+
+
+class ErrorTold(BaseModel):
+    """OpenAI's error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Problem(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorTold
+
+
+PROBLEMS: dict[int | str, dict[str, object]] = {
+    status: {"model": Problem} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+}
+"""For the OpenAPI document."""
 
 
 def error_body(message: str, kind: str, code: str, param: str | None = None) -> dict[str, object]:

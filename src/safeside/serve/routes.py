@@ -26,6 +26,13 @@ from safeside.serve.wire import (
 
 _CLIENT_LEFT = 499  # nobody reads it; it is for the metrics
 Object = dict[str, object]
+_STREAMS: dict[int | str, dict[str, object]] = {
+    200: {
+        "description": "The answer; with stream, server-sent events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+_TEXT: dict[int | str, dict[str, object]] = {200: {"description": "Done.", "content": {"text/plain": {}}}}
 router = APIRouter(prefix="/v1")
 
 
@@ -76,7 +83,7 @@ async def model(model: str, service: Served, caller: Known) -> Object:
     return _model(service)
 
 
-@router.post("/chat/completions", response_model=None)
+@router.post("/chat/completions", response_model=None, responses=_STREAMS)
 async def chat(asked: ChatRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Answer a conversation."""
     messages = [turn.message() for turn in asked.messages]
@@ -85,7 +92,7 @@ async def chat(asked: ChatRequest, service: Served, caller: Known, request: Requ
     return await _answered(Answer(service, asked, answering, "chat"), request)
 
 
-@router.post("/completions", response_model=None)
+@router.post("/completions", response_model=None, responses=_STREAMS)
 async def completions(asked: CompletionRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Go on with a text."""
     ids = encode_text(service.base.tokenizer, asked.text).ids
@@ -150,7 +157,7 @@ async def adapters(desk: Desk, caller: Allowed) -> Object:
 
 
 @router.post("/load_lora_adapter", include_in_schema=False)
-@router.post("/adapters/load")
+@router.post("/adapters/load", response_model=None, responses=_TEXT)
 async def load(asked: LoadRequest, desk: Desk, caller: Allowed) -> PlainTextResponse:
     """Load an adapter from an allowed folder."""
     await desk.load(asked.name, asked.path, in_place=asked.load_inplace)
@@ -158,7 +165,7 @@ async def load(asked: LoadRequest, desk: Desk, caller: Allowed) -> PlainTextResp
 
 
 @router.post("/unload_lora_adapter", include_in_schema=False)
-@router.post("/adapters/unload")
+@router.post("/adapters/unload", response_model=None, responses=_TEXT)
 async def unload(asked: UnloadRequest, desk: Desk, caller: Allowed) -> PlainTextResponse:
     """Drop an adapter that no policy asks for."""
     await desk.unload(asked.name)
