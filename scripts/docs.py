@@ -20,7 +20,7 @@ from docgen.api import api_page, modules_page
 from docgen.commands import cli_page
 from docgen.errors import errors_page
 from docgen.facts import builtin_facts, refused_facts
-from docgen.models import adapter_config_page, recipe_page
+from docgen.models import adapter_config_page, policy_page, recipe_page
 from docgen.source import ROOT
 from docgen.supported import supported_page
 
@@ -30,6 +30,7 @@ PAGES = {
     "docs/reference/cli.md": cli_page,
     "docs/reference/recipe.md": recipe_page,
     "docs/reference/adapter-config.md": adapter_config_page,
+    "docs/reference/policy.md": policy_page,
     "docs/reference/errors.md": errors_page,
     "docs/reference/supported.md": supported_page,
 }
