@@ -20,7 +20,7 @@ import uvicorn
 from overhead_variants import SIZE, SecondPass, open_base, twin_of
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import sized_config
-from safeside.base.model import Base
+from safeside.base.model import Base, load_base
 from safeside.serve.app import AppOptions, create_app
 from safeside.serve.audit import AuditLog
 from safeside.serve.engine import Engine, EngineLimits
@@ -38,6 +38,7 @@ policies:
     answer: [{action: block, guard: harm, threshold: 1.0}]
 deployment: [house]
 """
+PROMPT = "Tell me how a small boat is built, in a few plain sentences. " * 3
 ALONE = "{policies: {none: {}}, deployment: [none]}"
 
 
@@ -62,7 +63,6 @@ class Load:
     """Of each client, one after the other."""
     n_tokens: int
     """Of each answer."""
-    prompt: str = "Tell me how a small boat is built, in a few plain sentences. " * 3
 
 
 @dataclass(slots=True)
@@ -111,6 +111,8 @@ def served(base: Base, adapters: Sequence[Adapter], policy: str, max_rows: int =
 def all_served(geometry: str, device: str) -> Iterator[dict[str, Served]]:
     """Every variant around one set of weights."""
     base = open_base(geometry, device)
+    if geometry != "builtin":  # a geometry has no tokenizer; ids that this one does not know spell nothing
+        base.tokenizer = load_base("builtin").tokenizer
     with contextlib.ExitStack() as stack:
         made = {
             name: stack.enter_context(
@@ -146,7 +148,7 @@ async def _clients(server: Served, load: Load, timing: Timing) -> None:
 
 async def _ask(server: Served, client: httpx.AsyncClient, load: Load, number: int, timing: Timing) -> None:
     """One stream: when its first token came, and the time between tokens."""
-    text = f"{number}: {load.prompt}"
+    text = f"{number}: {PROMPT}"
     body = {
         "model": "base", "stream": True, "max_tokens": load.n_tokens, "temperature": 0,
         "messages": [{"role": "user", "content": text}], "stream_options": {"include_usage": True},

@@ -13,13 +13,14 @@ from safeside.cli_shared import BaseName, Json, extra, print_json, print_rows
 
 policy_app = typer.Typer(help="Check a file of policies, or try it on rows.", no_args_is_help=True)
 PolicyFile = Annotated[Path, typer.Argument(help="A YAML file of policies, as serve takes it.")]
+ServedBase = Annotated[str, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
 Rate = Annotated[int | None, typer.Option(min=1, help="Most in a minute (default: no limit).")]
 Size = Annotated[int | None, typer.Option(min=1, help="Most in one request (default: no limit).")]
 
 
 def serve(
     policy: Annotated[Path, typer.Option(help="A YAML file of policies; it names the adapters.")],
-    base: Annotated[str, typer.Option(help="Base: 'builtin', a folder or a hub name.")] = "builtin",
+    base: ServedBase = "builtin",
     keys: Annotated[Path | None, typer.Option(help="The file of keys (see key); without it only on this host.")] = None,
     audit: Annotated[str, typer.Option(help="Audit log: a SQLAlchemy URL.")] = "sqlite:///safeside-audit.db",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
@@ -27,20 +28,14 @@ def serve(
     model_name: Annotated[str | None, typer.Option(help="What clients call the model (default: the base).")] = None,
     device: Annotated[str, typer.Option(help="Where the base runs, such as cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Of the weights, such as bfloat16.")] = None,
-    adapter_root: Annotated[
-        list[Path] | None, typer.Option(help="Folder that adapters may be loaded from at run time (repeatable).")
-    ] = None,
-    origin: Annotated[
-        list[str] | None, typer.Option(help="Web origin that may call from a browser (repeatable; default: none).")
-    ] = None,
+    adapter_root: Annotated[list[Path] | None, typer.Option(help="Adapters may be loaded from here.")] = None,
+    origin: Annotated[list[str] | None, typer.Option(help="Web origin that may call from a browser.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 32,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that wait; one more gets 429.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; one more gets 429.")] = 64,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that one answer may take.")] = 120.0,
-    guard_timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds of one pass after which a guard failed.")
-    ] = 10.0,
+    guard_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a guard is too late.")] = 10.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 1 << 20,
-    default_max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request says nothing.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request says nothing.")] = 256,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on after SIGTERM.")] = 30.0,
 ) -> None:
     """Serve a base with its guards and aligners to OpenAI's clients. SIGHUP reads policies and keys again."""
@@ -48,24 +43,12 @@ def serve(
         from safeside.serve.command import ServeOptions, serve_command
         from safeside.serve.engine import EngineLimits
         from safeside.serve.service import ServiceLimits
-    serve_command(
-        ServeOptions(
-            base=base,
-            policy=policy,
-            keys=keys,
-            audit=audit,
-            model=model_name,
-            device=device,
-            dtype=dtype,
-            host=host,
-            port=port,
-            adapter_roots=tuple(adapter_root or ()),
-            origins=tuple(origin or ()),
-            drain_s=drain,
-            engine=EngineLimits(max_rows=max_rows, max_waiting=max_waiting, guard_timeout_s=guard_timeout),
-            service=ServiceLimits(default_max_tokens, deadline, max_body),
-        )
-    )
+    at = {"host": host, "port": port, "origins": tuple(origin or ()), "drain_s": drain}
+    run = {"model": model_name, "device": device, "dtype": dtype, "adapter_roots": tuple(adapter_root or ())}
+    engine = EngineLimits(max_rows=max_rows, max_waiting=max_waiting, guard_timeout_s=guard_timeout)
+    service = ServiceLimits(default_max_tokens=max_tokens, deadline_s=deadline, max_body_bytes=max_body)
+    files = {"policy": policy, "keys": keys, "audit": audit}
+    serve_command(ServeOptions(base, **files, **at, **run, engine=engine, service=service))  # type: ignore[arg-type]
 
 
 @policy_app.command("check")

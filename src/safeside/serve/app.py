@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
+from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from safeside import __version__
 from safeside.serve import playground, routes
 from safeside.serve.admin import AdapterDesk
 from safeside.serve.middleware import BodyLimit, RequestCount
@@ -47,7 +47,7 @@ def create_app(service: Service, options: AppOptions = AppOptions()) -> FastAPI:
         yield
         await asyncio.to_thread(service.close, options.drain_s)
 
-    app = FastAPI(title="safeside", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="safeside", version=version("safeside"), docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.state.desk = AdapterDesk(service, options.adapter_roots)
     app.include_router(router)
