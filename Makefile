@@ -10,7 +10,7 @@ COST := benchmarks/.cells/align/cost.json
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-overhead builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-overhead bench-serve builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -98,6 +98,10 @@ report-align: setup
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup
 	$(BIN)/python benchmarks/overhead.py
+
+# The server under load and under faults: a 0.5B geometry with random weights, and the built-in base.
+bench-serve: setup
+	$(BIN)/python benchmarks/serve.py
 
 # The built-in base and its adapters from their text and rows (hours on two cores, minutes on a GPU).
 builtin: setup

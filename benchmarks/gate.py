@@ -31,8 +31,9 @@ from safeside.artifact import load_adapter
 from safeside.base.model import Base, load_base
 from safeside.evals.attacks import ATTACKS, attacked
 from safeside.evals.likelihood import Likelihood, utility
+from safeside.evals.methods import Aligned
 from safeside.evals.records import Record
-from safeside.evals.runs import Aligned, judging, run_suite, wilson
+from safeside.evals.runs import judging, run_suite, wilson
 from safeside.evals.suffix import Suffix, SuffixSearch, find_suffix
 from safeside.evals.suites import SUITES, Prompt, Suite, draw
 from safeside.mixing import Policy, as_policy, step

@@ -142,6 +142,10 @@ class SecondPass(Alone):
         super().step(ids, mask, caches)
         self._judge(ids, mask, caches[1])
 
+    def judge(self, ids: Tensor) -> Tensor:
+        """The guard's score of whole texts (B, T), as a call of its own."""
+        return self._judge(ids, torch.ones_like(ids), DynamicCache())
+
     def _judge(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         output = self.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         return torch.sigmoid(self.head(output[0][:, -1]).float())

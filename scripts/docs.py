@@ -20,7 +20,7 @@ from docgen.api import api_page, modules_page
 from docgen.commands import cli_page
 from docgen.errors import errors_page
 from docgen.facts import builtin_facts, refused_facts
-from docgen.models import adapter_config_page, gene_page, recipe_page
+from docgen.models import adapter_config_page, gene_page, policy_page, recipe_page
 from docgen.source import ROOT
 from docgen.supported import supported_page
 
@@ -31,6 +31,7 @@ PAGES = {
     "docs/reference/recipe.md": recipe_page,
     "docs/reference/adapter-config.md": adapter_config_page,
     "docs/reference/gene.md": gene_page,
+    "docs/reference/policy.md": policy_page,
     "docs/reference/errors.md": errors_page,
     "docs/reference/supported.md": supported_page,
 }

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from command_line import Ran, texts, toy_recipe, write
-from safeside import Adapter, Base, Message, cli
+from safeside import Adapter, Base, Message, cli, cli_shared
 from safeside.cli import ReadMode
 from safeside.cli_genes import Selection
 from safeside.errors import MissingExtraError
@@ -22,8 +22,10 @@ from safeside.guards.score import judge
 from safeside.types import Preset
 
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
-GENES = tuple(f"gene {name}" for name in ("extract", "select", "fit", "apply", "unapply", "inspect"))
-COMMANDS = ("demo", "train", "eval", "guard", "calibrate", "chat", "info", "patch", "port", "push", *GENES)
+COMMANDS = (
+    "demo", "train", "eval", "guard", "calibrate", "chat", "gene extract", "gene select", "gene fit", "gene apply",
+    "gene unapply", "gene inspect", "info", "key", "patch", "policy check", "policy simulate", "port", "push", "serve",
+)  # fmt: skip
 SHAPES = {
     "prompt": lambda text: {"prompt": text},
     "answer": lambda text: {"prompt": "how?", "response": text},
@@ -72,7 +74,8 @@ def options() -> str:
             written = [word for word in (declared.default, *(declared.param_decls or ())) if str(word).startswith("--")]
             is_option = isinstance(declared, typer.models.OptionInfo)
             spelling = (written or [f"--{name.replace('_', '-')}"])[0] if is_option else name.upper()
-            need = "required" if parameter.default is parameter.empty else f"default {parameter.default}"
+            default = "empty" if parameter.default == "" else parameter.default
+            need = "required" if parameter.default is parameter.empty else f"default {default}"
             lines.append(f"    {spelling} ({KINDS[kind]}), {need}")
     return "\n".join(lines) + "\n"
 
@@ -157,7 +160,7 @@ sys.exit(f"imported {slow}" if slow else 0)
         (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN"], "20 harmless rows cannot promise a false-positive"),
         (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN", "--fpr", "2"], "lie between 0 and 1"),
         (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN", "--output", "ADAPTERS/two"], "exists already"),
-        (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN", "--mode", "stream"], "Invalid value for '--mode'"),
+        (["calibrate", "ADAPTERS/harm", "--benign", "BENIGN", "--mode", "aloud"], "Invalid value for '--mode'"),
         (["calibrate", "ADAPTERS/refuse", "--benign", "BENIGN"], "only guards are calibrated"),
     ],
 )
@@ -190,7 +193,7 @@ def test_interrupts_and_missing_extras_are_told(run: Callable[..., Ran], monkeyp
         pytest.raises(
             MissingExtraError, match=r"needs 'sklearn', which is not installed. Run: pip install 'safeside\[x\]'"
         ),
-        cli._extra("x"),
+        cli_shared.extra("x"),
     ):
         raise ModuleNotFoundError(name="sklearn")
 

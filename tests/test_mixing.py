@@ -12,7 +12,8 @@ from torch import Tensor
 
 from safeside import fixed, mix, ramp, step
 from safeside.errors import InputError, NotFiniteError
-from safeside.mixing import MAX_STRENGTH, Fixed, Policy, Ramp, Step, _numbers, as_policies
+from safeside.mixing import Fixed, Policy, Ramp, Step, _numbers, as_policies
+from safeside.types import MAX_STRENGTH
 
 QUICK = settings(max_examples=60, derandomize=True)
 FLOAT32_ROUNDING = 1e-5  # relative, of a sum of a few float32 values

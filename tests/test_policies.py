@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safeside import by_category, fixed, ramp, sigmoid, step, strongest, timed
 from safeside.errors import InputError
 from safeside.gates import Seen, held_scores
-from safeside.mixing import MAX_STRENGTH, Policy
+from safeside.mixing import Policy
 from safeside.policies import ByCategory, Sigmoid, Timed, counts_from_prompt, guards_of, row_values, with_row_values
+from safeside.types import MAX_STRENGTH
 
 QUICK = settings(max_examples=60, derandomize=True)
 SAME = 1e-6  # one float32 operation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 
-from typer.core import TyperGroup as Group
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from docgen.markdown import fence, page, prose
@@ -24,11 +24,12 @@ def cli_page() -> str:
 
 
 def command_names() -> list[str]:
-    """The commands, in the order of the help; those of a group behind it and with its name."""
+    """The commands, in the order of the help, each of a group after it."""
     names = []
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         names.append(name)
-        names += [f"{name} {part}" for part in command.commands] if isinstance(command, Group) else []
+        if isinstance(command, TyperGroup):
+            names += [f"{name} {member}" for member in command.commands]
     return names
 
 

@@ -1,4 +1,4 @@
-"""docs/reference/recipe.md, adapter-config.md and gene.md: fields of the files that people write and adapters carry."""
+"""docs/reference/{recipe,adapter-config,gene,policy}.md: fields of files that people write, and adapters carry."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ from safeside.adapters.config import (
 from safeside.base.fingerprint import Fingerprint
 from safeside.genes.gene import AttachmentPoint, GeneConfig, GeneFamily
 from safeside.genes.recipe import GeneRecipe
+from safeside.serve.policy import PolicyFile
+from safeside.serve.rules import FlagRule, Policy, SteerRule
 from safeside.train.recipe import Recipe
 
 EXAMPLE = "recipes/builtin/harm.toml"
 GENE_EXAMPLE = "recipes/genes/gene.toml"
+POLICY_EXAMPLE = "policies/standard.yaml"
 _PARTS: dict[str, type[BaseModel]] = {
     "base": BaseReference,
     "base.fingerprint": Fingerprint,
@@ -103,6 +106,23 @@ def gene_page() -> str:
     return page("Gene", *parts)
 
 
+def policy_page() -> str:
+    """Every field of a file of policies, with an example."""
+    models = {"A policy": Policy, "A rule that flags": FlagRule, "A rule that steers": SteerRule}
+    parts = [
+        "`safeside serve --policy FILE` reads a YAML file; `safeside policy check FILE` says what is wrong with it. "
+        "What the parts do together: [policies](../concepts/policies.md).",
+        f"This one uses the built-in adapters (`{POLICY_EXAMPLE}`):",
+        fence((ROOT / POLICY_EXAMPLE).read_text(encoding="utf-8"), "yaml"),
+        "## The file",
+        "A file that is included holds `policies` alone.",
+        _fields(PolicyFile),
+    ]
+    for title, model in models.items():
+        parts += [f"## {title}", prose(_doc(model)), _fields(model)]
+    return page("Policy file", *parts)
+
+
 def _on_one_line(match: re.Match[str]) -> str:
     return f"[{' '.join(match[1].split())}]"
 
@@ -122,15 +142,23 @@ def _doc(model: Any) -> str:
 
 def _fields(model: type[BaseModel], leave_out: AbstractSet[str] = frozenset()) -> str:
     """One row for each field: name, type with bounds, default and meaning."""
-    node = find(model.__module__, model.__name__)
-    assert isinstance(node, ast.ClassDef)
-    docs = {item.name: item.doc for item in attributes(node)}
+    docs = _docs_of(model)
     rows = [
         [code(name), type_text(info.annotation, info.metadata), _default(info), prose(docs[name])]
         for name, info in model.model_fields.items()
         if name not in leave_out
     ]
     return table(["field", "type", "default", "meaning"], rows)
+
+
+def _docs_of(model: type[BaseModel]) -> dict[str, str]:
+    """What is said of each field, where the model or one that it builds on declares it."""
+    docs: dict[str, str] = {}
+    for part in reversed([kind for kind in model.__mro__ if _is_model(kind) and kind is not BaseModel]):
+        node = find(part.__module__, part.__name__)
+        assert isinstance(node, ast.ClassDef)
+        docs |= {item.name: item.doc for item in attributes(node)}
+    return docs
 
 
 def _default(info: FieldInfo) -> str:
@@ -155,19 +183,25 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         text = type_text(arguments[0], arguments[1:])
     elif origin in (Union, types.UnionType):
-        text = " or ".join(type_text(part) for part in arguments if part is not type(None))
+        text = " or ".join(dict.fromkeys(type_text(part) for part in arguments if part is not type(None)))
     elif origin is Literal:
         text = " or ".join(code(f'"{value}"' if isinstance(value, str) else str(value)) for value in arguments)
     elif origin is tuple:
-        kind, *bounds = type_text(arguments[0]).split(", ")
-        text = ", ".join([f"list of {kind}s", *(f"each {bound}" for bound in bounds)])
+        text = f"list of {_several(arguments[0])}"
     elif origin is dict:
-        text = f"table of {type_text(arguments[1])}s"
+        text = f"table of {_several(arguments[1])}"
     elif _is_model(annotation):
         text = "object"
     else:
         text = _NAMES[annotation]
     return ", ".join([text, *_bounds(metadata)])
+
+
+def _several(annotation: Any) -> str:
+    """Several of a type, and the bounds of each."""
+    kind, *bounds = type_text(annotation).split(", ")
+    plural = kind.replace("list of", "lists of", 1) if kind.startswith("list of") else f"{kind}s"
+    return ", ".join([plural, *(f"each {bound}" for bound in bounds)])
 
 
 def _bounds(metadata: Sequence[Any]) -> Iterator[str]:

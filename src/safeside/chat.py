@@ -108,6 +108,21 @@ def encode_begun(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
         return _encode_parts(tokenizer, prompt, answer[:n_kept])
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+    """Ids of plain text that a base goes on with, behind the token that begins every text, where there is one.
+
+    What spells a control token is ordinary text.  Nothing to read at all is an InputError.
+    """
+    check_messages([Message("user", text)])
+    with _LOCK:
+        begin = [tokenizer.bos_token_id]
+        added = tokenizer("", add_special_tokens=True)["input_ids"] == begin
+        ids = (*(begin if added else ()), *_plain_ids(tokenizer, text))
+    if not ids:
+        raise InputError("The prompt is empty, and the tokenizer has no token that begins a text. Send some text.")
+    return Encoded(ids, len(ids))
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise an InputError unless these are Messages, at least one, and every role is known."""
     if not isinstance(messages, Sequence) or not all(isinstance(message, Message) for message in messages):

@@ -12,12 +12,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from safeside.cli_genes import app as genes
-from safeside.cli_output import cell as _cell
-from safeside.cli_output import extra as _extra
-from safeside.cli_output import print_json as _print_json
-from safeside.cli_output import print_rows as _print_rows
-from safeside.cli_output import print_summary as _print_summary
+from safeside.cli_genes import app as gene_app
+from safeside.cli_serve import key, policy_app, serve
+from safeside.cli_shared import (
+    BaseName,
+    Json,
+    Mismatch,
+    cell,
+    extra,
+    load_with_base,
+    print_json,
+    print_rows,
+    print_summary,
+)
 from safeside.errors import ConfigError, InputError, MissingExtraError, SafesideError, UnknownNameError
 from safeside.types import Preset
 
@@ -30,13 +37,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.add_typer(genes, name="gene")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-BaseName = Annotated[str | None, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
-Mismatch = Annotated[
-    str | None, typer.Option(help="'weights' lets an adapter run on other weights, or with another chat template.")
-]
 PresetName = Annotated[Preset | None, typer.Option("--preset", help="The guard's promised false-positive rate.")]
 JudgeKey = Annotated[
     str | None, typer.Option(envvar="SAFESIDE_JUDGE_KEY", help="The endpoint's key; better not on a command line.")
@@ -66,14 +66,6 @@ def main() -> None:
         raise SystemExit(1) from error
 
 
-def _load(adapter: str, base_name: str | None, allow_mismatch: str | None = None) -> tuple[Any, Any]:
-    """The adapter and its base; without ``--base`` the one that the adapter names."""
-    from safeside.artifact import base_of, load_adapter
-
-    base = base_of(adapter, base_name)
-    return base, load_adapter(adapter, base, allow_mismatch=allow_mismatch)
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the trained guard and report.html.")] = Path("demo_output"),
@@ -81,11 +73,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a guard on the built-in base, score prompts, chat, write report.html."""
-    with _extra("train,eval"):
+    with extra("train,eval"):
         from safeside.demo import run_demo
     result = run_demo(output, quick=quick, show=not as_json)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
@@ -100,21 +92,21 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train the adapter that a recipe describes, calibrate it and save it. Bad rows are reported, and exit 1."""
-    with _extra("train"):
+    with extra("train"):
         from safeside.train.command import train_command
         from safeside.train.dry_run import dry_run
     if dry:
         if resume or output is not None:
             raise InputError("--dry-run writes nothing and reads no checkpoint; leave --resume and --output out.")
         found = dry_run(recipe, data or recipe.parent)
-        _print_summary(found, str(recipe), as_json)
+        print_summary(found, str(recipe), as_json)
         if found["problems"]:
             raise typer.Exit(1)
         return
     summary = train_command(recipe, data or recipe.parent, output, resume)
     if summary is None:
         return
-    _print_summary(summary, str(recipe), as_json)
+    print_summary(summary, str(recipe), as_json)
     if summary["bad_rows"]:
         raise typer.Exit(1)
 
@@ -141,7 +133,7 @@ def evaluate(
 ) -> None:
     """Measure a guard on labelled rows, or an adapter on a suite. Unscored answers are counted, and exit 1."""
     _check_eval(adapter, data, suite, rejudge)
-    with _extra("eval"):
+    with extra("eval"):
         from safeside.evals.command import EvalOptions, JudgeChoice, evaluate_command, rejudge_command
         from safeside.evals.endpoint import endpoint_of
         from safeside.evals.judges import JudgeOptions
@@ -151,8 +143,8 @@ def evaluate(
         rows, failed = rejudge_command(rejudge, choice)
     else:
         options = EvalOptions(data, suite, parse_strengths(strengths), gate, allow_mismatch, preset, limit, choice)
-        rows, failed = evaluate_command(*_load(str(adapter), base, allow_mismatch), options)
-    _print_rows(rows, str(adapter or rejudge), as_json)
+        rows, failed = evaluate_command(*load_with_base(str(adapter), base, allow_mismatch), options)
+    print_rows(rows, str(adapter or rejudge), as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -174,15 +166,21 @@ def guard(
     preset: PresetName = None,
     base: BaseName = None,
     allow_mismatch: Mismatch = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Keep the lines here, with progress; a killed run goes on.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with all lines and counts.")] = False,
 ) -> None:
     """Score rows: one JSON line each, in order. Rows that cannot be scored are flagged, counted, and exit 1."""
     from safeside.artifact import load_adapter
     from safeside.guards.lines import guard_lines
 
-    loaded_base, first = _load(adapter, base, allow_mismatch)
+    loaded_base, first = load_with_base(adapter, base, allow_mismatch)
     others = [load_adapter(name, loaded_base, allow_mismatch=allow_mismatch) for name in also or []]
     guards = [guard.with_preset(preset) for guard in (first, *others)]
+    if output is not None:
+        _guard_into(output, loaded_base, guards, file, as_json)
+        return
     collected: list[dict[str, object]] = []
     n_bad = 0
     for line, problem in guard_lines(loaded_base, guards, file):
@@ -194,8 +192,24 @@ def guard(
         else:
             print(json.dumps(line), flush=True)
     if as_json:
-        _print_json({"rows": collected, "n_bad": n_bad})
+        print_json({"rows": collected, "n_bad": n_bad})
     if n_bad:
+        print(f"safeside: {n_bad} bad rows; each was flagged unscored", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _guard_into(output: Path, base: Any, guards: Any, file: Path | None, as_json: bool) -> None:
+    """Keep the lines in a file; what was bad in it before counts as well."""
+    from safeside.guards.lines import keep_lines, n_unscored
+    from safeside.terminal import progress_bar
+
+    if file is None or as_json:
+        raise InputError("--output reads rows from a file, so that it can go on, and prints none. Leave --json out.")
+    with progress_bar(str(file), None) as advance:
+        for line, problem in keep_lines(base, guards, file, output, advance):
+            if problem is not None:
+                print(f"safeside: line {line['line']}: {problem}", file=sys.stderr)
+    if n_bad := n_unscored(output):
         print(f"safeside: {n_bad} bad rows; each was flagged unscored", file=sys.stderr)
         raise typer.Exit(1)
 
@@ -250,13 +264,13 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Set a guard's thresholds on your own traffic, at a promised false-positive rate."""
-    with _extra("eval"):
+    with extra("eval"):
         from safeside.guards.recalibrate import Traffic, calibrate_command
     rows, summary = calibrate_command(adapter, base, Traffic(benign, harmful, fpr, mode, consecutive), output)
     if as_json:
-        _print_json({**summary, "thresholds": rows})
+        print_json({**summary, "thresholds": rows})
     else:
-        _print_rows(rows, str(summary["adapter"]), as_json)
+        print_rows(rows, str(summary["adapter"]), as_json)
     if summary["n_skipped"]:
         raise typer.Exit(1)
 
@@ -273,11 +287,11 @@ def info(
 
     facts = base_facts(base or "builtin") if adapter is None else adapter_facts(adapter, base, allow_mismatch)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         from safeside.terminal import table
 
-        table(["fact", "value"], [[key, _cell(value)] for key, value in facts.items()])
+        table(["fact", "value"], [[key, cell(value)] for key, value in facts.items()])
 
 
 @app.command()
@@ -306,10 +320,10 @@ def patch(
         summary = rollback_command(adapter, output)
     else:
         assert examples is not None
-        with _extra("train"):
+        with extra("train"):
             from safeside.train.patch_command import PatchFiles, patch_command
         summary = patch_command(adapter, PatchFiles(examples, replay, held_out), output, base, seed)
-    _print_summary(summary, adapter, as_json)
+    print_summary(summary, adapter, as_json)
     if summary.get("bad_rows"):
         raise typer.Exit(1)
 
@@ -326,10 +340,10 @@ def port(
     as_json: Json = False,
 ) -> None:
     """Carry an adapter over to another base, with text but no labels."""
-    with _extra("train"):
+    with extra("train"):
         from safeside.train.port_command import PortOptions, port_command
     summary = port_command(adapter, PortOptions(to, text, output, method, base, seed))
-    _print_summary(summary, adapter, as_json)
+    print_summary(summary, adapter, as_json)
     if summary["bad_rows"]:
         raise typer.Exit(1)
 
@@ -346,9 +360,15 @@ def push(
 
     address = push_adapter(folder, repository, private=private)
     if as_json:
-        _print_json({"address": address})
+        print_json({"address": address})
     else:
         print(address)
+
+
+app.add_typer(policy_app, name="policy")
+app.add_typer(gene_app, name="gene")
+app.command()(serve)
+app.command()(key)
 
 
 def parse_strengths(text: str | None) -> list[float] | None:

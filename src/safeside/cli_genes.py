@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from safeside.cli_output import extra, print_json, print_rows, print_summary
+from safeside.cli_shared import Json, extra, print_json, print_rows, print_summary
 from safeside.errors import InputError
 
 app = typer.Typer(
@@ -16,7 +16,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 GeneFolder = Annotated[Path, typer.Argument(help="A gene's folder.")]
 NewFolder = Annotated[Path, typer.Option("--output", help="A new folder for the result.")]
 ModelName = Annotated[str, typer.Option("--base", help="The model: 'builtin', a folder or a hub name.")]

@@ -8,6 +8,12 @@ SafesideError
 ├── AttachmentError       (RuntimeError)   attach, detach or a cache used in the wrong order
 ├── BlockedError          (RuntimeError)   a prompt was blocked before the base had read it to the end
 ├── NotFiniteError        (ArithmeticError) an aligner returned NaN or infinity
+├── AccessError           (PermissionError) a caller may not do what was asked
+│   └── UnknownKeyError                    the key is missing or unknown
+├── LimitError            (RuntimeError)   a caller asked for more than its share
+├── AuditError            (OSError)        a decision could not be made durable, so it must not be acted on
+├── ServingError          (RuntimeError)   the server cannot answer now
+│   └── DeadlineError                      the answer was not ready in time
 ├── ArtifactError         (ValueError)     an adapter folder cannot be used
 │   ├── MismatchError                      it belongs to another base
 │   └── FormatError                        it is damaged, unsafe or from a newer version
@@ -62,6 +68,35 @@ class BlockedError(SafesideError, RuntimeError):
 
 class NotFiniteError(SafesideError, ArithmeticError):
     """An aligner returned NaN or infinity."""
+
+
+class AccessError(SafesideError, PermissionError):
+    """A caller may not do what was asked."""
+
+
+class UnknownKeyError(AccessError):
+    """The key is missing or unknown."""
+
+
+class LimitError(SafesideError, RuntimeError):
+    """A caller asked for more than its share."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """Seconds after which the same request would be admitted."""
+
+
+class AuditError(SafesideError, OSError):
+    """A decision could not be made durable, so it must not be acted on."""
+
+
+class ServingError(SafesideError, RuntimeError):
+    """The server cannot answer now."""
+
+
+class DeadlineError(ServingError):
+    """The answer was not ready in time."""
 
 
 class ArtifactError(SafesideError, ValueError):

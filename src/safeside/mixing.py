@@ -18,8 +18,7 @@ from torch import Tensor
 
 from safeside.adapters.adapter import Adapter
 from safeside.errors import InputError, NotFiniteError
-
-MAX_STRENGTH = 2.0  # beyond 1 the mix extrapolates; farther than this texts fall apart
+from safeside.types import MAX_STRENGTH
 
 
 @runtime_checkable

@@ -19,6 +19,8 @@ written, or in several windows."""
 Preset = Literal["strict", "balanced", "permissive"]
 """Thresholds with a promised false-positive rate: 5%, 1% and 0.1%."""
 FinishReason = Literal["stop", "length", "guard", "blocked"]
+MAX_STRENGTH = 2.0
+"""The highest strength of an aligner: beyond 1 the mix extrapolates, and farther than this texts fall apart."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from safeside.evals.suites import SUITES
 REGISTRIES = (TRUNKS, FAMILIES, SUITES, JUDGES)
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 MACHINE_PATH = re.compile(r"(?<![\w./:])/(home|root|tmp|work|mnt|Users)/\w")
-LANGUAGES = {"text", "console", "toml", "json", "output", "python"}
+LANGUAGES = {"text", "console", "toml", "json", "output", "python", "yaml"}
 
 
 @pytest.fixture

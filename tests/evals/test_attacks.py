@@ -10,8 +10,9 @@ import pytest
 from safeside import Adapter, Base, Message
 from safeside.evals.attacks import ATTACKS, attacked, by_carrier
 from safeside.evals.judges import Judgement
+from safeside.evals.methods import Aligned
 from safeside.evals.records import RecordLog
-from safeside.evals.runs import Aligned, Judging, run_suite
+from safeside.evals.runs import Judging, run_suite
 from safeside.evals.suites import AFFIRMATIVE, SUITES, Prompt
 from safeside.mixing import as_policy
 

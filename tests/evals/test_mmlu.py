@@ -11,7 +11,7 @@ import torch
 
 from safeside import Base, attach
 from safeside.errors import InputError
-from safeside.evals.runs import Aligned, aligned
+from safeside.evals.methods import Aligned, aligned
 from safeside.evals.suites import SUITES, Prompt, choices
 from safeside.mixing import as_policy, step
 

@@ -15,7 +15,7 @@ import torch
 from safeside import Adapter, Base, Message
 from safeside.errors import InputError
 from safeside.guards import lines as module
-from safeside.guards.lines import guard_lines
+from safeside.guards.lines import guard_lines, keep_lines, n_unscored
 from safeside.guards.score import judge
 
 SAME_SCORE = 1e-5  # see test_score.py
@@ -44,6 +44,37 @@ def test_every_row_gets_a_line_in_order(tiny_base: Base, guards: list[Adapter], 
             assert fields["task"] == verdict.task
             assert fields["score"] == pytest.approx(verdict.score, abs=SAME_SCORE)
             assert (fields["threshold"], fields["flagged"]) == (verdict.threshold, verdict.flagged)
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny_base: Base, guards: list[Adapter], tmp_path: Path) -> None:
+    """The output is that of one run, whatever was cut short; bad rows of before are counted."""
+    rows = [{"text": f"{index} cats"} if index % 9 else "{broken" for index in range(100)]
+    path, output = write(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
+    moves: list[tuple[int, int | None]] = []
+
+    def advance(count: int, total: int | None = None) -> None:
+        moves.append((count, total))
+
+    whole = [line for line, _ in guard_lines(tiny_base, guards, path)]
+    running = keep_lines(tiny_base, guards, path, output, advance)
+    for _ in range(40):
+        next(running)
+    running.close()
+    with output.open("a") as handle:
+        handle.write('{"line": 41, "verd')
+    moves.clear()
+    rest = list(keep_lines(tiny_base, guards, path, output, advance))
+    assert [line["line"] for line, _ in rest] == list(range(41, 101))
+    assert moves[0] == (40, 100)
+    assert sum(count for count, _ in moves) == 100
+    kept = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["line"] for line in kept] == [line["line"] for line in whole]
+    assert n_unscored(output) == sum(isinstance(row, str) for row in rows)
+    assert list(keep_lines(tiny_base, guards, path, output, advance)) == []
+    with pytest.raises(InputError, match="verdicts of harm, two"):
+        list(keep_lines(tiny_base, guards[:1], path, output, advance))
+    with pytest.raises(InputError, match="no output of guard"):
+        list(keep_lines(tiny_base, guards, path, path, advance))
 
 
 def test_rows_that_cannot_be_scored_fail_closed_and_are_reported(

@@ -212,15 +212,15 @@ class Base:
         self, encoded: Sequence[Encoded], generate: Mapping[str, object], release: Release | None, is_followed: bool
     ) -> list[Completion]:
         """Generate under the request in force, score the last token, and read off what guards say."""
-        ids, keep = pad_batch([item.ids for item in encoded], self._pad_id, side="left")
+        ids, keep = pad_batch([item.ids for item in encoded], self.pad_id, side="left")
         ids, keep, cache = ids.to(self.device), keep.to(self.device), DynamicCache()
         options = generate if generate.get("do_sample") else {**_GREEDY, **generate}
-        follower = Follower(self.attachment, cache, ids.shape[1], self._stop_ids(generate.get("eos_token_id")), release)
+        follower = Follower(self.attachment, cache, ids.shape[1], self.stop_ids(generate.get("eos_token_id")), release)
         output = self.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=keep,
             past_key_values=cache,
-            pad_token_id=self._pad_id,
+            pad_token_id=self.pad_id,
             stopping_criteria=StoppingCriteriaList([follower] if is_followed else []),
             **options,
         )
@@ -286,11 +286,12 @@ class Base:
             )
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
+        """The token that fills a batch; masks keep it out of every sum."""
         pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else next(iter(self._stop_ids()), 0))
+        return int(pad if pad is not None else next(iter(self.stop_ids()), 0))
 
-    def _stop_ids(self, given: object = None) -> set[int]:
+    def stop_ids(self, given: object = None) -> set[int]:
         """The tokens that end an answer: those ``given``, as ``generate`` takes them, else the base's own."""
         if given is not None:
             return set(torch.as_tensor(given).flatten().tolist())

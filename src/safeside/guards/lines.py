@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
@@ -14,6 +15,7 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.guards.score import score_conversations, unscored, verdicts_of
 from safeside.tasks.rows import BadRow, messages_of, open_rows, parse_rows
+from safeside.terminal import Advance
 from safeside.types import Message, Verdict
 
 _CHUNK = 64
@@ -22,15 +24,76 @@ Line = dict[str, object]
 Row = tuple[int, dict[str, object]] | BadRow
 
 
-def guard_lines(base: Base, guards: Sequence[Adapter], file: str | Path | None) -> Iterator[tuple[Line, str | None]]:
+def guard_lines(
+    base: Base, guards: Sequence[Adapter], file: str | Path | None, *, after: int = 0
+) -> Iterator[tuple[Line, str | None]]:
     """For each row of ``file`` (standard input if None) ``{"line", "verdicts"}``, and what was wrong with it, if so.
 
-    A row that cannot be read or scored fails closed: every guard flags it, with a null score and the reason.
+    A row that cannot be read or scored fails closed: every guard flags it, with a null score and the reason.  Rows up
+    to line ``after`` are passed over.
     """
     with nullcontext(sys.stdin.buffer) if file is None else open_rows(file) as handle:
-        rows = parse_rows(handle)
+        rows = dropwhile(lambda row: _number(row) <= after, parse_rows(handle))
         while chunk := list(islice(rows, _CHUNK)):
             yield from _judge_chunk(base, guards, chunk)
+
+
+def keep_lines(
+    base: Base, guards: Sequence[Adapter], file: Path, output: Path, advance: Advance
+) -> Iterator[tuple[Line, str | None]]:
+    """The lines of ``file`` that ``output`` lacks, each as soon as it is written there.
+
+    So a run that was killed goes on: of a line that was cut short nothing is kept.  An output of other guards is an
+    InputError.
+    """
+    last = _mended(guards, output)
+    with open_rows(file) as handle:
+        n_lines = sum(1 for _ in handle)
+    advance(last, n_lines)
+    with output.open("a", encoding="utf-8") as kept:
+        for line, problem in guard_lines(base, guards, file, after=last):
+            kept.write(json.dumps(line) + "\n")
+            kept.flush()
+            number = int(str(line["line"]))
+            advance(number - last)
+            last = number
+            yield line, problem
+
+
+def n_unscored(output: Path) -> int:
+    """Lines of an output in which a guard has no score."""
+    with output.open("rb") as handle:
+        verdicts = [json.loads(line)["verdicts"] for line in handle]
+    return sum(any(verdict["score"] is None for verdict in row) for row in verdicts)
+
+
+def _mended(guards: Sequence[Adapter], output: Path) -> int:
+    """The last line number that ``output`` holds; what a kill left of a line is cut off."""
+    if not output.exists():
+        return 0
+    whole, last = 0, 0
+    with output.open("rb") as handle:
+        for text in handle:
+            if not text.endswith(b"\n"):
+                break
+            try:
+                line = json.loads(text)
+                names = [verdict["task"] for verdict in line["verdicts"]]
+                last = int(line["line"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{output} is no output of guard: {error}. Choose another file.") from error
+            if names != [guard.name for guard in guards]:
+                raise InputError(
+                    f"{output} holds verdicts of {', '.join(names)}. Choose another file, or those guards."
+                )
+            whole += len(text)
+    with output.open("r+b") as handle:
+        handle.truncate(whole)
+    return last
+
+
+def _number(row: Row) -> int:
+    return row.line if isinstance(row, BadRow) else row[0]
 
 
 def _judge_chunk(base: Base, guards: Sequence[Adapter], chunk: Iterable[Row]) -> Iterator[tuple[Line, str | None]]:

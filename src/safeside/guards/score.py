@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from safeside.adapters.adapter import Adapter
-from safeside.attach import attach
+from safeside.attach import Attachment, attach
 from safeside.base.families import is_updated
 from safeside.base.model import Base
 from safeside.chat import pad_batch
@@ -58,12 +59,14 @@ def score_conversations(
     *,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
+    attachment: Attachment | None = None,
 ) -> list[Scores]:
     """Scores in the order given.  Longer texts are scored in windows and the highest score of each label counts, or
     the lowest for a guard whose configuration says so.
 
     A conversation that cannot be encoded, or not cut to size, gets NaN and its ``problem``: no row stops the others.
-    ``advance`` is told how many conversations were finished, for a progress bar.
+    ``advance`` is told how many conversations were finished, for a progress bar.  ``attachment`` holds these guards
+    already, aligners at strength 0 beside them perhaps; without it they are attached for the call.
     """
     modes = {guard.name: guard.config.windows for guard in guards}
     cuts = [_cuts(base, messages, sorted(set(modes.values()))) for messages in conversations]
@@ -72,13 +75,14 @@ def score_conversations(
     waiting = [len(cut.windows) for cut in cuts]
     found: list[dict[str, torch.Tensor]] = [{} for _ in cuts]
     advance(waiting.count(0))
-    with attach(base, guards=guards) as attachment:
+    with nullcontext(attachment) if attachment is not None else attach(base, guards=guards) as attached:
         for start in range(0, len(windows_of), batch_size):
             batch = windows_of[start : start + batch_size]
             ids, keep = pad_batch([encoded for _, encoded, _ in batch], base.tokenizer.pad_token_id or 0)
             base.decoder(input_ids=ids.to(base.device), attention_mask=keep.to(base.device), use_cache=False)
             last = keep.sum(1) - 1
-            for name, scores in attachment.record.scores.items():
+            for name in modes:
+                scores = attached.record.scores[name]
                 ends = scores[torch.arange(len(batch)), last].float().cpu()  # (B, K)
                 for (row, _, wanted), value in zip(batch, ends, strict=True):
                     if modes[name] in wanted:

@@ -30,8 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.toplayers import TopLayers
 from safeside.base.model import Base
+from safeside.base.token_scores import N_LOGITS
 from safeside.train.recipe import Recipe
-from safeside.train.token_scores import N_LOGITS
 
 _FLOAT32 = 4  # bytes
 _CHUNKS = 3  # logits in the head's dtype and in float32, and their gradient

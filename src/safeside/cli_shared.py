@@ -1,12 +1,21 @@
-"""How commands print, and what they say of an extra that is missing: shared by the files of the command line."""
+"""What the commands share: options, missing extras, and how results are printed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
 
 from safeside.errors import MissingExtraError, SafesideError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+BaseName = Annotated[str | None, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
+Mismatch = Annotated[
+    str | None, typer.Option(help="'weights' lets an adapter run on other weights, or with another chat template.")
+]
 
 
 @contextmanager
@@ -22,8 +31,16 @@ def extra(name: str) -> Iterator[None]:
         ) from error
 
 
+def load_with_base(adapter: str, base_name: str | None, allow_mismatch: str | None = None) -> tuple[Any, Any]:
+    """The adapter and its base; without ``--base`` the one that the adapter names."""
+    from safeside.artifact import base_of, load_adapter
+
+    base = base_of(adapter, base_name)
+    return base, load_adapter(adapter, base, allow_mismatch=allow_mismatch)
+
+
 def print_json(values: object) -> None:
-    """Values as JSON on standard output."""
+    """Print plain values as JSON."""
     print(json.dumps(values, indent=2))
 
 
@@ -49,5 +66,5 @@ def print_rows(rows: list[dict[str, object]], title: str, as_json: bool) -> None
 
 
 def cell(value: object) -> str:
-    """What stands in a table for a value."""
+    """A value as a table shows it."""
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,115 @@
+"""The commands of serving: the server, policies and keys."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeside.cli_shared import BaseName, Json, extra, print_json, print_rows
+
+policy_app = typer.Typer(help="Check a file of policies, or try it on rows.", no_args_is_help=True)
+PolicyFile = Annotated[Path, typer.Argument(help="A YAML file of policies, as serve takes it.")]
+ServedBase = Annotated[str, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
+Rate = Annotated[int | None, typer.Option(min=1, help="Most in a minute (default: no limit).")]
+Size = Annotated[int | None, typer.Option(min=1, help="Most in one request (default: no limit).")]
+
+
+def serve(
+    policy: Annotated[Path, typer.Option(help="A YAML file of policies; it names the adapters.")],
+    base: ServedBase = "builtin",
+    keys: Annotated[Path | None, typer.Option(help="The file of keys (see key); without it only on this host.")] = None,
+    audit: Annotated[str, typer.Option(help="Audit log: a SQLAlchemy URL.")] = "sqlite:///safeside-audit.db",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any.")] = 8000,
+    model_name: Annotated[str | None, typer.Option(help="What clients call the model (default: the base).")] = None,
+    device: Annotated[str, typer.Option(help="Where the base runs, such as cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Of the weights, such as bfloat16.")] = None,
+    adapter_root: Annotated[list[Path] | None, typer.Option(help="Adapters may be loaded from here.")] = None,
+    origin: Annotated[list[str] | None, typer.Option(help="Web origin that may call from a browser.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 32,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; one more gets 429.")] = 64,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that one answer may take.")] = 120.0,
+    guard_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a guard is too late.")] = 10.0,
+    max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 1 << 20,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request says nothing.")] = 256,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve a base with its guards and aligners to OpenAI's clients. SIGHUP reads policies and keys again."""
+    with extra("serve"):
+        from safeside.serve.command import ServeOptions, serve_command
+        from safeside.serve.engine import EngineLimits
+        from safeside.serve.service import ServiceLimits
+    at = {"host": host, "port": port, "origins": tuple(origin or ()), "drain_s": drain}
+    run = {"model": model_name, "device": device, "dtype": dtype, "adapter_roots": tuple(adapter_root or ())}
+    engine = EngineLimits(max_rows=max_rows, max_waiting=max_waiting, guard_timeout_s=guard_timeout)
+    service = ServiceLimits(default_max_tokens=max_tokens, deadline_s=deadline, max_body_bytes=max_body)
+    files = {"policy": policy, "keys": keys, "audit": audit}
+    serve_command(ServeOptions(base, **files, **at, **run, engine=engine, service=service))  # type: ignore[arg-type]
+
+
+@policy_app.command("check")
+def policy_check(file: PolicyFile, base: BaseName = None, as_json: Json = False) -> None:
+    """Say what a file of policies holds, or what is wrong with it. With --base its adapters are checked as well."""
+    with extra("serve"):
+        from safeside.serve.simulate import check_command
+    print_rows(check_command(file, base), str(file), as_json)
+
+
+@policy_app.command("simulate")
+def policy_simulate(
+    file: PolicyFile,
+    data: Annotated[Path, typer.Option(help="Prompts or whole exchanges, .jsonl or .jsonl.gz.")],
+    tenant: Annotated[str, typer.Option(help="Whose requests these would have been.")] = "",
+    policy: Annotated[str | None, typer.Option(help="A policy that every request would have named.")] = None,
+    base: Annotated[str, typer.Option(help="Base: 'builtin', a folder or a hub name.")] = "builtin",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with all lines and counts.")] = False,
+) -> None:
+    """Say what a policy would have done with each row, and why. Rows that cannot be scored are counted, and exit 1."""
+    with extra("serve"):
+        from safeside.serve.simulate import Asked, simulate_command, summary_of
+    lines, n_bad = [], 0
+    for line, is_good in simulate_command(file, data, Asked(policy), tenant, base):
+        lines.append(line)
+        n_bad += not is_good
+        if not as_json:
+            print(json.dumps(line), flush=True)
+    summary = {**summary_of(lines), "n_bad": n_bad}
+    if as_json:
+        print_json({"rows": lines, "summary": summary})
+    else:
+        print(f"safeside: {json.dumps(summary)}", file=sys.stderr)
+    if n_bad:
+        raise typer.Exit(1)
+
+
+def key(
+    file: Annotated[Path, typer.Argument(help="The file of keys, made if missing.")],
+    name: Annotated[str, typer.Argument(help="What the key is called.")],
+    tenant: Annotated[str, typer.Option(help="Whose key it is.")],
+    admin: Annotated[bool, typer.Option("--admin", help="May load and unload adapters.")] = False,
+    may_loosen: Annotated[bool, typer.Option("--may-loosen", help="May ask for less than its policy.")] = False,
+    requests_per_minute: Rate = None,
+    tokens_per_minute: Rate = None,
+    max_prompt_tokens: Size = None,
+    max_new_tokens: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Make an API key. It is shown once; the file keeps its hash."""
+    with extra("serve"):
+        from safeside.serve.keys import make_key
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+    }
+    rights = {"tenant": tenant, "is_admin": admin, "may_loosen": may_loosen, "limits": limits}
+    made = make_key(file, name, rights)
+    if as_json:
+        print_json({"name": name, "tenant": tenant, "key": made})
+    else:
+        print(made)  # alone on its line, so that no table cuts it

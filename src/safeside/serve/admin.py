@@ -1,0 +1,103 @@
+"""Loading and unloading adapters while the server runs, with the meaning of vLLM's dynamic LoRA endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from safeside.adapters.adapter import Adapter
+from safeside.artifact import load_adapter
+from safeside.errors import AccessError, ConfigError, InputError, UnknownNameError
+from safeside.registry import did_you_mean
+from safeside.serve.fingerprints import fingerprint_of
+from safeside.serve.service import Service
+
+
+class AdapterDesk:
+    """The adapters of one service; one change at a time."""
+
+    def __init__(self, service: Service, roots: Sequence[Path] = ()) -> None:
+        self._service = service
+        self._roots = tuple(root.resolve(strict=True) for root in roots)
+        self._places = dict(service.book.adapters)
+        self._lock = asyncio.Lock()
+
+    def listed(self) -> list[dict[str, object]]:
+        """What is loaded."""
+        return [
+            {
+                "id": name,
+                "object": "adapter",
+                "role": adapter.config.role,
+                "kind": adapter.config.kind,
+                "labels": list(adapter.config.labels),
+                "fingerprint": self._service.fingerprints[name],
+                "root": self._places.get(name, ""),
+                "parent": self._service.model,
+            }
+            for name, adapter in self._service.engine.adapters.items()
+        ]
+
+    async def load(self, name: str, path: str, *, in_place: bool) -> None:
+        """Load the adapter in a folder under the allowed roots; answers in progress end with those they began with."""
+        async with self._lock:
+            loaded = self._service.engine.adapters
+            if name in loaded and not in_place:
+                raise InputError(f"An adapter called {name!r} is loaded already. Unload it, or set load_inplace.")
+            folder = self._allowed(path)
+            adapter = await asyncio.to_thread(load_adapter, folder, self._service.base)
+            if adapter.name != name:
+                raise InputError(f"The adapter in that folder is called {adapter.name!r}, not {name!r}.")
+            others = [other for key, other in loaded.items() if key != name]
+            await self._change([*others, adapter])
+            self._places[name] = path
+
+    async def unload(self, name: str) -> None:
+        """Drop an adapter that no policy asks for; one that a policy asks for is a ConfigError."""
+        async with self._lock:
+            loaded = self._service.engine.adapters
+            if name not in loaded:
+                raise UnknownNameError(did_you_mean("adapter", name, list(loaded)))
+            await self._change([other for key, other in loaded.items() if key != name])
+            self._places.pop(name, None)
+
+    async def _change(self, adapters: Sequence[Adapter]) -> None:
+        """Exchange all adapters, unless a policy would then ask for one that is missing."""
+        service = self._service
+        before = list(service.engine.adapters.values())
+        prints = {adapter.name: fingerprint_of(adapter) for adapter in adapters}
+        changed = service.engine.change(adapters)  # jobs that come now wait for it, and find the new ones
+        try:
+            bind(service, adapters)
+        except ConfigError:
+            if not changed.cancel():
+                await asyncio.wrap_future(service.engine.change(before))
+            raise
+        try:
+            await asyncio.wrap_future(changed)
+        except BaseException:
+            bind(service, before)
+            raise
+        service.fingerprints = prints
+
+    def _allowed(self, path: str) -> Path:
+        """The folder, if it and all that is in it lies under an allowed root; nothing else is ever opened."""
+        refused = AccessError("Adapters are loaded from allowed folders only; this is in none. See --adapter-root.")
+        try:
+            folder = Path(path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise refused from error
+        if not any(folder.is_relative_to(root) for root in self._roots):
+            raise refused
+        if not folder.is_dir():
+            raise InputError("There is no such folder under the allowed ones.")
+        if not all(inner.resolve().is_relative_to(folder) for inner in folder.rglob("*")):
+            raise refused
+        return folder
+
+
+def bind(service: Service, adapters: Sequence[Adapter]) -> None:
+    """Let the policies use these adapters; one that a policy needs and is missing is a ConfigError."""
+    guards = {adapter.name: adapter for adapter in adapters if adapter.config.role == "guard"}
+    service.book.bind(guards, [adapter.name for adapter in adapters if adapter.config.role == "align"])

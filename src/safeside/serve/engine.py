@@ -1,0 +1,298 @@
+"""The engine: one base in memory, one thread that steps all answers together, and a bounded queue before it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+
+from safeside.adapters.adapter import Adapter
+from safeside.base.model import Base
+from safeside.errors import DeadlineError, LimitError, SafesideError, ServingError
+from safeside.serve.batch import Rows, joined, selected
+from safeside.serve.metrics import Metrics
+from safeside.serve.passes import Pass, Runner, Scores
+from safeside.serve.row import Failed, Job, Row
+from safeside.serve.watch import Watch, WatchedGuard
+
+Answer = TypeVar("Answer")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """How much the engine takes on."""
+
+    max_rows: int = 32
+    """Answers that are written at the same time."""
+    max_waiting: int = 64
+    """Requests that wait for a place; one more is refused."""
+    prefill_tokens: int = 4096
+    """Tokens of prompts that one pass reads, padding included, so that answers in progress do not wait for long."""
+    guard_timeout_s: float = 10.0
+    """Seconds of one pass from which on a guard's scores are too late."""
+
+
+@dataclass(slots=True)
+class _Task(Generic[Answer]):
+    """Something else that has to run in the engine's thread."""
+
+    run: Callable[[], Answer]
+    is_exclusive: bool
+    """Whether it waits until no answer is being written."""
+    answer: Future[Answer] = field(default_factory=Future)
+
+    def do(self) -> None:
+        if not self.answer.set_running_or_notify_cancel():
+            return
+        try:
+            self.answer.set_result(self.run())
+        except Exception as error:  # handed to whoever asked
+            self.answer.set_exception(error)
+
+
+class Engine:
+    """Answers jobs until it is closed.  Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Sequence[Adapter] = (),
+        *,
+        limits: EngineLimits = EngineLimits(),
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.base = base
+        self.limits = limits
+        self.metrics = metrics or Metrics()
+        self._runner = self._made(adapters)
+        self._stop_ids = base.stop_ids()
+        self._wake = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._tasks: deque[_Task[object]] = deque()
+        self._running: list[Row] = []
+        self._rows: Rows | None = None
+        self._ends_at = math.inf  # no answer goes on after this
+        self._thread = threading.Thread(target=self._run, name="safeside-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters in force by name."""
+        return {adapter.name: adapter for adapter in (*self._runner.guards, *self._runner.aligners)}
+
+    @property
+    def n_running(self) -> int:
+        """Answers that are being written."""
+        return len(self._running)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
+    @property
+    def n_cached_tokens(self) -> int:
+        """Slots of the cache, padding included; 0 when no answer is being written."""
+        rows = self._rows
+        return rows.keep.numel() if rows is not None else 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes jobs."""
+        return self._thread.is_alive() and math.isinf(self._ends_at)
+
+    def submit(self, job: Job) -> None:
+        """Queue ``job``.  A full queue is a LimitError that says when to come back, a closed engine a ServingError."""
+        with self._wake:
+            self._refuse_closed()
+            if len(self._waiting) >= self.limits.max_waiting:
+                wait_s = 1.0 + len(self._waiting) / self.limits.max_rows
+                raise LimitError(f"{len(self._waiting)} requests wait already, the most there can be.", wait_s)
+            self._waiting.append(job)
+            self._wake.notify()
+
+    def call(self, run: Callable[[Runner], Answer], *, exclusive: bool = False) -> Future[Answer]:
+        """Run a function of the runner between two passes, with ``exclusive`` once no answer is being written."""
+        task = _Task(lambda: run(self._runner), exclusive)
+        with self._wake:
+            self._refuse_closed()
+            self._tasks.append(task)  # type: ignore[arg-type]
+            self._wake.notify()
+        return task.answer
+
+    def change(self, adapters: Sequence[Adapter]) -> Future[None]:
+        """Exchange all adapters, once the answers in progress have ended under those that they began with."""
+
+        def swap(runner: Runner) -> None:
+            runner.detach()
+            try:
+                self._runner = self._made(adapters)
+            except SafesideError:
+                self._runner = Runner(self.base, runner.guards, runner.aligners)
+                raise
+
+        return self.call(swap, exclusive=True)
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Take no more jobs, let the others go on for at most ``drain_s`` seconds, and detach."""
+        with self._wake:
+            self._ends_at = min(self._ends_at, time.monotonic() + drain_s)
+            self._wake.notify()
+        self._thread.join()
+
+    def _made(self, adapters: Sequence[Adapter]) -> Runner:
+        watch = Watch(
+            self.limits.guard_timeout_s,
+            lambda guard, seconds: self.metrics.guard_seconds.labels(guard).observe(seconds),
+            lambda guard, failure: self.metrics.guard_failures.labels(guard, failure).inc(),
+        )
+        guards = [WatchedGuard(adapter, watch) for adapter in adapters if adapter.config.role == "guard"]
+        return Runner(self.base, guards, [adapter for adapter in adapters if adapter.config.role == "align"])
+
+    def _refuse_closed(self) -> None:
+        if not self.is_ready:
+            raise ServingError("The server is shutting down and takes no more requests. Ask another one.")
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._run_task()
+                self._drop_gone()
+                self._admit()
+                self._step()
+        finally:
+            self._runner.detach()
+            self._refuse_rest()
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do; whether the engine goes on."""
+        with self._wake:
+            while not (self._waiting or self._tasks or self._running):
+                if not math.isinf(self._ends_at):
+                    return False
+                self._wake.wait()
+        return time.monotonic() < self._ends_at
+
+    def _run_task(self) -> None:
+        with self._wake:
+            if not self._tasks or (self._tasks[0].is_exclusive and self._running):
+                return
+            task = self._tasks.popleft()
+        task.do()
+
+    def _drop_gone(self) -> None:
+        """Let go of rows that nobody listens to any more, or whose time is over."""
+        stays = [self._is_wanted(row.job) for row in self._running]
+        self._keep(stays)
+
+    def _is_wanted(self, job: Job) -> bool:
+        if job.cancelled.is_set():
+            return False
+        if job.is_overdue:
+            job.listen(Failed(DeadlineError("The answer was not ready in time. Ask for fewer tokens, or later.")))
+            return False
+        return True
+
+    def _keep(self, stays: Sequence[bool]) -> None:
+        """Go on with the rows for which ``stays`` is true."""
+        if all(stays):
+            return
+        kept = [index for index, stay in enumerate(stays) if stay]
+        self._running = [self._running[index] for index in kept]
+        self._rows = selected(self._rows, kept) if kept and self._rows is not None else None
+
+    def _admit(self) -> None:
+        jobs = self._next_jobs()
+        if jobs and not self._begin(jobs) and len(jobs) > 1:  # one of them must not fail the others
+            for job in jobs:
+                self._begin([job])
+
+    def _next_jobs(self) -> list[Job]:
+        """The jobs that one pass can begin with; none while an exclusive task waits."""
+        jobs: list[Job] = []
+        with self._wake:
+            is_held = any(task.is_exclusive for task in self._tasks)
+            while self._waiting and not is_held and len(self._running) + len(jobs) < self.limits.max_rows:
+                longest = max(len(job.ids) for job in (*jobs, self._waiting[0]))
+                if jobs and longest * (len(jobs) + 1) > self.limits.prefill_tokens:
+                    break
+                job = self._waiting.popleft()
+                if self._is_wanted(job):
+                    jobs.append(job)
+            self.metrics.queue_depth.set(len(self._waiting))
+        return jobs
+
+    def _begin(self, jobs: Sequence[Job]) -> bool:
+        """Read the prompts of ``jobs``; False where that failed and another try, each alone, may help."""
+        try:
+            rows = [Row(job, self.base.tokenizer, self._stop_ids) for job in jobs]
+            found = self._runner.prefill([job.ids for job in jobs], [row.setting for row in rows])
+        except Exception as error:  # the edge of the server: no request may end the thread
+            self._fail(jobs, error) if len(jobs) == 1 else None
+            return False
+        stays = [self._advance(row, row.begin, found, index) for index, row in enumerate(rows)]
+        kept = [index for index, stay in enumerate(stays) if stay]
+        if kept:
+            begun = found.rows if all(stays) else selected(found.rows, kept)
+            self._rows = begun if self._rows is None else joined(self._rows, begun)
+            self._running += [rows[index] for index in kept]
+        self.metrics.running.set(len(self._running))
+        return True
+
+    def _advance(self, row: Row, take: Callable[[Scores], bool], found: Pass, index: int) -> bool:
+        """Give a row its part of a pass and draw its next token; whether it needs another pass."""
+        strength = max(found.strengths[index].values(), default=0.0)
+        try:
+            if not take(found.scores[index]):
+                return False
+            self.metrics.strength.observe(strength)
+            return row.draw(found.logits[index], strength)
+        except Exception as error:  # as above: the other rows go on
+            self._fail([row.job], error)
+            return False
+
+    def _step(self) -> None:
+        if self._rows is None:
+            return
+        rows = self._running
+        try:
+            found = self._runner.step(self._rows, [row.newest for row in rows], [row.setting for row in rows])
+        except Exception as error:  # as above; nothing on this cache can be trusted
+            self._running, self._rows = [], None
+            self._fail([row.job for row in rows], error)
+            return
+        self._rows = found.rows
+        self._keep([self._advance(row, row.hear, found, index) for index, row in enumerate(rows)])
+        self.metrics.running.set(len(self._running))
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        _log.error("a pass failed: %s", type(error).__name__, exc_info=error)
+        told = ServingError("The model could not give this answer, and nothing unjudged is sent. Try again.")
+        for job in jobs:
+            job.listen(Failed(told))
+
+    def _refuse_rest(self) -> None:
+        """Tell everybody who still waits."""
+        error = ServingError("The server was stopped before this answer was complete. Ask again.")
+        with self._wake:
+            self._ends_at = min(self._ends_at, time.monotonic())
+            jobs = [*(row.job for row in self._running), *self._waiting]
+            tasks = list(self._tasks)
+            self._running, self._rows = [], None
+            self._waiting.clear()
+            self._tasks.clear()
+        for job in jobs:
+            job.listen(Failed(error))
+        for task in tasks:
+            if task.answer.set_running_or_notify_cancel():
+                task.answer.set_exception(error)

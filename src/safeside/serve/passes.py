@@ -1,0 +1,132 @@
+"""One forward pass for rows of different requests: scores, the strength of each row by its own policy, and logits.
+
+The attachment runs every pass at strength 0 and keeps what the aligners would add.  Which strength a row has is decided
+from the pass's own scores, by the same code that decides it in ``attach``, row by row; then base and aligners are mixed
+and the base's own head gives the logits.  So one batch can hold any mix of policies.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+
+from safeside.adapters.adapter import Adapter
+from safeside.attach import Attachment, attach
+from safeside.base.model import Base
+from safeside.base.taps import Tape
+from safeside.chat import pad_batch
+from safeside.gates import Seen, strength_of
+from safeside.mixing import Policy, mix
+from safeside.policies import guards_of
+from safeside.request import History, columns_of, history_of
+from safeside.serve.batch import Rows
+
+Scores = Mapping[str, tuple[float, ...]]
+"""By guard, its K scores in [0, 1] at one token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a pass has to know of a row."""
+
+    prompt_end: int
+    """Tokens of its prompt."""
+    strengths: Mapping[str, Policy]
+    """By aligner, what sets its strength; aligners left out are off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass gives for the newest token of each row."""
+
+    rows: Rows
+    """The rows with everything that they have read."""
+    logits: Float[Tensor, "B V"]
+    """Of the next token."""
+    scores: tuple[Scores, ...]
+    """By row."""
+    strengths: tuple[Mapping[str, float], ...]
+    """By row, the strength in [0, 2] of each aligner."""
+
+
+class Runner:
+    """A base with its adapters, one pass at a time: use it in one thread."""
+
+    def __init__(self, base: Base, guards: Sequence[Adapter], aligners: Sequence[Adapter]) -> None:
+        self.base = base
+        self.guards = tuple(guards)
+        self.aligners = tuple(aligners)
+        self.attachment: Attachment | None = None
+        if guards or aligners:
+            self.attachment = attach(base, aligners, guards, strength=0.0)
+
+    def detach(self) -> None:
+        """Leave the base as it was."""
+        if self.attachment is not None:
+            self.attachment.detach()
+
+    def prefill(self, prompts: Sequence[Sequence[int]], settings: Sequence[Setting]) -> Pass:
+        """Read whole prompts."""
+        ids, keep = pad_batch(prompts, self.base.pad_id, side="left")
+        return self._run(ids, Rows(DynamicCache(), keep.to(self.base.device)), settings)
+
+    def step(self, rows: Rows, tokens: Sequence[int], settings: Sequence[Setting]) -> Pass:
+        """Feed one more token of each row."""
+        return self._run(torch.tensor(tokens)[:, None], rows.grown(), settings)
+
+    def _run(self, ids: Tensor, rows: Rows, settings: Sequence[Setting]) -> Pass:
+        final = self.base.decoder(
+            input_ids=ids.to(self.base.device),
+            attention_mask=rows.keep,
+            position_ids=(rows.keep.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :],
+            past_key_values=rows.cache,
+            use_cache=True,
+        )[0][:, -1:]
+        strengths = self._strengths(rows, settings)
+        if strengths and self.attachment is not None:
+            deltas = self.attachment.record.deltas
+            final = mix(final, [deltas[name][:, -1:] for name in strengths], list(strengths.values()))
+        by_row = zip(*(values[:, 0].tolist() for values in strengths.values()), strict=True)
+        return Pass(
+            rows,
+            self.base.head_logits(final.contiguous())[:, -1],  # of a view CPUs copy a tied head's whole matrix
+            self._scores(len(settings)),
+            tuple(dict(zip(strengths, values, strict=True)) for values in by_row) or ({},) * len(settings),
+        )
+
+    def _scores(self, n_rows: int) -> tuple[Scores, ...]:
+        if self.attachment is None:
+            return ({},) * n_rows
+        found = {name: scores[:, -1].tolist() for name, scores in self.attachment.record.scores.items()}
+        return tuple({name: tuple(values[row]) for name, values in found.items()} for row in range(n_rows))
+
+    def _strengths(self, rows: Rows, settings: Sequence[Setting]) -> dict[str, Float[Tensor, "B 1"]]:
+        """By aligner the strength of each row at its newest token; rows of one policy are decided together."""
+        result = {}
+        for aligner in self.aligners:
+            together: dict[Policy, list[int]] = defaultdict(list)
+            for row, setting in enumerate(settings):
+                if aligner.name in setting.strengths:
+                    together[setting.strengths[aligner.name]].append(row)
+            strength = torch.zeros((len(settings), 1), device=rows.keep.device)
+            history = history_of(rows.cache)
+            for policy, members in together.items():
+                ends = [settings[row].prompt_end for row in members]
+                tape = Tape(rows.keep[members], 1)
+                strength[members] = strength_of(policy, ends, self._seen(policy, history, members), tape)[0].float()
+            result[aligner.name] = strength
+        return result
+
+    def _seen(self, policy: Policy, history: History, members: Sequence[int]) -> dict[str, Seen]:
+        """What each guard that the policy asks has seen of these rows."""
+        columns, rows = columns_of(self.guards), list(members)
+        return {
+            guard: Seen(history.scores[rows][..., columns[guard]], history.positions[rows].long())
+            for guard in guards_of(policy)
+        }

@@ -1,0 +1,245 @@
+"""The book of policies: a YAML file, checked, versioned by its content, reloaded while the server runs."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from safeside.adapters.adapter import Adapter
+from safeside.errors import AccessError, ConfigError, InputError, UnknownNameError
+from safeside.registry import did_you_mean
+from safeside.serve.binding import check_binding
+from safeside.serve.effective import EffectivePolicy
+from safeside.serve.keys import Caller
+from safeside.serve.merging import strictest
+from safeside.serve.rules import Name, Policy, PolicyMode
+from safeside.serve.yaml_files import parse_record, read_file
+from safeside.types import MAX_STRENGTH
+
+_VERSION_DIGITS = 12
+Place = Annotated[str, Field(min_length=1)]
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+"""One name, or a list of names."""
+
+
+class RequestSafety(Protocol):
+    """What a request may ask for: the wire's ``safety`` object, or anything with these three."""
+
+    @property
+    def policy(self) -> str | None:
+        """A named policy, on top of those that hold anyway."""
+        ...
+
+    @property
+    def strength(self) -> float | None:
+        """The least strength; with a key that may loosen, the exact one."""
+        ...
+
+    @property
+    def mode(self) -> PolicyMode | None:
+        """``enforce`` lets every rule act; ``shadow`` none, and needs a key that may loosen."""
+        ...
+
+
+class PolicyFile(BaseModel):
+    """The file that ``--policy`` names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    adapters: dict[Name, Place] = {}
+    """By name, the deployment's guards and aligners: a folder, a hub name or builtin:harm."""
+    include: tuple[str, ...] = ()
+    """Further files of policies, relative to this one."""
+    policies: dict[Name, Policy] = {}
+    """By name."""
+    deployment: Names
+    """Policies that hold for everybody."""
+    tenants: dict[Name, Names] = {}
+    """By tenant, policies that hold for its requests as well."""
+
+
+class PolicyLibrary(BaseModel):
+    """A file that others include."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policies: dict[Name, Policy]
+    """By name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapters:
+    """What is loaded."""
+
+    guards: Mapping[str, Adapter] = field(default_factory=dict)
+    aligners: tuple[str, ...] = ()
+    genes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Edition:
+    """One content of the files."""
+
+    file: PolicyFile
+    policies: Mapping[str, Policy]
+    version: str
+
+    def merged(self, names: Sequence[str], mode: PolicyMode | None = None) -> Policy:
+        return strictest([self.policies[name] for name in names], mode)
+
+    def names_for(self, tenant: str) -> tuple[str, ...]:
+        return (*self.file.deployment, *self.file.tenants.get(tenant, ()))
+
+
+class PolicyBook:
+    """The policies in force.  Every method may be called from any thread."""
+
+    def __init__(self, path: Path, edition: _Edition) -> None:
+        self._path = path
+        self._edition = edition
+        self._adapters: _Adapters | None = None
+        self._lock = threading.Lock()  # of those that change it; readers take the edition as it is
+
+    @classmethod
+    def load(cls, path: str | Path) -> PolicyBook:
+        """The book of a YAML file; what is wrong with it is a ConfigError."""
+        return cls(Path(path), _read(Path(path)))
+
+    @property
+    def version(self) -> str:
+        """12 hexadecimal digits of the hash of the files' contents."""
+        return self._edition.version
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """By name, where the deployment's guards and aligners are."""
+        return self._edition.file.adapters
+
+    @property
+    def policies(self) -> Mapping[str, Policy]:
+        """By name, every policy of the book."""
+        return self._edition.policies
+
+    @property
+    def tenants(self) -> Mapping[str, tuple[str, ...]]:
+        """By tenant, the policies that hold for it beside the deployment's."""
+        return self._edition.file.tenants
+
+    def bind(self, guards: Mapping[str, Adapter], aligners: Sequence[str], genes: Sequence[str] = ()) -> None:
+        """Use these adapters from now on: call it at the start, and after every load or unload.
+
+        A policy that names one that is missing, a label or preset that it does not have, or a gene, is a ConfigError,
+        and the adapters before stay: so an adapter that a policy needs cannot be unloaded.
+        """
+        adapters = _Adapters(dict(guards), tuple(aligners), tuple(genes))
+        with self._lock:
+            _check(self._edition, adapters)
+            self._adapters = adapters
+
+    def reload(self) -> str:
+        """Read the file again and return the new version; when it is broken, a ConfigError, and the old one stays."""
+        edition = _read(self._path)
+        with self._lock:
+            if self._adapters is not None:
+                _check(edition, self._adapters)
+            self._edition = edition
+        return edition.version
+
+    def names_for(self, tenant: str) -> tuple[str, ...]:
+        """The policies that hold for a tenant, the deployment's first."""
+        return self._edition.names_for(tenant)
+
+    def resolve(self, caller: Caller, safety: RequestSafety | None = None) -> EffectivePolicy:
+        """What holds for one request: the strictest of deployment, tenant and request.
+
+        A request that asks for less is an AccessError unless its key may loosen, which then gets what it asks for: the
+        policy that it names and no other, its strength exactly, its mode.  An unknown policy is an UnknownNameError, a
+        strength out of bounds an InputError.
+        """
+        edition, adapters = self._edition, self._adapters or _Adapters()
+        names = _chosen(edition, caller, safety.policy if safety is not None else None)
+        mode = safety.mode if safety is not None else None
+        if mode == "shadow" and not caller.may_loosen:
+            raise AccessError("Mode 'shadow' lets nothing act, which this key may not ask for. Leave it out.")
+        try:
+            policy = edition.merged(names, mode)
+            found = EffectivePolicy("+".join(names), edition.version, policy, adapters.guards, adapters.aligners)
+            return _with_strength(found, caller, safety.strength if safety is not None else None)
+        except ConfigError as error:
+            raise InputError(f"Policies {', '.join(names)} cannot hold together: {error}") from error
+
+
+def _chosen(edition: _Edition, caller: Caller, asked: str | None) -> tuple[str, ...]:
+    """The policies that hold, each named once."""
+    if asked is not None and asked not in edition.policies:
+        raise UnknownNameError(did_you_mean("policy", asked, list(edition.policies)))
+    if asked is not None and caller.may_loosen:
+        return (asked,)
+    names = edition.names_for(caller.tenant) + (() if asked is None else (asked,))
+    return tuple(dict.fromkeys(names))
+
+
+def _with_strength(found: EffectivePolicy, caller: Caller, asked: float | None) -> EffectivePolicy:
+    found.strengths()  # rules that cannot meet are told now
+    if asked is None:
+        return found
+    ceiling = MAX_STRENGTH if found.policy.ceiling is None else found.policy.ceiling
+    if not 0.0 <= asked <= (MAX_STRENGTH if caller.may_loosen else ceiling):  # also refuses NaN
+        raise InputError(f"A strength under policy {found.name} must lie in [0, {ceiling:g}]; got {asked}.")
+    if caller.may_loosen:
+        return replace(found, exact_strength=asked)
+    if asked < found.policy.floor:
+        raise AccessError(
+            f"Strength {asked:g} is below the floor {found.policy.floor:g} of policy {found.name}, which this key may "
+            "not loosen. Ask for more, or for none."
+        )
+    return replace(found, policy=found.policy.model_copy(update={"floor": asked}))
+
+
+def _read(path: Path) -> _Edition:
+    """The content of a file and of those that it includes."""
+    content = read_file(path)
+    file = parse_record(PolicyFile, path, content)
+    digest = hashlib.sha256(content)
+    policies = dict(file.policies)
+    for name in file.include:
+        other = path.parent / name
+        more = read_file(other)
+        digest.update(b"\0" + name.encode() + b"\0" + more)
+        library = parse_record(PolicyLibrary, other, more)
+        if twice := sorted(set(policies) & set(library.policies)):
+            raise ConfigError(f"{other}: policy {', '.join(twice)} stands in another file already. Rename one.")
+        policies |= library.policies
+    edition = _Edition(file, policies, digest.hexdigest()[:_VERSION_DIGITS])
+    _check_names(path, edition)
+    return edition
+
+
+def _check_names(path: Path, edition: _Edition) -> None:
+    for names in (edition.file.deployment, *edition.file.tenants.values()):
+        for name in names:
+            if name not in edition.policies:
+                raise ConfigError(f"{path}: {did_you_mean('policy', name, list(edition.policies))}")
+
+
+def _check(edition: _Edition, adapters: _Adapters) -> None:
+    """Every policy, and all that hold together for somebody, against what is loaded."""
+    for name, policy in edition.policies.items():
+        check_binding(name, policy, adapters.guards, adapters.aligners, adapters.genes)
+    for tenant in ("", *edition.file.tenants):
+        names = edition.names_for(tenant)
+        found = EffectivePolicy("+".join(names), "", edition.merged(names), adapters.guards, adapters.aligners)
+        found.strengths()
+        found.stop_rules()

@@ -1,0 +1,225 @@
+"""One answer in the engine: what its request asked for, what was heard of it so far, and what its listener is told."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from safeside.serve.effective import Decision, EffectivePolicy
+from safeside.serve.passes import Scores, Setting
+from safeside.serve.sampling import Sampler, Sampling, Token
+from safeside.serve.stream import AnswerText, StreamGuard
+from safeside.types import Mode, Stop, Verdict
+
+Finish = Literal["stop", "length", "content_filter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The prompt was read and judged.  ``block`` and ``replace`` are followed by Ended, with no token between."""
+
+    verdicts: tuple[Verdict, ...]
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What stood behind one token, told once the token was scored."""
+
+    token: int
+    """Its id."""
+    risk: Scores
+    """By guard, the scores of everything up to it."""
+    strength: float
+    """The highest of the aligners' strengths, in [0, 2]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next part of the answer that may be shown."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    """The tokens that became clear; their text may come later, where a stop string could begin in it."""
+    traces: tuple[Trace, ...] = ()
+    """Of tokens that were shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The answer is complete, and everything of it that may be shown was told."""
+
+    finish: Finish
+    n_tokens: int
+    """Tokens that were written, shown or not."""
+    verdicts: tuple[Verdict, ...]
+    """On the answer."""
+    decision: Decision
+    """On the answer; on the prompt where it was blocked."""
+    strength: float
+    """The highest that stood behind any token."""
+    text: str = ""
+    """All that was written, for the audit log: what was held back is in it."""
+    stop: Stop | None = None
+    """Where a guard's rule ended it."""
+    leak_bound: int = 0
+    """Most risky tokens that could be told before their guard ended the answer; 0 where tokens are held back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The answer cannot be given."""
+
+    error: Exception
+
+
+Event = Judged | Piece | Ended | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One answer that is asked for."""
+
+    ids: tuple[int, ...]
+    """The prompt."""
+    sampling: Sampling
+    policy: EffectivePolicy
+    listen: Callable[[Event], None]
+    """Told every event, in order, in the engine's thread."""
+    deadline: float = math.inf
+    """By ``time.monotonic``: the answer fails then."""
+    is_streamed: bool = True
+    """Whether the listener tells what it hears at once; if not, risky tokens never have to get out."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set when nobody listens any more."""
+
+    @property
+    def is_overdue(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+class Row:
+    """The state of one job while it runs; its tokens and scores go in, events come out."""
+
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]) -> None:
+        policy = job.policy
+        self.job = job
+        self.setting = Setting(len(job.ids), policy.strengths())
+        self.tokens: list[Token] = []
+        self._stop_ids = stop_ids
+        self._sampler = Sampler(job.sampling)
+        self._text = AnswerText(tokenizer, job.sampling.stop)
+        self._guards = policy.guards
+        rules = policy.stop_rules()
+        self._sends_at_once = not self._guards or (job.is_streamed and policy.hold_back == 0)
+        self._stream = StreamGuard(rules, max(0, policy.hold_back - 1) if rules else 0)
+        self._strengths: list[float] = []
+        self._risks: list[Scores] = []
+        self._failed: dict[str, tuple[float, ...]] = {}  # by guard, scores of which one was not a number
+        self._n_told, self._n_traced = 0, 0
+        self._ending: Literal["stop", "length"] | None = None
+
+    @property
+    def newest(self) -> int:
+        """The token that is fed next."""
+        return self.tokens[-1].id
+
+    def begin(self, scores: Scores) -> bool:
+        """Judge the prompt by the scores at its end; whether an answer follows."""
+        verdicts = self._verdicts(scores, "prompt")
+        decision = self.job.policy.decide_prompt(verdicts)
+        self.job.listen(Judged(verdicts, decision))
+        if decision.action in ("block", "replace"):
+            self.job.listen(Ended("content_filter", 0, (), decision, 0.0))
+            return False
+        return True
+
+    def hear(self, scores: Scores) -> bool:
+        """Take the scores of the token that was fed; whether the answer goes on."""
+        self._risks.append(scores)
+        broken = {name: values for name in self._guards if any(map(math.isnan, values := scores[name]))}
+        self._failed.update(broken)
+        stop = self._stream.add({name: 0.0 if name in broken else max(scores[name]) for name in self._guards})
+        if broken or stop is not None:
+            verdicts = self._verdicts({**scores, **self._failed}, "stream" if stop is not None else "answer")
+            decision = self.job.policy.decide_answer(verdicts)
+            if stop is not None or decision.action in ("block", "replace"):
+                self._end("content_filter", verdicts, decision)
+                return False
+        if self._ending is None:
+            self._tell(self._n_clear)
+            return True
+        self._judge_whole(scores)
+        return False
+
+    def draw(self, logits: Tensor, strength: float) -> bool:
+        """Choose the next token; whether another pass is needed, be it only to score it."""
+        token = self._sampler.draw(logits)
+        self.tokens.append(token)
+        self._strengths.append(strength)
+        if token.id in self._stop_ids:
+            self._ending = "stop"
+        else:
+            self._text.add(token.id)
+            if self._text.is_stopped or len(self.tokens) >= self.job.sampling.max_tokens:
+                self._ending = "stop" if self._text.is_stopped else "length"
+        if self._sends_at_once:
+            self._tell(len(self.tokens))
+        if self._ending is not None and not self._guards:
+            self._end(self._ending, (), self.job.policy.decide_answer(()))
+            return False
+        return True
+
+    def _judge_whole(self, scores: Scores) -> None:
+        """The last token was scored: what the guards say of the whole answer decides."""
+        assert self._ending is not None
+        verdicts = self._verdicts({**scores, **self._failed}, "answer")
+        decision = self.job.policy.decide_answer(verdicts)
+        is_stopped = decision.action in ("block", "replace")
+        self._end("content_filter" if is_stopped else self._ending, verdicts, decision)
+
+    def _end(self, finish: Finish, verdicts: tuple[Verdict, ...], decision: Decision) -> None:
+        n_clear = self._n_clear if finish == "content_filter" else len(self.tokens)
+        self._tell(n_clear, is_last=finish != "content_filter")
+        self.job.listen(
+            Ended(
+                finish,
+                len(self.tokens),
+                verdicts,
+                decision,
+                max(self._strengths, default=0.0),
+                self._text.text,
+                self._stream.stop,
+                self._stream.leak_bound if self._sends_at_once else 0,
+            )
+        )
+
+    @property
+    def _n_clear(self) -> int:
+        return len(self.tokens) if self._sends_at_once else self._stream.n_clear
+
+    def _tell(self, n_clear: int, *, is_last: bool = False) -> None:
+        """Send what became clear, without the token that ends an answer."""
+        n_shown = len(self.tokens) - (self.tokens[-1:] != [] and self.newest in self._stop_ids)
+        n_clear = max(self._n_told, min(n_clear, n_shown))
+        tokens = tuple(self.tokens[self._n_told : n_clear])
+        text = self._text.show(n_clear, is_last=is_last)
+        n_traced = min(n_clear, len(self._risks))
+        traces = tuple(
+            Trace(self.tokens[index].id, self._risks[index], self._strengths[index])
+            for index in range(self._n_traced, n_traced)
+        )
+        self._n_told, self._n_traced = n_clear, max(self._n_traced, n_traced)
+        if text or tokens or traces:
+            self.job.listen(Piece(text, tokens, traces))
+
+    def _verdicts(self, scores: Scores, mode: Mode) -> tuple[Verdict, ...]:
+        policy = self.job.policy
+        return tuple(verdict for name in self._guards for verdict in policy.verdicts(name, scores[name], mode))

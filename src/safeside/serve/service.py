@@ -1,0 +1,267 @@
+"""One deployment: engine, policies, keys, limits, audit log and metrics, and what a request does with them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from safeside.base.model import Base
+from safeside.errors import AuditError, InputError, ServingError, UnknownNameError
+from safeside.guards.score import Scores, score_conversations
+from safeside.registry import did_you_mean
+from safeside.serve.audit import AuditLog, AuditRecord
+from safeside.serve.effective import EffectivePolicy
+from safeside.serve.engine import Engine
+from safeside.serve.fingerprints import fingerprint_of
+from safeside.serve.keys import Caller, Keys
+from safeside.serve.limits import Admission, Limiter
+from safeside.serve.metrics import Metrics
+from safeside.serve.passes import Runner
+from safeside.serve.policy import PolicyBook
+from safeside.serve.row import Ended, Event, Failed, Job, Judged, Piece
+from safeside.serve.rules import Stage
+from safeside.serve.sampling import Sampling
+from safeside.serve.wire import Asked
+from safeside.types import Message, Verdict
+
+_POLL_S = 0.25  # how often a silent client is looked at
+_SCORED_AT_ONCE = 8  # texts between two steps of the answers in progress
+_AUDIT_THREADS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """What one request may take."""
+
+    default_max_tokens: int = 256
+    """Tokens of an answer whose request names no number."""
+    deadline_s: float = 120.0
+    """Seconds from arrival to the last token."""
+    max_body_bytes: int = 1 << 20
+    """Of a request."""
+    body_timeout_s: float = 30.0
+    """Seconds for a body to arrive."""
+
+
+@dataclass(slots=True)
+class Answering:
+    """One answer in progress, and what is known of it."""
+
+    caller: Caller
+    policy: EffectivePolicy
+    job: Job
+    admission: Admission
+    inbox: asyncio.Queue[Event]
+    prompt: str
+    """What is audited as the prompt."""
+    trace_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    started: float = field(default_factory=time.monotonic)
+    judged: Judged | None = None
+    ended: Ended | None = None
+
+    polled: float = 0.0
+    """When it was last asked whether the client is still there."""
+
+    @property
+    def is_prompt_refused(self) -> bool:
+        """Whether the decision on the prompt ended the request: there is no other."""
+        return self.judged is not None and self.judged.decision.action in ("block", "replace")
+
+    @property
+    def verdicts(self) -> list[tuple[Stage, Verdict]]:
+        """Every verdict so far with what it is of."""
+        prompt = self.judged.verdicts if self.judged is not None else ()
+        answer = self.ended.verdicts if self.ended is not None else ()
+        return [*(("prompt", each) for each in prompt), *(("answer", each) for each in answer)]
+
+
+class Service:
+    """What the routes call."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        book: PolicyBook,
+        audit: AuditLog,
+        *,
+        keys: Keys | None = None,
+        model: str = "",
+        limits: ServiceLimits = ServiceLimits(),
+    ) -> None:
+        self.engine, self.book, self.audit, self.keys = engine, book, audit, keys
+        self.limits = limits
+        self.model = model or engine.base.name
+        self.limiter = Limiter()
+        self.fingerprints = {name: fingerprint_of(adapter) for name, adapter in engine.adapters.items()}
+        self.created = int(time.time())
+        self._auditors = ThreadPoolExecutor(_AUDIT_THREADS, thread_name_prefix="safeside-decision")
+
+    @property
+    def base(self) -> Base:
+        """The base in memory."""
+        return self.engine.base
+
+    @property
+    def metrics(self) -> Metrics:
+        """The engine's instruments."""
+        return self.engine.metrics
+
+    def caller_of(self, header: str | None) -> Caller:
+        """Who sent a request; without a file of keys everybody is the tenant ``local``."""
+        return Caller("local") if self.keys is None else self.keys.authenticate(header)
+
+    def check_model(self, name: str) -> None:
+        """Raise an UnknownNameError unless it is the model that is served."""
+        if name != self.model:
+            raise UnknownNameError(did_you_mean("model", name, [self.model]))
+
+    def begin(self, caller: Caller, asked: Asked, ids: Sequence[int], prompt: str) -> Answering:
+        """Let a request in and queue it; what cannot be let in is an error that says why."""
+        self.check_model(asked.model)
+        policy = self.book.resolve(caller, asked.wanted)
+        sampling = self._sampling(asked, caller, len(ids))
+        admission = self.limiter.admit(caller.key or caller.tenant, caller.limits, len(ids), sampling.max_tokens)
+        inbox: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def listen(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+        deadline = time.monotonic() + self.limits.deadline_s
+        job = Job(tuple(ids), sampling, policy, listen, deadline, asked.stream)
+        try:
+            self.engine.submit(job)
+        except BaseException:
+            admission.settle(0)
+            raise
+        return Answering(caller, policy, job, admission, inbox, prompt)
+
+    def _sampling(self, asked: Asked, caller: Caller, n_prompt: int) -> Sampling:
+        wanted = asked.most_tokens
+        room = self.base.max_tokens - n_prompt
+        if room < 1 or (wanted is not None and wanted > room):
+            raise InputError(
+                f"The prompt has {n_prompt} tokens and the answer may take {wanted or 1}, but {self.model} holds "
+                f"{self.base.max_tokens}. Shorten the conversation or lower max_tokens; nothing is cut silently."
+            )
+        most = min(room, self.limits.default_max_tokens, caller.limits.max_new_tokens or room)
+        return Sampling(
+            max_tokens=wanted or most,
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            seed=asked.seed,
+            n_logprobs=asked.n_logprobs,
+            stop=asked.stops,
+        )
+
+    async def events(self, answering: Answering, is_gone: Callable[[], Awaitable[bool]]) -> AsyncGenerator[Event]:
+        """The events of an answer, each decision durable before it is told; a client that left ends them.
+
+        An answer that cannot be given, or whose decisions cannot be made durable, is raised as its error.
+        """
+        n_used = 0
+        before = answering.started
+        try:
+            while answering.ended is None:
+                event = await self._next(answering, is_gone)
+                if event is None:
+                    return
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Judged):
+                    answering.judged = event
+                    await self._note(answering, event)
+                elif isinstance(event, Ended):
+                    n_used = event.n_tokens
+                    answering.ended = event
+                    self._count(answering, event)
+                    if not answering.is_prompt_refused:
+                        await self._note(answering, event)
+                elif event.tokens:
+                    now = time.monotonic()
+                    self._observe(answering, event, before, now)
+                    n_used, before = n_used + len(event.tokens), now
+                yield event
+        finally:
+            answering.job.cancelled.set()
+            answering.admission.settle(len(answering.job.ids) + n_used)
+
+    async def _next(self, answering: Answering, is_gone: Callable[[], Awaitable[bool]]) -> Event | None:
+        """The next event; None once the client has left."""
+        while True:
+            if (now := time.monotonic()) - answering.polled > _POLL_S:
+                answering.polled = now
+                if await is_gone():
+                    return None
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(answering.inbox.get(), _POLL_S)
+
+    def _observe(self, answering: Answering, piece: Piece, before: float, now: float) -> None:
+        if before == answering.started:
+            self.metrics.time_to_first_token.observe(now - before)
+        else:
+            self.metrics.inter_token_latency.observe((now - before) / len(piece.tokens))
+
+    def _count(self, answering: Answering, ended: Ended) -> None:
+        self.metrics.tokens.labels("prompt").inc(len(answering.job.ids))
+        self.metrics.tokens.labels("answer").inc(ended.n_tokens)
+        if ended.stop is not None:
+            self.metrics.streams_stopped.labels(ended.stop.guard).inc()
+
+    async def _note(self, answering: Answering, event: Judged | Ended) -> None:
+        """Count a decision and make it durable."""
+        decision, policy = event.decision, answering.policy
+        for verdict in event.verdicts:
+            self.metrics.verdicts.labels(verdict.task, decision.action).inc()
+        await self.record(
+            AuditRecord(
+                trace_id=answering.trace_id,
+                tenant=answering.caller.tenant,
+                stage="prompt" if isinstance(event, Judged) else "answer",
+                policy=policy.name,
+                policy_version=policy.version,
+                action=decision.action,
+                adapters=self.fingerprints,
+                scores={f"{verdict.task}/{verdict.label}": verdict.score for verdict in event.verdicts},
+                strength=decision.strength if isinstance(event, Judged) else event.strength,
+                reason=decision.reason,
+                intended=decision.intended,
+                text=answering.prompt if isinstance(event, Judged) else event.text,
+                keep_text=policy.audit_text,
+            )
+        )
+
+    async def record(self, record: AuditRecord) -> None:
+        """Make a decision durable; where that fails it is counted, and an AuditError."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._auditors, self.audit.append, record)
+        except AuditError:
+            self.metrics.audit_failures.inc()
+            raise
+
+    async def score(self, conversations: Sequence[Sequence[Message]], guards: Sequence[str]) -> list[Scores]:
+        """Scores of whole texts by the path of ``safeside guard``, a few at a time between steps of answers."""
+        found: list[Scores] = []
+
+        def run(runner: Runner, part: Sequence[Sequence[Message]]) -> list[Scores]:
+            own = [guard for guard in runner.guards if guard.name in guards]
+            if len(own) < len(guards) or runner.attachment is None:
+                raise ServingError("A guard was unloaded while this text waited for it. Ask again.")
+            return score_conversations(runner.base, own, part, batch_size=_SCORED_AT_ONCE, attachment=runner.attachment)
+
+        for start in range(0, len(conversations), _SCORED_AT_ONCE):
+            part = conversations[start : start + _SCORED_AT_ONCE]
+            found += await asyncio.wrap_future(self.engine.call(lambda runner, part=part: run(runner, part)))  # type: ignore[misc]
+        return found
+
+    def close(self, drain_s: float) -> None:
+        """Let answers end, then close engine and audit log."""
+        self.engine.close(drain_s)
+        self._auditors.shutdown()
+        self.audit.close()

@@ -1,0 +1,241 @@
+"""What clients may send: OpenAI's requests with a ``safety`` object.  Unknown fields are refused, not ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints
+
+from safeside.errors import InputError, UnsupportedError
+from safeside.serve.rules import Name, PolicyMode
+from safeside.types import MAX_STRENGTH, Message, Role
+
+Text = Annotated[str, StringConstraints(max_length=1 << 20)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Tokens = Annotated[int, Field(ge=1, le=1 << 20)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+_SEED = 2**63
+
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class Record(BaseModel):
+    """A checked object of a request."""
+
+    model_config = _STRICT
+
+
+class SafetyAsked(Record):
+    """What a request wants of its policy: it may only be stricter, unless its key may loosen."""
+
+    policy: Name | None = None
+    """A named policy that holds as well."""
+    strength: Annotated[float, Field(ge=0, le=MAX_STRENGTH, allow_inf_nan=False)] | None = None
+    """The least strength; with a key that may loosen, the exact one."""
+    mode: PolicyMode | None = None
+    """``enforce`` lets every rule act; ``shadow`` none, and needs a key that may loosen."""
+    tokens: bool = False
+    """Whether risk and strength of every token are told."""
+
+
+class ModerationMode(Record):
+    """One side of OpenAI's inline moderation."""
+
+    mode: Literal["score", "block"]
+    """``block`` lets every rule of the policy act; ``score`` adds nothing to it."""
+
+
+class ModerationSides(Record):
+    """OpenAI's inline moderation of prompt and answer."""
+
+    input: ModerationMode | None = None
+    output: ModerationMode | None = None
+
+
+class ModerationAsked(Record):
+    """OpenAI's inline moderation: results come back in an object of the same name."""
+
+    model: str | None = None
+    """Accepted, and answered with the names of the guards."""
+    policy: ModerationSides = ModerationSides()
+
+    @property
+    def enforces(self) -> bool:
+        """Whether either side asks to block."""
+        return "block" in {side.mode for side in (self.policy.input, self.policy.output) if side is not None}
+
+
+class TextPart(Record):
+    """A part of a message that is text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ImagePart(Record):
+    """A part of a message that is a picture: no guard reads one."""
+
+    type: Literal["image_url"]
+    image_url: dict[str, str]
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class ChatMessage(Record):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=256)]
+    name: str | None = None
+    """Accepted for clients that send it; the template has no place for it."""
+
+    def message(self) -> Message:
+        """The turn as a Message; a picture is an UnsupportedError."""
+        role: Role = "system" if self.role == "developer" else self.role
+        return Message(role, text_of(self.content))
+
+
+class StreamOptions(Record):
+    """What a stream tells besides the answer."""
+
+    include_usage: bool = False
+
+
+class Asked(BaseModel):
+    """What both kinds of completions take."""
+
+    model_config = _STRICT
+
+    model: str
+    """A name of ``/v1/models``."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    max_tokens: Tokens | None = None
+    seed: Annotated[int, Field(ge=-_SEED, lt=_SEED)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    n: Literal[1] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    user: str | None = None
+    """Accepted and not used."""
+    safety: SafetyAsked = SafetyAsked()
+    moderation: ModerationAsked | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of the answer, where a number was given."""
+        return self.max_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """Likeliest tokens to tell beside each; None for no logarithms."""
+        return None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wanted(self) -> SafetyAsked:
+        """The safety asked for, OpenAI's inline moderation taken into it."""
+        enforces = self.moderation is not None and self.moderation.enforces and self.safety.mode is None
+        return self.safety.model_copy(update={"mode": "enforce"}) if enforces else self.safety
+
+
+class ChatRequest(Asked):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """OpenAI's newer name counts before the older one."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """As in ``Asked``; a number without the switch is an InputError."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InputError("top_logprobs was given without logprobs. Set logprobs to true, or leave it out.")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Asked):
+    """``POST /v1/completions``."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """As in ``Asked``."""
+        return self.logprobs
+
+    @property
+    def text(self) -> str:
+        """The one prompt."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+
+class ModerationRequest(Record):
+    """``POST /v1/moderations``."""
+
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=10_000)]
+        | Annotated[list[Part], Field(min_length=1, max_length=256)]
+    )
+    model: str | None = None
+    """A guard's name; all of them unless given."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Each text to judge; a list of parts is one."""
+        if isinstance(self.input, str):
+            return [self.input]
+        texts = [item for item in self.input if isinstance(item, str)]
+        return texts or [text_of([item for item in self.input if not isinstance(item, str)])]
+
+
+class DryRunRequest(Record):
+    """``POST /v1/policies/dry-run``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    """A prompt, or a prompt with its answer."""
+    safety: SafetyAsked = SafetyAsked()
+
+
+class LoadRequest(Record):
+    """``POST /v1/adapters/load``; vLLM's names of the fields are taken too."""
+
+    name: Annotated[Name, Field(validation_alias=AliasChoices("name", "lora_name"))]
+    path: Annotated[str, Field(min_length=1, max_length=4096, validation_alias=AliasChoices("path", "lora_path"))]
+    load_inplace: bool = False
+    """Whether an adapter of this name is exchanged."""
+
+
+class UnloadRequest(Record):
+    """``POST /v1/adapters/unload``; vLLM's names of the fields are taken too."""
+
+    name: Annotated[Name, Field(validation_alias=AliasChoices("name", "lora_name"))]
+    lora_int_id: int | None = None
+    """Accepted and not used, as by vLLM."""
+
+
+def text_of(content: str | list[Part]) -> str:
+    """The text of a message; a picture is an UnsupportedError."""
+    if isinstance(content, str):
+        return content
+    if any(isinstance(part, ImagePart) for part in content):
+        raise UnsupportedError("Pictures cannot be read, and so not judged. Send text.")
+    return "".join(part.text for part in content if isinstance(part, TextPart))

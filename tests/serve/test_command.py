@@ -1,0 +1,179 @@
+"""``safeside serve`` as a process: signals, broken files, and what is left after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from command_line import Ran
+from safeside import Base
+from safeside.errors import ConfigError, InputError
+from safeside.serve.app import create_app
+from safeside.serve.audit import AuditLog
+from safeside.serve.command import ServeOptions, make_service, reload, serve_command
+from safeside.serve.engine import Engine
+from safeside.serve.policy import PolicyBook
+from safeside.serve.service import Service
+
+POLICY = """
+adapters: {harm: "builtin:harm", refuse: "builtin:refuse"}
+policies:
+  house:
+    prompt: [{action: steer, guard: harm, low: 0.3, high: 0.8}]
+    answer: [{action: annotate, guard: harm}]
+deployment: [house]
+"""
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    return tmp_path / "policy.yaml"
+
+
+@pytest.fixture
+def process(policy: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server in its own process, ready, and its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = "from safeside.cli import main; main()"
+    arguments = ["serve", "--policy", str(policy), "--port", str(port), "--audit", f"sqlite:///{tmp_path}/audit.db"]
+    with (tmp_path / "log").open("wb") as log:
+        started = subprocess.Popen(
+            [sys.executable, "-c", command, *arguments],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(started, url, tmp_path / "log")
+        yield started, url
+    finally:
+        started.kill()
+        started.wait()
+
+
+def wait_until_ready(started: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert started.poll() is None, log.read_text()
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    pytest.fail(log.read_text())
+
+
+def chat(url: str, text: str, max_tokens: int = 8) -> httpx.Response:
+    body = {"model": "builtin", "messages": [{"role": "user", "content": text}], "max_tokens": max_tokens}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_signals_under_load(process: tuple[subprocess.Popen[bytes], str], policy: Path, tmp_path: Path) -> None:
+    """A broken policy changes nothing; after SIGKILL every decision that a client was told of is in the log."""
+    started, url = process
+    version = httpx.get(f"{url}/readyz").json()["policy_version"]
+    told: list[str] = []
+    others: list[str] = []
+
+    def ask(number: int) -> None:
+        while True:
+            try:
+                answer = chat(url, f"How do I boil {number} eggs?").json()
+            except httpx.HTTPError:
+                return
+            told.append(answer["safety"]["trace_id"])
+            others.extend(verdict["guard"] for verdict in answer["safety"]["verdicts"] if verdict["guard"] != "harm")
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    policy.write_text("policies: [broken")
+    started.send_signal(signal.SIGHUP)
+    wait_for(tmp_path / "log", "reload refused")
+    assert httpx.get(f"{url}/readyz").json()["policy_version"] == version
+    policy.write_text(POLICY + "\n# another version\n")
+    started.send_signal(signal.SIGHUP)
+    wait_for(tmp_path / "log", "policies reloaded")
+    assert httpx.get(f"{url}/readyz").json()["policy_version"] != version
+    n_before = len(told)
+    while len(told) < n_before + 4:
+        time.sleep(0.01)
+    started.kill()
+    started.wait()
+    for thread in threads:
+        thread.join()
+    with sqlite3.connect(tmp_path / "audit.db") as database:
+        kept = {row[0] for row in database.execute("SELECT trace_id FROM safeside_decisions WHERE stage = 'answer'")}
+    assert told
+    assert set(told) <= kept
+    assert others == []
+
+
+def wait_for(log: Path, text: str) -> None:
+    end = time.monotonic() + 60
+    while text not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+
+
+def test_a_server_told_to_stop_lets_answers_end(session_base: Base, policy: Path, tmp_path: Path) -> None:
+    """As SIGTERM does, which uvicorn turns into this flag."""
+    policy.write_text("{policies: {none: {}}, deployment: [none]}")
+    book = PolicyBook.load(policy)
+    service = Service(Engine(session_base), book, AuditLog(f"sqlite:///{tmp_path}/audit.db"), model="builtin")
+    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
+    found: list[httpx.Response] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        serving.start()
+        asking = threading.Thread(target=lambda: found.append(chat(url, "?", 60)))
+        asking.start()
+        while not service.engine.n_running:
+            time.sleep(0.001)
+        server.should_exit = True
+        asking.join()
+        serving.join()
+    assert found[0].json()["choices"][0]["finish_reason"] in ("stop", "length")
+    assert not service.engine.is_ready
+    assert session_base.attachment is None
+
+
+def test_what_cannot_be_served_is_told_before_anything_is_loaded(
+    policy: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    with pytest.raises(ConfigError, match="everybody who reaches"):
+        serve_command(ServeOptions("builtin", policy, host="0.0.0.0"))
+    with pytest.raises(InputError, match="is no folder"):
+        serve_command(ServeOptions("builtin", policy, adapter_roots=(tmp_path / "none",)))
+    missing = run("serve", "--policy", str(tmp_path / "none.yaml"))
+    assert missing.code == 2
+    assert "cannot be read" in missing.err
+
+
+def test_a_reload_that_fails_keeps_policies_and_keys(policy: Path, tmp_path: Path) -> None:
+    options = ServeOptions("builtin", policy, audit=f"sqlite:///{tmp_path}/audit.db")
+    service = make_service(options)
+    try:
+        version = service.book.version
+        policy.write_text(POLICY.replace("guard: harm", "guard: gone"))
+        reload(service, options)
+        assert service.book.version == version
+        assert b'safeside_policy_reloads_total{result="refused"} 1.0' in service.metrics.exposition()
+    finally:
+        service.close(0.0)
