@@ -9,7 +9,7 @@ SMALL := benchmarks/.cells/small
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-overhead builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-overhead bench-gate builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -83,6 +83,10 @@ report-guards: setup
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup
 	$(BIN)/python benchmarks/overhead.py
+
+# Attacks on the gate of a targeted aligner, a white-box suffix search, and what the cures cost (about 5 core-minutes).
+bench-gate: setup
+	$(BIN)/python benchmarks/gate.py --data $(DATA)
 
 # The built-in base and its adapters from their text and rows (hours on two cores, minutes on a GPU).
 builtin: setup
