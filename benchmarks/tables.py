@@ -160,6 +160,8 @@ def gate_table(path: Path) -> str:
         f"the gate stayed shut; {result['notes']['prompts']}; means over seeds where guards or suffixes are drawn. "
         f"Commit `{result['commit']}`, {result['machine']}.\n\n"
     )
+    if not result["notes"]["is_whole"]:
+        head = f"**The run behind this table was cut off: most attacks are missing.** {head}"
     return head + _table(["attack", *cures], lines)
 
 

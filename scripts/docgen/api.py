@@ -33,6 +33,7 @@ FURTHER = {
     "safeside.base.taps": ("Tape", "SideCache"),
     "safeside.chat": ("Encoded", "encode_chat"),
     "safeside.errors": (),
+    "safeside.evals.attacks": ("attacked", "by_carrier", "by_text"),
     "safeside.evals.baselines": ("fit_keywords", "fit_probe"),
     "safeside.evals.guards": ("evaluate_guard", "GuardReport"),
     "safeside.evals.classifier": ("fit_classifier", "agreement", "Agreement"),
@@ -44,6 +45,7 @@ FURTHER = {
     "safeside.evals.rubrics": ("strongreject_judge", "mt_bench_judge"),
     "safeside.evals.runs": ("Aligned", "Method", "aligned", "judging", "results_of", "run_aligner_suite", "run_suite"),
     "safeside.evals.suites": ("Suite", "Prompt", "draw", "goals_of"),
+    "safeside.evals.suffix": ("find_suffix", "SuffixSearch", "Suffix"),
     "safeside.guards.calibrate": ("fit_calibration", "threshold_with_bound", "fit_mode"),
     "safeside.guards.probability": ("fit_map", "expected_calibration_error"),
     "safeside.guards.recalibrate": ("Traffic", "Recalibration", "recalibrate"),
@@ -73,6 +75,7 @@ REGISTRIES = {
     "TRUNKS": "safeside.adapters.adapter",
     "FAMILIES": "safeside.base.families",
     "SUITES": "safeside.evals.suites",
+    "ATTACKS": "safeside.evals.attacks",
     "JUDGES": "safeside.evals.judges",
     "TASKS": "safeside.tasks.task",
 }

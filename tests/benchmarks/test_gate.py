@@ -87,10 +87,13 @@ def test_every_attack_meets_every_cure(bench: gate.Bench, tmp_path: Path, monkey
     off = next(row for row in rows if (row["metric"], row["cure"]) == ("utility", "off"))
     assert off["value"] == 1.0
     path = tmp_path / "gate.json"
-    path.write_text(json.dumps({"commit": "abc", "machine": "a CPU", "rows": rows, "notes": {"prompts": "4"}}))
+    path.write_text(
+        json.dumps({"commit": "abc", "machine": "a CPU", "rows": rows, "notes": {"prompts": "4", "is_whole": False}})
+    )
     table = tables.gate_table(path)
     assert "| attack | off | none | floor | regate | always | several | all |" in table
     assert "| utility (helpful) | 1.00 |" in table
+    assert "was cut off" in table
 
 
 def test_the_table_holds_means_over_seeds(tmp_path: Path) -> None:
@@ -101,7 +104,9 @@ def test_the_table_holds_means_over_seeds(tmp_path: Path) -> None:
         for seed, value in enumerate(values)
     ]
     path = tmp_path / "gate.json"
-    path.write_text(json.dumps({"commit": "abc", "machine": "a CPU", "rows": rows, "notes": {"prompts": "4"}}))
+    path.write_text(
+        json.dumps({"commit": "abc", "machine": "a CPU", "rows": rows, "notes": {"prompts": "4", "is_whole": True}})
+    )
     assert "| story (demo) | 0.30 (0.60) |" in tables.gate_table(path)
 
 
