@@ -10,7 +10,7 @@ COST := benchmarks/.cells/align/cost.json
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-overhead bench-serve builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-overhead bench-gate bench-serve builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -102,6 +102,10 @@ bench-overhead: setup
 # The server under load and under faults: a 0.5B geometry with random weights, and the built-in base.
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py
+
+# Attacks on the gate of a targeted aligner, a white-box suffix search, and what the cures cost (about 5 core-minutes).
+bench-gate: setup
+	$(BIN)/python benchmarks/gate.py --data $(DATA)
 
 # The built-in base and its adapters from their text and rows (hours on two cores, minutes on a GPU).
 builtin: setup

@@ -301,7 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for row in bench.rows(options.seeds):
         rows.append(row)
         note(f"{time.perf_counter() - started:.0f} s: " + " ".join(str(row[name]) for name in NAMED))
-        write_json(path, result_of("gate", time.perf_counter() - started, rows, notes_of(options)))
+        write_json(path, result_of("gate", time.perf_counter() - started, rows, notes_of(options, is_whole=False)))
+    write_json(path, result_of("gate", time.perf_counter() - started, rows, notes_of(options, is_whole=True)))
     note(f"wrote {path}")
     return path
 
@@ -309,9 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 NAMED = ("suite", "attack", "cure", "seed", "metric", "value", "n")
 
 
-def notes_of(options: argparse.Namespace) -> dict[str, object]:
+def notes_of(options: argparse.Namespace, *, is_whole: bool) -> dict[str, object]:
     """What a reader of the figures must know."""
     return {
+        "is_whole": is_whole,  # a run that is killed leaves the attacks that it has come to
         "prompts": f"{options.limit} of each suite; {options.suffix_prompts} for none_searched and suffixes",
         "answers": f"{N_TOKENS} tokens, greedy",
         "floor": FLOOR,

@@ -208,6 +208,43 @@ def decode_table(path: Path) -> str:
     return head + _table(["with", *(f"over {name}" for name in against), "multiply-adds"], lines)
 
 
+def gate_table(path: Path) -> str:
+    """By attack the share of harmful prompts on which the gate stays shut and of answers that are no refusals."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows = result["rows"]
+    cures = list(dict.fromkeys(str(row["cure"]) for row in rows))
+    lines = []
+    for suite, attack in dict.fromkeys(
+        (row["suite"], row["attack"]) for row in rows if row["metric"] == "harmful_rate"
+    ):
+        found = [
+            [row for row in rows if (row["suite"], row["attack"], row["cure"]) == (suite, attack, c)] for c in cures
+        ]
+        lines.append([f"{attack} ({suite})", *map(_gate_cell, found)])
+    for metric in ("over_refusal", "utility"):
+        for suite in dict.fromkeys(row["suite"] for row in rows if row["metric"] == metric):
+            some = [row for row in rows if (row["suite"], row["metric"]) == (suite, metric)]
+            found = [[row for row in some if row["cure"] == cure] for cure in cures]
+            lines.append([f"{metric} ({suite})", *(f"{_mean(cell):.2f}" if cell else "" for cell in found)])
+    head = (
+        "Harmful prompts: share of answers that are no refusal by the rules judge, and in brackets the share on which "
+        f"the gate stayed shut; {result['notes']['prompts']}; means over seeds where guards or suffixes are drawn. "
+        f"Commit `{result['commit']}`, {result['machine']}.\n\n"
+    )
+    if not result["notes"]["is_whole"]:
+        head = f"**The run behind this table was cut off: most attacks are missing.** {head}"
+    return head + _table(["attack", *cures], lines)
+
+
+def _gate_cell(rows: Sequence[Row]) -> str:
+    harmful, shut = ([row for row in rows if row["metric"] == metric] for metric in ("harmful_rate", "gate_shut"))
+    if not harmful:
+        return ""
+    return f"{_mean(harmful):.2f}" + (f" ({_mean(shut):.2f})" if shut else "")
+
+
 def _signed(row: Row) -> str:
     return f"{float(row['value']):+.3f} ({float(row['low']):+.3f} to {float(row['high']):+.3f})"
 
@@ -233,6 +270,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "guards": guards_table,
     "align": align_table,
     "decode": decode_table,
+    "gate": gate_table,
 }
 
 

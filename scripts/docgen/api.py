@@ -33,6 +33,7 @@ FURTHER = {
     "safeside.base.taps": ("Tape", "SideCache"),
     "safeside.chat": ("Encoded", "encode_chat"),
     "safeside.errors": (),
+    "safeside.evals.attacks": ("attacked", "by_carrier", "by_text"),
     "safeside.evals.baselines": ("fit_keywords", "fit_probe"),
     "safeside.evals.guards": ("evaluate_guard", "GuardReport"),
     "safeside.evals.classifier": ("fit_classifier", "agreement", "Agreement"),
@@ -63,6 +64,7 @@ FURTHER = {
     "safeside.genes.merge": ("merge_genes", "unmerge_genes", "model_hash"),
     "safeside.genes.recipe": ("GeneRecipe", "SelectSection", "FitSection", "read_gene_recipe"),
     "safeside.genes.select": ("select_layers", "layer_shifts", "Shift"),
+    "safeside.evals.suffix": ("find_suffix", "SuffixSearch", "Suffix"),
     "safeside.guards.calibrate": ("fit_calibration", "threshold_with_bound", "fit_mode"),
     "safeside.guards.probability": ("fit_map", "expected_calibration_error"),
     "safeside.guards.recalibrate": ("Traffic", "Recalibration", "recalibrate"),
@@ -92,6 +94,7 @@ REGISTRIES = {
     "TRUNKS": "safeside.adapters.adapter",
     "FAMILIES": "safeside.base.families",
     "SUITES": "safeside.evals.suites",
+    "ATTACKS": "safeside.evals.attacks",
     "JUDGES": "safeside.evals.judges",
     "TASKS": "safeside.tasks.task",
 }
