@@ -66,9 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--base", default="builtin", help="builtin, a folder or a hub name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the headline and of LoRA-DPO")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of aligners")
-    parser.add_argument(
-        "--tries", type=int, default=3, choices=(1, 2, 3), help="settings that lst and LoRA-DPO each choose from"
-    )
+    parser.add_argument("--tries", type=int, default=3, choices=(1, 2, 3), help="settings that aligners choose from")
+    parser.add_argument("--baseline-tries", type=int, choices=(1, 2, 3), help="of LoRA-DPO; as many unless given")
     parser.add_argument("--prompts", type=int, default=100, help="of each suite")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then nothing new is made")
     parser.add_argument("--threads", type=int, default=1)
@@ -90,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         1 if options.quick else None,
         Clock(time.monotonic() + 60 * options.minutes),
     )
-    bench = Bench(Study(Questions(setup, options.prompts)), tuple(options.seeds), options.tries, tuple(options.kinds))
+    n_tries = (options.tries, options.baseline_tries or options.tries)
+    bench = Bench(Study(Questions(setup, options.prompts)), tuple(options.seeds), *n_tries, tuple(options.kinds))
     assert setup.counts
     path = run(bench, options.output or (scratch if options.quick else RESULTS), setup.cells / "cost.json")
     note(f"wrote {path}")

@@ -27,7 +27,9 @@ class Bench:
     study: Study
     seeds: tuple[int, ...] = (0, 1, 2)
     n_tries: int = 3
-    """Of the settings of what is tuned."""
+    """Of the settings of aligners."""
+    n_baseline_tries: int = 3
+    """Of the settings of LoRA-DPO."""
     kinds: tuple[str, ...] = KINDS
     """Of aligners."""
     changes: dict[str, Changes] = field(default_factory=dict)

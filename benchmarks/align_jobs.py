@@ -18,10 +18,10 @@ from align_bench import (
     strength_rows,
     suite_rows,
 )
-from align_choice import TRIES, best_try, choose, gate_of, told_of, validation_side
+from align_choice import CHECKED_STRENGTHS, TRIES, Candidate, best_scale, choose, gate_of, told_try, validation_side
 from align_figures import refused, trend_rows
 from align_headline import further, generated, headline
-from align_training import GATE, LORAS, MissingError
+from align_training import GATE, LORAS, MissingError, trained
 from safeside.attach import attach
 from safeside.evals.judges import Judgement
 from safeside.evals.methods import Aligned, Method, WithSystemPrompt
@@ -37,9 +37,9 @@ Job = tuple[str, Callable[[], list[Row]]]
 def jobs_of(bench: Bench) -> Iterator[Job]:
     """Every part; where one is missing something its rows are left out, and the others go on."""
     yield "the base", lambda: suite_rows(bench, "base", "fixed", 0.0, bench.study.of_base)
-    yield "tries", lambda: _tries(bench)
     yield "the choice", lambda: _choice(bench)
     yield "the headline", lambda: strength_rows(bench, bench.chosen.name, 0, STRENGTHS)
+    yield f"tries of {BASELINE}", lambda: _tries(bench)
     yield f"{BASELINE} by scale", lambda: strength_rows(bench, BASELINE, 0, LORA_SCALES)
     yield "eleven strengths", lambda: _eleven(bench)
     for name in (*bench.kinds, *LORAS):
@@ -73,32 +73,39 @@ def _with_seed(bench: Bench, seed: int) -> Callable[[], list[Row]]:
 
 
 def _tries(bench: Bench) -> list[Row]:
-    for name in [name for name in TRIES if name in (*bench.kinds, BASELINE)]:
-        bench.changes[name], told = best_try(bench.study, name, bench.n_tries)
-        bench.notes.setdefault("tries", []).extend(told)  # type: ignore[attr-defined]
+    """The baseline's settings; those of aligners are chosen with their gate."""
+    bench.changes[BASELINE], told = best_scale(bench.study, BASELINE, bench.n_baseline_tries)
+    bench.notes["baseline_tries"] = told
     return []
 
 
 def _choice(bench: Bench) -> list[Row]:
-    kinds, gate = [], gate_of(bench.study, (*MAIN, *FURTHER, *CHECKED))
+    study, found = bench.study, list[Candidate]()
+    gate = gate_of(study, (*MAIN, *FURTHER, *CHECKED))
     for name in bench.kinds:
         try:
-            kinds.append(bench.one(name))
+            own = [
+                (trained(study.setup, name, 0, changes), changes) for changes in TRIES.get(name, ({},))[: bench.n_tries]
+            ]
+            bench.changes[name] = choose(study, own, gate).changes
+            found += own
         except MissingError:
             continue
-    bench.choice = choose(bench.study, kinds, gate)
-    chosen = bench.choice
+    if not found:
+        raise MissingError
+    chosen = bench.choice = choose(study, found, gate)
+    bench.changes[chosen.name] = chosen.changes
     bench.notes["choice"] = {
         "method": chosen.name,
+        "changes": dict(chosen.changes),
         "strength": chosen.strength,
         "gate_threshold": round(chosen.gate.threshold, 4),
         "validation": chosen.validation,
-        "among": [one.name for one in kinds],
     }
-    bench.notes["validation"] = [
-        {"method": one.name, "strength": strength, **told_of(validation_side(bench.study, one, strength))}
-        for one in kinds
-        for strength in (1.0, 2.0)
+    bench.notes["tries"] = [
+        told_try(one.name, changes, strength, validation_side(study, one, strength))
+        for one, changes in found
+        for strength in CHECKED_STRENGTHS
     ]
     return []
 

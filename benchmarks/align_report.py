@@ -264,15 +264,20 @@ def suites_section(page: Page) -> Section | None:
 def choice_section(page: Page) -> Section | None:
     """What was tried on validation prompts."""
     rows: list[tuple[str, ...]] = []
-    for what in ("tries", "validation"):
+    for what in ("tries", "baseline_tries"):
         told = page.notes.get(what)
         for one in told if isinstance(told, list) else []:
-            changes = ", ".join(f"{name} {value:g}" for name, value in one.get("changes", {}).items())
+            changed = {name: value for name, value in one["changes"].items() if name != "validation"}
+            changes = ", ".join(f"{name} {_told(value)}" for name, value in changed.items())
             figures = [f"{one[name]:.3f}" for name in ("harmful_rate", "utility", "over_refusal")]
             rows.append((one["method"], changes or "as in the recipe", f"{one['strength']:g}", *figures))
     heads = ("method", "changed", "strength", "harmful rate", "utility", "over-refusal")
     text = "Validation prompts, no gate. The tuned aligner and LoRA-DPO had the same number of tries."
     return Section("What was tried", text, columns=heads, rows=rows) if rows else None
+
+
+def _told(value: float | list[str]) -> str:
+    return ", ".join(value) if isinstance(value, list) else f"{value:g}"
 
 
 def answers_section(page: Page) -> Section | None:

@@ -102,6 +102,8 @@ CHECKED = {  # prompts that settings are chosen on: of other files than the suit
 def make_rows(base: Base, data: Path, folder: Path) -> dict[str, object]:
     """Write ``pairs_*``, ``gate_*``, ``answered`` and ``checked_*`` into ``folder``, unless it holds them already.
 
+    ``refusals_*`` are the pairs of harmful prompts alone: for an aligner that only ever works behind a gate.
+
     Returns the number of rows of each file, and how many were left out because they overlap with an evaluation.
     """
     done = folder / f"counts-{FORMAT}.json"  # the last file that is written
@@ -121,6 +123,8 @@ def make_rows(base: Base, data: Path, folder: Path) -> dict[str, object]:
         rows = [rows[example.line] for example in overlap.kept]
         if name.startswith("pairs"):
             rows = pairs_of(base, rows, refusals_of(name.removeprefix("pairs_")))
+            harmful = [row for row in rows if row["label"] == 1]
+            _write(folder / f"{name.replace('pairs', 'refusals')}.jsonl", harmful)
         if name.startswith("checked"):  # records are found again by these names
             rows = [{"id": hashlib.sha256(str(row["prompt"]).encode()).hexdigest()[:12], **row} for row in rows]
         _write(folder / f"{name}.jsonl", rows)
