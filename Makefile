@@ -9,7 +9,7 @@ SMALL := benchmarks/.cells/small
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-overhead builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-genes bench-overhead builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -79,6 +79,11 @@ bench-guards: setup $(SMALL)/config.json
 # The page of pictures alone, from the results and cells that are there.
 report-guards: setup
 	$(BIN)/python benchmarks/guards_report.py
+
+# How much lost safety genes and others bring back in five task models, three seeds (hours on two cores; goes on after a
+# kill).
+bench-genes: setup
+	$(BIN)/python benchmarks/genes.py --data $(DATA)
 
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup
