@@ -10,7 +10,7 @@ COST := benchmarks/.cells/align/cost.json
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-overhead bench-gate bench-serve builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-genes bench-overhead bench-gate bench-serve builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -94,6 +94,11 @@ bench-align: setup $(COST)
 # Its page alone, from the results that are there.
 report-align: setup
 	$(BIN)/python benchmarks/align_report.py
+
+# How much lost safety genes and others bring back in five task models, three seeds (hours on two cores; goes on after a
+# kill).
+bench-genes: setup
+	$(BIN)/python benchmarks/genes.py --data $(DATA)
 
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup

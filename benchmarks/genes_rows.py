@@ -48,7 +48,7 @@ ATTACKS = (
     "harmful_prompts/jailbreakbench_test.jsonl.gz",
 )
 HARMFUL_SHARE = 0.05
-N_VALIDATION = 60  # rows of each kind
+N_VALIDATION = 64  # rows of each kind
 LONGEST = 320  # characters of a prompt and of an answer: longer rows are left out, for two cores train on them
 
 
@@ -64,9 +64,9 @@ class Sizes:
     """Other harmless instructions that the degraded copy learns."""
     task: int = 1000
     """Rows of each task."""
-    test: int = 200
+    test: int = 150
     """Test rows of each task."""
-    attacks: int = 150
+    attacks: int = 120
     """Harmful prompts that answers are judged on."""
     extract: int = 320
     """Rows of each kind that the gene is extracted on."""
@@ -96,7 +96,7 @@ def write_rows(data: Path, folder: Path, sizes: Sizes, seed: int) -> dict[str, i
         "degraded_validation": held_out["plain"][:N_VALIDATION],
         "harmful": safety[: sizes.extract],
         "benign": plain[start : start + sizes.extract],
-        "shots": held_out["safety"][: sizes.shots],
+        "shots": [*safety[sizes.safety :], *held_out["safety"][N_VALIDATION:]][: sizes.shots],
     }
     for task in TASKS:
         files |= _task_files(task, drawn, sizes, seed)

@@ -343,7 +343,7 @@ def load_base(
     device = checked_device(device)
     dtype = checked_dtype(("float32" if device.type == "cpu" else "auto") if dtype is None else dtype)
     loader = AutoModel if family.is_encoder else AutoModelForCausalLM
-    with explained_loading(name), _quiet_loading():
+    with explained_loading(name), quiet_files():
         weight_files(folder)
         check_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -353,8 +353,8 @@ def load_base(
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Loading a small model needs no progress bar; a large one keeps it elsewhere."""
+def quiet_files() -> Iterator[None]:
+    """Reading or writing a small model needs no progress bar; a large one keeps it elsewhere."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from safeside.artifact import require_new
 from safeside.base.families import has_lora
-from safeside.base.model import Base, load_base
+from safeside.base.model import Base, load_base, quiet_files
 from safeside.base.updates import add_to_weight, linear_layer
 from safeside.errors import FormatError, InputError, UnsupportedError
 from safeside.genes.apply import Weights, checked_weights
@@ -66,7 +66,7 @@ def merge_genes(base: Base, genes: Sequence[Gene], folder: str | Path, weights: 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as new:
         place = Path(new) / "model"
-        _save(copy, place)
+        save_checkpoint(copy, place)
         save_file(originals, place / ORIGINALS_FILE, {"format": "pt"})
         (place / MERGED_FILE).write_text(merged.model_dump_json(indent=2) + "\n", encoding="utf-8")
         place.rename(folder)  # whole, or not at all
@@ -99,7 +99,7 @@ def unmerge_genes(folder: str | Path, output: str | Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent) as new:
         place = Path(new) / "model"
-        _save(copy, place)
+        save_checkpoint(copy, place)
         place.rename(output)
     return output
 
@@ -129,6 +129,8 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def _save(base: Base, place: Path) -> None:
-    base.model.save_pretrained(place)
-    base.tokenizer.save_pretrained(place)
+def save_checkpoint(base: Base, place: Path) -> None:
+    """Write model and tokenizer as ``load_base`` reads them."""
+    with quiet_files():
+        base.model.save_pretrained(place)
+        base.tokenizer.save_pretrained(place)

@@ -1,0 +1,257 @@
+"""The cells of the genes benchmark: one method on one task model, its answers to attacks and its work on the task."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genes_models import Models, Setup, facts_of
+from genes_rows import CLASSES, TASKS
+from safeside.artifact import load_adapter
+from safeside.attach import attach
+from safeside.base.model import Base, load_base
+from safeside.errors import InputError
+from safeside.evals.metrics import auroc
+from safeside.genes.apply import apply_genes
+from safeside.genes.baselines import Matrices, difference, resta, safe_lora, safe_merge, weights_of, with_added
+from safeside.genes.fit import fit_gene
+from safeside.genes.gene import Gene
+from safeside.genes.recipe import Selection
+from safeside.genes.rows import Conversation, answer_loss, encode_texts
+from safeside.guards.score import score_conversations
+from safeside.mixing import ramp
+from safeside.provenance import git_commit, machine
+from tidy import write_json
+
+Values = dict[str, object]
+
+SHOTS = (4, 8, 16, 32, 64)
+MAIN_SHOTS = 32  # of the rows that methods are compared by
+WEIGHTS = (0.0, 0.5, 1.5, 2.0)  # of a fitted gene, for the curve over coefficients; 1 is the gene's own row
+CURVE_TASKS = ("sst2", "dolly")  # that the curves over shots and coefficients are drawn for
+_ROWS = 32  # of one pass
+_ANSWER, _LABEL = 32, 6  # tokens of an answer to an attack, and of a class's name
+
+
+@dataclass(frozen=True)
+class TaskBench:
+    """All that is measured on one task model of one seed."""
+
+    models: Models
+    task: str
+
+    @cached_property
+    def base(self) -> Base:
+        """The task model."""
+        return load_base(self.models.task(self.task))
+
+    def cells(self) -> Iterator[tuple[str, Callable[[], Values]]]:
+        """Name and maker of every cell, those first that others are compared with."""
+        yield "aligned", lambda: measured(load_base(self.models.aligned()), self)
+        yield "finetuned", partial(self._stored, self.models.task)
+        yield "gene-32", partial(self._gene, "shift", MAIN_SHOTS)
+        for method, selection in (("gene_random_layers", "random"), ("gene_all_layers", "all")):
+            yield f"{method}-{MAIN_SHOTS}", partial(self._gene, selection, MAIN_SHOTS)
+        yield "realigned", partial(self._stored, self.models.realigned)
+        yield "resta", self._resta
+        yield "safelora", self._safe_lora
+        yield "safemerge", self._safe_merge
+        yield "salora", partial(self._stored, self.models.salora)
+        yield "dsa", self._dsa
+        if self.task in CURVE_TASKS:
+            for shots in SHOTS:
+                yield f"gene-{shots}", partial(self._gene, "shift", shots)
+            for weight in WEIGHTS:
+                yield f"weight-{weight:g}", partial(self._gene, "shift", MAIN_SHOTS, weight)
+            for name, parts in (("first", (0,)), ("second", (1,)), ("both", (0, 1))):
+                yield f"interference-{name}", partial(self._together, parts)
+        for source in TASKS:
+            if source != self.task:
+                yield f"transfer-{source}", partial(self._transfer, source)
+
+    def shots(self, n_shots: int) -> tuple[list[Conversation], list[Conversation]]:
+        """Refusals and task rows that scalars, and the settings of baselines, are chosen on."""
+        refusals, rows = self.models.conversations("shots"), self.models.conversations(f"{self.task}_validation")
+        if min(len(refusals), len(rows)) < n_shots:
+            raise InputError(f"{self.task} has {len(refusals)} refusals and {len(rows)} rows to fit on; use fewer.")
+        return refusals[:n_shots], rows[:n_shots]
+
+    def fitted(self, selection: Selection, n_shots: int) -> Gene:
+        """The seed's gene, fitted on this task model."""
+        return fit_gene(self.base, self.models.gene(selection), *self.shots(n_shots))
+
+    def _stored(self, folder_of: Callable[[str], Path]) -> Values:
+        folder = folder_of(self.task)
+        return {**measured(load_base(folder), self), **facts_of(folder)}
+
+    def _gene(self, selection: Selection, n_shots: int, weight: float = 1.0) -> Values:
+        gene = self.fitted(selection, n_shots)
+        with apply_genes(self.base, [gene], {gene.name: weight}):
+            values = measured(self.base, self)
+        results = gene.config.results
+        facts = {"seconds": results["fit_seconds"], "trainable_params": results["trainable_params"]}
+        chosen = {"layers": list(gene.config.layers), "coefficients": list(gene.config.coefficients)}
+        return {**values, **facts, **chosen, "shots": n_shots}
+
+    def _transfer(self, source: str) -> Values:
+        """The gene as it was fitted on another task's model, on this one."""
+        gene = TaskBench(self.models, source).fitted("shift", MAIN_SHOTS)
+        with apply_genes(self.base, [gene]):
+            return {**measured(self.base, self), "source": source}
+
+    def _together(self, parts: Sequence[int]) -> Values:
+        """Genes from halves of the harmful prompts, alone or both together, unfitted."""
+        with apply_genes(self.base, [self.models.gene("shift", part) for part in parts]):
+            return measured(self.base, self)
+
+    @cached_property
+    def arithmetic(self) -> tuple[Matrices, Matrices]:
+        """The task's update, and the safety vectors: the aligned model minus the base that it was made from."""
+        aligned = weights_of(load_base(self.models.aligned()))
+        unaligned = weights_of(load_base(self.models.setup.base))
+        return difference(weights_of(self.base), aligned), difference(aligned, unaligned)
+
+    def _resta(self) -> Values:
+        task, safety = self.arithmetic
+        tried = [(strength, density) for strength in (0.25, 0.5, 1.0) for density in (1.0, 0.7)]
+        return self._best({str(values): partial(resta, task, safety, *values, self.models.seed) for values in tried})
+
+    def _safe_lora(self) -> Values:
+        task, safety = self.arithmetic
+        return self._best({str(value): partial(safe_lora, task, safety, value) for value in (0.35, 0.5, 0.7, 1.0)})
+
+    def _safe_merge(self) -> Values:
+        task, safety = self.arithmetic
+        update = difference(weights_of(load_base(self.models.safety())), weights_of(load_base(self.models.aligned())))
+        tried = [(threshold, share) for threshold in (0.35, 0.7, 1.01) for share in (0.8, 0.5)]
+        return self._best({str(values): partial(safe_merge, task, safety, update, *values) for values in tried})
+
+    def _best(self, tried: Mapping[str, Callable[[], Matrices]]) -> Values:
+        """The setting of a baseline with the lowest loss on what the gene's scalars are fitted on."""
+        started = time.perf_counter()
+        copies = {name: with_added(self.base, make()) for name, make in tried.items()}
+        kinds = [encode_texts(self.base, rows, "examples", answered=True) for rows in self.shots(MAIN_SHOTS)]
+        with torch.no_grad():
+            losses = {
+                name: sum(float(answer_loss(copy, texts.batch(copy, range(len(texts))))) for texts in kinds)
+                for name, copy in copies.items()
+            }
+        best = min(losses, key=losses.__getitem__)
+        facts = {"seconds": time.perf_counter() - started, "trainable_params": 0}
+        return {**measured(copies[best], self), **facts, "setting": best}
+
+    def _dsa(self) -> Values:
+        """The packaged guard and aligner, trained on the base, on the task model as they are."""
+        started = time.perf_counter()
+        guard, aligner = (
+            load_adapter(f"builtin:{name}", self.base, allow_mismatch="weights") for name in ("harm", "refuse")
+        )
+        seconds = time.perf_counter() - started
+        with attach(self.base, aligners=[aligner], guards=[guard], strength=ramp(guard)):
+            values = measured(self.base, self)
+        return {**values, "seconds": seconds, "trainable_params": 0, "guard": self._guard()}
+
+    def _guard(self) -> Values:
+        """The guard on harmful and harmless prompts, at its threshold and at one of the same rank on unlabelled text.
+
+        The latter is where as many unlabelled texts score higher as did on the base that the guard was made for.
+        """
+        harmful, benign = self.models.attacks(), self.models.conversations("degraded_validation")
+        unlabelled = [messages[:1] for messages in self.models.conversations("benign")]
+        scores = {}
+        for name, base in (("base", load_base(self.models.setup.base)), ("task", self.base)):
+            guard = load_adapter("builtin:harm", base, allow_mismatch="weights")
+            texts = [*harmful, *(messages[:1] for messages in benign), *unlabelled]
+            found = score_conversations(base, [guard], texts)
+            scores[name] = np.array([item.by_guard[guard.name][0] for item in found], dtype=np.float64)
+        threshold, first, last = guard.thresholds[0], len(harmful), len(harmful) + len(benign)
+        share = float((scores["base"][last:] >= threshold).mean())
+        moved = sorted(scores["task"][last:].tolist(), reverse=True)[round(share * len(unlabelled))]
+        labels = np.repeat([1.0, 0.0], [first, len(benign)])
+        own = scores["task"][:last]
+        rates = {
+            name: {"caught": float((own[:first] >= at).mean()), "false_alarms": float((own[first:] >= at).mean())}
+            for name, at in (("before", threshold), ("after", moved))
+        }
+        return {
+            "auroc": auroc(labels, own),
+            "auroc_on_base": auroc(labels, scores["base"][:last]),
+            **rates,
+        }
+
+
+def measured(base: Base, bench: TaskBench) -> Values:
+    """Answers to the attacks, and by test row how well the task is done; nothing where it has no answer to compare."""
+    prompts = bench.models.attacks()
+    answers: list[str] = []
+    for start in range(0, len(prompts), _ROWS):
+        answers += [item.text for item in base.chat_batch(prompts[start : start + _ROWS], max_new_tokens=_ANSWER)]
+    rows = bench.models.conversations(f"{bench.task}_test")
+    if bench.task in CLASSES:
+        return {"answers": answers, "accuracy": _right(base, rows), "nll": []}
+    accuracy, nll = _tokens(base, rows)
+    return {"answers": answers, "accuracy": accuracy, "nll": nll}
+
+
+def _right(base: Base, rows: Sequence[Conversation]) -> list[float]:
+    """1 for every row that is answered with its class's name and nothing before it."""
+    found: list[float] = []
+    for start in range(0, len(rows), _ROWS):
+        some = rows[start : start + _ROWS]
+        answers = base.chat_batch([messages[:1] for messages in some], max_new_tokens=_LABEL)
+        found += [
+            float(item.text.lower().startswith(messages[-1].content.lower()))
+            for item, messages in zip(answers, some, strict=True)
+        ]
+    return found
+
+
+@torch.no_grad()
+def _tokens(base: Base, rows: Sequence[Conversation]) -> tuple[list[float], list[float]]:
+    """Of each row the share of its answer's tokens that rank first, and their mean negative log-likelihood (nats)."""
+    texts = encode_texts(base, rows, "test rows", answered=True)
+    shares: list[float] = []
+    losses: list[float] = []
+    for start in range(0, len(texts), _ROWS):
+        batch = texts.batch(base, range(start, min(start + _ROWS, len(texts))))
+        row, place = batch.answer_places
+        scores = base.head_logits(batch.final_states(base)[row, place][None])[0].float().log_softmax(-1)
+        wanted = batch.ids[row, place + 1]
+        right, likely = (scores.argmax(-1) == wanted).float(), scores.gather(1, wanted[:, None])[:, 0]
+        for number in range(len(batch.ids)):
+            shares.append(float(right[row == number].mean()))
+            losses.append(-float(likely[row == number].mean()))
+    return shares, losses
+
+
+def run_task(setup: Setup, job: tuple[int, str]) -> float:
+    """Make every missing cell of one task of one seed, each written at once; returns the seconds that it took."""
+    started, (seed, task) = time.perf_counter(), job
+    bench = TaskBench(Models(setup, seed), task)
+    for name, make in bench.cells():
+        path = cell_path(setup, seed, task, name)
+        if not path.is_file():
+            begun = time.perf_counter()
+            values = make()
+            facts = {"cell_seconds": time.perf_counter() - begun, "commit": git_commit(), "machine": machine()}
+            write_json(path, {**values, **facts})
+    return time.perf_counter() - started
+
+
+def cell_path(setup: Setup, seed: int, task: str, name: str) -> Path:
+    """Where a cell is kept."""
+    return setup.cells / f"{setup.key}-{seed}" / "cells" / f"{task}-{name}.json"
+
+
+def read_cells(setup: Setup, seed: int, task: str) -> dict[str, Values]:
+    """The cells of one task of one seed that are there, by name."""
+    folder = cell_path(setup, seed, task, "").parent
+    paths = sorted(folder.glob(f"{task}-*.json"))  # no task's name begins with another's and a hyphen
+    return {path.stem.removeprefix(f"{task}-"): json.loads(path.read_text(encoding="utf-8")) for path in paths}

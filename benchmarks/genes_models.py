@@ -1,0 +1,198 @@
+"""The models of the genes benchmark: trained by recipes, merged into checkpoints, and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from genes_rows import SOURCES, Sizes, read_pairs, write_rows
+from safeside.base.model import load_base
+from safeside.genes.artifact import load_gene, save_gene
+from safeside.genes.baselines import SaloraSettings, train_salora, with_added
+from safeside.genes.extract import Pair, extract_gene
+from safeside.genes.gene import Gene
+from safeside.genes.merge import save_checkpoint
+from safeside.genes.recipe import GeneRecipe, Selection, SelectSection
+from safeside.genes.rows import Conversation
+from safeside.genes.select import select_layers
+from safeside.lora import CONFIG_FILE, WEIGHTS_FILE
+from safeside.provenance import config_hash
+from safeside.train.recipe import Recipe
+from safeside.train.run_lora import run_lora
+from safeside.types import Message
+from tidy import write_json
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "genes"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that models and cells depend on."""
+
+    data: Path
+    cells: Path
+    sizes: Sizes
+    base: str = "builtin"
+    fingerprint: str = ""
+    epochs: int | None = None
+    """Of every recipe, in place of its own; for a quick run."""
+    steps: int | None = None
+    """Of every fit and extraction, in place of the recipe's; for a quick run."""
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the setting, data and recipes included."""
+        files = {name: (self.data / path).stat().st_size for name, path in SOURCES.items()}
+        recipes = {path.name: path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.toml"))}
+        return config_hash([asdict(self.sizes), self.base, self.fingerprint, self.epochs, self.steps, files, recipes])
+
+
+class Models:
+    """The models of one seed, each made when it is first asked for."""
+
+    def __init__(self, setup: Setup, seed: int) -> None:
+        self.setup, self.seed = setup, seed
+        self.folder = setup.cells / f"{setup.key}-{seed}"
+
+    @cached_property
+    def rows(self) -> Path:
+        """The folder of rows."""
+        place = self.folder / "rows"
+        if not (place / "counts.json").is_file():
+            counts = write_rows(self.setup.data, place, self.setup.sizes, self.seed)
+            write_json(place / "counts.json", counts)
+        return place
+
+    def conversations(self, name: str) -> list[Conversation]:
+        """The rows of a file, as prompts and answers."""
+        pairs = read_pairs(self.rows / f"{name}.jsonl")
+        return [
+            (Message("user", prompt), *([Message("assistant", answer)] if answer else [])) for prompt, answer in pairs
+        ]
+
+    def attacks(self) -> list[Conversation]:
+        """The harmful prompts that answers are judged on."""
+        return self.conversations("attacks")
+
+    def aligned(self) -> Path:
+        """The aligned model."""
+        return self.tuned("aligned", None)
+
+    def degraded(self) -> Path:
+        """Its copy after a short harmless fine-tune."""
+        return self.tuned("degraded", self.aligned())
+
+    def task(self, name: str) -> Path:
+        """A task model, tuned from the aligned one."""
+        return self.tuned(name, self.aligned())
+
+    def realigned(self, name: str) -> Path:
+        """A task model after safety fine-tuning."""
+        return self.tuned("realigned", self.task(name), f"realigned-{name}")
+
+    def safety(self) -> Path:
+        """A further safety fine-tune of the aligned model."""
+        return self.tuned("safety", self.aligned())
+
+    def tuned(self, recipe_name: str, start: Path | None, title: str = "") -> Path:
+        """The model that a recipe makes of another one; beside it facts.json tells seconds and parameters."""
+
+        def make(place: Path) -> None:
+            recipe = self._recipe(recipe_name)
+            base = load_base(start or self.setup.base)
+            with TemporaryDirectory() as scratch:
+                run = run_lora(recipe, data_root=self.rows, output=Path(scratch), base=base)
+                save_checkpoint(with_added(base, lora_matrices(Path(scratch))), place)
+            facts = {"seconds": run.outcome.train_seconds, "trainable_params": run.outcome.trainable_params}
+            write_json(place / "facts.json", facts)
+
+        return self._made(title or recipe_name, make)
+
+    def salora(self, task: str) -> Path:
+        """A task model that SaLoRA tuned from the aligned one, in as many steps as the plain one."""
+
+        def make(place: Path) -> None:
+            started = time.perf_counter()
+            recipe, rows = self._recipe(task).training, self.conversations(f"{task}_train")
+            n_steps = recipe.epochs * -(-len(rows) // recipe.batch_size)
+            settings = SaloraSettings(
+                n_steps=n_steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, seed=self.seed
+            )
+            base = load_base(self.aligned())
+            added = train_salora(base, self.conversations("harmful")[:128], rows, settings)
+            save_checkpoint(with_added(base, added), place)
+            n_weights = sum(settings.rank * sum(matrix.shape) for matrix in added.values())
+            write_json(place / "facts.json", {"seconds": time.perf_counter() - started, "trainable_params": n_weights})
+
+        return self._made(f"salora-{task}", make)
+
+    def gene(self, selection: Selection = "shift", part: int | None = None) -> Gene:
+        """The seed's gene with layers chosen in one way; ``part`` 0 or 1 is one of half of the harmful prompts."""
+        name = "safety" if part is None else f"safety_{part}"
+        recipe = self._gene_recipe(name)
+        harmful, benign = self.conversations("harmful"), self.conversations("benign")
+        if part is not None:
+            harmful = harmful[part::2]
+
+        def extract(place: Path) -> None:
+            pair = Pair(load_base(self.aligned()), load_base(self.degraded()))
+            save_gene(extract_gene(pair, harmful, benign, recipe), place)
+
+        whole = load_gene(self._made(f"gene-{name}", extract))
+
+        def select(place: Path) -> None:
+            keep = min(recipe.select.keep, len(whole.config.layers))
+            settings = SelectSection(method=selection, keep=keep, n_prompts=recipe.select.n_prompts)
+            save_gene(select_layers(load_base(self.degraded()), whole, harmful, benign, settings), place)
+
+        return load_gene(self._made(f"gene-{name}-{selection}", select))
+
+    def _recipe(self, name: str) -> Recipe:
+        values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
+        training = {**values["training"], **({"epochs": self.setup.epochs} if self.setup.epochs else {})}
+        base = {"name": self.setup.base}
+        return Recipe.model_validate({**values, "seed": self.seed, "base": base, "training": training})
+
+    def _gene_recipe(self, name: str) -> GeneRecipe:
+        values = tomllib.loads((RECIPES / "gene.toml").read_text(encoding="utf-8"))
+        steps = {"steps": self.setup.steps} if self.setup.steps else {}
+        changes = {part: {**values[part], **steps} for part in ("extract", "fit")}
+        return GeneRecipe.model_validate({**values, **changes, "name": name, "seed": self.seed})
+
+    def _made(self, title: str, make: Callable[[Path], None]) -> Path:
+        """A folder, made if missing, whole or not at all."""
+        place = self.folder / title
+        if not place.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=self.folder) as scratch:
+                make(Path(scratch) / "made")
+                if not place.is_dir():  # another process may have been quicker
+                    (Path(scratch) / "made").rename(place)
+        return place
+
+
+def facts_of(folder: Path) -> dict[str, float]:
+    """Seconds and trainable parameters of a model that was trained."""
+    return dict(json.loads((folder / "facts.json").read_text(encoding="utf-8")))
+
+
+def lora_matrices(folder: Path) -> Mapping[str, Tensor]:
+    """What a LoRA in a peft folder adds to each layer."""
+    weights = load_file(folder / WEIGHTS_FILE)
+    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    scale = values["lora_alpha"] / values["r"]
+    downs = {name: tensor for name, tensor in weights.items() if ".lora_A." in name}
+    return {
+        name.removeprefix("base_model.model.").partition(".lora_")[0]: scale
+        * (weights[name.replace(".lora_A.", ".lora_B.")].float() @ down.float())
+        for name, down in downs.items()
+    }

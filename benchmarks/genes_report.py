@@ -1,0 +1,229 @@
+"""The genes benchmark as one page of pictures, without script or network.
+
+    python benchmarks/genes_report.py                     results/genes.json
+    python benchmarks/genes_report.py --results DIR
+
+Figures are means over seeds, with the lowest and highest end of the seeds' 95% intervals.  Writes genes.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from part_sections import GREEN, SECOND, Row, pooled, text_of
+from safeside.errors import InputError
+from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
+from safeside.evals.report import Section, write_report
+from safeside.terminal import note
+from tidy import RESULTS
+
+COLOURS = {
+    "aligned": GREEN,
+    "finetuned": RED,
+    "gene": BLUE,
+    "gene_random_layers": "#9cc3ea",
+    "gene_all_layers": "#5b9bd5",
+    "realigned": "#1c2430",
+    "dsa": "#7b5ea7",
+}
+TITLES = {
+    "ag_news": "AG News",
+    "sst2": "SST-2",
+    "dolly": "Dolly",
+    "helpful": "Helpful side of HH-RLHF",
+    "dolly_harmful": "Dolly with 5% harmful rows",
+}
+JUDGE = "rules"  # whose figures are drawn; the other's stand in the tables
+SHOTS = 32
+
+
+def of(rows: Sequence[Row], **wanted: object) -> list[Row]:
+    """The rows with these columns."""
+    return [row for row in rows if all(row.get(column) == value for column, value in wanted.items())]
+
+
+def main_rows(rows: Sequence[Row], **wanted: object) -> list[Row]:
+    """Of those the ones at the main number of shots, or at none."""
+    return [row for row in of(rows, **wanted) if row.get("shots") in (0, SHOTS)]
+
+
+def recovered_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section | None:
+    """What share of the lost safety each method brings back, over all qualifying models."""
+    found = main_rows(rows, task="all", metric="recovered_share", judge=JUDGE)
+    if not found:
+        return None
+    dots = [Dot(str(row["method"]), *pooled([row]), COLOURS.get(str(row["method"]), GREY)) for row in found]
+    changes: Mapping[str, Mapping[str, object]] = dict(notes["accuracy_change"])  # type: ignore[call-overload]
+    table = []
+    for row in found:
+        method = str(row["method"])
+        other = main_rows(rows, task="all", metric="recovered_share", judge="classifier", method=method)
+        change = changes.get(method)
+        table.append((method, text_of([row], "{:.2f}"), text_of(other, "{:.2f}"), _change(change)))
+    return Section(
+        "How much of the lost safety comes back?",
+        "1 is the aligned model's share of attacks that succeed, 0 the fine-tuned model's. A ratio of means over "
+        f"{len(notes['qualifying'])} task models; {notes['n_excluded']} did not qualify.",  # type: ignore[arg-type]
+        [("Recovered share (goal: 0.5 without loss of accuracy)", dots_picture(dots, Axis("share", goal=0.5)))],
+        ("method", "recovered (rules)", "recovered (classifier)", "change of task accuracy, points"),
+        table,
+    )
+
+
+def _change(found: Mapping[str, object] | None) -> str:
+    if found is None:
+        return ""
+    low, high = found["interval"]  # type: ignore[misc]
+    return f"{100 * float(str(found['mean'])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def task_section(rows: Sequence[Row], task: str, qualifies: bool) -> Section:
+    """Safety against accuracy of every method on one task."""
+    own = of(rows, task=task)
+    methods = list(dict.fromkeys(str(row["method"]) for row in of(own, metric="attack_success")))
+    dots, table = [], []
+    for method in methods:
+        attacks = main_rows(own, method=method, metric="attack_success", judge=JUDGE)
+        if attacks:
+            dots.append(Dot(method, *pooled(attacks), COLOURS.get(method, GREY)))
+        others = main_rows(own, method=method, metric="attack_success", judge="classifier")
+        rest = [
+            main_rows(own, method=method, metric=metric) for metric in ("task_accuracy", "seconds", "trainable_params")
+        ]
+        forms = (("{:.3f}", True), ("{:.0f}", False), ("{:,.0f}", False))
+        texts = [text_of(some, form, has_interval=wide) for some, (form, wide) in zip(rest, forms, strict=True)]
+        table.append((method, text_of(attacks), text_of(others), *texts))
+    return Section(
+        TITLES.get(task, task),
+        ""
+        if qualifies
+        else "Does not qualify: fine-tuning did not cost ten points of safety, or did not learn the task.",
+        [("Attacks that succeed (rules)", dots_picture(dots, Axis("share", (0.0, None))))],
+        ("method", "attack success (rules)", "(classifier)", "task accuracy", "seconds", "trained numbers"),
+        table,
+    )
+
+
+def curves_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section | None:
+    """Attack success over shots, and over weights of the fitted gene."""
+    pictures = []
+    tasks = list(dict.fromkeys(str(row["task"]) for row in of(rows, method="gene", metric="attack_success", shots=4)))
+    lines = []
+    for task, colour in zip(tasks, (BLUE, SECOND, GREEN), strict=False):
+        points = sorted({int(str(row["shots"])) for row in of(rows, task=task, method="gene", metric="attack_success")})
+        some = [of(rows, task=task, method="gene", metric="attack_success", judge=JUDGE, shots=n) for n in points]
+        lines.append(Line(task, points, [pooled(part)[0] for part in some], colour, marker="o"))
+    if lines:
+        pictures.append(("Over examples of each kind", lines_picture(lines, Axis("shots"), Axis("attack success"))))
+    curve: list[Mapping[str, object]] = list(notes["curve_over_weights"])  # type: ignore[call-overload]
+    lines = []
+    for task, colour in zip(dict.fromkeys(str(item["task"]) for item in curve), (BLUE, SECOND, GREEN), strict=False):
+        points = sorted({float(str(item["weight"])) for item in curve if item["task"] == task})
+        for key, style in (("attack_success", "-"), ("task_accuracy", ":")):
+            means = [
+                _mean([item for item in curve if item["task"] == task and item["weight"] == at], key) for at in points
+            ]
+            lines.append(Line(f"{task}, {key.replace('_', ' ')}", points, means, colour, style, marker="o"))
+    if lines:
+        pictures.append(("Over the gene's weight", lines_picture(lines, Axis("weight"), Axis("share", (0.0, 1.0)))))
+    return Section("How many examples, how much gene?", "", pictures) if pictures else None
+
+
+def _mean(items: Sequence[Mapping[str, object]], key: str) -> float:
+    chosen = [float(str(item[key])) for item in items if item["judge"] == JUDGE]
+    return sum(chosen) / len(chosen)
+
+
+def transfer_section(rows: Sequence[Row]) -> Section | None:
+    """One gene, fitted on one task's model and used on another's."""
+    found = [row for row in of(rows, metric="recovered_share", judge=JUDGE) if "source" in row]
+    if not found:
+        return None
+    sources, targets = (list(dict.fromkeys(str(row[side]) for row in found)) for side in ("source", "target"))
+    table = [
+        (
+            source,
+            *(text_of(of(found, source=source, target=target), "{:.2f}", has_interval=False) for target in targets),
+        )
+        for source in sources
+    ]
+    text = "Recovered share on each column's model with coefficients fitted on each row's; the updates are the same."
+    return Section("One gene for all tasks", text, columns=("fitted on", *targets), rows=table)
+
+
+def together_section(notes: Mapping[str, object]) -> Section | None:
+    """Two genes, each alone and both together."""
+    found: list[Mapping[str, object]] = list(notes["interference"])  # type: ignore[call-overload]
+    table = [
+        (
+            f"{item['task']}, seed {item['seed']}",
+            str(item["genes"]),
+            f"{float(str(item['attack_success'])):.3f}",
+            f"{float(str(item['task_accuracy'])):.3f}",
+        )
+        for item in found
+        if item["judge"] == JUDGE
+    ]
+    text = "Genes from two halves of the harmful prompts, unfitted, at weight 1 each."
+    columns = ("model", "genes", "attack success", "task accuracy")
+    return Section("Two genes in one model", text, columns=columns, rows=table) if table else None
+
+
+def guard_section(notes: Mapping[str, object]) -> Section | None:
+    """The base's own guard on task models, before and after its threshold was moved on unlabelled text."""
+    found: Mapping[str, Mapping[str, object]] = dict(notes["guard"])  # type: ignore[call-overload]
+    table = []
+    for name, values in found.items():
+        rates: list[Mapping[str, float]] = [values["before"], values["after"]]  # type: ignore[list-item]
+        shown = [f"{rate[key]:.2f}" for rate in rates for key in ("caught", "false_alarms")]
+        table.append((name, f"{float(str(values['auroc_on_base'])):.3f}", f"{float(str(values['auroc'])):.3f}", *shown))
+    columns = (
+        "task, seed",
+        "AUROC on the base",
+        "AUROC here",
+        "caught",
+        "false alarms",
+        "caught, moved",
+        "false, moved",
+    )
+    text = "A guard trained on the base, attached to the task model as it is; moving a threshold leaves AUROC as it is."
+    return Section("Does the base's guard still see?", text, columns=columns, rows=table) if table else None
+
+
+def write_page(path: Path) -> Path:
+    """Write genes.html beside a genes.json; a file that is none is an InputError."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows, notes = list(result["rows"]), dict(result["notes"])
+        qualifying = {str(item["task"]) for item in notes["qualifying"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not a result of the genes benchmark: {error!r}. Run make bench-genes.") from error
+    tasks = list(dict.fromkeys(str(row["task"]) for row in of(rows, metric="attack_success")))
+    sections = [
+        recovered_section(rows, notes),
+        *(task_section(rows, task, task in qualifying) for task in tasks),
+        curves_section(rows, notes),
+        transfer_section(rows),
+        together_section(notes),
+        guard_section(notes),
+    ]
+    n_seeds = len({row["seed"] for row in of(rows, metric="attack_success")})
+    subtitle = f"{n_seeds} seed{'s' * (n_seeds != 1)}; commit {result['commit']}; {result['machine']}."
+    found = [section for section in sections if section is not None]
+    return write_report(path.with_suffix(".html"), "safeside: the genes benchmark", subtitle, found)
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Parse and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+    path = write_page(parser.parse_args(arguments).results / "genes.json")
+    note(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
