@@ -81,7 +81,7 @@ class UnknownKeyError(AccessError):
 class LimitError(SafesideError, RuntimeError):
     """A caller asked for more than its share."""
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
         """Seconds after which the same request would be admitted."""

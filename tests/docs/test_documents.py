@@ -97,8 +97,10 @@ def test_every_page_is_reached_from_the_index() -> None:
     seen, waiting = set(), [DOCS / "index.md"]
     while waiting:
         page = waiting.pop()
-        if page not in seen and page.suffix == ".md":
-            seen.add(page)
+        if page in seen:
+            continue
+        seen.add(page)
+        if page.suffix == ".md":
             waiting += [(page.parent / link.split("#")[0]).resolve() for link in links(page) if link[0] != "#"]
     assert {path for path in DOCS.rglob("*") if path.is_file()} <= seen
 

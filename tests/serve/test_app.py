@@ -314,6 +314,7 @@ BAD_REQUESTS = [
     ({"seed": 2**70}, "seed"),
     ({"stop": [""]}, "stop"),
     ({"tools": []}, "tools"),
+    ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
     ({"safety": {"strength": 5}}, "strength"),
     ({"safety": {"polcy": "strict"}}, "polcy"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "unicode"),

@@ -142,6 +142,10 @@ def test_a_server_told_to_stop_lets_answers_end(session_base: Base, policy: Path
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         serving = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         serving.start()
+        while not server.started:
+            time.sleep(0.01)
+        assert httpx.post(f"{url}/v1/moderations", json={"input": "?"}).status_code == 503, "nothing passes unjudged"
+        assert httpx.get(f"{url}/healthz", headers={"Host": "evil.example"}).status_code == 400
         asking = threading.Thread(target=lambda: found.append(chat(url, "?", 60)))
         asking.start()
         while not service.engine.n_running:

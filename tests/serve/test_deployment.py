@@ -81,7 +81,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> No
             if httpx.get(f"{url}/readyz").status_code == 200:
                 return
         except httpx.ConnectError:
-            time.sleep(0.1)
+            time.sleep(0.3)
     pytest.fail(log.read_text())
 
 

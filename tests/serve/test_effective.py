@@ -193,3 +193,10 @@ def test_verdicts_without_a_number_flag_and_say_so(guard: Adapter) -> None:
         assert each.flagged == (each.label == "hate")
         assert math.isnan(each.probability)
         assert "not a number" in each.reason
+
+
+def test_verdicts_say_where_a_preset_has_no_thresholds_of_its_own(guard: Adapter) -> None:
+    policy = holding(guard, prompt=[flag("block", preset="strict")], answer=[flag("block", preset="strict")])
+    assert policy.verdicts(GUARD, [0.0, 0.0], "prompt")[0].reason == ""
+    told = policy.verdicts(GUARD, [0.0, 0.0], "answer")[0].reason
+    assert "no preset 'strict' for mode 'answer': the guard's own threshold is used" in told

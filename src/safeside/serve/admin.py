@@ -66,7 +66,11 @@ class AdapterDesk:
         """Exchange all adapters, unless a policy would then ask for one that is missing."""
         service = self._service
         before = list(service.engine.adapters.values())
-        prints = {adapter.name: fingerprint_of(adapter) for adapter in adapters}
+        known = service.fingerprints
+        prints = {
+            adapter.name: known[adapter.name] if adapter in before else await asyncio.to_thread(fingerprint_of, adapter)
+            for adapter in adapters
+        }
         changed = service.engine.change(adapters)  # jobs that come now wait for it, and find the new ones
         try:
             bind(service, adapters)

@@ -13,12 +13,13 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from safeside.serve import playground, routes
 from safeside.serve.admin import AdapterDesk
 from safeside.serve.middleware import BodyLimit, RequestCount
 from safeside.serve.problems import PROBLEMS, install
-from safeside.serve.routes import Object, Served
+from safeside.serve.routes import Served
 from safeside.serve.service import Service
 
 router = APIRouter()
@@ -55,6 +56,8 @@ def create_app(service: Service, options: AppOptions = AppOptions()) -> FastAPI:
     app.include_router(playground.router)
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes, timeout_s=service.limits.body_timeout_s)
     app.add_middleware(RequestCount, metrics=service.metrics)
+    if service.keys is None:  # so that no page elsewhere can reach it under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])
     if options.origins:
         origins = list(options.origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_headers=["*"], allow_methods=["GET", "POST"])
@@ -62,10 +65,12 @@ def create_app(service: Service, options: AppOptions = AppOptions()) -> FastAPI:
     return app
 
 
-@router.get("/healthz")
-async def healthz() -> Object:
-    """Whether the process is alive."""
-    return {"status": "ok"}
+@router.get("/healthz", responses={503: {"description": "Its engine has ended: start the server anew."}})
+async def healthz(service: Served) -> Response:
+    """Whether the process is alive, or still ends what was begun."""
+    if service.engine.is_alive:
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "the engine has ended"}, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 @router.get("/readyz", responses={503: {"description": "It is shutting down, or its engine has ended."}})

@@ -91,7 +91,7 @@ class EffectivePolicy:
         ``scores`` are its K calibrated scores at one token; a guard that failed or timed out has NaN for each.
         """
         adapter = loaded(guard, self.adapters)
-        own = verdict_of(adapter, scores, mode)
+        own = verdict_of(adapter, scores, mode, self._notes(adapter, mode))
         lines = self._lowest_lines(adapter, mode)
         chances = _probabilities(adapter, scores, mode)
         return tuple(
@@ -191,13 +191,23 @@ class EffectivePolicy:
             label: line for label, line in zip(labels, lines, strict=True) if not rule.labels or label in rule.labels
         }
 
+    def _flag_rules(self, guard: str, mode: Mode) -> list[FlagRule]:
+        """The rules that flag by a guard's scores of texts that were read in ``mode``."""
+        rules = (rule for stage in _READ_AS.get(mode, ("answer",)) for rule in self._rules(stage))
+        return [rule for rule in rules if isinstance(rule, FlagRule) and rule.guard == guard]
+
+    def _notes(self, adapter: Adapter, mode: Mode) -> list[str]:
+        """Where other thresholds stand in for those of a rule's preset."""
+        presets = {rule.preset for rule in self._flag_rules(adapter.name, mode) if rule.preset is not None}
+        notes = [adapter.with_preset(preset).fallback_note(mode) for preset in sorted(presets)]
+        return [note for note in notes if note]
+
     def _lowest_lines(self, adapter: Adapter, mode: Mode) -> dict[str, float]:
         """By label the lowest line of the rules for a stage; the guard's own where no rule has one."""
         lowest: dict[str, float] = {}
-        for rule in (rule for stage in _READ_AS.get(mode, ("answer",)) for rule in self._rules(stage)):
-            if isinstance(rule, FlagRule) and rule.guard == adapter.name:
-                for label, line in self._lines(rule, adapter, mode).items():
-                    lowest[label] = min(line, lowest.get(label, line))
+        for rule in self._flag_rules(adapter.name, mode):
+            for label, line in self._lines(rule, adapter, mode).items():
+                lowest[label] = min(line, lowest.get(label, line))
         own = dict(zip(adapter.config.labels, adapter.thresholds_in(mode), strict=True))
         return own | lowest
 

@@ -106,6 +106,11 @@ class Engine:
         return rows.keep.numel() if rows is not None else 0
 
     @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs, be it to end what was begun."""
+        return self._thread.is_alive()
+
+    @property
     def is_ready(self) -> bool:
         """Whether it takes jobs."""
         return self._thread.is_alive() and math.isinf(self._ends_at)

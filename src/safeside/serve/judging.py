@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 
-from safeside.errors import UnknownNameError
+from safeside.errors import ServingError, UnknownNameError
 from safeside.guards.score import Scores
 from safeside.registry import did_you_mean
 from safeside.serve.effective import EffectivePolicy
@@ -20,19 +21,20 @@ from safeside.types import Message, Verdict
 async def moderate(service: Service, caller: Caller, asked: ModerationRequest) -> dict[str, object]:
     """OpenAI's moderation of one or many texts by one loaded guard or all of them."""
     guards = {name: adapter for name, adapter in service.engine.adapters.items() if adapter.config.role == "guard"}
+    if not guards:
+        raise ServingError("No guard is loaded, so no text can be judged. Name one in the policy file.")
     if asked.model is not None and asked.model not in (*guards, service.model):
         raise UnknownNameError(did_you_mean("guard", asked.model, [*guards, service.model]))
     names = [asked.model] if asked.model in guards else list(guards)
     conversations = [[Message("user", text)] for text in asked.texts]
     policy = service.book.resolve(caller)
-    n_tokens = sum(len(service.base.encode(messages).ids) for messages in conversations)
-    service.limiter.admit(caller.key or caller.tenant, caller.limits, n_tokens, 0)
-    found = await service.score(conversations, names) if names else []
+    await _admit(service, caller, conversations)
+    found = await service.score(conversations, names)
     results = [result_of(_verdicts(service, policy, names, scores)) for scores in found]
     return {
         "id": f"modr-{secrets.token_hex(12)}",
         "model": asked.model or service.model,
-        "results": results or [result_of(()) for _ in conversations],
+        "results": results,
         "unsupported_categories": unsupported([guards[name] for name in names]),
     }
 
@@ -43,8 +45,7 @@ async def dry_run(service: Service, caller: Caller, asked: DryRunRequest) -> dic
     policy = service.book.resolve(caller, asked.safety)
     has_answer = messages[-1].role == "assistant" and len(messages) > 1
     texts = [messages[:-1], messages] if has_answer else [messages]
-    n_tokens = sum(len(service.base.encode(text).ids) for text in texts)
-    service.limiter.admit(caller.key or caller.tenant, caller.limits, n_tokens, 0)
+    await _admit(service, caller, texts)
     found = await service.score(texts, policy.guards) if policy.guards else [Scores({})] * len(texts)
     stages = []
     for scores in found:
@@ -64,6 +65,15 @@ async def dry_run(service: Service, caller: Caller, asked: DryRunRequest) -> dic
             }
         )
     return {"object": "policy.dry_run", "policy": policy.name, "version": policy.version, "stages": stages}
+
+
+async def _admit(service: Service, caller: Caller, conversations: Sequence[Sequence[Message]]) -> None:
+    """Count the texts by the caller's limits, off the event loop: many of them take a while to encode."""
+
+    def count() -> int:
+        return sum(len(service.base.encode(messages).ids) for messages in conversations)
+
+    service.limiter.admit(caller.key or caller.tenant, caller.limits, await asyncio.to_thread(count), 0)
 
 
 def _verdicts(service: Service, policy: EffectivePolicy, names: Sequence[str], scores: Scores) -> list[Verdict]:

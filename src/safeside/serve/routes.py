@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -87,7 +88,7 @@ async def model(model: str, service: Served, caller: Known) -> Object:
 async def chat(asked: ChatRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Answer a conversation."""
     messages = [turn.message() for turn in asked.messages]
-    ids = service.base.encode(messages).ids
+    ids = (await asyncio.to_thread(service.base.encode, messages)).ids
     answering = service.begin(caller, asked, ids, "\n".join(turn.content for turn in messages))
     return await _answered(Answer(service, asked, answering, "chat"), request)
 
@@ -95,7 +96,7 @@ async def chat(asked: ChatRequest, service: Served, caller: Known, request: Requ
 @router.post("/completions", response_model=None, responses=_STREAMS)
 async def completions(asked: CompletionRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Go on with a text."""
-    ids = encode_text(service.base.tokenizer, asked.text).ids
+    ids = (await asyncio.to_thread(encode_text, service.base.tokenizer, asked.text)).ids
     answering = service.begin(caller, asked, ids, asked.text)
     return await _answered(Answer(service, asked, answering, "text"), request)
 

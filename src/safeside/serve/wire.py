@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from safeside.errors import InputError, UnsupportedError
 from safeside.serve.rules import Name, PolicyMode
@@ -124,6 +124,12 @@ class Asked(BaseModel):
     """Accepted and not used."""
     safety: SafetyAsked = SafetyAsked()
     moderation: ModerationAsked | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for streams; set stream to true, or leave them out")
+        return self
 
     @property
     def most_tokens(self) -> int | None:

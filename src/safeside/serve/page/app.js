@@ -6,6 +6,7 @@ import { get, stream } from "./client.js";
 const at = (id) => document.getElementById(id);
 const NAMES = { allow: "\u2713 allowed", annotate: "\u25b3 annotated", steer: "\u21bb steered", replace: "\u21c4 replaced", block: "\u2716 blocked" };
 const BASE = { strength: 0, mode: "shadow" };
+const NEEDS_KEY = "The base's own answer needs a key that may loosen: safeside key FILE NAME --tenant TENANT --may-loosen";
 const state = { model: "", history: [], turn: null, running: null };
 
 const key = () => at("key").value.trim();
@@ -45,7 +46,7 @@ async function answer(section, messages, safety, signal, shown) {
   const found = { text: "", tokens: [], safety: null, finish: null };
   const place = section.querySelector(".text");
   place.textContent = "";
-  place.classList.remove("failed");
+  place.classList.remove("failed", "quiet");
   section.setAttribute("aria-busy", "true");
   badge(section, "\u2026", "waiting");
   try {
@@ -64,9 +65,10 @@ async function answer(section, messages, safety, signal, shown) {
     return found;
   } catch (error) {
     if (error.name === "AbortError") return null;
-    place.textContent = error.message;
-    place.classList.add("failed");
-    badge(section, "\u26a0 no answer", "failed");
+    const isBarred = error.status === 403 && safety === BASE;
+    place.textContent = isBarred ? NEEDS_KEY : error.message;
+    place.classList.add(isBarred ? "quiet" : "failed");
+    badge(section, isBarred ? "not shown" : "\u26a0 no answer", isBarred ? "plain" : "failed");
     return null;
   } finally {
     section.removeAttribute("aria-busy");
