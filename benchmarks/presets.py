@@ -114,15 +114,21 @@ def figures_of(
         )
 
 
-def harmless(path: Path, limit: int, lesson: Lesson) -> list[Example]:
-    """At most ``limit`` of the rows that a file labels harmless, none of which the guard learns from, nor nearly."""
+def unseen(path: Path, limit: int, lesson: Lesson) -> list[Example]:
+    """At most ``limit`` of the harmless rows of a file, none of which the guard learns from, nor nearly."""
+    known = [*lesson.splits["train"].examples, *lesson.splits["validation"].examples]
+    kept, n_known = without_leaks(harmless(path), known)
+    lesson.counts[f"{path.parent.name}/{path.name}_leaks"] = n_known
+    return drawn(kept, limit)
+
+
+def harmless(path: Path, limit: int | None = None) -> list[Example]:
+    """At most ``limit`` of the rows that a file labels harmless."""
     examples, bad = load_examples(path, ("risk",))
     if bad:
         note(f"{len(bad)} rows of {path.name} were left out; line {bad[0].line}: {bad[0].problem}")
-    known = [*lesson.splits["train"].examples, *lesson.splits["validation"].examples]
-    unseen, n_known = without_leaks([example for example in examples if example.labels[0] == 0], known)
-    lesson.counts[f"{path.parent.name}/{path.name}_leaks"] = n_known
-    return drawn(unseen, limit)
+    found = [example for example in examples if example.labels[0] == 0]
+    return found if limit is None else drawn(found, limit)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -142,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             lesson = Lesson.read((options.base, options.data), task, Path(folder), sizes)
             bench = Bench(
                 lesson,
-                harmless(options.data / BENIGN, options.benign, lesson),
+                unseen(options.data / BENIGN, options.benign, lesson),
                 {
-                    name: harmless(options.data / place, options.evaluation_limit, lesson)
+                    name: unseen(options.data / place, options.evaluation_limit, lesson)
                     for name, place in SUITES.items()
                 },
             )

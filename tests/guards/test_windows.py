@@ -145,7 +145,7 @@ def test_many_turns_are_encoded_a_few_times_each(tiny_base: Base, monkeypatch: p
         seen.clear()
         windows(tiny_base, talk(150), limit)
         seen_by_limit[limit] = sum(seen) / 300
-    assert seen_by_limit[1024] < seen_by_limit[256] * 1.5 < 20
+    assert max(seen_by_limit.values()) < 10
 
 
 def test_a_long_message_among_many_turns_is_cut_by_itself(tiny_base: Base) -> None:

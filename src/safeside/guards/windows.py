@@ -76,13 +76,13 @@ def _runs(
         return len(base.encode(joined(start, stop)).ids) <= limit
 
     found: list[tuple[Message, ...]] = []
-    start, stop = 0, 0
+    start, stop, size = 0, 0, 0
     while stop < len(exchanges):
-        size = stop - start
         if not fits(start, stop + 1):
             start = stop  # beside the next exchange nothing of the window before has room
         first, span = stop + 1, range(stop + 1, len(exchanges) + 1)
         stop = _last_that_fits(span, partial(fits, start), start + size)
+        size = stop - start  # the next window will hold about as many
         found += [joined(start, stop)] if stop > first else windows(base, joined(start, stop), limit)
         start = max(start + 1, stop - max(1, round((stop - start) * _OVERLAP)))
     return found
