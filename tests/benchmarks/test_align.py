@@ -119,7 +119,7 @@ def test_a_run_and_one_without_time(
 ) -> None:
     """The whole bench; then a second run, which has no time to make anything, gives the same rows from the cells."""
     nothing = run(data, tmp_path / "other", tiny_folder("llama"), "--minutes", "0")
-    assert nothing["rows"] == []
+    assert {row["suite"] for row in nothing["rows"]} == {"training"}  # what needs none
     assert "the base" in nothing["notes"]["left_out"]
     found = run(data, tmp_path, tiny_folder("llama"))
     assert found["notes"]["left_out"] == []
