@@ -231,6 +231,8 @@ def test_headline_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["low"] <= row["value"] <= row["high"]
     assert found["utility"]["low"] == pytest.approx(found["utility"]["high"])
     assert found["harm_reduction"]["high"] > found["harm_reduction"]["low"]
+    alone = headline_rows({}, side(0.9, 0.99), base, [])
+    assert [row["metric"] for row in alone] == ["harm_reduction", "utility", "over_refusal_change"]
 
 
 def test_intervals_draw_prompts_and_seeds() -> None:
