@@ -170,7 +170,10 @@ def utility_at(front: Sequence[Side], rate: float, draw: Draw | None = None) -> 
 def headline_rows(
     labels: Mapping[str, object], side: Side, base: Side, front: Sequence[Side], **counts: object
 ) -> list[Row]:
-    """The four headline figures of one setting; ``front`` holds LoRA-DPO at its scales, the base's among them."""
+    """The headline figures of one setting; ``front`` holds LoRA-DPO at its scales, the base's among them.
+
+    Without a front there is nothing to compare with, and the fourth figure is left out.
+    """
     sides = [side, base, *front]
 
     def reduction(draw: Draw | None) -> float:
@@ -186,7 +189,7 @@ def headline_rows(
         "harm_reduction": reduction,
         "utility": side.utility,
         "over_refusal_change": over_change,
-        "utility_minus_lora_dpo": against_front,
+        **({"utility_minus_lora_dpo": against_front} if front else {}),
     }
     sizes = {"harm_reduction": side.harm.shape[1], "over_refusal_change": side.over.shape[1]}
     return [

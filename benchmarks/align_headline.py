@@ -40,7 +40,11 @@ def _available(bench: Bench, name: str, strengths: Sequence[float]) -> list[Trai
 def headline(bench: Bench) -> list[Row]:
     """The headline rows: learned gate and oracle; seeds are pooled, hence seed -1."""
     chosen = bench.chosen
-    ours, theirs = _available(bench, chosen.name, [chosen.strength]), _available(bench, BASELINE, LORA_SCALES)
+    ours = _available(bench, chosen.name, [chosen.strength])
+    try:
+        theirs = _available(bench, BASELINE, LORA_SCALES)
+    except MissingError:
+        theirs = []
 
     def always(suite: str) -> Choose:
         return lambda prompt: True
@@ -55,7 +59,9 @@ def headline(bench: Bench) -> list[Row]:
     for policy, opens in ways.items():
         for over in ("benign", "xstest"):
             base = _sides(bench, ours[:1], 0.0, always, over)
-            front = [base, *(_sides(bench, theirs, scale, always, over) for scale in LORA_SCALES)]
+            scales = LORA_SCALES if theirs else ()
+            front = [_sides(bench, theirs, scale, always, over) for scale in scales]
+            front += [base] if front else []
             side = _sides(bench, ours, chosen.strength, opens, over)
             labels = bench.labels(chosen.name, policy, chosen.strength, over, -1)
             if over == "xstest":

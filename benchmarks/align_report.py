@@ -112,7 +112,8 @@ def headline_section(page: Page) -> Section | None:
             for row in rows
             if row["metric"] == metric
         ]
-        pictures.append((metric.replace("_", " "), dots_picture(dots, Axis(metric.replace("_", " "), goal=goal))))
+        name = metric.replace("_", " ")
+        pictures += [(name, dots_picture(dots, Axis(name, goal=goal)))] if dots else []
     chosen = page.chosen
     text = (
         f"{chosen.get('method')} at strength {chosen.get('strength')}, chosen on validation prompts and measured once "
