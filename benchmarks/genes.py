@@ -81,7 +81,8 @@ class Board:
         """Accuracy of ten points over the majority class; of an open-ended task a likelihood that clearly improves."""
         found = self.cells[seed, task]
         if task in CLASSES:
-            return float(self.accuracy(seed, task, "finetuned").mean()) >= 1 / len(CLASSES[task]) + LEAST_GAIN
+            least = float(str(found["finetuned"]["majority"])) + LEAST_GAIN
+            return float(self.accuracy(seed, task, "finetuned").mean()) >= least
         gain = np.array(found["aligned"]["nll"]) - np.array(found["finetuned"]["nll"])
         return interval_of(gain)[0] > 0
 

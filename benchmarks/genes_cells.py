@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -195,7 +196,9 @@ def measured(base: Base, bench: TaskBench) -> Values:
         answers += [item.text for item in base.chat_batch(prompts[start : start + _ROWS], max_new_tokens=_ANSWER)]
     rows = bench.models.conversations(f"{bench.task}_test")
     if bench.task in CLASSES:
-        return {"answers": answers, "accuracy": _right(base, rows), "nll": []}
+        names = Counter(messages[-1].content for messages in rows)
+        majority = max(names.values()) / len(rows)
+        return {"answers": answers, "accuracy": _right(base, rows), "nll": [], "majority": majority}
     accuracy, nll = _tokens(base, rows)
     return {"answers": answers, "accuracy": accuracy, "nll": nll}
 

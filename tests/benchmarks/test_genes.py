@@ -69,7 +69,8 @@ def test_every_cell_and_row(
     monkeypatch.setattr(genes, "JUDGE_NAMES", {"rules": "refusal_phrases", "classifier": "refusal_phrases"})
     for module in (genes, genes_cells, genes_rows):
         monkeypatch.setattr(module, "TASKS", ("sst2", "dolly"))
-    monkeypatch.setattr(genes_cells, "_ANSWER", 4)
+    for name, fewer in (("_ANSWER", 4), ("SHOTS", (4, 32)), ("WEIGHTS", (0.5,))):
+        monkeypatch.setattr(genes_cells, name, fewer)
     words = ["--data", str(data), "--base", str(tiny_folder("llama")), "--quick", "--workers", "1", "--threads", "1"]
     words += ["--tasks", "sst2", "--cells", str(tmp_path / "cells"), "--output", str(tmp_path / "out")]
     result = json.loads(genes.main(words).read_text())
@@ -78,7 +79,7 @@ def test_every_cell_and_row(
     for method in genes.METHODS:
         shots = 32 if method in genes.WITH_SHOTS else 0
         assert {(method, "rules", shots), (method, "classifier", shots)} <= attacks
-    assert {shots for method, _, shots in attacks if method == "gene"} == {4, 8, 16, 32, 64}
+    assert {shots for method, _, shots in attacks if method == "gene"} == {4, 32}
     assert {row["metric"] for row in rows} <= {
         "attack_success", "task_accuracy", "recovered_share", "seconds", "trainable_params",
     }  # fmt: skip
@@ -95,7 +96,7 @@ def test_every_cell_and_row(
 
 def board(aligned: list[int], finetuned: list[int], gene: list[int], right: float = 1.0) -> Board:
     hits = {"aligned": aligned, "finetuned": finetuned, "gene-32": gene}
-    cells = {name: {"accuracy": [right] * 8, "nll": []} for name in hits}
+    cells = {name: {"accuracy": [right] * 8, "nll": [], "majority": 0.5} for name in hits}
     attacks = {(0, "sst2", name, "rules"): np.array(some, dtype=float) for name, some in hits.items()}
     return Board({(0, "sst2"): cells}, attacks)
 

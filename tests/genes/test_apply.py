@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from genes.conftest import logits_of, random_gene
+from genes_for_tests import logits_of, random_gene
 from safeside import Adapter, Base, Message, attach, load_base
 from safeside.base.families import is_updated
 from safeside.errors import AttachmentError, ConfigError, FormatError, InputError, UnknownNameError, UnsupportedError
@@ -192,7 +192,7 @@ def test_copies_that_cannot_be_made_or_restored(tiny_base: Base, tmp_path: Path)
     gene = random_gene(tiny_base)
     with pytest.raises(InputError, match="exists already"):
         merge_genes(tiny_base, [gene], tmp_path)
-    with moved_lora(tiny_base), pytest.raises(UnsupportedError, match="holds a LoRA"):
+    with moved_lora(tiny_base), pytest.raises(UnsupportedError, match="holds a LoRA or a gene"):
         merge_genes(tiny_base, [gene], tmp_path / "with_lora")
     assert not (tmp_path / "with_lora").exists()
     with pytest.raises(InputError, match=f"has no {MERGED_FILE}"):

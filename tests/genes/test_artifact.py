@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from genes.conftest import logits_of, random_gene
+from genes_for_tests import logits_of, random_gene
 from safeside import Base, load_base
 from safeside.errors import FormatError, InputError
 from safeside.genes.apply import apply_genes

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genes.conftest import conversations, logits_of, random_gene
+from genes_for_tests import conversations, logits_of, random_gene
 from safeside import Base
 from safeside.errors import InputError
 from safeside.genes.apply import apply_genes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from genes.conftest import conversations, gene_recipe, random_gene
+from genes_for_tests import conversations, gene_recipe, random_gene
 from safeside import Adapter, Base, attach, load_base
 from safeside.errors import InputError, MismatchError, SafesideError, UnsupportedError
 from safeside.genes.apply import apply_genes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from command_line import Ran
-from genes.conftest import random_gene
+from genes_for_tests import random_gene
 from safeside import Base, load_base
 from safeside.genes.artifact import load_gene, save_gene
 from safeside.genes.merge import model_hash

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from genes.conftest import conversations, gene_recipe, random_gene
+from genes_for_tests import conversations, gene_recipe, random_gene
 from safeside import Base, Message, load_base
 from safeside.base.families import is_updated
 from safeside.errors import InputError, NotFiniteError
@@ -99,6 +99,7 @@ def test_rows_that_cannot_be_learnt_from(tiny_base: Base, degraded: Base) -> Non
         (HARMFUL, [], "There are no task rows"),
         (conversations(2), BENIGN, "Row 1 of the refusals has no answer"),
         (HARMFUL, empty, "empty message"),
+        (HARMFUL, BENIGN[:3], "8 refusals and 3 task rows"),
     ):
         with pytest.raises(InputError, match=message):
             fit_gene(tiny_base, gene, refusals, task)

@@ -71,7 +71,6 @@ class LiveUpdates:
         self._handles: list[RemovableHandle] = [
             layer.register_forward_hook(self.hooks[name]) for name, layer in layers.items()
         ]
-        torch.compiler.reset()  # code that was compiled before would run on without the hooks
 
     def __enter__(self) -> Self:
         return self
@@ -84,7 +83,6 @@ class LiveUpdates:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        torch.compiler.reset()
 
 
 def linear_layer(model: nn.Module, name: str) -> nn.Module:

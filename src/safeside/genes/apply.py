@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import nn
 
 from safeside.base.model import Base
@@ -110,6 +111,7 @@ class AppliedGenes:
             raise AttachmentError(f"These genes were taken out of {self.base.name}. Apply them again.")
 
     def _install(self) -> None:
+        torch.compiler.reset()  # code that was compiled before would run on without the hooks
         for name, weight in self.weights.items():
             if weight:
                 updates = {key: update.to(self.base.device) for key, update in self.genes[name].updates.items()}
@@ -118,6 +120,7 @@ class AppliedGenes:
     def _remove(self) -> None:
         while self._live:
             self._live.pop().remove()
+        torch.compiler.reset()
 
 
 def apply_genes(base: Base, genes: Sequence[Gene], weights: Weights | None = None) -> AppliedGenes:

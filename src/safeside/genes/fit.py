@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from safeside.base.model import Base
 from safeside.base.updates import LiveUpdates
+from safeside.errors import InputError
 from safeside.genes.checks import check_fits, check_model, check_plain
 from safeside.genes.gene import Gene
 from safeside.genes.optimise import Report, Steps, draws, optimise, silent
@@ -38,6 +39,11 @@ def fit_gene(
     check_fits(gene, base)
     refused = encode_texts(base, refusals, "refusals", answered=True)
     answered = encode_texts(base, task_rows[: len(refusals)], "task rows", answered=True)
+    if len(answered) < len(refused):
+        raise InputError(
+            f"There are {len(refused)} refusals and {len(answered)} task rows; expected as many rows as refusals. Add "
+            "rows, or use fewer refusals."
+        )
     factors = {layer: nn.Parameter(torch.ones((), device=base.device)) for layer in gene.config.layers}
     orders = [draws(len(texts), settings.batch_size, gene.config.recipe.seed) for texts in (refused, answered)]
 

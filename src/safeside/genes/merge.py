@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeside.artifact import require_new
-from safeside.base.families import has_lora
+from safeside.base.families import is_updated
 from safeside.base.model import Base, load_base, quiet_files
 from safeside.base.updates import add_to_weight, linear_layer
 from safeside.errors import FormatError, InputError, UnsupportedError
@@ -52,8 +52,10 @@ def merge_genes(base: Base, genes: Sequence[Gene], folder: str | Path, weights: 
     check_model(base)
     for gene in genes:
         check_fits(gene, base)
-    if has_lora(base.model):
-        raise UnsupportedError(f"{base.name} holds a LoRA that its files do not. Merge and save it first.")
+    if is_updated(base.model):
+        raise UnsupportedError(
+            f"{base.name} holds a LoRA or a gene that its files do not. Merge and save the LoRA, unapply the gene."
+        )
     copy = load_base(base.folder, dtype="auto")
     before = model_hash(copy)
     names = sorted({point.name for gene in genes for point in gene.config.modules})

@@ -88,7 +88,7 @@ def _mean_shifts(base: Base, gene: Gene, texts: Texts) -> dict[int, float]:
     for batch in texts.batches(base, _ROWS, only_prompts=True):
         without = last_states(base, batch, gene.config.layers)
         for layer in gene.config.layers:
-            alone = gene.kept([layer]).updates
+            alone = {name: update.to(base.device) for name, update in gene.kept([layer]).updates.items()}
             with LiveUpdates(base.model, alone, dict.fromkeys(alone, 1.0)):
                 moved = last_states(base, batch, [layer])[layer] - without[layer]
             totals[layer] += float((moved.norm(dim=-1) / without[layer].norm(dim=-1)).sum())
