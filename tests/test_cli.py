@@ -23,7 +23,7 @@ from safeside.types import Preset
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
 COMMANDS = (
     "demo", "train", "eval", "guard", "calibrate", "chat", "info", "key", "patch", "policy check", "policy simulate",
-    "port", "push",
+    "port", "push", "serve",
 )  # fmt: skip
 SHAPES = {
     "prompt": lambda text: {"prompt": text},
@@ -44,6 +44,7 @@ KINDS = {
     float: "number",
     bool: "flag",
     list[str]: "text, repeatable",
+    list[Path]: "path, repeatable",
     Preset: "preset",
     ReadMode: "mode",
 }
