@@ -93,7 +93,9 @@ def served(base: Base, adapters: Sequence[Adapter], policy: str, max_rows: int =
         book.bind(guards, [adapter.name for adapter in adapters if adapter.config.role == "align"])
         engine = Engine(base, adapters, limits=EngineLimits(max_rows=max_rows))
         audit = AuditLog(f"sqlite:///{folder}/audit.db")
-        service = Service(engine, book, audit, model="base", limits=ServiceLimits(max_body_bytes=1 << 16))
+        service = Service(
+            engine, book, audit, model="base", limits=ServiceLimits(max_body_bytes=1 << 16, deadline_s=3600)
+        )
         server = uvicorn.Server(uvicorn.Config(create_app(service, AppOptions((folder,))), log_level="critical"))
         with socket.create_server(("127.0.0.1", 0)) as listening:
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -163,6 +165,8 @@ async def _ask(server: Served, client: httpx.AsyncClient, load: Load, number: in
             if not line.startswith("data: {"):
                 continue
             chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise RuntimeError(chunk["error"]["message"])
             if usage := chunk.get("usage"):
                 timing.n_tokens += usage["completion_tokens"]
             choice = (chunk["choices"] or [{}])[0]
