@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safeside.base.model import Base, load_base
 from safeside.errors import InputError
 from safeside.guards.windows import windows
+from safeside.tasks.leakage import without_leaks
 from safeside.tasks.rows import load_examples
 from safeside.tasks.task import Task, TaskRows, load_task
 from safeside.train.rows import Rows
@@ -111,8 +112,11 @@ def prepare(setup: Setup, task: str, base_name: str) -> Prepared:
     splits = {}
     for split in ("validation", "test"):
         splits[split] = _windowed(base, found.of(split), found.task.windows, most[split])
-    splits["harmless"] = _windowed(base, _harmless(setup, task), found.task.windows)
-    left_out = {f"{split}_{reason}": 0 for split in ("train", "validation", "test") for reason in ("leaks", "bad")}
+    harmless, n_leaks = without_leaks(_harmless(setup, task), [*found.of("train"), *found.of("validation")])
+    splits["harmless"] = _windowed(base, harmless, found.task.windows)
+    left_out = {"harmless_leaks": n_leaks} | {
+        f"{split}_{reason}": 0 for split in ("train", "validation", "test") for reason in ("leaks", "bad")
+    }
     for (_, split), left in found.left_out.items():
         left_out[f"{split}_leaks"] += left.exact + left.near
         left_out[f"{split}_bad"] += len(left.bad)
