@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -225,7 +226,10 @@ def _tokens(base: Base, rows: Sequence[Conversation]) -> tuple[list[float], list
     for start in range(0, len(texts), _ROWS):
         batch = texts.batch(base, range(start, min(start + _ROWS, len(texts))))
         row, place = batch.answer_places
-        scores = base.head_logits(batch.final_states(base)[row, place][None])[0].float().log_softmax(-1)
+        attached = base.attachment
+        with attached.request(prompt_end=batch.starts.tolist()) if attached else nullcontext():
+            states = batch.final_states(base)[row, place]
+        scores = base.head_logits(states[None])[0].float().log_softmax(-1)
         wanted = batch.ids[row, place + 1]
         right, likely = (scores.argmax(-1) == wanted).float(), scores.gather(1, wanted[:, None])[:, 0]
         for number in range(len(batch.ids)):

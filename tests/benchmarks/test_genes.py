@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ import genes_rows
 from genes import Board, interval_of, recovered
 from genes_judge import is_on_topic, successes
 from genes_report import write_page
-from safeside import Adapter, Base
+from safeside import Adapter, Base, Message, attach, ramp
 from safeside.errors import InputError
 from safeside.evals.judges import JUDGES, JudgeOptions
+from safeside.evals.likelihood import likelihoods
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
@@ -92,6 +94,20 @@ def test_every_cell_and_row(
     monkeypatch.setattr(genes_cells, "measured", None)
     again = json.loads(genes.main(words).read_text())
     assert again["rows"] == rows
+
+
+def test_open_ended_rows_are_read_under_a_gate(
+    tiny_base: Base, random_guard: Callable[..., Adapter], random_aligner: Callable[..., Adapter]
+) -> None:
+    """The slow twin is the likelihood of the package, one row at a time."""
+    rows = [(Message("user", f"the cat {row}"), Message("assistant", "sat on the mat")) for row in range(3)]
+    guard = random_guard(tiny_base)
+    for scope in (nullcontext(), attach(tiny_base, [random_aligner(tiny_base)], [guard], strength=ramp(guard))):
+        with scope:
+            shares, losses = genes_cells._tokens(tiny_base, rows)
+            known = [likelihoods(tiny_base, [messages])[0] for messages in rows]
+        assert losses == pytest.approx([item.nll / item.n_tokens for item in known], rel=1e-3)
+        assert all(0 <= share <= 1 for share in shares)
 
 
 def board(aligned: list[int], finetuned: list[int], gene: list[int], right: float = 1.0) -> Board:
