@@ -40,6 +40,8 @@ from tidy import RESULTS
 # One colour and stroke for each method on all pictures; blues read the base, reds do not.
 METHODS = {
     "lst_distilled": ("#2457a6", "-"),
+    "lst_pruned": ("#4a7fc1", "--"),
+    "lst_taught": ("#8fb8e8", "--"),
     "lst": ("#5b9bd5", "-"),
     "rtb": ("#17a398", "-"),
     "plr": ("#7fb800", "-"),

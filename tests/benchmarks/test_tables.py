@@ -107,8 +107,9 @@ def test_overhead_table_tells_ratios_goals_and_shares(results: Path) -> None:
 
 
 def test_a_missing_result_file_is_said(tmp_path: Path) -> None:
+    benches = {name: "align" if name == "decode" else name for name in tables.TABLES}
     for name, table in tables.TABLES.items():
-        assert f"make bench-{name}" in table(tmp_path / f"{name}.json")
+        assert f"make bench-{benches[name]}" in table(tmp_path / f"{name}.json")
 
 
 def test_a_stale_block_fails_the_check_and_is_written_anew(

@@ -20,6 +20,7 @@ from safeside.artifact import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_F
 from safeside.errors import ConfigError, InputError, NotFiniteError
 from safeside.guards.calibrate import threshold_with_bound
 from safeside.guards.score import score_conversations
+from safeside.tasks.learnt import LEARNT_FILE
 from safeside.tasks.rows import BadRow
 from safeside.tasks.sources import Part, Source
 from safeside.tasks.task import TASKS, Task, load_task, register_task
@@ -32,7 +33,7 @@ from safeside.train.splits import encode_rows
 from safeside.types import Example
 from twin import hash_of
 
-ARTIFACT = {CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE}
+ARTIFACT = {CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE, LEARNT_FILE}
 
 
 @pytest.fixture(scope="module")
