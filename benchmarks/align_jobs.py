@@ -113,11 +113,15 @@ def _choice(bench: Bench) -> list[Row]:
 def _eleven(bench: Bench) -> list[Row]:
     """The headline aligner at eleven strengths, and whether the dial is one."""
     name = bench.chosen.name
-    rest = [strength for strength in HEADLINE_STRENGTHS if strength not in STRENGTHS]
-    found = strength_rows(bench, name, 0, rest)
     one = bench.one(name)
     by_strength = {s: refused(bench.study.at(one, "strongreject", s)) for s in (0.0, *HEADLINE_STRENGTHS)}
-    return found + trend_rows(bench.labels(name, "fixed", 2.0, "strongreject", 0), by_strength)
+    found = trend_rows(bench.labels(name, "fixed", 2.0, "strongreject", 0), by_strength)
+    for strength in HEADLINE_STRENGTHS:
+        try:
+            found += [] if strength in STRENGTHS else strength_rows(bench, name, 0, [strength])
+        except MissingError:
+            continue
+    return found
 
 
 def _others(bench: Bench) -> list[Row]:
