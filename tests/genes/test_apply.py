@@ -127,6 +127,7 @@ def test_what_is_refused_leaves_the_model_alone(tiny_base: Base) -> None:
         ([gene], {"sfae": 1.0}, InputError, "Weights name sfae"),
         ([gene], {"safe": -0.1}, InputError, "between 0 and 2"),
         ([gene], {"safe": float("nan")}, InputError, "between 0 and 2"),
+        ([gene], {"safe": "1"}, InputError, "between 0 and 2"),
         ([rival, gene], None, ConfigError, "'safe' declares a conflict with rival"),
     ):
         with pytest.raises(error, match=message):
@@ -138,6 +139,15 @@ def test_what_is_refused_leaves_the_model_alone(tiny_base: Base) -> None:
             applied.set_weights({})
         with pytest.raises(AttachmentError, match="has genes already"):
             apply_genes(tiny_base, [gene])
+
+
+def test_to_unapply_again_takes_nothing_from_those_that_came_after(tiny_base: Base) -> None:
+    first = apply_genes(tiny_base, [random_gene(tiny_base)])
+    first.unapply()
+    with apply_genes(tiny_base, [random_gene(tiny_base, "next")]):
+        first.unapply()
+        with pytest.raises(AttachmentError, match="has genes already"):
+            apply_genes(tiny_base, [random_gene(tiny_base, conflicts=("next",))])
 
 
 def test_weights_by_context(tiny_base: Base) -> None:

@@ -5,10 +5,10 @@ Either way taking a gene out restores what was there and never subtracts: the mo
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Self
 
 import torch
@@ -102,9 +102,10 @@ class AppliedGenes:
 
     def unapply(self) -> None:
         """Take every gene out; the model is bit for bit what it was.  Safe to call twice."""
-        self._remove()
-        self._is_applied = False
-        _applied.discard(self.base.model)
+        if self._is_applied:
+            self._remove()
+            self._is_applied = False
+            _applied.discard(self.base.model)
 
     def _check_applied(self) -> None:
         if not self._is_applied:
@@ -156,7 +157,7 @@ def checked_weights(genes: Sequence[Gene], weights: Weights | None) -> dict[str,
 
 
 def check_weights(weights: Weights, where: str) -> None:
-    """Raise an InputError unless every weight lies between 0 and LIMIT."""
+    """Raise an InputError unless every weight is a number between 0 and LIMIT."""
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and 0 <= weight <= LIMIT):
+        if not (isinstance(weight, Real) and 0 <= weight <= LIMIT):  # NaN is not
             raise InputError(f"A gene's weight lies between 0 and {LIMIT:g}; {where} give {name} {weight}.")
