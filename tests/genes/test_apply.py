@@ -15,7 +15,9 @@ from safeside import Adapter, Base, Message, attach, load_base
 from safeside.base.families import is_updated
 from safeside.errors import AttachmentError, ConfigError, FormatError, InputError, UnknownNameError, UnsupportedError
 from safeside.genes.apply import ContextPolicy, apply_genes
-from safeside.genes.merge import MERGED_FILE, ORIGINALS_FILE, merge_genes, model_hash, unmerge_genes
+from safeside.genes.baselines import with_added
+from safeside.genes.merge import ORIGINALS_FILE, merge_genes, model_hash, unmerge_genes
+from safeside.genes.merged import MERGED_FILE
 from safeside.lora import LoraShape, add_lora
 from safeside.train.taps import make_batch, record_states
 from twin import close
@@ -127,6 +129,7 @@ def test_what_is_refused_leaves_the_model_alone(tiny_base: Base) -> None:
         ([gene], {"sfae": 1.0}, InputError, "Weights name sfae"),
         ([gene], {"safe": -0.1}, InputError, "between 0 and 2"),
         ([gene], {"safe": float("nan")}, InputError, "between 0 and 2"),
+        ([gene], {"safe": "1"}, InputError, "between 0 and 2"),
         ([rival, gene], None, ConfigError, "'safe' declares a conflict with rival"),
     ):
         with pytest.raises(error, match=message):
@@ -138,6 +141,15 @@ def test_what_is_refused_leaves_the_model_alone(tiny_base: Base) -> None:
             applied.set_weights({})
         with pytest.raises(AttachmentError, match="has genes already"):
             apply_genes(tiny_base, [gene])
+
+
+def test_to_unapply_again_takes_nothing_from_those_that_came_after(tiny_base: Base) -> None:
+    first = apply_genes(tiny_base, [random_gene(tiny_base)])
+    first.unapply()
+    with apply_genes(tiny_base, [random_gene(tiny_base, "next")]):
+        first.unapply()
+        with pytest.raises(AttachmentError, match="has genes already"):
+            apply_genes(tiny_base, [random_gene(tiny_base, conflicts=("next",))])
 
 
 def test_weights_by_context(tiny_base: Base) -> None:
@@ -213,3 +225,40 @@ def test_copies_that_cannot_be_made_or_restored(tiny_base: Base, tmp_path: Path)
     (merged / MERGED_FILE).write_text("{}")
     with pytest.raises(FormatError, match="not a valid record"):
         unmerge_genes(merged, tmp_path / "restored")
+
+
+def test_weights_that_the_files_do_not_hold_are_not_lost_in_a_merge(tiny_base: Base, tmp_path: Path) -> None:
+    gene = random_gene(tiny_base)
+    changed = with_added(tiny_base, matrices_of(random_gene(tiny_base, seed=1)))
+    with pytest.raises(UnsupportedError, match=r"changed in memory: model.* is not what its files hold"):
+        merge_genes(changed, [gene], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    narrow = load_base(tiny_base.folder, dtype="bfloat16")  # the files in another dtype are no change
+    assert model_hash(load_base(merge_genes(narrow, [gene], tmp_path / "merged"))) != model_hash(tiny_base)
+
+
+def test_a_copy_that_would_overflow_is_not_written(tiny_base: Base, tmp_path: Path) -> None:
+    half = load_base(tiny_base.folder, dtype="float16")
+    half.model.save_pretrained(tmp_path / "half")
+    half.tokenizer.save_pretrained(tmp_path / "half")
+    gene = random_gene(tiny_base).with_coefficients([1e6, 1e6, 1e6])
+    with pytest.raises(InputError, match=r"beyond torch\.float16"):
+        merge_genes(load_base(tmp_path / "half", dtype="auto"), [gene], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_genes_in_the_weights_count_too(tiny_base: Base, tmp_path: Path) -> None:
+    inside = random_gene(tiny_base, "inside", conflicts=("enemy",))
+    merged = load_base(merge_genes(tiny_base, [inside], tmp_path / "merged"))
+    friend, enemy = random_gene(tiny_base, "friend", 1), random_gene(tiny_base, "enemy", 2)
+    wary = random_gene(tiny_base, "wary", 3, conflicts=("inside",))
+    for gene in (inside, enemy, wary):
+        with pytest.raises(ConfigError, match=r"in the weights of .*merged already"):
+            apply_genes(merged, [gene])
+        assert not is_updated(merged.model)
+    with apply_genes(merged, [friend, enemy], {"enemy": 0.0}) as applied:
+        with pytest.raises(ConfigError, match="conflict with inside"):
+            applied.set_weights({})
+        assert applied.weights == {"friend": 1.0, "enemy": 0.0}
+    with pytest.raises(UnsupportedError, match="merge all at once"):
+        merge_genes(merged, [friend], tmp_path / "again")

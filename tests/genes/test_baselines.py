@@ -147,3 +147,11 @@ def test_salora_learns_the_task_and_leaves_the_safety_directions_alone(tiny_base
             float(answer_loss(base, texts.batch(base, range(6)))) for base in (tiny_base, with_added(tiny_base, found))
         ]
     assert losses[1] < 0.8 * losses[0]
+
+
+def test_an_update_at_right_angles_to_what_alignment_moved_strays_most() -> None:
+    task, safety = torch.zeros(4, 3), torch.zeros(4, 3)
+    task[0], safety[2] = 1.0, 1.0
+    assert alignment(task, safety) == 0.0
+    close(task + safe_lora({"a": task}, {"a": safety})["a"], torch.zeros(4, 3), EXACT)
+    assert set(safe_merge({"a": task}, {"a": safety}, {"a": safety})) == {"a"}

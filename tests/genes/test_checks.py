@@ -12,14 +12,16 @@ from torch import nn
 
 from genes_for_tests import conversations, gene_recipe, random_gene
 from safeside import Adapter, Base, attach, load_base
+from safeside.base.updates import LowRank
 from safeside.errors import InputError, MismatchError, SafesideError, UnsupportedError
 from safeside.genes.apply import apply_genes
 from safeside.genes.checks import check_fits, check_model
 from safeside.genes.extract import Pair, extract_gene
 from safeside.genes.fit import fit_gene
-from safeside.genes.gene import Gene
+from safeside.genes.gene import AttachmentPoint, Gene, changed
 from safeside.genes.merge import merge_genes, model_hash
 from safeside.genes.select import select_layers
+from safeside.lora import LoraShape, add_lora
 from tiny import make_tiny
 
 REFUSALS, TASK = conversations(4, answer="the hat"), conversations(4, answer="the mat", start=9)
@@ -85,6 +87,17 @@ def test_an_attachment_point_of_another_width(session_base: Base, fresh_base: Ba
         check_fits(random_gene(session_base), fresh_base)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "model.layers.1.mlp.up_proj"])
+def test_modules_that_are_not_in_the_layer_that_the_gene_says(session_base: Base, tmp_path: Path, name: str) -> None:
+    gene = random_gene(session_base).kept([1, 3])
+    layer = session_base.model.get_submodule(name)
+    point = AttachmentPoint(name=name, layer=1, rank=1, n_in=layer.in_features, n_out=layer.out_features)
+    update = LowRank(torch.ones(1, point.n_in), torch.ones(point.n_out, 1))
+    config = changed(gene.config, {"modules": (*gene.config.modules, point)})
+    told = Gene(config, {**gene.updates, name: update})
+    assert_refused(session_base, told, tmp_path, MismatchError, f"{name} is not in layer 1")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantised_weights(session_base: Base, fresh_base: Base, tmp_path: Path) -> None:
     quantised = torch.ao.quantization.quantize_dynamic(fresh_base.model, {nn.Linear}, dtype=torch.qint8)
@@ -118,6 +131,8 @@ def test_pairs_that_are_none(tiny_base: Base, tiny_family: Callable[[str], Base]
         extract_gene(Pair(tiny_base, tiny_family("qwen2")), rows, rows, recipe)
     with pytest.raises(UnsupportedError, match="is an encoder"):
         extract_gene(Pair(tiny_base, tiny_family("bert")), rows, rows, recipe)
+    with add_lora(degraded, LoraShape(rank=2)), pytest.raises(UnsupportedError, match="has a LoRA in it"):
+        extract_gene(Pair(tiny_base, degraded), rows, rows, recipe)
     with (
         apply_genes(degraded, [random_gene(tiny_base)]),
         pytest.raises(UnsupportedError, match="has a gene in it"),

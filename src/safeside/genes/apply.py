@@ -5,10 +5,10 @@ Either way taking a gene out restores what was there and never subtracts: the mo
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Self
 
 import torch
@@ -19,6 +19,7 @@ from safeside.base.updates import LiveUpdates
 from safeside.errors import AttachmentError, ConfigError, InputError, UnknownNameError
 from safeside.genes.checks import check_fits, check_model
 from safeside.genes.gene import Gene
+from safeside.genes.merged import check_beside_merged
 from safeside.registry import did_you_mean
 
 LIMIT = 2.0
@@ -81,7 +82,7 @@ class AppliedGenes:
         What does not fit, or conflicts, is an error and changes nothing.
         """
         self._check_applied()
-        checked = checked_weights(genes, weights)
+        checked = self._checked(genes, weights)
         for gene in genes:
             check_fits(gene, self.base)
         self._remove()
@@ -91,7 +92,7 @@ class AppliedGenes:
     def set_weights(self, weights: Weights) -> None:
         """Weigh the genes anew, those that are not named at 1.  At 0 a gene's hooks are gone: it changes no bit."""
         self._check_applied()
-        checked = checked_weights(list(self.genes.values()), weights)
+        checked = self._checked(list(self.genes.values()), weights)
         self._remove()
         self.weights = checked
         self._install()
@@ -102,9 +103,16 @@ class AppliedGenes:
 
     def unapply(self) -> None:
         """Take every gene out; the model is bit for bit what it was.  Safe to call twice."""
-        self._remove()
-        self._is_applied = False
-        _applied.discard(self.base.model)
+        if self._is_applied:
+            self._remove()
+            self._is_applied = False
+            _applied.discard(self.base.model)
+
+    def _checked(self, genes: Sequence[Gene], weights: Weights | None) -> dict[str, float]:
+        """A weight for each gene; those that cannot be together, or with what the base's weights hold, are errors."""
+        found = checked_weights(genes, weights)
+        check_beside_merged(self.base, [gene for gene in genes if found[gene.name]])
+        return found
 
     def _check_applied(self) -> None:
         if not self._is_applied:
@@ -156,7 +164,7 @@ def checked_weights(genes: Sequence[Gene], weights: Weights | None) -> dict[str,
 
 
 def check_weights(weights: Weights, where: str) -> None:
-    """Raise an InputError unless every weight lies between 0 and LIMIT."""
+    """Raise an InputError unless every weight is a number between 0 and LIMIT."""
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and 0 <= weight <= LIMIT):
+        if not (isinstance(weight, Real) and 0 <= weight <= LIMIT):  # NaN is not
             raise InputError(f"A gene's weight lies between 0 and {LIMIT:g}; {where} give {name} {weight}.")

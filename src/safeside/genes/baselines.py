@@ -82,9 +82,11 @@ def projection(safety: Float[Tensor, "n_out n_in"]) -> Float[Tensor, "n_out n_ou
 
 def alignment(task: Tensor, safety: Tensor) -> float:
     """Cosine between a task's update and its projection: how much it stays in what alignment moved."""
+    if not task.norm() or not safety.norm():
+        return 1.0  # nothing that could stray, or nothing to stray from
     projected = projection(safety) @ task
-    lengths = float(projected.norm() * task.norm())
-    return float((projected * task).sum()) / lengths if lengths else 1.0
+    length = float(projected.norm())
+    return float((projected * task).sum()) / (length * float(task.norm())) if length else 0.0
 
 
 def safe_lora(task: Matrices, safety: Matrices, threshold: float = 0.5) -> dict[str, Tensor]:

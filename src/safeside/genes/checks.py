@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from safeside.base.families import refused_reason
+from safeside.base.families import has_lora, refused_reason
 from safeside.base.fingerprint import architecture_settings
 from safeside.base.model import Base
 from safeside.base.updates import has_live_updates, linear_layer, widths_of
@@ -64,7 +64,8 @@ def check_fits(gene: Gene, base: Base) -> None:
         raise MismatchError(f"{where}: {difference}. Use a model of the family, or extract a gene for this one.")
     for point in gene.config.modules:
         try:
-            widths = widths_of(linear_layer(base.model, point.name))
+            module = linear_layer(base.model, point.name)
+            widths = widths_of(module)
         except (AttributeError, TypeError) as error:
             raise MismatchError(
                 f"{where}: expected a linear layer {point.name}, but {error}. Genes need the modules under the names "
@@ -75,6 +76,8 @@ def check_fits(gene: Gene, base: Base) -> None:
                 f"{where}: {point.name} goes from {widths[0]} to {widths[1]} and not from {point.n_in} to "
                 f"{point.n_out}. Use a model of the same architecture."
             )
+        if point.layer > base.n_layers or module not in set(base.blocks[point.layer - 1].modules()):
+            raise MismatchError(f"{where}: {point.name} is not in layer {point.layer}. Get the gene again.")
 
 
 def check_pair(aligned: Base, degraded: Base) -> None:
@@ -82,6 +85,8 @@ def check_pair(aligned: Base, degraded: Base) -> None:
     for base in (aligned, degraded):
         check_model(base)
         check_plain(base)
+        if has_lora(base.model):
+            raise UnsupportedError(f"{base.name} has a LoRA in it. Merge and save it, or unload it, to extract a gene.")
     difference = _first_difference(family_of(aligned), family_of(degraded))
     if difference:
         raise MismatchError(

@@ -19,7 +19,8 @@ from safeside.genes.checks import check_fits, check_model
 from safeside.genes.extract import Pair, extract_gene
 from safeside.genes.fit import fit_gene
 from safeside.genes.gene import Gene, gene_facts
-from safeside.genes.merge import merge_genes, read_merged, unmerge_genes
+from safeside.genes.merge import merge_genes, unmerge_genes
+from safeside.genes.merged import read_merged
 from safeside.genes.optimise import Report
 from safeside.genes.recipe import FitSection, SelectSection, problems_of, read_gene_recipe
 from safeside.genes.rows import read_conversations

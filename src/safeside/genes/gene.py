@@ -14,6 +14,8 @@ from safeside.errors import InputError
 from safeside.genes.recipe import GeneRecipe
 
 FORMAT: Final = 1
+SIZES: Final = (1e-6, 1e6)
+"""Of coefficients, without their sign: they are in the weights, where others would be lost or run over."""
 
 
 class _Frozen(BaseModel):
@@ -119,12 +121,12 @@ class Gene:
         return Gene(changed(self.config, changes), {point.name: self.updates[point.name] for point in points})
 
     def with_coefficients(self, coefficients: Sequence[float]) -> Gene:
-        """The gene with other coefficients, one for each layer; 0, NaN and infinity are an InputError."""
-        layers = self.config.layers
-        if len(coefficients) != len(layers) or not all(math.isfinite(value) and value for value in coefficients):
+        """The gene with other coefficients, one for each layer; 0 and what is out of SIZES are an InputError."""
+        layers, (least, most) = self.config.layers, SIZES
+        if len(coefficients) != len(layers) or not all(least <= abs(value) <= most for value in coefficients):
             raise InputError(
-                f"{self.name} needs {len(layers)} finite coefficients other than 0; got {list(coefficients)}. "
-                "To leave a layer out, keep the others."
+                f"{self.name} needs {len(layers)} coefficients of a size between {least:g} and {most:g}; got "
+                f"{list(coefficients)}. To leave a layer out, keep the others."
             )
         pairs = zip(coefficients, self.config.coefficients, strict=True)
         factors = dict(zip(layers, (new / old for new, old in pairs), strict=True))

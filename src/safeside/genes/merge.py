@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,27 +23,16 @@ from safeside.errors import FormatError, InputError, UnsupportedError
 from safeside.genes.apply import Weights, checked_weights
 from safeside.genes.checks import check_fits, check_model
 from safeside.genes.gene import Gene
+from safeside.genes.merged import MERGED_FILE, Merged, read_merged
 
-ORIGINALS_FILE, MERGED_FILE = "gene_originals.safetensors", "gene_merged.json"
-
-
-class Merged(BaseModel):
-    """What ``gene_merged.json`` beside a merged copy says."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: int
-    """1."""
-    genes: dict[str, float]
-    """By name, how much of each gene is in the weights."""
-    model: str
-    """Hash of the model before."""
+ORIGINALS_FILE = "gene_originals.safetensors"
 
 
 def merge_genes(base: Base, genes: Sequence[Gene], folder: str | Path, weights: Weights | None = None) -> Path:
     """Write a copy of ``base`` with the genes in its weights to a new folder; the base stays as it is.
 
-    The copy is a checkpoint like any other.  A base that holds a live LoRA or gene is refused: its files do not.
+    The copy is a checkpoint like any other.  A base that is not what its files hold (a live LoRA or gene, weights
+    changed in memory) is refused, and so is one that genes were merged into: their record would be lost.
     """
     folder = require_new(Path(folder))
     used = checked_weights(genes, weights)
@@ -56,15 +43,13 @@ def merge_genes(base: Base, genes: Sequence[Gene], folder: str | Path, weights: 
         raise UnsupportedError(
             f"{base.name} holds a LoRA or a gene that its files do not. Merge and save the LoRA, unapply the gene."
         )
+    if (base.folder / MERGED_FILE).is_file():
+        raise UnsupportedError(f"{base.name} has genes merged into it already. Unapply them, and merge all at once.")
     copy = load_base(base.folder, dtype="auto")
-    before = model_hash(copy)
-    names = sorted({point.name for gene in genes for point in gene.config.modules})
-    layers = {name: linear_layer(copy.model, name) for name in names}
-    originals = {name: layer.get_parameter("weight").detach().clone() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        parts = [used[gene.name] * gene.updates[name].matrix for gene in genes if name in gene.updates]
-        add_to_weight(layer, torch.stack(parts).sum(0))
-    merged = Merged(format=1, genes=used, model=before)
+    _check_same(base, copy)
+    before, originals = model_hash(copy), _add(copy, genes, used)
+    conflicts = {gene.name: gene.config.conflicts for gene in genes}
+    merged = Merged(format=1, genes=used, conflicts=conflicts, model=before)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as new:
         place = Path(new) / "model"
@@ -73,6 +58,32 @@ def merge_genes(base: Base, genes: Sequence[Gene], folder: str | Path, weights: 
         (place / MERGED_FILE).write_text(merged.model_dump_json(indent=2) + "\n", encoding="utf-8")
         place.rename(folder)  # whole, or not at all
     return folder
+
+
+def _check_same(base: Base, copy: Base) -> None:
+    """Raise unless the base holds the weights of its files, of which ``copy`` was loaded; only the dtype may differ."""
+    stored = copy.model.state_dict()
+    for name, tensor in base.model.state_dict().items():
+        if name not in stored or not torch.equal(tensor, stored[name].to(tensor)):
+            raise UnsupportedError(
+                f"{base.name} was changed in memory: {name} is not what its files hold. Save the model, load it, merge."
+            )
+
+
+def _add(copy: Base, genes: Sequence[Gene], weights: Weights) -> dict[str, Tensor]:
+    """Add the genes to the copy's weights; returns the originals of those that were changed."""
+    names = sorted({point.name for gene in genes for point in gene.config.modules})
+    layers = {name: linear_layer(copy.model, name) for name in names}
+    originals = {name: layer.get_parameter("weight").detach().clone() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        parts = [weights[gene.name] * gene.updates[name].matrix for gene in genes if name in gene.updates]
+        add_to_weight(layer, torch.stack(parts).sum(0))
+        if not layer.get_parameter("weight").isfinite().all():
+            raise InputError(
+                f"With the genes in it {name} would be beyond {originals[name].dtype}; expected finite sums. Weigh the "
+                "genes less."
+            )
+    return originals
 
 
 def unmerge_genes(folder: str | Path, output: str | Path) -> Path:
@@ -104,17 +115,6 @@ def unmerge_genes(folder: str | Path, output: str | Path) -> Path:
         save_checkpoint(copy, place)
         place.rename(output)
     return output
-
-
-def read_merged(folder: Path) -> Merged:
-    """Which genes are in a merged copy."""
-    path = folder / MERGED_FILE
-    if not path.is_file():
-        raise InputError(f"{folder} has no {MERGED_FILE}; expected a model that 'safeside gene apply' wrote.")
-    try:
-        return Merged.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ValidationError) as error:
-        raise FormatError(f"{path} is not a valid record of merged genes: {error}") from error
 
 
 def model_hash(base: Base) -> str:
