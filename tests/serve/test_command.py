@@ -24,6 +24,7 @@ from safeside.serve.app import create_app
 from safeside.serve.audit import AuditLog
 from safeside.serve.command import ServeOptions, make_service, reload, serve_command
 from safeside.serve.engine import Engine
+from safeside.serve.keys import make_key
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service
 
@@ -170,14 +171,20 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(
     assert "cannot be read" in missing.err
 
 
-def test_a_reload_that_fails_keeps_policies_and_keys(policy: Path, tmp_path: Path) -> None:
-    options = ServeOptions("builtin", policy, audit=f"sqlite:///{tmp_path}/audit.db")
+@pytest.mark.parametrize("broken", ["policy", "keys"])
+def test_a_reload_that_fails_keeps_policies_and_keys(policy: Path, tmp_path: Path, broken: str) -> None:
+    make_key(keys := tmp_path / "keys.yaml", "shop", {"tenant": "shop"})
+    options = ServeOptions("builtin", policy, keys, audit=f"sqlite:///{tmp_path}/audit.db")
     service = make_service(options)
     try:
-        version = service.book.version
-        policy.write_text(POLICY.replace("guard: harm", "guard: gone"))
+        version, known = service.book.version, service.keys
+        changed = ("guard: harm", "guard: gone") if broken == "policy" else ("0.8", "0.9")
+        policy.write_text(POLICY.replace(*changed))
+        if broken == "keys":
+            keys.write_text("keys: {")
         reload(service, options)
-        assert service.book.version == version
+        assert policy.read_text() != POLICY
+        assert (service.book.version, service.keys) == (version, known)
         assert b'safeside_policy_reloads_total{result="refused"} 1.0' in service.metrics.exposition()
     finally:
         service.close(0.0)

@@ -297,6 +297,19 @@ def test_an_answer_that_is_overdue_fails(tiny_base: Base) -> None:
         assert engine.n_cached_tokens == 0
 
 
+def test_a_job_is_overdue_or_cancelled_while_it_waits_too(tiny_base: Base) -> None:
+    with engine_of(tiny_base, max_rows=1, max_waiting=1) as engine:
+        first = ask(engine, prompt(tiny_base, "?"), effective(), replace(LONG, max_tokens=400))
+        wait_for(lambda: engine.n_running == 1)
+        late = ask(engine, prompt(tiny_base, "?"), effective(), deadline=time.monotonic())
+        assert isinstance(late.wait().error, DeadlineError)
+        engine.submit(job := Job(prompt(tiny_base, "?"), LONG, effective(), Listener()))
+        job.cancelled.set()
+        wait_for(lambda: engine.n_waiting == 0)
+        assert engine.n_running == 1
+        assert len(first.wait().tokens) > 1
+
+
 def test_adapters_change_between_answers_never_within_one(tiny_base: Base, guard: Adapter, aligner: Adapter) -> None:
     policy = effective([guard], prompt=[{**BLOCK, "threshold": 1.0}])
     with engine_of(tiny_base, [guard]) as engine:
@@ -318,6 +331,47 @@ def test_adapters_that_do_not_fit_change_nothing(
             engine.change([guard, random_guard(tiny_base)]).result(timeout=60)
         assert list(engine.adapters) == ["harm"]
         assert ask(engine, prompt(tiny_base, "?"), effective([guard], prompt=[{**BLOCK, "threshold": 1.0}])).wait().text
+
+
+@pytest.mark.parametrize("n_failures", [1, 2])
+def test_a_change_that_fails_never_leaves_answers_unjudged(
+    tiny_base: Base, guard: Adapter, monkeypatch: pytest.MonkeyPatch, n_failures: int
+) -> None:
+    """Whatever the error: the adapters before are attached again, or nothing is answered by what a pass left behind."""
+    policy, made = effective([guard], prompt=[{**BLOCK, "threshold": 1.0}]), iter(range(n_failures))
+
+    def breaking(*args: object, **options: object) -> object:
+        if next(made, None) is not None:
+            raise RuntimeError("out of memory")
+        return attach(*args, **options)  # type: ignore[arg-type]
+
+    with engine_of(tiny_base, [guard]) as engine:
+        before = ask(engine, prompt(tiny_base, "the cat"), policy).wait()
+        monkeypatch.setattr("safeside.serve.passes.attach", breaking)
+        with pytest.raises(RuntimeError, match="memory"):
+            engine.change([guard]).result(timeout=60)
+        after = ask(engine, prompt(tiny_base, "the cat"), policy).wait()
+        if n_failures == 2:
+            assert isinstance(after.error, ServingError)
+        else:
+            assert after.judged.verdicts == before.judged.verdicts
+
+
+@pytest.mark.parametrize("kept", ["guard", "aligner"])
+def test_a_job_is_never_answered_by_other_adapters_than_its_policys(
+    tiny_base: Base, guard: Adapter, aligner: Adapter, random_guard: Make, kept: str
+) -> None:
+    """Its thresholds are those of the guard that was loaded when it came, and its strength is of that aligner."""
+    policy = effective([guard, aligner], floor=0.7, prompt=[{**BLOCK, "threshold": 1.0}])
+    others = [guard] if kept == "guard" else [random_guard(tiny_base, seed=5), aligner]
+    with engine_of(tiny_base, [guard, aligner]) as engine:
+        running = ask(engine, prompt(tiny_base, "?"), policy, LONG)
+        wait_for(lambda: bool(running.tokens))
+        changed = engine.change(others)
+        after = ask(engine, prompt(tiny_base, "?"), policy)
+        changed.result(timeout=60)
+        assert isinstance(after.wait().error, ServingError)
+        assert running.wait().ended.strength == pytest.approx(0.7)
 
 
 def test_closing_lets_answers_end_and_refuses_new_ones(tiny_base: Base, guard: Adapter) -> None:

@@ -63,7 +63,8 @@ def test_deployment_tenant_and_request_hold_together(book: PolicyBook) -> None:
     assert book.resolve(SCHOOL).name == "standard+minors+quiet"
     asked = book.resolve(SCHOOL, Wish("other"))
     assert asked.name == "standard+minors+quiet+other"
-    assert asked.policy == strictest([book.policies[name] for name in ("standard", "minors", "quiet", "other")])
+    held = [book.policies[name] for name in ("standard", "minors", "quiet", "other")]
+    assert asked.policy == strictest([*held, Policy(on_error="block", hold_back=8)])
     assert book.resolve(SCHOOL, Wish("minors")).name == "standard+minors+quiet"  # once is enough
     assert (asked.version, asked.policy.floor, asked.hold_back) == (book.version, 0.5, 16)
 
@@ -134,9 +135,22 @@ def check_no_looser(before: EffectivePolicy, after: EffectivePolicy, strength: f
             assert rule in new or rule.model_copy(update={"mode": "enforce"}) in new
         assert mode is None or {rule.mode for rule in new} <= {"enforce"}
     assert after.policy.floor >= max(before.policy.floor, strength)
-    assert (after.policy.hold_back or 0) >= (before.policy.hold_back or 0)
+    assert after.hold_back >= before.hold_back
+    order = ("annotate", "steer", "block")
+    assert order.index(after.on_error) >= order.index(before.on_error)
     assert set(after.policy.genes) >= set(before.policy.genes)
     assert after.exact_strength is None
+
+
+@pytest.mark.parametrize("tenant", ["stranger", "careless"])
+def test_nobody_loosens_what_the_deployment_leaves_to_the_defaults(tmp_path: Path, tenant: str) -> None:
+    lax = "{on_error: annotate, hold_back: 0}"
+    text = f"deployment: a\ntenants: {{careless: lax}}\npolicies: {{a: {{}}, lax: {lax}}}"
+    book = PolicyBook.load(_written(tmp_path / "policy.yaml", text))
+    asked = book.resolve(Caller(tenant), Wish("lax"))
+    assert (asked.on_error, asked.hold_back) == ("block", 8)
+    tested = book.resolve(Caller(tenant, may_loosen=True), Wish("lax"))
+    assert (tested.on_error, tested.hold_back) == ("annotate", 0)
 
 
 # ---- reading and reloading -------------------------------------------------------------------------------------------
@@ -163,6 +177,8 @@ def _written(path: Path, text: str) -> Path:
     [
         ("", "expected a mapping"),
         ("{", "is not YAML"),
+        ("deployment: 2024-13-45", "is not YAML"),
+        ("deployment: 0x_", "is not YAML"),
         ("deployment: standard", "Unknown policy 'standard'"),
         ("policies: {a: {}}", "deployment: Field required"),
         ("deployment: []\npolicies: {a: {}}", "deployment"),

@@ -86,13 +86,13 @@ def serve_command(options: ServeOptions) -> None:
 def reload(service: Service, options: ServeOptions) -> None:
     """Read policies and keys again; what is broken is logged and counted, and what held before stays."""
     try:
+        keys = Keys.load(options.keys) if options.keys is not None else None
         version = service.book.reload()
-        if options.keys is not None:
-            service.keys = Keys.load(options.keys)
     except SafesideError as error:
         service.metrics.policy_reloads.labels("refused").inc()
         _log.error("reload refused, what held before stays: %s", error)
         return
+    service.keys = keys
     service.metrics.policy_reloads.labels("loaded").inc()
     _log.warning("policies reloaded: version %s", version)
 

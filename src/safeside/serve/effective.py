@@ -14,14 +14,13 @@ from safeside.mixing import Fixed
 from safeside.mixing import Policy as StrengthPolicy
 from safeside.policies import ByCategory, Timed
 from safeside.serve.curves import loaded, strength_policy
-from safeside.serve.rules import SEVERITY, Action, FlagRule, OnError, Policy, Rule, Stage, SteerRule
+from safeside.serve.rules import DEFAULT_HOLD_BACK, DEFAULT_ON_ERROR, SEVERITY, Action, FlagRule, OnError, Policy, Rule, Stage, SteerRule
 from safeside.stopping import StopRule
 from safeside.types import Mode, Verdict
 from safeside.verdicts import verdict_of
 
 _STAGES: tuple[Stage, ...] = ("prompt", "answer")
 _READ_AS: dict[Mode, tuple[Stage, ...]] = {"prompt": ("prompt",), "windowed": _STAGES}
-_HELD_BACK = 8
 _ENDS = ("block", "replace")
 
 
@@ -73,12 +72,12 @@ class EffectivePolicy:
     @property
     def hold_back(self) -> int:
         """Tokens of a stream that are held back; 0 sends at once."""
-        return _HELD_BACK if self.policy.hold_back is None else self.policy.hold_back
+        return DEFAULT_HOLD_BACK if self.policy.hold_back is None else self.policy.hold_back
 
     @property
     def on_error(self) -> OnError:
         """What is done when a guard cannot score."""
-        return self.policy.on_error or "block"
+        return self.policy.on_error or DEFAULT_ON_ERROR
 
     @property
     def audit_text(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
-from safeside.errors import DeadlineError, LimitError, SafesideError, ServingError
+from safeside.errors import DeadlineError, LimitError, ServingError
 from safeside.serve.batch import Rows, joined, selected
 from safeside.serve.metrics import Metrics
 from safeside.serve.passes import Pass, Runner, Scores
@@ -141,7 +141,7 @@ class Engine:
             runner.detach()
             try:
                 self._runner = self._made(adapters)
-            except SafesideError:
+            except Exception:  # whatever it was, the base is not left without its guards
                 self._runner = Runner(self.base, runner.guards, runner.aligners)
                 raise
 
@@ -196,9 +196,10 @@ class Engine:
         task.do()
 
     def _drop_gone(self) -> None:
-        """Let go of rows that nobody listens to any more, or whose time is over."""
-        stays = [self._is_wanted(row.job) for row in self._running]
-        self._keep(stays)
+        """Let go of rows and waiting jobs that nobody listens to any more, or whose time is over."""
+        self._keep([self._is_wanted(row.job) for row in self._running])
+        with self._wake:
+            self._waiting = deque(job for job in self._waiting if self._is_wanted(job))
 
     def _is_wanted(self, job: Job) -> bool:
         if job.cancelled.is_set():
@@ -207,6 +208,16 @@ class Engine:
             job.listen(Failed(DeadlineError("The answer was not ready in time. Ask for fewer tokens, or later.")))
             return False
         return True
+
+    def _is_served(self, job: Job) -> bool:
+        """Whether the adapters that the job's policy was made for are still those in force; if not it is told."""
+        heads = {guard.name: guard.head for guard in self._runner.guards}
+        guards = job.policy.adapters
+        is_same = all(name in guards and heads.get(name) is guards[name].head for name in job.policy.guards)
+        if is_same and set(job.policy.aligners) <= {aligner.name for aligner in self._runner.aligners}:
+            return True
+        job.listen(Failed(ServingError("An adapter was exchanged while this request waited for it. Ask again.")))
+        return False
 
     def _keep(self, stays: Sequence[bool]) -> None:
         """Go on with the rows for which ``stays`` is true."""
@@ -232,7 +243,7 @@ class Engine:
                 if jobs and longest * (len(jobs) + 1) > self.limits.prefill_tokens:
                     break
                 job = self._waiting.popleft()
-                if self._is_wanted(job):
+                if self._is_served(job):
                     jobs.append(job)
             self.metrics.queue_depth.set(len(self._waiting))
         return jobs

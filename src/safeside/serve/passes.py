@@ -21,6 +21,7 @@ from safeside.attach import Attachment, attach
 from safeside.base.model import Base
 from safeside.base.taps import Tape
 from safeside.chat import pad_batch
+from safeside.errors import ServingError
 from safeside.gates import Seen, strength_of
 from safeside.mixing import Policy, mix
 from safeside.policies import guards_of
@@ -71,6 +72,11 @@ class Runner:
         if self.attachment is not None:
             self.attachment.detach()
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether its guards and aligners see what the base reads."""
+        return self.base.attachment is self.attachment
+
     def prefill(self, prompts: Sequence[Sequence[int]], settings: Sequence[Setting]) -> Pass:
         """Read whole prompts."""
         ids, keep = pad_batch(prompts, self.base.pad_id, side="left")
@@ -81,6 +87,8 @@ class Runner:
         return self._run(torch.tensor(tokens)[:, None], rows.grown(), settings)
 
     def _run(self, ids: Tensor, rows: Rows, settings: Sequence[Setting]) -> Pass:
+        if not self.is_attached:  # its record would be that of another pass
+            raise ServingError("The adapters are not attached, so nothing can be judged.")
         final = self.base.decoder(
             input_ids=ids.to(self.base.device),
             attention_mask=rows.keep,

@@ -18,7 +18,7 @@ from safeside.serve.binding import check_binding
 from safeside.serve.effective import EffectivePolicy
 from safeside.serve.keys import Caller
 from safeside.serve.merging import strictest
-from safeside.serve.rules import Name, Policy, PolicyMode
+from safeside.serve.rules import DEFAULT_HOLD_BACK, DEFAULT_ON_ERROR, Name, Policy, PolicyMode
 from safeside.serve.yaml_files import parse_record, read_file
 from safeside.types import MAX_STRENGTH
 
@@ -97,7 +97,17 @@ class _Edition:
     version: str
 
     def merged(self, names: Sequence[str], mode: PolicyMode | None = None) -> Policy:
-        return strictest([self.policies[name] for name in names], mode)
+        """The strictest of them; what the deployment leaves out has its default, which the others cannot loosen."""
+        policies = [self.policies[name] for name in names]
+        if set(self.file.deployment) <= set(names):
+            held = strictest([self.policies[name] for name in self.file.deployment])
+            policies.append(
+                Policy(
+                    on_error=DEFAULT_ON_ERROR if held.on_error is None else None,
+                    hold_back=DEFAULT_HOLD_BACK if held.hold_back is None else None,
+                )
+            )
+        return strictest(policies, mode)
 
     def names_for(self, tenant: str) -> tuple[str, ...]:
         return (*self.file.deployment, *self.file.tenants.get(tenant, ()))

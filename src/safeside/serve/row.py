@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from safeside.serve.stream import AnswerText, StreamGuard
 from safeside.types import Mode, Stop, Verdict
 
 Finish = Literal["stop", "length", "content_filter"]
+_ENDS = ("block", "replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class Row:
         verdicts = self._verdicts(scores, "prompt")
         decision = self.job.policy.decide_prompt(verdicts)
         self.job.listen(Judged(verdicts, decision))
-        if decision.action in ("block", "replace"):
+        if decision.action in _ENDS:
             self.job.listen(Ended("content_filter", 0, (), decision, 0.0))
             return False
         return True
@@ -144,13 +145,13 @@ class Row:
     def hear(self, scores: Scores) -> bool:
         """Take the scores of the token that was fed; whether the answer goes on."""
         self._risks.append(scores)
-        broken = {name: values for name in self._guards if any(map(math.isnan, values := scores[name]))}
+        broken = {name: values for name in self._guards if not all(map(math.isfinite, values := scores[name]))}
         self._failed.update(broken)
         stop = self._stream.add({name: 0.0 if name in broken else max(scores[name]) for name in self._guards})
         if broken or stop is not None:
             verdicts = self._verdicts({**scores, **self._failed}, "stream" if stop is not None else "answer")
-            decision = self.job.policy.decide_answer(verdicts)
-            if stop is not None or decision.action in ("block", "replace"):
+            decision = _ended_by(stop, self.job.policy.decide_answer(verdicts))
+            if decision.action in _ENDS:
                 self._end("content_filter", verdicts, decision)
                 return False
         if self._ending is None:
@@ -182,11 +183,13 @@ class Row:
         assert self._ending is not None
         verdicts = self._verdicts({**scores, **self._failed}, "answer")
         decision = self.job.policy.decide_answer(verdicts)
-        is_stopped = decision.action in ("block", "replace")
+        is_stopped = decision.action in _ENDS
         self._end("content_filter" if is_stopped else self._ending, verdicts, decision)
 
     def _end(self, finish: Finish, verdicts: tuple[Verdict, ...], decision: Decision) -> None:
-        n_clear = self._n_clear if finish == "content_filter" else len(self.tokens)
+        n_clear = len(self.tokens)
+        if finish == "content_filter":  # what a guard could not score is not clear
+            n_clear = self._n_told if self._failed else self._n_clear
         self._tell(n_clear, is_last=finish != "content_filter")
         self.job.listen(
             Ended(
@@ -223,3 +226,11 @@ class Row:
     def _verdicts(self, scores: Scores, mode: Mode) -> tuple[Verdict, ...]:
         policy = self.job.policy
         return tuple(verdict for name in self._guards for verdict in policy.verdicts(name, scores[name], mode))
+
+
+def _ended_by(stop: Stop | None, decision: Decision) -> Decision:
+    """The decision on an answer that a guard's stop rule ended, even where no single label is over its own line."""
+    if stop is None or decision.action in _ENDS:
+        return decision
+    reason = f"{stop.guard}: {stop.score:.3f} >= {stop.threshold:.3f}, where an answer is ended"
+    return replace(decision, action="block", intended="block", reason=reason, guard=stop.guard)

@@ -14,6 +14,9 @@ PolicyMode = Literal["enforce", "shadow"]
 """``shadow`` scores and tells what it would have done, and does nothing."""
 OnError = Literal["annotate", "steer", "block"]
 """What is done when a guard cannot score.  There is no ``allow``: it is never passed over."""
+DEFAULT_ON_ERROR: OnError = "block"
+DEFAULT_HOLD_BACK = 8
+"""Tokens."""
 Stage = Literal["prompt", "answer"]
 
 SEVERITY: dict[Action, int] = {"allow": 0, "annotate": 1, "steer": 2, "replace": 3, "block": 4}

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_COLDEST = 1e-30  # below it a difference of two logits over the temperature would be no float32
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -61,7 +63,7 @@ class Sampler:
         return Token(index, float(logprobs[index]), likeliest)
 
     def _drawn(self, logits: Float[Tensor, " V"]) -> int:
-        probabilities = (logits / self.sampling.temperature).softmax(-1)
+        probabilities = ((logits - logits.max()) / max(self.sampling.temperature, _COLDEST)).softmax(-1)
         if self.sampling.top_p < 1:
             ordered, order = probabilities.sort(descending=True)
             before = ordered.cumsum(-1) - ordered

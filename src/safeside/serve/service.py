@@ -251,7 +251,7 @@ class Service:
 
         def run(runner: Runner, part: Sequence[Sequence[Message]]) -> list[Scores]:
             own = [guard for guard in runner.guards if guard.name in guards]
-            if len(own) < len(guards) or runner.attachment is None:
+            if len(own) < len(guards) or runner.attachment is None or not runner.is_attached:
                 raise ServingError("A guard was unloaded while this text waited for it. Ask again.")
             return score_conversations(runner.base, own, part, batch_size=_SCORED_AT_ONCE, attachment=runner.attachment)
 

@@ -90,6 +90,8 @@ class ChatMessage(Record):
     content: Text | Annotated[list[Part], Field(min_length=1, max_length=256)]
     name: str | None = None
     """Accepted for clients that send it; the template has no place for it."""
+    refusal: None = None
+    """Null in the answers of this server, which clients send back as the next request's history."""
 
     def message(self) -> Message:
         """The turn as a Message; a picture is an UnsupportedError."""

@@ -55,7 +55,7 @@ def _parse(path: Path, content: bytes) -> object:
         raise ConfigError(f"{path} has {len(content):,} bytes; expected at most {_LARGEST:,}.")
     try:
         return yaml.load(content, _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates and numbers that are none, too
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
