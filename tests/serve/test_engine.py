@@ -290,7 +290,7 @@ def test_a_cancelled_answer_frees_its_memory(tiny_base: Base, guard: Adapter, al
 
 def test_an_answer_that_is_overdue_fails(tiny_base: Base) -> None:
     with engine_of(tiny_base, max_rows=1) as engine:
-        late = ask(engine, prompt(tiny_base, "?"), effective(), LONG, deadline=time.monotonic() + 0.05)
+        late = ask(engine, prompt(tiny_base, "?"), effective(), LONG, deadline=time.monotonic() + 0.005)
         never = ask(engine, prompt(tiny_base, "?"), effective(), LONG, deadline=time.monotonic())
         assert isinstance(late.wait().error, DeadlineError)
         assert isinstance(never.wait().error, DeadlineError)

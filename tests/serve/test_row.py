@@ -23,7 +23,10 @@ def guard(tiny_base: Base, random_guard: Callable[..., Adapter]) -> Adapter:
     """Flags a whole answer at 0.3 and a token of one at 0.9."""
     guard = random_guard(tiny_base)
     guard.set_calibration(Calibration(scale=(1.0,), bias=(0.0,), threshold=(0.3,)))
-    guard.set_mode("stream", ModeCalibration(n_harmless=320, presets={"strict": Promise(threshold=(0.9,), false_positive_rate=0.05)}))
+    guard.set_mode(
+        "stream",
+        ModeCalibration(n_harmless=320, presets={"strict": Promise(threshold=(0.9,), false_positive_rate=0.05)}),
+    )
     return guard
 
 

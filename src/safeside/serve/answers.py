@@ -46,6 +46,8 @@ class Answer:
         if ended is None:
             return None
         is_replaced = ended.decision.action == "replace"
+        if ended.finish == "content_filter" and ended.stop is None:  # flagged as a whole: no part of it is clear
+            texts, tokens, self.traces = [], [], []
         text = ended.decision.text if is_replaced else "".join(texts)
         logprobs = None if is_replaced else self._logprobs(tokens)
         rest = {"usage": self._usage(), "safety": self._safety(with_tokens=True), **self._moderation()}

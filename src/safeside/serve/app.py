@@ -85,4 +85,5 @@ async def readyz(service: Served) -> Response:
 async def metrics(service: Served) -> Response:
     """Prometheus' text format."""
     service.metrics.queue_depth.set(service.engine.n_waiting)
+    service.metrics.running.set(service.engine.n_running)
     return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

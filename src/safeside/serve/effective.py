@@ -14,7 +14,18 @@ from safeside.mixing import Fixed
 from safeside.mixing import Policy as StrengthPolicy
 from safeside.policies import ByCategory, Timed
 from safeside.serve.curves import loaded, strength_policy
-from safeside.serve.rules import DEFAULT_HOLD_BACK, DEFAULT_ON_ERROR, SEVERITY, Action, FlagRule, OnError, Policy, Rule, Stage, SteerRule
+from safeside.serve.rules import (
+    DEFAULT_HOLD_BACK,
+    DEFAULT_ON_ERROR,
+    SEVERITY,
+    Action,
+    FlagRule,
+    OnError,
+    Policy,
+    Rule,
+    Stage,
+    SteerRule,
+)
 from safeside.stopping import StopRule
 from safeside.types import Mode, Verdict
 from safeside.verdicts import verdict_of

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -64,6 +64,8 @@ class Answering:
     judged: Judged | None = None
     ended: Ended | None = None
 
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the adapters that judged its prompt, and so judge it to its end."""
     polled: float = 0.0
     """When it was last asked whether the client is still there."""
 
@@ -175,7 +177,7 @@ class Service:
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, Judged):
-                    answering.judged = event
+                    answering.judged, answering.adapters = event, self.fingerprints
                     await self._note(answering, event)
                 elif isinstance(event, Ended):
                     n_used = event.n_tokens
@@ -227,7 +229,7 @@ class Service:
                 policy=policy.name,
                 policy_version=policy.version,
                 action=decision.action,
-                adapters=self.fingerprints,
+                adapters=answering.adapters,
                 scores={f"{verdict.task}/{verdict.label}": verdict.score for verdict in event.verdicts},
                 strength=decision.strength if isinstance(event, Judged) else event.strength,
                 reason=decision.reason,
