@@ -169,7 +169,9 @@ class _Text:
 
     def suffix(self, ids: Sequence[int]) -> str:
         """The suffix that the ids spell, as they do behind the text before it: alone some would lose their space."""
-        before, whole = (str(self.base.tokenizer.decode(ids[:end])) for end in (self.places.start, self.places.stop))
+        before, whole = (
+            str(self.base.tokenizer.decode(list(ids[:end]))) for end in (self.places.start, self.places.stop)
+        )
         return whole[len(before) :]
 
     def spells(self, ids: tuple[int, ...]) -> bool:
