@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import decoders
 
 from safeside import Adapter, Base, Message, attach
 from safeside.adapters.config import Calibration
@@ -100,6 +103,22 @@ def test_what_is_found_works_on_the_text(tiny_base: Base, guards: list[Adapter])
 def n_hooks(base: Base) -> int:
     """Of the whole model: transformers leaves some of its own."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.model.modules())
+
+
+def with_decoder(base: Base, decoder: decoders.Decoder) -> Base:
+    """The base with a tokenizer that goes on with ``decoder`` behind its own."""
+    tokenizer = deepcopy(base.tokenizer)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([tokenizer.backend_tokenizer.decoder, decoder])
+    return replace(base, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_drops_the_first_space_of_a_text(tiny_base: Base, guards: list[Adapter]) -> None:
+    """As those of Llama 2 and Mistral do: the suffix is told as it stands behind the text."""
+    guards, base = opened(tiny_base, guards), with_decoder(tiny_base, decoders.Strip(" ", 1, 0))
+    assert base.tokenizer.decode(base.tokenizer(" !", add_special_tokens=False)["input_ids"]) == "!"
+    assert find_suffix(base, guards, QUESTION, QUICK) == find_suffix(tiny_base, guards, QUESTION, QUICK)
+    with pytest.raises(UnsupportedError, match="does not give back"):
+        find_suffix(with_decoder(tiny_base, decoders.Replace("!", "?")), guards, QUESTION, QUICK)
 
 
 def test_the_base_and_the_guards_are_as_before(tiny_base: Base, guards: list[Adapter]) -> None:

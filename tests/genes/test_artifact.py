@@ -118,6 +118,18 @@ def test_a_broken_description(tiny_base: Base, tmp_path: Path, changes: dict[str
         load_gene(tmp_path)
 
 
+@pytest.mark.parametrize("changes", [{"coefficients": [2.0, 1.0, 1.0]}, {"conflicts": []}, {"results": {"loss": 0.0}}])
+def test_an_edited_description(tiny_base: Base, tmp_path: Path, changes: dict[str, object]) -> None:
+    """Its coefficients are in the weights already: what somebody writes here would change nothing, and be believed."""
+    path = save_gene(random_gene(tiny_base, conflicts=("rival",)), tmp_path) / GENE_FILE
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values))  # another spelling is no change
+    load_gene(tmp_path)
+    path.write_text(json.dumps({**values, **changes}))
+    with pytest.raises(FormatError, match=f"{GENE_FILE} differ from the checksum"):
+        load_gene(tmp_path)
+
+
 def test_descriptions_that_are_none(tiny_base: Base, tmp_path: Path) -> None:
     path = save_gene(random_gene(tiny_base), tmp_path) / GENE_FILE
     for text in ("[]", "{}", "half of it {"):

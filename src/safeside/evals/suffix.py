@@ -157,14 +157,22 @@ class _Text:
                 f"Prompt and suffix have {len(self.ids)} tokens, but {base.name} holds {base.max_tokens}; an answer "
                 "needs room too. Shorten one of them."
             )
+        if not self.spells(self.ids):
+            raise UnsupportedError(
+                f"The tokenizer of {base.name} does not give back the text {start!r} that it has encoded, so no suffix "
+                "can be checked. Search with another base."
+            )
 
     def _encode(self, suffix: str) -> tuple[int, ...]:
         *before, last = self.messages
         return self.base.encode([*before, Message(last.role, last.content + suffix)]).ids
 
     def suffix(self, ids: Sequence[int]) -> str:
-        """The suffix that the ids spell."""
-        return str(self.base.tokenizer.decode([ids[place] for place in self.places]))
+        """The suffix that the ids spell, as they do behind the text before it: alone some would lose their space."""
+        before, whole = (
+            str(self.base.tokenizer.decode(list(ids[:end]))) for end in (self.places.start, self.places.stop)
+        )
+        return whole[len(before) :]
 
     def spells(self, ids: tuple[int, ...]) -> bool:
         """Whether the text of these ids is encoded as these ids."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Self
 
 import torch
@@ -166,5 +165,5 @@ def checked_weights(genes: Sequence[Gene], weights: Weights | None) -> dict[str,
 def check_weights(weights: Weights, where: str) -> None:
     """Raise an InputError unless every weight is a number between 0 and LIMIT."""
     for name, weight in weights.items():
-        if not (isinstance(weight, Real) and 0 <= weight <= LIMIT):  # NaN is not
+        if not (isinstance(weight, int | float) and 0 <= weight <= LIMIT):  # NaN is not
             raise InputError(f"A gene's weight lies between 0 and {LIMIT:g}; {where} give {name} {weight}.")

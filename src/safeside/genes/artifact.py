@@ -1,7 +1,8 @@
 """Genes as folders that plain PEFT loads: its two files, and beside them ``gene.json`` and where it comes from.
 
 Coefficients are folded into ``lora_B``, so PEFT alone gives the same model.  ``gene.json`` is written last and holds a
-checksum of the others: a folder that was half written, damaged or put together from two is refused.
+checksum of the others and of what it says: a folder that was half written, damaged, edited or put together from two
+is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def save_gene(gene: Gene, folder: str | Path, facts: Mapping[str, str] | None = 
         _peft_config(gene.config).save_pretrained(str(place))
         weights = _named(gene.updates)
         save_file(weights, place / WEIGHTS_FILE, {"format": "pt"})
-        config = changed(gene.config, {"checksum": _checksum(place / CONFIG_FILE, weights)})
+        checksum = _checksum(place / CONFIG_FILE, weights, gene.config.model_dump(mode="json"))
+        config = changed(gene.config, {"checksum": checksum})
         stamp = {**provenance(gene.config.recipe.seed), **(facts or {})}
         (place / PROVENANCE_FILE).write_text(json.dumps(stamp, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (place / GENE_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -62,15 +64,16 @@ def load_gene(folder: str | Path) -> Gene:
     try:
         weights = load_file(folder / WEIGHTS_FILE)
         peft = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        said = json.loads((folder / GENE_FILE).read_text(encoding="utf-8"))
     except (SafetensorError, ValueError, OSError) as error:
         raise FormatError(f"{folder} cannot be read as a gene: {error}. Get the folder again.") from error
     _check_weights(config, weights, folder)
-    if config.checksum != _checksum(folder / CONFIG_FILE, weights):
+    if config.checksum != _checksum(folder / CONFIG_FILE, weights, said):
         raise FormatError(
-            f"{folder}: weights or {CONFIG_FILE} differ from the checksum in {GENE_FILE}; expected the files that "
-            "save_gene wrote together. Get the folder again."
+            f"{folder}: weights, {CONFIG_FILE} or {GENE_FILE} differ from the checksum; expected the files that "
+            "save_gene wrote together. Get the folder again, or make the gene anew."
         )
-    if set(peft.get("target_modules") or ()) != {point.name for point in config.modules}:
+    if not isinstance(peft, dict) or set(peft.get("target_modules") or ()) != {point.name for point in config.modules}:
         raise FormatError(f"{folder}: {CONFIG_FILE} names other modules than {GENE_FILE}. Get the folder again.")
     return Gene(config, {point.name: LowRank(*_pair(weights, point.name)) for point in config.modules})
 
@@ -144,9 +147,12 @@ def _check_weights(config: GeneConfig, weights: Mapping[str, Tensor], folder: Pa
         )
 
 
-def _checksum(peft_config: Path, weights: Mapping[str, Tensor]) -> str:
-    """sha256 of PEFT's configuration as stored and of every tensor, whatever their order."""
+def _checksum(peft_config: Path, weights: Mapping[str, Tensor], said: Mapping[str, object]) -> str:
+    """sha256 of PEFT's configuration as stored, of what gene.json says, and of every tensor, whatever their order."""
     hasher = hashlib.sha256(peft_config.read_bytes())
+    hasher.update(
+        json.dumps({name: value for name, value in said.items() if name != "checksum"}, sort_keys=True).encode()
+    )
     for name, tensor in sorted(weights.items()):
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.numpy().tobytes())

@@ -76,7 +76,7 @@ class GeneConfig(_Frozen):
     results: dict[str, int | float | str] = {}
     """What was measured while it was made."""
     checksum: str = ""
-    """Of the weights and of PEFT's configuration."""
+    """Of the weights, of PEFT's configuration and of the other fields."""
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
