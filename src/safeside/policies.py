@@ -138,7 +138,10 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Strongest:
-    """Several policies at once: at each token the strongest counts, so that a text has to get past all of them."""
+    """Several policies at once: at each token the strongest counts, so that a text has to get past all of them.
+
+    A score that is not a number gets the ceiling of the part that asks its guard, and of no other.
+    """
 
     parts: tuple[Policy, ...]
     """Policies of any guards; a single number among them is a floor."""
