@@ -1,13 +1,13 @@
 # The server on CPUs. Build: docker build -t safeside .
+# For a CPU build of torch name an index that has one: --build-arg PIP_EXTRA_INDEX_URL=ADDRESS; pip reads it.
 # Run, with policies, keys and the audit log in one folder that belongs to user 10001:
 #   docker run --rm -p 8000:8000 -v "$PWD/deployment:/deployment" safeside
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY src ./src
+ARG PIP_EXTRA_INDEX_URL
 RUN python -m venv /opt/safeside \
-    && /opt/safeside/bin/pip install --no-cache-dir --constraint constraints.txt \
-        --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu \
     && /opt/safeside/bin/pip install --no-cache-dir --constraint constraints.txt ".[serve]" "psycopg[binary]"
 
 FROM python:3.12-slim-bookworm

@@ -254,7 +254,8 @@ class Engine:
             rows = [Row(job, self.base.tokenizer, self._stop_ids) for job in jobs]
             found = self._runner.prefill([job.ids for job in jobs], [row.setting for row in rows])
         except Exception as error:  # the edge of the server: no request may end the thread
-            self._fail(jobs, error) if len(jobs) == 1 else None
+            if len(jobs) == 1:
+                self._fail(jobs, error)
             return False
         stays = [self._advance(row, row.begin, found, index) for index, row in enumerate(rows)]
         kept = [index for index, stay in enumerate(stays) if stay]

@@ -209,17 +209,24 @@ def load_examples(
     path: str | Path, labels: tuple[str, ...], *, partial: bool = False
 ) -> tuple[list[Example], list[BadRow]]:
     """All usable rows of a file in order, and the bad ones with their line numbers; ``partial`` as in example_of."""
+    with open_rows(path) as handle:
+        return examples_of(parse_rows(handle), labels, partial=partial)
+
+
+def examples_of(
+    rows: Iterable[tuple[int, dict[str, object]] | BadRow], labels: tuple[str, ...], *, partial: bool = False
+) -> tuple[list[Example], list[BadRow]]:
+    """All usable rows in order, and the bad ones with their line numbers; ``partial`` as in example_of."""
     examples: list[Example] = []
     bad: list[BadRow] = []
-    with open_rows(path) as handle:
-        for row in parse_rows(handle):
-            if isinstance(row, BadRow):
-                bad.append(row)
-                continue
-            try:
-                examples.append(example_of(row[1], labels, row[0], partial=partial))
-            except InputError as error:
-                bad.append(BadRow(row[0], str(error)))
+    for row in rows:
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        try:
+            examples.append(example_of(row[1], labels, row[0], partial=partial))
+        except InputError as error:
+            bad.append(BadRow(row[0], str(error)))
     return examples, bad
 
 

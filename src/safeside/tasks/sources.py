@@ -16,7 +16,7 @@ from reprlib import repr as shortened
 from safeside.errors import ConfigError, InputError, MissingExtraError
 from safeside.registry import Registry
 from safeside.tasks.categories import Annotation, category_labels
-from safeside.tasks.rows import BadRow, example_of, open_rows, parse_rows
+from safeside.tasks.rows import BadRow, example_of, examples_of, open_rows, parse_rows
 from safeside.types import Example
 
 HUB = "hub:"
@@ -137,17 +137,7 @@ def load_place(
     place: str, root: Path, labels: tuple[str, ...], *, partial: bool = False
 ) -> tuple[list[Example], list[BadRow]]:
     """All usable rows of a place whose rows have one of our shapes, and the bad ones; ``partial`` as in example_of."""
-    examples: list[Example] = []
-    bad: list[BadRow] = []
-    for row in read_rows(place, root):
-        if isinstance(row, BadRow):
-            bad.append(row)
-            continue
-        try:
-            examples.append(example_of(row[1], labels, row[0], partial=partial))
-        except InputError as error:
-            bad.append(BadRow(row[0], str(error)))
-    return examples, bad
+    return examples_of(read_rows(place, root), labels, partial=partial)
 
 
 def read_rows(place: str, root: Path) -> Iterator[Row]:
