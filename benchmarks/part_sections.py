@@ -234,6 +234,35 @@ def port_sections(rows: Sequence[Row]) -> list[Section]:
     return [Section("Porting a guard to another base", text, pictures, heads, table)]
 
 
+def training_sections(rows: Sequence[Row]) -> list[Section]:
+    """What an optimiser step costs beside a LoRA and beside tuning every weight."""
+    metrics = {
+        "step_seconds": ("{:.2f}", 1.0),
+        "ratio_to_full": ("{:.4f}", 1.0),
+        "peak_bytes": ("{:.2f}", 1e-9),
+        "trainable_params": ("{:.2f}", 1e-6),
+    }
+    pictures, table = [], []
+    for metric in ("ratio_to_full", "peak_bytes"):
+        dots = [Dot(method, *pooled(some), BLUE) for (method,), some in grouped(rows, metric, "method").items()]
+        pictures.append((metric.replace("_", " "), dots_picture(dots, Axis(metric.replace("_", " ")))))
+    for geometry, method in grouped(rows, "step_seconds", "geometry", "method"):
+        cells = []
+        for metric, (form, factor) in metrics.items():
+            some = grouped(rows, metric, "geometry", "method")[geometry, method]
+            scaled = [
+                {**row, **{end: float(str(row[end])) * factor for end in ("value", "low", "high")}} for row in some
+            ]
+            cells.append(text_of(scaled, form))
+        table.append((method, geometry, *cells))
+    text = (
+        "One optimiser step on the same batch, in turns. lst_stored reads the base's states from disk, where one pass "
+        "has put them for every epoch and every guard; the others run the base each time."
+    )
+    heads = ("method", "geometry", "seconds", "over full", "peak memory (GB)", "trained parameters (millions)")
+    return [Section("The cost of training", text, pictures, heads, table)]
+
+
 SECTIONS: dict[str, Callable[[Sequence[Row]], list[Section]]] = {
     "stream": stream_sections,
     "presets": presets_sections,
@@ -241,4 +270,5 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Section]]] = {
     "intercept": intercept_sections,
     "patch": patch_sections,
     "port": port_sections,
+    "training": training_sections,
 }

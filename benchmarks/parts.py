@@ -13,7 +13,7 @@ from pathlib import Path
 from safeside.errors import InputError
 from tidy import result_of, write_json
 
-PARTS = ("methods", "stream", "presets", "needle", "intercept", "patch", "port")
+PARTS = ("methods", "stream", "presets", "needle", "intercept", "patch", "port", "training")
 FILE = "guards.json"
 
 

@@ -82,8 +82,14 @@ def other_parts() -> dict[str, list[dict[str, object]]]:
         for metric in ("before", "after", "elsewhere_change", "seconds")
     ]
     port = [row(metric, 0.9, source="a", target="b", method="map") for metric in ("kept_auroc", "auroc")]
+    training = [
+        row(metric, 0.5, geometry="tiny", method=method)
+        for method in ("lst", "full")
+        for metric in ("step_seconds", "ratio_to_full", "peak_bytes", "trainable_params")
+    ]
     return {
-        "stream": stream, "presets": presets, "needle": needle, "intercept": intercept, "patch": patch, "port": port
+        "stream": stream, "presets": presets, "needle": needle, "intercept": intercept, "patch": patch, "port": port,
+        "training": training,
     }  # fmt: skip
 
 
@@ -100,10 +106,11 @@ def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
         "Blocking a prompt early",
         "Learning a new family of jailbreaks",
         "Porting a guard to another base",
+        "The cost of training",
         "Where the figures come from",
     ]
     sections = text.split("<h2>")[1:]
-    assert [section.count("<svg") for section in sections] == [1, 4, 4, 1, 2, 2, 2, 1, 0]
+    assert [section.count("<svg") for section in sections] == [1, 4, 4, 1, 2, 2, 2, 1, 2, 0]
     assert "Not measured here" not in text
     assert "http" not in text
     assert path.stat().st_size < 2_000_000
