@@ -1,7 +1,7 @@
 """Answers of the alignment benchmark: prompts of every suite by every method, kept as records that a run goes on with.
 
-A gate that is latched at the prompt's end leaves an answer at strength 0 or at full strength, and an aligner writes
-nothing into the base.  So the answers of a step, or of an oracle, are picked from those of the two fixed strengths.
+A gate that is latched at the prompt's end leaves an answer at one strength, and an aligner writes nothing into the
+base.  So the answers of steps, or of an oracle, are picked from those of the fixed strengths.
 That this is what the gate itself would answer is tested, and checked again for the headline, which is generated.
 """
 
@@ -26,7 +26,8 @@ MAIN = ("strongreject", "benign", "xstest", "helpful")  # measured for every met
 FURTHER = ("jailbreakbench", "harmbench", "advbench", "prefilled", "attacks")  # for the base and the headline
 CHECKED = ("checked_harmful", "checked_harmless", "checked_helpful")  # what settings are chosen on
 
-Choose = Callable[[Prompt], bool]
+Dial = Callable[[Prompt], float]
+"""The strength of each prompt."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,26 @@ class Study:
         """Records at a fixed strength; 0 is the base, whatever was trained."""
         return self.of_base(suite) if strength == 0.0 else self.ask(trained.at(strength), suite, trained.seed)
 
-    def picked(self, trained: Trained, suite: str, strength: float, is_open: Choose) -> list[Record]:
-        """Records of a gate that puts the strength on where ``is_open``."""
-        pairs = zip(self.of_base(suite), self.at(trained, suite, strength), strict=True)
-        return [full if is_open(full.prompt) else none for none, full in pairs]
+    def picked(self, trained: Trained, suite: str, dial: Dial) -> list[Record]:
+        """Records of a gate that gives every prompt a strength of its own."""
+        return picked_from(lambda strength: self.at(trained, suite, strength), dial)
+
+
+def picked_from(at: Callable[[float], list[Record]], dial: Dial) -> list[Record]:
+    """From the records of one suite ``at`` fixed strengths, in one order, each prompt's at the strength it is given."""
+    strengths = [dial(record.prompt) for record in at(0.0)]
+    by_strength = {strength: at(strength) for strength in set(strengths)}
+    return [by_strength[strength][place] for place, strength in enumerate(strengths)]
+
+
+def constant(strength: float) -> Dial:
+    """The same for every prompt."""
+    return lambda prompt: strength
+
+
+def oracle(strength: float) -> Dial:
+    """For prompts that are labelled harmful, else 0."""
+    return lambda prompt: strength if prompt.is_harmful else 0.0
 
 
 def gate_scores(guard: Adapter, questions: Questions, names: Sequence[str]) -> dict[str, float | None]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from align_answers import MAIN, Choose, Study
+from align_answers import MAIN, Dial, Study, oracle
 from align_choice import TRIES, Choice
 from align_figures import rate_rows, utility_rows
 from align_training import KINDS, Changes, MissingError, Trained, trained
 from safeside.evals.records import Record
-from safeside.evals.suites import Prompt
 from tidy import Row
 
 STRENGTHS = (0.4, 1.0, 1.6, 2.0)  # beside 0, which is the base
@@ -100,27 +99,24 @@ def suite_rows(
 
 
 def gated_rows(bench: Bench, one: Trained, strength: float, suites: Sequence[str] = MAIN) -> list[Row]:
-    """Rows of the learned gate and of the oracle, picked from the fixed strength."""
+    """Rows of the learned gate under a ceiling and of the oracle, picked from fixed strengths."""
     found: list[Row] = []
-    ways: dict[str, Callable[[str], Choose]] = {"oracle": lambda suite: is_harmful}
+    ways: dict[str, Callable[[str], Dial]] = {"oracle": lambda suite: oracle(strength)}
     if bench.choice is not None:
-        ways["targeted_step"] = bench.choice.gate.opens
-    for policy, opens in ways.items():
+        gate = bench.choice.gate
+        ways["targeted_step"] = lambda suite: gate.dial(suite, strength)
+    for policy, dial in ways.items():
         found += suite_rows(
             bench,
             one.name,
             policy,
             strength,
-            lambda suite, opens=opens: bench.study.picked(one, suite, strength, opens(suite)),
+            lambda suite, dial=dial: bench.study.picked(one, suite, dial(suite)),
             seed=one.seed,
             suites=suites,
             share=one.share,
         )
     return found
-
-
-def is_harmful(prompt: Prompt) -> bool:
-    return prompt.is_harmful
 
 
 def strength_rows(bench: Bench, name: str, seed: int, strengths: Sequence[float]) -> list[Row]:

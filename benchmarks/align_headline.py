@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from align_answers import FURTHER, MAIN, Choose
-from align_bench import BASELINE, LORA_SCALES, Bench, gated_rows, is_harmful, suite_rows
+from align_answers import FURTHER, MAIN, Dial, constant, oracle
+from align_bench import BASELINE, LORA_SCALES, Bench, gated_rows, suite_rows
 from align_figures import Side, headline_rows, interval_of, side_of
 from align_training import MissingError, Trained
 from safeside.evals.methods import Aligned, Method, Oracle
 from safeside.evals.records import Record
-from safeside.mixing import step
 from tidy import Row, figure_row
 
 
-def _sides(bench: Bench, ones: Sequence[Trained], strength: float, opens: Callable[[str], Choose], over: str) -> Side:
+def _sides(bench: Bench, ones: Sequence[Trained], dial: Callable[[str], Dial], over: str) -> Side:
     def of(suite: str) -> list[list[Record]]:
-        return [bench.study.picked(one, suite, strength, opens(suite)) for one in ones]
+        return [bench.study.picked(one, suite, dial(suite)) for one in ones]
 
     return side_of(of("strongreject"), of(over), of("helpful"), bench.study.of_base("helpful"))
 
@@ -46,23 +45,23 @@ def headline(bench: Bench) -> list[Row]:
     except MissingError:
         theirs = []
 
-    def always(suite: str) -> Choose:
-        return lambda prompt: True
+    def always(strength: float) -> Callable[[str], Dial]:
+        return lambda suite: constant(strength)
 
     bench.notes["headline_seeds"] = {chosen.name: len(ours), BASELINE: len(theirs)}
-    ways: Mapping[str, Callable[[str], Choose]] = {
-        "targeted_step": chosen.gate.opens,
-        "oracle": lambda suite: is_harmful,
-        "fixed": always,
+    ways: Mapping[str, Callable[[str], Dial]] = {
+        "targeted_step": chosen.gate.dial,
+        "oracle": lambda suite: oracle(chosen.strength),
+        "fixed": always(chosen.strength),
     }
     found: list[Row] = []
-    for policy, opens in ways.items():
+    for policy, dial in ways.items():
         for over in ("benign", "xstest"):
-            base = _sides(bench, ours[:1], 0.0, always, over)
+            base = _sides(bench, ours[:1], always(0.0), over)
             scales = LORA_SCALES if theirs else ()
-            front = [_sides(bench, theirs, scale, always, over) for scale in scales]
+            front = [_sides(bench, theirs, always(scale), over) for scale in scales]
             front += [base] if front else []
-            side = _sides(bench, ours, chosen.strength, opens, over)
+            side = _sides(bench, ours, dial, over)
             labels = bench.labels(chosen.name, policy, chosen.strength, over, -1)
             if over == "xstest":
                 change = interval_of(
@@ -109,18 +108,18 @@ def further(bench: Bench) -> list[Row]:
 def generated(bench: Bench) -> list[Row]:
     """The headline once more, generated under the gate and under the oracle, and how many answers differ."""
     chosen, study, found = bench.chosen, bench.study, list[Row]()
-    one, guard = bench.one(chosen.name), chosen.gate.guard
+    one = bench.one(chosen.name)
     base = study.setup.base
     for suite in ("strongreject", "benign"):
         harmful = frozenset(p.turns[0] for p in study.questions.prompts(suite) if p.is_harmful)
-        gated = Aligned(base, one.adapter, step(guard, chosen.gate.threshold, high=chosen.strength), (guard,))
-        pairs: list[tuple[Method, str, Choose]] = [
-            (gated, "targeted_step", chosen.gate.opens(suite)),
-            (Oracle(base, one.adapter, chosen.strength, harmful), "oracle", is_harmful),
+        gated = Aligned(base, one.adapter, chosen.gate.policy, (chosen.gate.guard,))
+        pairs: list[tuple[Method, str, Dial]] = [
+            (gated, "targeted_step", chosen.gate.dial(suite)),
+            (Oracle(base, one.adapter, chosen.strength, harmful), "oracle", oracle(chosen.strength)),
         ]
-        for method, policy, opens in pairs:
+        for method, policy, dial in pairs:
             made = study.ask(method, suite)
-            expected = study.picked(one, suite, chosen.strength, opens)
+            expected = study.picked(one, suite, dial)
             n_other = sum(a.answers != b.answers for a, b in zip(made, expected, strict=True))
             labels = bench.labels(one.name, policy, chosen.strength, suite, 0)
             found.append(figure_row(labels, "answers_unlike_picked", n_other, n=len(made)))

@@ -27,7 +27,7 @@ from safeside.evals.judges import Judgement
 from safeside.evals.methods import Aligned, Method, WithSystemPrompt
 from safeside.evals.records import Record
 from safeside.evals.safe_decoding import SafeDecoding
-from safeside.mixing import ramp, step
+from safeside.mixing import ramp
 from safeside.types import Message
 from tidy import Row, figure_row
 
@@ -99,7 +99,7 @@ def _choice(bench: Bench) -> list[Row]:
         "method": chosen.name,
         "changes": dict(chosen.changes),
         "strength": chosen.strength,
-        "gate_threshold": round(chosen.gate.threshold, 4),
+        "gate_steps": [[round(threshold, 4), high] for threshold, high in chosen.gate.steps],
         "validation": chosen.validation,
     }
     bench.notes["tries"] = [
@@ -134,8 +134,8 @@ def _others(bench: Bench) -> list[Row]:
     gate = bench.chosen.gate
 
     def canned(suite: str) -> list[Record]:
-        opens = gate.opens(suite)
-        return [_blocked(record) if opens(record.prompt) else record for record in study.of_base(suite)]
+        dial = gate.dial(suite)
+        return [_blocked(record) if dial(record.prompt) == gate.top else record for record in study.of_base(suite)]
 
     return found + suite_rows(bench, "guard_canned", "fixed", 1.0, canned)
 
@@ -148,8 +148,10 @@ def _blocked(record: Record) -> Record:
 def _ramp(bench: Bench) -> list[Row]:
     chosen, found = bench.chosen, list[Row]()
     one, guard = bench.one(chosen.name), chosen.gate.guard
+    (end, _), *before = reversed(chosen.gate.steps)
+    start = before[0][0] if before else end / 2
     for strength in STRENGTHS:
-        policy = ramp(guard, chosen.gate.threshold / 2, chosen.gate.threshold, ceiling=strength)
+        policy = ramp(guard, start, end, ceiling=strength)
         method = Aligned(bench.study.setup.base, one.adapter, policy, (guard,))
         found += suite_rows(
             bench,
@@ -205,7 +207,7 @@ def _answers(bench: Bench) -> list[Row]:
     base, guard = study.setup.base, chosen.gate.guard
     methods: dict[str, Method] = {
         "base": one.at(0.0),
-        "targeted": Aligned(base, one.adapter, step(guard, chosen.gate.threshold, high=chosen.strength), (guard,)),
+        "targeted": Aligned(base, one.adapter, chosen.gate.policy, (guard,)),
         "untargeted": one.at(chosen.strength),
         BASELINE: other.at(1.0),
     }

@@ -117,11 +117,17 @@ def headline_section(page: Page) -> Section | None:
     chosen = page.chosen
     text = (
         f"{chosen.get('method')} at strength {chosen.get('strength')}, chosen on validation prompts and measured once "
-        f"on test prompts. The learned gate opens from a score of {chosen.get('gate_threshold')} on; the oracle knows "
-        "the labels, so what it loses is the aligner's and the rest is the guard's. Harm is a proxy of compliance "
+        f"on test prompts. The learned gate gives {_steps(chosen)}; the oracle knows the "
+        "labels, so what it loses is the aligner's and the rest is the guard's. Harm is a proxy of compliance "
         "here: the share of harmful prompts that is not refused in so many words."
     )
     return Section("The headline", text, pictures, ("strength set by", "figure", "value", "goal", ""), table)
+
+
+def _steps(chosen: dict[str, object]) -> str:
+    """The gate's steps in words."""
+    steps: list[list[float]] = chosen.get("gate_steps", [])  # type: ignore[assignment]
+    return ", ".join(f"a strength of {strength:g} from a score of {threshold:g} on" for threshold, strength in steps)
 
 
 def _is_met(row: Row, goals: dict[str, float]) -> bool:

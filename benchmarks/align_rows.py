@@ -32,7 +32,7 @@ LONGEST_REFUSAL = 100  # characters
 LONGEST_PROMPT = 200  # characters: about 60 tokens of the built-in base
 ANSWER_TOKENS = 32
 BATCH = 25
-FORMAT = 3  # of the files; raise it when they would be made otherwise
+FORMAT = 4  # of the files; raise it when they would be made otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +65,21 @@ PAIRS = {
         Source("guardreasoner_prompts5k/val.jsonl.gz", 40, 0),
     ),
 }
-# What the gate learns from: more of the same and further sets; none of them is one that the taught judge learns from.
+# What the gate learns from: more of the same and further sets, whole sets of prompts that no suite here asks among
+# them; none of them is one that the taught judge learns from.
 GATE = {
     "train": (
         Source("train.jsonl.gz", 300, 1, is_packaged=True),
         Source("train.jsonl.gz", 200, 0, is_packaged=True),
         Source("safety_sft/safety_tuned_llamas_train.jsonl.gz", 700, 1),
-        Source("guardreasoner_prompts5k/train.jsonl.gz", 500, 1),
-        Source("guardreasoner_prompts5k/train.jsonl.gz", 500, 0),
-        Source("aegis/v2_sample900_train.jsonl.gz", 200, 1),
-        Source("benign_prompts/alpaca_train.jsonl.gz", 1000, 0),
-        Source("instructions/dolly_partial_train.jsonl.gz", 200, 0),
+        Source("guardreasoner_prompts5k/train.jsonl.gz", 800, 1),
+        Source("guardreasoner_prompts5k/train.jsonl.gz", 800, 0),
+        Source("aegis/v2_sample900_train.jsonl.gz", 400, 1),
+        Source("harmful_prompts/harmfulqa_test.jsonl.gz", 900, 1),
+        Source("harmful_prompts/ailuminate_demo_test.jsonl.gz", 500, 1),
+        Source("benign_prompts/alpaca_train.jsonl.gz", 2500, 0),
+        Source("instructions/dolly_partial_train.jsonl.gz", 600, 0),
+        Source("instructions/lima_train.jsonl.gz", 400, 0),
     ),
     "validation": (
         Source("validation.jsonl.gz", 40, 1, is_packaged=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import random
@@ -26,9 +27,10 @@ from align_figures import Side, headline_rows, interval_of, trend_rows, utility_
 from align_rows import LONGEST_REFUSAL, Source, drawn, pairs_of, refusals_of
 from benchmarks.made_rows import sentence
 from overhead_variants import random_base
-from safeside import Base
+from safeside import Adapter, Base
 from safeside.errors import InputError
 from safeside.evals.judges import refusal_phrases
+from safeside.evals.suites import Prompt
 from tiny import tiny_config
 
 SUITE_FILES = {
@@ -101,7 +103,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "LORA_SCALES", (1.0,), raising=False)
     monkeypatch.setattr(align_jobs, "LORAS", ("lora_dpo", "lora_sft"))
     monkeypatch.setattr(align_jobs, "HEADLINE_STRENGTHS", (1.0, 2.0))
-    monkeypatch.setattr(align_choice, "CHECKED_STRENGTHS", (1.0,))
+    monkeypatch.setattr(align_choice, "CHECKED_STRENGTHS", (1.0, 2.0))
     monkeypatch.setattr(align_headline, "LORA_SCALES", (1.0,))
     monkeypatch.setattr(align_headline, "FURTHER", ("jailbreakbench",))
     monkeypatch.setattr(align_jobs, "FURTHER", ("jailbreakbench",))
@@ -207,6 +209,20 @@ def side(refused: float, utility: float, over: float = 0.0, n: int = 40, seeds: 
     gains = np.full((seeds, 10), np.log(utility) * 20)
     repeated = [np.tile(values.astype(float), (seeds, 1)) for values in (harm, harmless)]
     return Side(*repeated, gains, np.full(10, 20.0))
+
+
+def test_a_gates_dial_is_its_policy(random_guard: Callable[..., Adapter], tiny_base: Base) -> None:
+    scores = {"suite 0": 0.1, "suite 1": 0.3, "suite 2": 0.6, "suite 3": 0.9, "suite 4": None}
+    gate = align_choice.Gate(random_guard(tiny_base), scores, ((0.3, 0.4), (0.7, 1.6)))
+    prompts = [Prompt(str(index), ("text",), True) for index in range(5)]
+    found = [gate.dial("suite")(prompt) for prompt in prompts]
+    assert found == [0.0, 0.4, 0.4, 1.6, 1.6]  # what cannot be scored gets the most
+    given = torch.tensor([score if score is not None else torch.nan for score in scores.values()])
+    assert gate.policy.strength(given).tolist() == pytest.approx(found)
+    assert [gate.dial("suite", 1.0)(prompt) for prompt in prompts] == [0.0, 0.4, 0.4, 1.0, 1.0]
+    single = dataclasses.replace(gate, steps=gate.steps[1:])
+    assert single.policy.strength(given).tolist() == pytest.approx([0.0, 0.0, 0.0, 1.6, 1.6])
+    assert (gate.top, single.top) == (1.6, 1.6)
 
 
 def test_a_front_is_interpolated_and_never_gets_worse_with_more_harm() -> None:
