@@ -37,6 +37,7 @@ ADAPTERS = {
     "plr": {"kind": "plr"},
     "rtb": {"kind": "rtb", "bottleneck": 32},
     "lst": LST,
+    "lst_3_taps": {"kind": "lst", "size": 0.0755, "n_taps": 3},  # on both bases no dearer than lst on all layers
     "lst_pruned": {**LST, "start": "pruned"},
     "lst_taught": LST,
     "lst_distilled": {**LST, "start": "pruned"},

@@ -43,6 +43,7 @@ METHODS = {
     "lst_pruned": ("#4a7fc1", "--"),
     "lst_taught": ("#8fb8e8", "--"),
     "lst": ("#5b9bd5", "-"),
+    "lst_3_taps": ("#1b3a6b", "--"),
     "rtb": ("#17a398", "-"),
     "plr": ("#7fb800", "-"),
     "standalone_pruned_distilled": ("#7b241c", "--"),
