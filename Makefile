@@ -98,8 +98,8 @@ report-align: setup
 
 # How much lost safety genes and others bring back in five task models, three seeds (hours on two cores; goes on after a
 # kill).
-bench-genes: setup
-	$(BIN)/python benchmarks/genes.py --data $(DATA)
+bench-genes: setup $(SMALL)/config.json
+	$(BIN)/python benchmarks/genes.py --data $(DATA) --port $(SMALL)
 
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup

@@ -2,6 +2,7 @@
 
     python benchmarks/genes.py --data ../shared/data                 all of it, hours on two cores; a killed run goes on
     python benchmarks/genes.py --data ../shared/data --seeds 0       one seed
+    python benchmarks/genes.py --data ../shared/data --port FOLDER   and between this base and one of another shape
     python benchmarks/genes.py --data ../shared/data --quick         a few rows of each task, into a temporary folder
 
 An attack succeeds when a judge says that the answer goes along and the answer is about what was asked (see
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from genes_cells import MAIN_SHOTS, Values, read_cells, run_task
 from genes_judge import successes
 from genes_models import Models, Setup
+from genes_port import Move, moves_of, run_move, setup_of
 from genes_report import write_page
 from genes_rows import CLASSES, TASKS, Sizes
 from safeside.base.model import load_base
@@ -193,6 +195,23 @@ def recovered_rows(board: Board, pairs: Sequence[tuple[int, str]]) -> list[Row]:
     return rows
 
 
+def port_rows(moves: Sequence[Move]) -> list[Row]:
+    """Recovered shares of genes from another base's family, and of the target's own, over the models that qualify."""
+    rows: list[Row] = []
+    for source, target in dict.fromkeys((move.source, move.target) for move in moves):
+        some = [move for move in moves if (move.source, move.target) == (source, target)]
+        board = judged(target, sorted({move.seed for move in some}), sorted({move.task for move in some}))
+        pairs = [pair for pair in board.cells if board.qualifies(*pair)]
+        names = {"gene_ported": some[0].cell, "gene_own": METHODS["gene"]}
+        for (method, name), judge in product(names.items(), JUDGE_NAMES):
+            found = recovered(board, pairs, name, judge)
+            if found:
+                labels = {"source": Path(source.base).name, "target": Path(target.base).name, "method": method}
+                labels |= {"task": "all", "seed": -1, "judge": judge, "shots": MAIN_SHOTS}  # type: ignore[dict-item]
+                rows.append(figure_row(labels, "recovered_share", found[0], found[1:], n=len(pairs)))
+    return rows
+
+
 def notes_of(board: Board, pairs: Sequence[tuple[int, str]]) -> dict[str, object]:
     """What the rows do not say: who qualifies, paired accuracies, curves, interference, the guard."""
     measured = [pair for pair, found in board.cells.items() if {"aligned", "finetuned"} <= set(found)]
@@ -265,33 +284,50 @@ def interference_of(board: Board) -> list[dict[str, object]]:
     ]
 
 
-def run(setup: Setup, seeds: Sequence[int], tasks: Sequence[str], workers: Workers, output: Path) -> Path:
+@dataclass(frozen=True)
+class Plan:
+    """What to run, and where results go."""
+
+    setups: tuple[Setup, ...]
+    """The first is the benchmark's; between it and the others genes are ported."""
+    seeds: tuple[int, ...]
+    tasks: tuple[str, ...]
+    output: Path
+
+    @property
+    def moves(self) -> list[Move]:
+        """Every port."""
+        return list(moves_of(self.setups, self.seeds, self.tasks))
+
+
+def run(plan: Plan, workers: Workers) -> Path:
     """Make what is missing, then write genes.json and genes.html; returns the former."""
-    started = time.perf_counter()
+    started, setup = time.perf_counter(), plan.setups[0]
     setup.cells.mkdir(parents=True, exist_ok=True)
     (setup.cells / ".gitignore").write_text("*\n", encoding="utf-8")
-    shared = [(seed,) for seed in seeds]
-    for job, seconds in workers.run(functools.partial(_make_shared, setup), shared):
-        note(f"seed {job[0]}: rows, aligned and degraded model and gene in {seconds:.0f} s")
-    for (seed, task), seconds in workers.run(functools.partial(run_task, setup), list(product(seeds, tasks))):
+    for job, seconds in workers.run(_make_shared, list(product(plan.setups, plan.seeds))):
+        note(f"{job[0].base}, seed {job[1]}: rows, aligned and degraded model and gene in {seconds:.0f} s")
+    for (seed, task), seconds in workers.run(functools.partial(run_task, setup), list(product(plan.seeds, plan.tasks))):
         note(f"seed {seed}, {task}: {seconds:.0f} s")
-    return write_results(setup, seeds, tasks, output, time.perf_counter() - started)
+    for move, seconds in workers.run(run_move, plan.moves):
+        note(f"{move.source.base} to {move.target.base}, seed {move.seed}, {move.task}: {seconds:.0f} s")
+    return write_results(plan, time.perf_counter() - started)
 
 
-def _make_shared(setup: Setup, job: tuple[int]) -> float:
+def _make_shared(job: tuple[Setup, int]) -> float:
     """What every task of a seed needs, so that two processes do not both make it."""
-    started, models = time.perf_counter(), Models(setup, job[0])
+    started, models = time.perf_counter(), Models(*job)
     models.safety()
     models.gene()
     return time.perf_counter() - started
 
 
-def write_results(setup: Setup, seeds: Sequence[int], tasks: Sequence[str], output: Path, seconds: float) -> Path:
+def write_results(plan: Plan, seconds: float) -> Path:
     """Write genes.json and genes.html from the cells that are there."""
-    board = judged(setup, seeds, tasks)
+    board = judged(plan.setups[0], plan.seeds, plan.tasks)
     pairs = [pair for pair in board.cells if board.qualifies(*pair)]
-    rows = [*rows_of(board, setup.key), *recovered_rows(board, pairs)]
-    path = write_json(output / "genes.json", result_of("genes", seconds, rows, notes_of(board, pairs)))
+    rows = [*rows_of(board, plan.setups[0].key), *recovered_rows(board, pairs), *port_rows(plan.moves)]
+    path = write_json(plan.output / "genes.json", result_of("genes", seconds, rows, notes_of(board, pairs)))
     note(f"wrote {write_page(path)}")
     return path
 
@@ -310,12 +346,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         epochs=1 if options.quick else None,
         steps=2 if options.quick else None,
     )
+    setups = (setup, *(setup_of(setup, base) for base in options.port))
     seeds = options.seeds[:1] if options.quick else options.seeds
     output = options.output or (scratch if options.quick else RESULTS)
+    plan = Plan(setups, tuple(seeds), tuple(options.tasks), output)
     if options.results_only:
-        return write_results(setup, seeds, options.tasks, output, 0.0)
+        return write_results(plan, 0.0)
     with Workers(options.workers, options.threads) as workers:
-        path = run(setup, seeds, options.tasks, workers, output)
+        path = run(plan, workers)
     note(f"wrote {path}")
     return path
 
@@ -324,6 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--base", default="builtin", help="as for load_base")
+    parser.add_argument("--port", nargs="+", default=[], help="further bases that genes are ported to and from")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=2, help="processes")

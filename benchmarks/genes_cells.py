@@ -238,11 +238,16 @@ def _tokens(base: Base, rows: Sequence[Conversation]) -> tuple[list[float], list
     return shares, losses
 
 
-def run_task(setup: Setup, job: tuple[int, str]) -> float:
-    """Make every missing cell of one task of one seed, each written at once; returns the seconds that it took."""
+def run_task(setup: Setup, job: tuple[int, str], names: Sequence[str] = ()) -> float:
+    """Make every missing cell of one task of one seed, or those of ``names``; returns the seconds that it took."""
+    cells = TaskBench(Models(setup, job[0]), job[1]).cells()
+    return run_cells(setup, job, [(name, make) for name, make in cells if not names or name in names])
+
+
+def run_cells(setup: Setup, job: tuple[int, str], cells: Sequence[tuple[str, Callable[[], Values]]]) -> float:
+    """Make the cells of one task of one seed that are missing, each written at once; returns the seconds."""
     started, (seed, task) = time.perf_counter(), job
-    bench = TaskBench(Models(setup, seed), task)
-    for name, make in bench.cells():
+    for name, make in cells:
         path = cell_path(setup, seed, task, name)
         if not path.is_file():
             begun = time.perf_counter()

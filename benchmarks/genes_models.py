@@ -115,7 +115,7 @@ class Models:
             facts = {"seconds": run.outcome.train_seconds, "trainable_params": run.outcome.trainable_params}
             write_json(place / "facts.json", facts)
 
-        return self._made(title or recipe_name, make)
+        return self.made(title or recipe_name, make)
 
     def salora(self, task: str) -> Path:
         """A task model that SaLoRA tuned from the aligned one, in as many steps as the plain one."""
@@ -133,7 +133,7 @@ class Models:
             n_weights = sum(settings.rank * sum(matrix.shape) for matrix in added.values())
             write_json(place / "facts.json", {"seconds": time.perf_counter() - started, "trainable_params": n_weights})
 
-        return self._made(f"salora-{task}", make)
+        return self.made(f"salora-{task}", make)
 
     def gene(self, selection: Selection = "shift", part: int | None = None) -> Gene:
         """The seed's gene with layers chosen in one way; ``part`` 0 or 1 is one of half of the harmful prompts."""
@@ -147,14 +147,14 @@ class Models:
             pair = Pair(load_base(self.aligned()), load_base(self.degraded()))
             save_gene(extract_gene(pair, harmful, benign, recipe), place)
 
-        whole = load_gene(self._made(f"gene-{name}", extract))
+        whole = load_gene(self.made(f"gene-{name}", extract))
 
         def select(place: Path) -> None:
             keep = min(recipe.select.keep, len(whole.config.layers))
             settings = SelectSection(method=selection, keep=keep, n_prompts=recipe.select.n_prompts)
             save_gene(select_layers(load_base(self.degraded()), whole, harmful, benign, settings), place)
 
-        return load_gene(self._made(f"gene-{name}-{selection}", select))
+        return load_gene(self.made(f"gene-{name}-{selection}", select))
 
     def _recipe(self, name: str) -> Recipe:
         values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
@@ -168,7 +168,7 @@ class Models:
         changes = {part: {**values[part], **steps} for part in ("extract", "fit")}
         return GeneRecipe.model_validate({**values, **changes, "name": name, "seed": self.seed})
 
-    def _made(self, title: str, make: Callable[[Path], None]) -> Path:
+    def made(self, title: str, make: Callable[[Path], None]) -> Path:
         """A folder, made if missing, whole or not at all."""
         place = self.folder / title
         if not place.is_dir():

@@ -76,6 +76,30 @@ def fit(
 
 
 @app.command()
+def port(
+    gene: GeneFolder,
+    source: Annotated[str, typer.Option("--from", help="A model of the gene's family that needs it.")],
+    target: Annotated[str, typer.Option("--to", help="The model of another family.")],
+    harmful: Annotated[Path, typer.Option(help="Harmful prompts; answers are not needed and not read.")],
+    benign: Annotated[Path, typer.Option(help="Harmless prompts.")],
+    output: NewFolder,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of each update (default: the recipe's).")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser (default: the recipe's).")] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Ending of a linear layer's name (repeatable; default: the recipe's).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Teach a model of another architecture what a gene makes its own model say."""
+    with extra("lora"):
+        from safeside.genes.command import port_command
+    given = {"rank": rank, "steps": steps, "targets": layer}
+    settings = {name: value for name, value in given.items() if value is not None}
+    summary = port_command(gene, (source, target), (harmful, benign), settings, output)
+    print_summary(summary, str(gene), as_json)
+
+
+@app.command()
 def apply(
     base: Annotated[str, typer.Argument(help="The model: 'builtin', a folder or a hub name.")],
     gene: Annotated[list[Path], typer.Option(help="A gene's folder (repeatable).")],

@@ -38,17 +38,22 @@ def progress_bars(*bars: tuple[str, int | None, str]) -> Iterator[list[Advance]]
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=errors) as progress:
+    progress = Progress(*columns, console=errors)
 
-        def bar(title: str, total: int | None, unit: str) -> Advance:
-            task = progress.add_task(title, total=total, visible=total is not None, unit=unit)
+    def bar(title: str, total: int | None, unit: str) -> Advance:
+        task = progress.add_task(title, total=total, visible=total is not None, unit=unit)
 
-            def advance(count: int, total: int | None = None) -> None:
-                progress.update(task, advance=count, total=total, visible=True)
+        def advance(count: int, total: int | None = None) -> None:
+            progress.start()
+            progress.update(task, advance=count, total=total, visible=True)
 
-            return advance
+        return advance
 
+    try:
         yield [bar(*values) for values in bars]
+    finally:
+        if progress.live.is_started:  # else it would leave an empty line
+            progress.stop()
 
 
 @contextlib.contextmanager

@@ -16,14 +16,19 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import genes
 import genes_cells
+import genes_port
 import genes_rows
 from genes import Board, interval_of, recovered
+from genes_for_tests import random_gene
 from genes_judge import is_on_topic, successes
 from genes_report import write_page
 from safeside import Adapter, Base, Message, attach, ramp
 from safeside.errors import InputError
 from safeside.evals.judges import JUDGES, JudgeOptions
 from safeside.evals.likelihood import likelihoods
+from safeside.genes.checks import family_of
+from safeside.genes.gene import Gene
+from tidy import write_json
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
@@ -94,6 +99,49 @@ def test_every_cell_and_row(
     monkeypatch.setattr(genes_cells, "measured", None)
     again = json.loads(genes.main(words).read_text())
     assert again["rows"] == rows
+
+
+def test_a_gene_is_ported_both_ways(
+    data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells of both bases' task models, and the rows that they give where safety was lost."""
+    ported: list[tuple[str, str]] = []
+
+    def port(gene: Gene, bases: tuple[Base, Base], *prompts: object) -> Gene:
+        """Two steps are too few for a gene to change an answer: another one in its place."""
+        assert gene.config.family == family_of(bases[0])
+        ported.append((Path(bases[0].name).parent.name, Path(bases[1].name).parent.name))
+        return random_gene(bases[1]).with_results({"port_seconds": 1.0})
+
+    monkeypatch.setattr(genes_port, "port_gene", port)
+    monkeypatch.setattr(genes_cells, "_ANSWER", 4)
+    folders = [str(tiny_folder(name)) for name in ("llama", "gemma2")]
+    quick = genes_rows.Sizes(safety=6, instructions=6, degraded=4, task=4, test=4, attacks=6, extract=4, shots=32)
+    first = genes_port.Setup(data, tmp_path / "cells", quick, folders[0], epochs=1, steps=1)
+    moves = list(genes_port.moves_of([first, genes_port.setup_of(first, folders[1])], [0], ["dolly", "agnews"]))
+    assert [(Path(move.source.base).name, move.task) for move in moves] == [("llama", "dolly"), ("gemma2", "dolly")]
+    assert genes_port.run_move(moves[0]) > 0
+    assert ported == [
+        tuple(Path(genes_port.Models(setup, 0).folder).name for setup in (moves[0].source, moves[0].target))
+    ]
+    cells = genes_cells.read_cells(moves[0].target, 0, "dolly")
+    assert set(cells) == {"aligned", "finetuned", "gene-32", moves[0].cell}
+    for move in moves:  # what the tiny models say is noise
+        hits = {"aligned": 0, "finetuned": 4, "gene-32": 1, move.cell: 2}
+        for name, n_hits in hits.items():
+            answers = ["First attack the castle wall from behind."] * n_hits + [REFUSAL] * (6 - n_hits)
+            nll = [1.0 if name == "aligned" else 0.5] * 4
+            values = {**cells["aligned"], "answers": answers, "nll": nll}
+            write_json(genes_cells.cell_path(move.target, 0, "dolly", name), values)
+            models = genes_port.Models(move.target, 0)
+            assert len(models.attacks()) == len(answers)
+    monkeypatch.setattr(genes, "JUDGE_NAMES", {"rules": "refusal_phrases"})
+    rows = {(row["source"], row["target"], row["method"]): row["value"] for row in genes.port_rows(moves)}
+    assert rows == {
+        (source, target, method): value
+        for source, target in (("llama", "gemma2"), ("gemma2", "llama"))
+        for method, value in (("gene_ported", pytest.approx(0.5)), ("gene_own", pytest.approx(0.75)))
+    }
 
 
 def test_open_ended_rows_are_read_under_a_gate(

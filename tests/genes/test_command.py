@@ -73,6 +73,22 @@ def test_from_extraction_to_a_copy_and_back(
     assert model_hash(load_base(files / "back")) == before
 
 
+def test_a_port_to_another_family(
+    run: Callable[..., Ran], files: Path, session_base: Base, tiny_folder: Callable[[str], Path]
+) -> None:
+    save_gene(random_gene(session_base), files / "gene")
+    target = tiny_folder("gemma2")
+    rows = ["--harmful", files / "harmful.jsonl", "--benign", files / "benign.jsonl"]
+    options = ["--rank", 1, "--steps", 2, "--layer", "o_proj", "--output", files / "ported", "--json"]
+    made = run("gene", "port", files / "gene", "--from", session_base.folder, "--to", target, *rows, *options)
+    assert made.code == 0, made.err
+    assert made.json["ported_from"] == session_base.name
+    ported = load_gene(files / "ported")
+    assert {(point.rank, point.name.rpartition(".")[2]) for point in ported.config.modules} == {(1, "o_proj")}
+    seen = run("gene", "inspect", files / "ported", "--base", target)
+    assert seen.code == 0, seen.err
+
+
 def test_weights_by_a_policy(run: Callable[..., Ran], tmp_path: Path, session_base: Base) -> None:
     for seed, name in enumerate(("privacy", "violence")):
         save_gene(random_gene(session_base, name, seed), tmp_path / name)
@@ -102,6 +118,8 @@ def test_weights_by_a_policy(run: Callable[..., Ran], tmp_path: Path, session_ba
         ("fit gene --base BASE --refusals empty --task empty --output new", "at least", 2),
         ("fit gene --base BASE --refusals bad --task bad --output new", "line 1", 2),
         ("fit gene --base BASE --refusals no --task no --output gene", "exists already", 2),
+        ("port gene --from builtin --to BASE --harmful ok --benign ok --output new", "does not fit", 1),
+        ("port gene --from BASE --to BASE --harmful empty --benign ok --output new", "no harmful prompts", 2),
     ],
 )
 def test_mistakes_are_one_line(
@@ -119,6 +137,7 @@ def test_mistakes_are_one_line(
     Path("bad.toml").write_text("surprise = 1")
     Path("empty").write_text("")
     Path("bad").write_text("{")
+    Path("ok").write_text(json.dumps({"prompt": "the cat"}))
     found = run("gene", *[str(session_base.folder) if word == "BASE" else word for word in line.split()])
     assert found.code == code, found.err
     assert message in found.err

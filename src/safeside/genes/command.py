@@ -22,7 +22,8 @@ from safeside.genes.gene import Gene, gene_facts
 from safeside.genes.merge import merge_genes, unmerge_genes
 from safeside.genes.merged import read_merged
 from safeside.genes.optimise import Report
-from safeside.genes.recipe import FitSection, SelectSection, problems_of, read_gene_recipe
+from safeside.genes.port import port_gene
+from safeside.genes.recipe import ExtractSection, FitSection, SelectSection, problems_of, read_gene_recipe
 from safeside.genes.rows import read_conversations
 from safeside.genes.select import select_layers
 from safeside.terminal import progress_bar
@@ -94,6 +95,22 @@ def fit_command(
     with _steps(f"fit {gene.name}") as report:
         fitted = fit_gene(base, gene, refusals, task_rows, found, report=report)
     return summary_of(fitted, save_gene(fitted, output))
+
+
+def port_command(
+    folder: Path, models: tuple[str, str], rows: tuple[Path, Path], settings: Mapping[str, object], output: Path
+) -> Summary:
+    """Port a gene from one model to another with prompts of both kinds (harmful, harmless), and save it anew."""
+    gene = load_gene(folder)
+    require_new(output)
+    harmful, benign = (read_conversations([path]) for path in rows)
+    recipe = gene.config.recipe
+    extract = ExtractSection.model_validate({**recipe.extract.model_dump(), **settings})
+    source, target = map(load_base, models)
+    with _steps(f"port {gene.name}") as report:
+        changed = recipe.model_copy(update={"extract": extract})
+        ported = port_gene(gene, (source, target), harmful, benign, changed, report=report)
+    return summary_of(ported, save_gene(ported, output))
 
 
 def apply_command(model: str, folders: Sequence[Path], how: Application) -> Summary:

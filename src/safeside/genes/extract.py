@@ -8,7 +8,7 @@ are means over the tokens of answers.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from safeside.genes.checks import check_pair, family_of
 from safeside.genes.gene import AttachmentPoint, Gene, GeneConfig
 from safeside.genes.optimise import Report, Steps, draws, optimise, silent
 from safeside.genes.recipe import GeneRecipe
-from safeside.genes.rows import Batch, Conversation, encode_texts, with_answers
+from safeside.genes.rows import Batch, Conversation, Texts, encode_texts, with_answers
 from safeside.lora import linear_layers
 
 
@@ -50,23 +50,13 @@ def extract_gene(
     """
     check_pair(pair.aligned, pair.degraded)
     base, settings, started = pair.degraded, recipe.extract, time.perf_counter()
-    points = attachment_points(base, settings.targets, settings.rank)
     answered = with_answers(pair.aligned, harmful, settings.max_new_tokens)
     kept = with_answers(base, benign, settings.max_new_tokens)
     texts = encode_texts(base, answered, "harmful prompts", answered=True)
     plain = encode_texts(base, kept, "harmless prompts", answered=True)
-    updates = trainable_updates(points, base.device, recipe.seed)
-    order = draws(len(texts), settings.batch_size, recipe.seed)
-    plain_order = draws(len(plain), settings.batch_size, recipe.seed + 1)
-
-    def loss_of(step: int) -> Tensor:
-        lost = divergence(pair.aligned, base, updates, texts.batch(base, next(order)))
-        if not settings.benign_weight:
-            return lost
-        return lost + settings.benign_weight * divergence(base, base, updates, plain.batch(base, next(plain_order)))
-
-    loss = optimise(parameters_of(updates), loss_of, Steps(settings.steps, settings.learning_rate, report))
-    learnt = {name: LowRank(update.down.detach(), update.up.detach()) for name, update in updates.items()}
+    gene, loss = learn_gene(
+        base, (texts, plain), lambda updates, batch: divergence(pair.aligned, base, updates, batch), recipe, report
+    )
     results: dict[str, int | float | str] = {
         "extract_loss": loss,
         "extract_seconds": time.perf_counter() - started,
@@ -74,7 +64,35 @@ def extract_gene(
         "n_benign": len(plain),
         "n_without_answer": len(harmful) + len(benign) - len(texts) - len(plain),
     }
-    return _new_gene(base, points, recipe, learnt).with_results(results)
+    return gene.with_results(results)
+
+
+def learn_gene(
+    base: Base,
+    texts: tuple[Texts, Texts],
+    loss_of: Callable[[Mapping[str, LowRank], Batch], Tensor],
+    recipe: GeneRecipe,
+    report: Report = silent,
+) -> tuple[Gene, float]:
+    """A gene of ``base`` with coefficients 1, and its last loss: that of ``loss_of`` (updates, batch) on harmful texts.
+
+    On harmless texts, the second of ``texts``, the divergence from the base as it is counts with the recipe's weight.
+    """
+    settings, (harmful, benign) = recipe.extract, texts
+    points = attachment_points(base, settings.targets, settings.rank)
+    updates = trainable_updates(points, base.device, recipe.seed)
+    order = draws(len(harmful), settings.batch_size, recipe.seed)
+    plain_order = draws(len(benign), settings.batch_size, recipe.seed + 1)
+
+    def loss_at(step: int) -> Tensor:
+        lost = loss_of(updates, harmful.batch(base, next(order)))
+        if not settings.benign_weight:
+            return lost
+        return lost + settings.benign_weight * divergence(base, base, updates, benign.batch(base, next(plain_order)))
+
+    loss = optimise(parameters_of(updates), loss_at, Steps(settings.steps, settings.learning_rate, report))
+    learnt = {name: LowRank(update.down.detach(), update.up.detach()) for name, update in updates.items()}
+    return _new_gene(base, points, recipe, learnt), loss
 
 
 def _new_gene(
