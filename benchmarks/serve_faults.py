@@ -160,7 +160,7 @@ def _joined(content: bytes) -> Json | None:
 def _unload(process: Process, crowd: Crowd) -> int:
     """An aligner that is loaded, and unloaded while a stream that began with it is being written."""
     folder = str(process.folder / "adapters" / "calm")
-    for number in range(3):
+    for number in (turn % crowd.n_clients for turn in range(3)):
         loaded = process.post("/v1/adapters/load", {"name": "calm", "path": folder}, "admin")
         body = body_of(number, stream=True, max_tokens=4 * N_TOKENS)
         options = {"json": body, "headers": process.headers(tenant_of(number)), "timeout": 120}
