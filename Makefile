@@ -105,7 +105,7 @@ bench-overhead: setup
 	$(BIN)/python benchmarks/overhead.py
 
 # The server under load (a 0.5B geometry with random weights, and the built-in base), under faults, with 10,000 rows, and
-# for ten minutes (about an hour on two cores, nothing else beside it).
+# for ten minutes.  Nothing else should run beside it.
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py --soak 10
 

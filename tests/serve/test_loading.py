@@ -88,6 +88,7 @@ def test_genes_stay_as_they_are_while_the_server_runs(service: Service, options:
         ({"base": "gpt2"}, MismatchError, "does not fit"),
         (("allow_mismatch: weights", ""), ConfigError, "Say allow_mismatch: weights"),
         (("genes: {safe:", "genes: {kind:"), ConfigError, "is called 'safe', not 'kind'"),
+        (("genes: {safe:", "genes: {harm: x, safe:"), ConfigError, "harm is both an adapter and a gene"),
         (("genes: [safe]", "genes: [other]"), ConfigError, "needs gene 'other', which is not loaded; loaded are safe"),
     ],
 )

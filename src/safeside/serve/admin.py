@@ -25,7 +25,7 @@ class AdapterDesk:
 
     def listed(self) -> list[dict[str, object]]:
         """What is loaded; genes, which are in the base itself, stay to the end."""
-        genes = [
+        genes: list[dict[str, object]] = [
             {
                 "id": name,
                 "object": "adapter",
@@ -36,7 +36,7 @@ class AdapterDesk:
             }
             for name, fingerprint in self._service.genes.items()
         ]
-        return genes + [
+        adapters: list[dict[str, object]] = [
             {
                 "id": name,
                 "object": "adapter",
@@ -49,12 +49,13 @@ class AdapterDesk:
             }
             for name, adapter in self._service.engine.adapters.items()
         ]
+        return adapters + genes
 
     async def load(self, name: str, path: str, *, in_place: bool) -> None:
         """Load the adapter in a folder under the allowed roots; answers in progress end with those they began with."""
         async with self._lock:
             loaded = self._service.engine.adapters
-            if name in loaded and not in_place:
+            if (name in loaded and not in_place) or name in self._service.genes:
                 raise InputError(f"An adapter called {name!r} is loaded already. Unload it, or set load_inplace.")
             folder = allowed_folder(path, self._roots)
             allow = self._service.book.allow_mismatch

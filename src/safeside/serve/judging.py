@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -94,9 +95,7 @@ def _verdicts(policy: EffectivePolicy, guards: Mapping[str, Adapter], scores: Sc
 
 def _judged(record: AuditRecord, text: str, verdicts: Sequence[Verdict]) -> AuditRecord:
     """The record of one text: what is flagged is marked, and nothing else is done."""
-    flagged = [
-        f"{each.task}: {each.label} {each.score:.3f} >= {each.threshold:.3f}" for each in verdicts if each.flagged
-    ]
+    flagged = [_reason(verdict) for verdict in verdicts if verdict.flagged]
     return replace(
         record,
         action="annotate" if flagged else "allow",
@@ -104,3 +103,9 @@ def _judged(record: AuditRecord, text: str, verdicts: Sequence[Verdict]) -> Audi
         reason="; ".join(flagged),
         text=text,
     )
+
+
+def _reason(verdict: Verdict) -> str:
+    if not math.isfinite(verdict.score):
+        return f"{verdict.task} could not score {verdict.label}"
+    return f"{verdict.task}: {verdict.label} {verdict.score:.3f} >= {verdict.threshold:.3f}"

@@ -260,6 +260,8 @@ def _read(path: Path) -> _Edition:
 
 
 def _check_names(path: Path, edition: _Edition) -> None:
+    if twice := sorted(set(edition.file.adapters) & set(edition.file.genes)):
+        raise ConfigError(f"{path}: {', '.join(twice)} is both an adapter and a gene. Give each a name of its own.")
     for names in (edition.file.deployment, *edition.file.tenants.values()):
         for name in names:
             if name not in edition.policies:
