@@ -105,9 +105,10 @@ bench-genes: setup $(SMALL)/config.json
 bench-overhead: setup
 	$(BIN)/python benchmarks/overhead.py
 
-# The server under load and under faults: a 0.5B geometry with random weights, and the built-in base.
+# The server under load (a 0.5B geometry with random weights, and the built-in base), under faults, with 10,000 rows, and
+# for ten minutes.  Nothing else should run beside it.
 bench-serve: setup
-	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/serve.py --soak 10
 
 # Attacks on the gate of a targeted aligner, a white-box suffix search, and what the cures cost (about 5 core-minutes).
 bench-gate: setup

@@ -30,7 +30,7 @@ ROWS = {
     "hate": (1000, 600, 1000),
     "prompt_harm": (600, 400, 800),
     "response_harm": (600, 400, 800),
-    "grounding": (500, 400, 600),
+    "grounding": (400, 200, 400),
 }
 MOST_WINDOWS = 4  # a row that takes more is left out and counted: whole web pages would take most of the time
 HARMLESS = {

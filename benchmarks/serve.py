@@ -1,28 +1,30 @@
-"""The server under load: with guard and aligner, without, and with a second guard model; and under faults.
+"""The server under load: with guard and aligner, without, and with a second guard model; under faults; and for long.
 
-    python benchmarks/serve.py                          # 0.5B geometry with random weights, and the built-in base
-    python benchmarks/serve.py --geometries builtin --rounds 2 --requests 1    # a look
-    python benchmarks/serve.py --soak 10                # minutes of load; tells how much memory grew
+    python benchmarks/serve.py --soak 10    # 0.5B geometry with random weights, the built-in base, faults, rows, soak
+    python benchmarks/serve.py --quick      # proves that everything runs, and writes to a temporary folder
+    python benchmarks/serve.py --geometries --rows 0 --soak 0    # the faults alone
 
 Every round loads all variants once, in an order that rotates.  ``throughput_ratio`` is the median over rounds of a
-variant's tokens a second to the base's of the same round, with a bootstrap interval over rounds.  Server and clients
-share the machine.
+variant's tokens a second to the base's of the same round, with a bootstrap interval over rounds.  The time to the first
+token begins before the second model's look at the prompt, and the guarded server's includes what it holds back.  Server
+and clients share the machine.  Faults, rows and soak are those of ``safeside`` in processes of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from overhead import ratio_figure
 from safeside.provenance import config_hash
 from safeside.terminal import note
+from serve_batch import batch_rows, soak
 from serve_faults import fault_rows
 from serve_load import VARIANTS, Load, Served, Timing, all_served, run_load
 from tidy import RESULTS, Row, figure_row, result_of, write_json
@@ -30,6 +32,10 @@ from tidy import RESULTS, Row, figure_row, result_of, write_json
 GOAL = 0.95  # guarded throughput on the 0.5B geometry
 GEOMETRIES = ("Qwen2.5-0.5B", "builtin")
 CLIENTS = (1, 8, 32)
+QUICK = {
+    "geometries": ["builtin"], "clients": [2], "rounds": 1, "requests": 2, "tokens": 12,
+    "faults": 2, "rows": 300, "soak": 0.1,
+}  # fmt: skip
 
 
 def measure(servers: dict[str, Served], load: Load, rounds: int) -> dict[str, list[Timing]]:
@@ -65,49 +71,56 @@ def rows_of(labels: dict[str, object], found: dict[str, list[Timing]]) -> list[R
     return rows
 
 
-def soak(servers: dict[str, Served], minutes: float, load: Load) -> dict[str, object]:
-    """Resident memory under load, after the first tenth and at the end."""
-    process, end = psutil.Process(), time.monotonic() + 60 * minutes
-    warm = end - 54 * minutes
-    sizes: list[tuple[float, int]] = []
-    while time.monotonic() < end:
-        run_load(servers["guarded"], load)
-        sizes.append((time.monotonic(), process.memory_info().rss))
-    after = [size for moment, size in sizes if moment >= warm] or [sizes[-1][1]]
-    return {"minutes": minutes, "growth": after[-1] / after[0] - 1, "goal": 0.02, "bytes": after[-1]}
+def load_rows(geometry: str, options: argparse.Namespace) -> list[Row]:
+    """All figures of one geometry."""
+    rows = []
+    with all_served(geometry, options.device) as servers:
+        for clients in options.clients:
+            load = Load(clients, max(1, options.requests // clients), options.tokens)
+            labels = {"geometry": geometry, "clients": clients}
+            rows += rows_of(labels, measure(servers, load, options.rounds))
+    return rows
+
+
+def goals_of(rows: Sequence[Row]) -> list[Row]:
+    """Whether the guarded server keeps its share of the throughput: at the lower end of the interval."""
+    return [
+        {"clients": row["clients"], "goal": GOAL, "value": row["value"], "met": bool(row["low"] >= GOAL)}
+        for row in rows
+        if row["metric"] == "throughput_ratio" and row["variant"] == "guarded" and row["geometry"] != "builtin"
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Run and write serve.json; returns its path."""
     parser = argparse.ArgumentParser(description="The server under load and under faults.")
-    parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES))
+    parser.add_argument("--geometries", nargs="*", default=list(GEOMETRIES))
     parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
+    parser.add_argument("--requests", type=int, default=8, help="of a round, and at least one of each client")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
-    parser.add_argument("--faults", type=int, default=20, help="requests beside each fault; 0 leaves faults out")
-    parser.add_argument("--soak", type=float, default=0.0, help="minutes")
+    parser.add_argument("--faults", type=int, default=8, help="clients beside each fault; 0 leaves faults out")
+    parser.add_argument("--rows", type=int, default=10_000, help="through safeside guard; 0 leaves them out")
+    parser.add_argument("--soak", type=float, default=0.0, help="minutes; 0 leaves it out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="the smallest of everything, into a temporary folder")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.quick:
+        vars(options).update(QUICK, output=Path(tempfile.mkdtemp(prefix="serve_quick_")))
     torch.set_num_threads(options.threads)
     started, rows, notes = time.perf_counter(), [], {}
     for geometry in options.geometries:
-        with all_served(geometry, options.device) as servers:
-            for clients in options.clients:
-                load = Load(clients, options.requests, options.tokens)
-                labels = {"geometry": geometry, "clients": clients}
-                rows += rows_of(labels, measure(servers, load, options.rounds))
-            if options.soak:
-                notes[f"soak {geometry}"] = soak(servers, options.soak, Load(8, 1, options.tokens))
+        rows += load_rows(geometry, options)
     if options.faults:
         rows += fault_rows(options.faults)
-    notes["goals"] = [
-        {"clients": row["clients"], "goal": GOAL, "value": row["value"], "met": bool(row["low"] >= GOAL)}
-        for row in rows
-        if row["metric"] == "throughput_ratio" and row["variant"] == "guarded" and row["geometry"] != "builtin"
-    ]
+    if options.rows:
+        found, notes["guard"] = batch_rows(options.rows)
+        rows += found
+    if options.soak:
+        notes["soak"] = soak(options.soak)
+    notes["goals"] = goals_of(rows)
     result = result_of("serve", time.perf_counter() - started, rows, notes)
     return write_json(options.output / "serve.json", result)
 

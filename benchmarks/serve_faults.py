@@ -1,187 +1,229 @@
-"""Faults, one after the other, beside ordinary requests: is any of these lost, does anybody get what is not his?
+"""Faults, one after the other, beside ordinary requests of two tenants: is any lost, does anybody get what is not his?
 
-``injected`` counts faults; ``lost`` ordinary requests without their own whole answer or without its decisions in the
-audit log; ``leaked`` answers that hold another client's text or verdict.
+``injected`` counts faults.  ``lost`` counts ordinary requests without a whole answer, or whose decisions are not in the
+audit log.  Where the fault is right to refuse (a full disk, a server that stops), a clean refusal is not lost; where it
+kills, lost are decisions that a client was told of.  ``leaked`` counts answers with another client's text, verdict or
+audit record.
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import socket
-import sqlite3
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlparse
 
 import httpx
 
-from safeside.artifact import load_adapter, save_adapter
-from safeside.base.model import load_base
-from safeside.errors import AuditError, SafesideError
-from serve_load import GUARDED, Served, served
+from serve_process import LINES, N_TOKENS, POLICY, Crowd, Json, Outcome, Process, ask, body_of, process_of, tenant_of
 from tidy import Row, figure_row
 
-N_TOKENS = 16
-_HEADERS = {"Content-Type": "application/json"}
+_COMPLETE = ("prompt", "answer")
+_TIMES = 10
 
 
-def fault_rows(n_requests: int) -> list[Row]:
+def fault_rows(n_clients: int) -> list[Row]:
     """Rows ``fault, metric`` of every fault on the built-in base."""
-    base = load_base("builtin")
-    guard, aligner = load_adapter("builtin:harm", base), load_adapter("builtin:refuse", base)
     rows: list[Row] = []
-    with served(base, [guard, aligner], GUARDED, max_rows=8) as server:
-        save_adapter(aligner, server.folder / "refuse")
-        expected = {number: _ask(server, number) for number in range(n_requests)}
+    with process_of() as process:
+        expected = {number: _answer(ask(process, number)) for number in range(n_clients)}
         for name, inject in FAULTS.items():
-            found: dict[int, dict[str, object] | None] = {}
-            threads = [threading.Thread(target=_keep, args=(server, number, found)) for number in range(n_requests)]
-            for thread in threads:
-                thread.start()
-            injected = inject(server)
-            for thread in threads:
-                thread.join()
-            counts = {"injected": injected, "lost": 0, "leaked": 0}
-            for number, answer in found.items():
-                counts["lost"] += answer is None or not _is_audited(server, answer)
-                counts["leaked"] += answer is not None and _is_foreign(answer, number, expected)
-            if name == "audit_disk_full":  # refused is right here: what may not happen is an answer without a record
-                counts["lost"] = sum(
-                    answer is not None and not _is_audited(server, answer) for answer in found.values()
-                )
-            rows += [figure_row({"fault": name}, metric, count, n=n_requests) for metric, count in counts.items()]
+            process.restart()
+            before = set(process.decisions())
+            crowd = Crowd(process, n_clients)
+            with crowd.asking():
+                injected = inject(process, crowd)
+            process.restart()
+            decisions = {key: value for key, value in process.decisions().items() if key not in before}
+            counts = {
+                "injected": injected,
+                "lost": lost(name, crowd.outcomes, decisions),
+                "leaked": sum(is_foreign(outcome, expected, decisions) for outcome in crowd.outcomes),
+            }
+            rows += [
+                figure_row({"fault": name}, metric, count, n=len(crowd.outcomes)) for metric, count in counts.items()
+            ]
     return rows
 
 
-def _body(number: int, **more: object) -> dict[str, object]:
-    messages = [{"role": "user", "content": f"What is {number} and {number + 1}, and how are {number} eggs boiled?"}]
-    return {"model": "base", "messages": messages, "max_tokens": N_TOKENS, "temperature": 0, **more}
+def lost(fault: str, outcomes: list[Outcome], decisions: Mapping[str, list[tuple[str, str, str]]]) -> int:
+    """How many requests a fault cost."""
+    told = [outcome for outcome in outcomes if outcome.answer is not None]
+    n_missing = sum(not _is_audited(_answer(outcome), decisions) for outcome in told)
+    if fault == "sigkill":
+        return n_missing
+    if fault == "sigterm":  # of what was begun, nothing is left undone
+        return n_missing + len(set(decisions) - {_answer(outcome)["safety"]["trace_id"] for outcome in told})
+    refused = [outcome for outcome in outcomes if outcome.refusal]
+    if fault == "audit_disk_full":
+        refused = [outcome for outcome in refused if outcome.refusal != "audit_unavailable"]
+    return n_missing + len(refused) + sum(outcome.is_broken for outcome in outcomes)
 
 
-def _ask(server: Served, number: int) -> dict[str, object]:
-    while True:
-        found = httpx.post(f"{server.url}/v1/chat/completions", json=_body(number), timeout=120)
-        if found.status_code != 429:
-            found.raise_for_status()
-            answer: dict[str, object] = found.json()
-            return answer
-        time.sleep(0.1)
+def is_foreign(
+    outcome: Outcome, expected: Mapping[int, Json], decisions: Mapping[str, list[tuple[str, str, str]]]
+) -> bool:
+    """Whether an answer holds another client's text or verdict, or stands in the log as another tenant's."""
+    if outcome.answer is None:
+        return False
+    safety, own = outcome.answer["safety"], expected[outcome.number]
+    tenant = tenant_of(outcome.number)
+    verdicts, owns = (
+        [each for each in some["verdicts"] if each["stage"] == "prompt"] for some in (safety, own["safety"])
+    )
+    is_other_verdict = any(
+        abs(one["score"] - other["score"]) > 1e-4 or one["threshold"] != LINES[tenant]
+        for one, other in zip(verdicts, owns, strict=True)
+    )
+    others = {text_of(answer) for number, answer in expected.items() if number != outcome.number}
+    is_other_text = text_of(outcome.answer) != text_of(own) and text_of(outcome.answer) in others
+    is_other_tenant = any(name != tenant for name, *_ in decisions.get(safety["trace_id"], []))
+    return is_other_verdict or is_other_text or is_other_tenant or safety["policy"] != f"house+{tenant}"
 
 
-def _try(server: Served, number: int) -> dict[str, object] | None:
-    try:
-        return _ask(server, number)
-    except httpx.HTTPError:
-        return None
+def text_of(answer: Json) -> str:
+    """What the model wrote."""
+    return str(answer["choices"][0]["message"]["content"])
 
 
-def _keep(server: Served, number: int, found: dict[int, dict[str, object] | None]) -> None:
-    found[number] = _try(server, number)
+def _answer(outcome: Outcome) -> Json:
+    assert outcome.answer is not None, outcome.refusal
+    return outcome.answer
 
 
-def _scores(answer: dict[str, object]) -> list[float]:
-    return [verdict["score"] for verdict in answer["safety"]["verdicts"] if verdict["stage"] == "prompt"]  # type: ignore[index]
+def _is_audited(answer: Json, decisions: Mapping[str, list[tuple[str, str, str]]]) -> bool:
+    found = decisions.get(answer["safety"]["trace_id"], [])
+    return tuple(stage for _, stage, _ in found) == _COMPLETE
 
 
-def _is_foreign(answer: dict[str, object], number: int, expected: dict[int, dict[str, object]]) -> bool:
-    """Whether its verdict is nearer to another client's than rounding of its own can explain."""
-    own = _scores(expected[number])
-    return any(abs(one - other) > 1e-4 for one, other in zip(_scores(answer), own, strict=True))
-
-
-def _is_audited(server: Served, answer: dict[str, object]) -> bool:
-    with sqlite3.connect(server.folder / "audit.db") as database:
-        query = "SELECT count(*) FROM safeside_decisions WHERE trace_id = ?"
-        (count,) = database.execute(query, (answer["safety"]["trace_id"],)).fetchone()  # type: ignore[index]
-    return count == 2
-
-
-def _disconnects(server: Served) -> int:
+def _disconnects(process: Process, crowd: Crowd) -> int:
     """Streams that are left after their first bytes."""
-    for number in range(10):
-        body = _body(number, stream=True)
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
+    url = f"{process.url}/v1/chat/completions"
+    for number in range(_TIMES):
+        options = {"json": body_of(number, stream=True), "headers": process.headers(tenant_of(number)), "timeout": 120}
+        with httpx.stream("POST", url, **options) as response:
             next(response.iter_raw(), b"")
-    return 10
+    return _TIMES
 
 
-def _malformed(server: Served) -> int:
-    for body in (b"", b"{", b"[" * 10_000, b"\xff\xfe", b'{"model": 1}', b"null") * 3:
-        found = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=_HEADERS, timeout=120)
-        assert found.status_code == 400, found.status_code
-    return 18
+def _malformed(process: Process, crowd: Crowd) -> int:
+    bodies = (b"", b"{", b"[" * 10_000, b"\xff\xfe", b'{"model": 1}', b"null") * 3
+    for body in bodies:
+        _expect(process, body, 400)
+    return len(bodies)
 
 
-def _oversized(server: Served) -> int:
-    for _ in range(10):
-        found = httpx.post(f"{server.url}/v1/chat/completions", content=b"x" * (1 << 17), headers=_HEADERS, timeout=120)
-        assert found.status_code == 413, found.status_code
-    return 10
+def _oversized(process: Process, crowd: Crowd) -> int:
+    for _ in range(_TIMES):
+        _expect(process, b"x" * (1 << 17), 413)
+    return _TIMES
 
 
-def _slow_readers(server: Served) -> int:
-    """Streams that nobody reads for a while, and then somebody does."""
-    place = urlparse(server.url)
+def _expect(process: Process, body: bytes, status: int) -> None:
+    url = f"{process.url}/v1/chat/completions"
+    found = httpx.post(url, content=body, headers=process.headers("even"), timeout=120)
+    assert found.status_code == status, found.status_code
+
+
+def _slow_readers(process: Process, crowd: Crowd) -> int:
+    """Streams that nobody reads for a while, and then somebody does: each has its own text and verdicts."""
+    place = urlparse(process.url)
     connections = []
-    for number in range(10):
+    for number in range(crowd.n_clients):
         connection = socket.create_connection((place.hostname, place.port))
-        body = json.dumps(_body(number, stream=True)).encode()
-        lines = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", "Connection: close")
-        head = "\r\n".join([*lines, "Content-Type: application/json", "", ""])
-        connection.sendall(head.encode() + body)
+        body = json.dumps(body_of(number, stream=True)).encode()
+        fields = {**process.headers(tenant_of(number)), "Host": "x", "Content-Length": len(body), "Connection": "close"}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + body)
         connections.append(connection)
     time.sleep(1.0)
-    for connection in connections:
+    for number, connection in enumerate(connections):
         with connection, connection.makefile("rb") as reader:
-            assert b"[DONE]" in reader.read()
-    return 10
+            crowd.outcomes.append(Outcome(number, _joined(reader.read())))
+    return len(connections)
 
 
-def _unload(server: Served) -> int:
-    """An aligner that is exchanged while answers are written."""
-    for _ in range(3):
-        adapters = list(server.service.engine.adapters.values())
-        server.service.engine.change(adapters).result(timeout=120)
+def _joined(content: bytes) -> Json | None:
+    """The whole answer of a stream's bytes; None where it was cut short."""
+    if b"data: [DONE]" not in content:
+        return None
+    lines = [line for line in content.decode().splitlines() if line.startswith("data: {")]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    safety = next(chunk["safety"] for chunk in reversed(chunks) if "verdicts" in chunk.get("safety", {}))
+    return {"choices": [{"message": {"content": text}}], "safety": safety}
+
+
+def _unload(process: Process, crowd: Crowd) -> int:
+    """An aligner that is loaded, and unloaded while a stream that began with it is being written."""
+    folder = str(process.folder / "adapters" / "calm")
+    for number in (turn % crowd.n_clients for turn in range(3)):
+        loaded = process.post("/v1/adapters/load", {"name": "calm", "path": folder}, "admin")
+        body = body_of(number, stream=True, max_tokens=4 * N_TOKENS)
+        options = {"json": body, "headers": process.headers(tenant_of(number)), "timeout": 120}
+        with httpx.stream("POST", f"{process.url}/v1/chat/completions", **options) as response:
+            pieces = response.iter_raw()
+            begun = next(pieces, b"")
+            unloaded = process.post("/v1/adapters/unload", {"name": "calm"}, "admin")
+            answer = _joined(begun + b"".join(pieces))
+        crowd.outcomes.append(Outcome(number, answer))
+        assert (loaded.status_code, unloaded.status_code) == (200, 200), loaded.text + unloaded.text
     return 3
 
 
-def _broken_policy(server: Served) -> int:
-    before = server.service.book.version
-    for text in ("policies: [", "{}", "policies: {x: {floor: 9}}\ndeployment: [x]"):
-        (server.folder / "policy.yaml").write_text(text, encoding="utf-8")
-        try:
-            server.service.book.reload()
-        except SafesideError:
-            assert server.service.book.version == before
-        else:
-            raise AssertionError("a broken policy was taken")
-    (server.folder / "policy.yaml").write_text(GUARDED, encoding="utf-8")
-    return 3
+def _broken_policy(process: Process, crowd: Crowd) -> int:
+    """Files that are no policies, read again by SIGHUP: the old ones stay."""
+    before, texts = process.version(), ("policies: [", "{}", "policies: {x: {floor: 9}}\ndeployment: [x]")
+    for number, text in enumerate(texts, 1):
+        process.policy.write_text(text, encoding="utf-8")
+        process.running.send_signal(signal.SIGHUP)
+        crowd.wait(lambda: _n_refused_reloads(process) >= number)  # noqa: B023  # called at once
+        assert process.version() == before, "a broken policy was taken"
+    process.policy.write_text(POLICY, encoding="utf-8")
+    return _n_refused_reloads(process)
 
 
-def _disk_full(server: Served) -> int:
-    """The audit log refuses for a second."""
-    real = server.service.audit.append
-    n_refused = 0
-
-    def full(record: object) -> int:
-        nonlocal n_refused
-        n_refused += 1
-        raise AuditError("The disk is full.")
-
-    server.service.audit.append = full  # type: ignore[method-assign]
-    time.sleep(1.0)
-    server.service.audit.append = real  # type: ignore[method-assign]
-    return n_refused
+def _n_refused_reloads(process: Process) -> int:
+    return (process.folder / "log").read_text(encoding="utf-8").count("reload refused")
 
 
-FAULTS: dict[str, Callable[[Served], int]] = {
+def _disk_full(process: Process, crowd: Crowd) -> int:
+    """No file of the server may grow for a second; counts the requests that are refused for it."""
+    limits = resource.prlimit(process.running.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    try:
+        crowd.wait(lambda: _n_unaudited(crowd) >= crowd.n_clients)
+    finally:
+        resource.prlimit(process.running.pid, resource.RLIMIT_FSIZE, limits)
+    n_before = len(crowd.outcomes)
+    crowd.wait(lambda: any(outcome.answer is not None for outcome in crowd.outcomes[n_before:]))
+    return _n_unaudited(crowd)
+
+
+def _n_unaudited(crowd: Crowd) -> int:
+    return sum(outcome.refusal == "audit_unavailable" for outcome in crowd.outcomes)
+
+
+def _sigterm(process: Process, crowd: Crowd) -> int:
+    process.stop(signal.SIGTERM)
+    return 1
+
+
+def _sigkill(process: Process, crowd: Crowd) -> int:
+    process.stop(signal.SIGKILL)
+    return 1
+
+
+FAULTS: dict[str, Callable[[Process, Crowd], int]] = {
     "disconnect": _disconnects,
     "malformed_json": _malformed,
     "oversized_body": _oversized,
     "slow_reader": _slow_readers,
-    "adapter_exchange": _unload,
+    "adapter_unloaded": _unload,
     "broken_policy": _broken_policy,
     "audit_disk_full": _disk_full,
+    "sigterm": _sigterm,
+    "sigkill": _sigkill,
 }

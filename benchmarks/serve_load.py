@@ -21,9 +21,9 @@ from overhead_variants import SIZE, SecondPass, open_base, twin_of
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import sized_config
 from safeside.base.model import Base, load_base
-from safeside.serve.app import AppOptions, create_app
+from safeside.serve.app import create_app
 from safeside.serve.audit import AuditLog
-from safeside.serve.engine import Engine, EngineLimits
+from safeside.serve.engine import Engine
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
 from safeside.types import Message
@@ -48,7 +48,6 @@ class Served:
 
     url: str
     service: Service
-    folder: Path
     judge: SecondPass | None = None
     """The second model, called before and after an answer."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -83,7 +82,7 @@ def adapters_of(base: Base) -> list[Adapter]:
 
 
 @contextlib.contextmanager
-def served(base: Base, adapters: Sequence[Adapter], policy: str, max_rows: int = 32) -> Iterator[Served]:
+def served(base: Base, adapters: Sequence[Adapter], policy: str) -> Iterator[Served]:
     """A server of ``base`` on a free port."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -91,19 +90,17 @@ def served(base: Base, adapters: Sequence[Adapter], policy: str, max_rows: int =
         book = PolicyBook.load(folder / "policy.yaml")
         guards = {adapter.name: adapter for adapter in adapters if adapter.config.role == "guard"}
         book.bind(guards, [adapter.name for adapter in adapters if adapter.config.role == "align"])
-        engine = Engine(base, adapters, limits=EngineLimits(max_rows=max_rows))
+        engine = Engine(base, adapters)
         audit = AuditLog(f"sqlite:///{folder}/audit.db")
-        service = Service(
-            engine, book, audit, model="base", limits=ServiceLimits(max_body_bytes=1 << 16, deadline_s=3600)
-        )
-        server = uvicorn.Server(uvicorn.Config(create_app(service, AppOptions((folder,))), log_level="critical"))
+        service = Service(engine, book, audit, model="base", limits=ServiceLimits(deadline_s=3600))
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="critical"))
         with socket.create_server(("127.0.0.1", 0)) as listening:
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
             thread.start()
             while not server.started:
                 time.sleep(0.01)
             try:
-                yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service, folder)
+                yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service)
             finally:
                 server.should_exit = True
                 thread.join()

@@ -238,6 +238,61 @@ def gate_table(path: Path) -> str:
     return head + _table(["attack", *cures], lines)
 
 
+def serve_table(path: Path) -> str:
+    """Throughput and waiting by geometry, clients and variant; what faults cost; and whether memory is flat."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows, notes = result["rows"], result["notes"]
+    lines = []
+    load = [row for row in rows if "variant" in row]
+    for place in dict.fromkeys((row["geometry"], row["clients"], row["variant"]) for row in load):
+        mine = {row["metric"]: row for row in load if (row["geometry"], row["clients"], row["variant"]) == place}
+        waits = [
+            f"{_times(mine, f'{wait}_p50', scale)} ({_times(mine, f'{wait}_p99', scale)})"
+            for wait, scale in (("ttft", 1.0), ("itl", 1000.0))
+        ]
+        name = f"{place[0]}, {place[1]} clients, {place[2]}"
+        lines.append([name, _times(mine, "tokens_per_s", 1.0), _ratio_cell(mine["throughput_ratio"]), *waits])
+    met = [bool(goal["met"]) for goal in notes["goals"]]
+    head = (
+        "Median over interleaved rounds (95% bootstrap interval of the ratio); the goal, at least 0.95 of the base's "
+        f"throughput for `guarded` on the 0.5B geometry, is met at the interval's lower end: {sum(met)} of {len(met)} "
+        f"are. Waits are p50 (p99). Commit `{result['commit']}`, {result['machine']}.\n\n"
+    )
+    columns = ("server", "tokens a second", "over the base", "first token, s", "between tokens, ms")
+    return head + "\n\n".join([_table(columns, lines), *_fault_parts(rows), *_long_parts(notes)])
+
+
+def _times(rows: dict[object, Row], metric: str, scale: float) -> str:
+    return f"{float(rows[metric]['value']) * scale:.3g}" if metric in rows else ""
+
+
+def _fault_parts(rows: Sequence[Row]) -> list[str]:
+    counts = {(row["fault"], row["metric"]): row for row in rows if "fault" in row}
+    metrics = ("injected", "lost", "leaked")
+    lines = [
+        [str(fault), *(f"{counts[fault, metric]['value']:.0f}" for metric in metrics), str(counts[fault, "lost"]["n"])]
+        for fault in dict.fromkeys(fault for fault, _ in counts)
+    ]
+    return [_table(("fault", *metrics, "requests beside it"), lines)] if lines else []
+
+
+def _long_parts(notes: dict[str, Row]) -> list[str]:
+    parts = []
+    if guard := notes.get("guard"):
+        parts.append(
+            f"`safeside guard` read {guard['rows']:,} rows at {guard['rows_per_s']:.0f} a second, a kill included."
+        )
+    if soak := notes.get("soak"):
+        word = "met" if soak["met"] else "missed"
+        parts.append(
+            f"In {soak['minutes']:g} minutes with {soak['clients']} clients and {soak['answers']:,} answers the memory "
+            f"of the server grew by {float(soak['growth']):+.2%} (goal within 2%: {word})."
+        )
+    return parts
+
+
 def _gate_cell(rows: Sequence[Row]) -> str:
     harmful, shut = ([row for row in rows if row["metric"] == metric] for metric in ("harmful_rate", "gate_shut"))
     if not harmful:
@@ -271,6 +326,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "align": align_table,
     "decode": decode_table,
     "gate": gate_table,
+    "serve": serve_table,
 }
 
 

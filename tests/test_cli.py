@@ -23,8 +23,9 @@ from safeside.types import Preset
 
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
 COMMANDS = (
-    "demo", "train", "eval", "guard", "calibrate", "chat", "gene extract", "gene select", "gene fit", "gene apply",
-    "gene unapply", "gene inspect", "info", "key", "patch", "policy check", "policy simulate", "port", "push", "serve",
+    "demo", "train", "eval", "guard", "calibrate", "chat", "gene extract", "gene select", "gene fit", "gene port",
+    "gene apply", "gene unapply", "gene inspect", "info", "key", "patch", "policy check", "policy simulate",
+    "port", "push", "serve",
 )  # fmt: skip
 SHAPES = {
     "prompt": lambda text: {"prompt": text},

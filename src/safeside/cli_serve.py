@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +29,9 @@ def serve(
     model_name: Annotated[str | None, typer.Option(help="What clients call the model (default: the base).")] = None,
     device: Annotated[str, typer.Option(help="Where the base runs, such as cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Of the weights, such as bfloat16.")] = None,
-    adapter_root: Annotated[list[Path] | None, typer.Option(help="Adapters may be loaded from here.")] = None,
+    adapter_root: Annotated[
+        list[Path] | None, typer.Option(help="Genes, and adapters later, may be loaded from here.")
+    ] = None,
     origin: Annotated[list[str] | None, typer.Option(help="Web origin that may call from a browser.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; one more gets 429.")] = 64,
@@ -47,7 +50,7 @@ def serve(
     run = {"model": model_name, "device": device, "dtype": dtype, "adapter_roots": tuple(adapter_root or ())}
     engine = EngineLimits(max_rows=max_rows, max_waiting=max_waiting, guard_timeout_s=guard_timeout)
     service = ServiceLimits(default_max_tokens=max_tokens, deadline_s=deadline, max_body_bytes=max_body)
-    files = {"policy": policy, "keys": keys, "audit": audit}
+    files = {"policy": policy, "keys": keys, "audit": audit, "add_genes": _add_genes}
     serve_command(ServeOptions(base, **files, **at, **run, engine=engine, service=service))  # type: ignore[arg-type]
 
 
@@ -56,7 +59,7 @@ def policy_check(file: PolicyFile, base: BaseName = None, as_json: Json = False)
     """Say what a file of policies holds, or what is wrong with it. With --base its adapters are checked as well."""
     with extra("serve"):
         from safeside.serve.simulate import check_command
-    print_rows(check_command(file, base), str(file), as_json)
+    print_rows(check_command(file, base, _add_genes), str(file), as_json)
 
 
 @policy_app.command("simulate")
@@ -70,9 +73,9 @@ def policy_simulate(
 ) -> None:
     """Say what a policy would have done with each row, and why. Rows that cannot be scored are counted, and exit 1."""
     with extra("serve"):
-        from safeside.serve.simulate import Asked, simulate_command, summary_of
+        from safeside.serve.simulate import Asked, Served, simulate_command, summary_of
     lines, n_bad = [], 0
-    for line, is_good in simulate_command(file, data, Asked(policy), tenant, base):
+    for line, is_good in simulate_command(file, data, Asked(policy), Served(base, tenant, _add_genes)):
         lines.append(line)
         n_bad += not is_good
         if not as_json:
@@ -113,3 +116,12 @@ def key(
         print_json({"name": name, "tenant": tenant, "key": made})
     else:
         print(made)  # alone on its line, so that no table cuts it
+
+
+def _add_genes(base: Any, folders: Mapping[str, Path]) -> dict[str, str]:
+    """Make a policy file's genes live in a base; gives a fingerprint for each."""
+    if not folders:
+        return {}
+    with extra("lora"):
+        from safeside.genes.command import add_genes
+    return add_genes(base, folders)

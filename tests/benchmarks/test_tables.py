@@ -106,6 +106,26 @@ def test_overhead_table_tells_ratios_goals_and_shares(results: Path) -> None:
     assert "0 of 1 are" in table
 
 
+def test_serve_table_tells_load_faults_and_the_soak(results: Path) -> None:
+    place = {"geometry": "Small", "clients": 8, "variant": "guarded"}
+    values = {"tokens_per_s": 41.23, "ttft_p50": 0.5, "ttft_p99": 1.5, "itl_p50": 0.0201, "throughput_ratio": 0.96}
+    rows = [figure(metric, value, **place) for metric, value in values.items()]
+    rows += [figure(metric, value, fault="sigkill") for metric, value in (("injected", 1), ("lost", 0), ("leaked", 0))]
+    notes = {
+        "goals": [{"clients": 8, "met": True}],
+        "guard": {"rows": 10_000, "rows_per_s": 123.4},
+        "soak": {"minutes": 10, "clients": 8, "answers": 5000, "growth": 0.004, "met": True},
+    }
+    path = results / "serve.json"
+    path.write_text(json.dumps({"commit": "abc", "machine": "a CPU", "rows": rows, "notes": notes}))
+    table = tables.serve_table(path)
+    assert "| Small, 8 clients, guarded | 41.2 | 0.960 (0.860 to 1.060) | 0.5 (1.5) | 20.1 () |" in table
+    assert "1 of 1 are" in table
+    assert "| sigkill | 1 | 0 | 0 | 90 |" in table
+    assert "10,000 rows at 123 a second" in table
+    assert "memory of the server grew by +0.40% (goal within 2%: met)" in table
+
+
 def test_a_missing_result_file_is_said(tmp_path: Path) -> None:
     benches = {name: "align" if name == "decode" else name for name in tables.TABLES}
     for name, table in tables.TABLES.items():

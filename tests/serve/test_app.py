@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -288,6 +289,43 @@ def test_moderations_are_the_scores_of_safeside_guard(running: Running, client: 
     assert not any(name in result.categories.model_extra for result in found.results for name in OPENAI_CATEGORIES)
 
 
+def test_every_moderation_is_audited(running: Running, client: OpenAI) -> None:
+    for threshold, action in (("1.0", "allow"), ("0.0", "annotate")):
+        running.policy.write_text(POLICY.replace("guard: harm, threshold: 0.9", f"guard: harm, threshold: {threshold}"))
+        running.service.book.reload()
+        found = client.moderations.create(input=["the cat", BAD], model="harm")
+        assert audited(running, found.id.removeprefix("modr-")) == [("moderation", action)] * 2
+        assert [result.flagged for result in found.results] == [action == "annotate"] * 2
+    running.policy.write_text(POLICY)
+    running.service.book.reload()
+
+
+JUDGED = [
+    ("/v1/moderations", {"input": "x"}),
+    ("/v1/policies/dry-run", {"messages": [{"role": "user", "content": "x"}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), JUDGED)
+def test_judging_waits_in_the_engines_queue(
+    running: Running, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, object]
+) -> None:
+    service, free = running.service, threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(service.engine, "limits", EngineLimits(max_waiting=0))
+        full = running.post(path, body)
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert int(full.headers["Retry-After"]) >= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "limits", replace(service.limits, deadline_s=0.05))
+        service.engine.call(lambda runner: free.wait(2))
+        late = running.post(path, body)
+        free.set()
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    assert running.post(path, body).status_code == 200
+    assert service.engine.n_waiting == 0
+
+
 def test_a_dry_run_decides_without_an_answer(running: Running) -> None:
     asked = {"messages": [{"role": "user", "content": "x"}], "safety": {"policy": "strict"}}
     found = running.post("/v1/policies/dry-run", asked).json()
@@ -435,15 +473,42 @@ def test_a_client_that_leaves_frees_its_row(running: Running) -> None:
             assert running.service.engine.n_cached_tokens == 0
 
 
+def test_an_answer_whose_client_left_is_audited(running: Running) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 240, "stream": True}
+    headers = {"Authorization": f"Bearer {running.keys['user']}"}
+    url = f"{running.url}/v1/chat/completions"
+    with (
+        scripted(running.service.base, answer_ids(running, GOOD)),
+        httpx.stream("POST", url, json=body, headers=headers) as response,
+    ):
+        first = json.loads(next(response.iter_lines()).removeprefix("data: "))
+    trace_id, end = first["id"].removeprefix("chatcmpl-"), time.monotonic() + 30
+    while len(found := audited(running, trace_id)) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert found == [("prompt", "allow"), ("answer", "abandoned")]
+
+
+def test_an_error_of_the_servers_own_is_counted(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running.service.book, "names_for", None)
+    assert running.get("/v1/policies").status_code == 500
+    assert 'safeside_requests_total{route="/v1/policies",status="500"} 1.0' in running.get("/metrics", None).text
+
+
+def test_nulls_of_clients_are_as_if_left_out(running: Running) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x", "name": None}], "max_tokens": 1}
+    nulls = dict.fromkeys(["stream", "safety", "moderation", "stream_options", "tools", "n", "stop", "seed"])
+    assert running.post("/v1/chat/completions", {**body, **nulls}).status_code == 200
+
+
 def test_a_decision_that_cannot_be_made_durable_is_not_acted_on(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safeside.errors import AuditError
 
-    def full(record: object) -> int:
+    def full(records: object) -> int:
         raise AuditError("The disk is full.")
 
-    monkeypatch.setattr(running.service.audit, "append", full)
+    monkeypatch.setattr(running.service.audit, "append_all", full)
     for stream in (False, True):
         with pytest.raises(openai.InternalServerError, match="disk is full"):
             ask(running.client(), stream=stream)

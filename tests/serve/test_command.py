@@ -146,7 +146,10 @@ def test_a_server_told_to_stop_lets_answers_end(session_base: Base, policy: Path
         while not server.started:
             time.sleep(0.01)
         assert httpx.post(f"{url}/v1/moderations", json={"input": "?"}).status_code == 503, "nothing passes unjudged"
-        assert httpx.get(f"{url}/healthz", headers={"Host": "evil.example"}).status_code == 400
+        for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1:80", "[::2]", "[::1", ""):
+            assert httpx.get(f"{url}/healthz", headers={"Host": host}).status_code == 400, host
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.2", "127.0.0.2:80", "[::1]", "[::1]:8000"):
+            assert httpx.get(f"{url}/healthz", headers={"Host": host}).status_code == 200, host
         asking = threading.Thread(target=lambda: found.append(chat(url, "?", 60)))
         asking.start()
         while not service.engine.n_running:
@@ -169,6 +172,17 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(
     missing = run("serve", "--policy", str(tmp_path / "none.yaml"))
     assert missing.code == 2
     assert "cannot be read" in missing.err
+
+
+def test_a_port_that_is_taken_is_told(policy: Path, run: Callable[..., Ran], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, audit = str(taken.getsockname()[1]), f"sqlite:///{tmp_path}/audit.db"
+        found = run("serve", "--policy", str(policy), "--port", port, "--audit", audit)
+    assert (found.code, found.out) == (2, "")
+    assert found.err.startswith(f"safeside: Cannot listen at 127.0.0.1, port {port}: Address already in use. Stop")
+    nowhere = run("serve", "--policy", str(policy), "--host", "127.0.0.1.invalid", "--keys", str(tmp_path / "keys"))
+    assert (nowhere.code, "Cannot listen at 127.0.0.1.invalid" in nowhere.err) == (2, True)
+    assert not (tmp_path / "audit.db").exists(), "nothing was loaded"
 
 
 @pytest.mark.parametrize("broken", ["policy", "keys"])

@@ -172,6 +172,14 @@ def test_stop_rules_are_the_lowest_of_those_that_end_an_answer_and_act(guard: Ad
     assert holding(guard, answer=answer[2:]).stop_rules() == {}
 
 
+def test_a_stop_rule_is_no_laxer_than_the_line_of_whole_answers(guard: Adapter) -> None:
+    strict = {"strict": Promise(threshold=(0.25, 0.5), false_positive_rate=0.05)}
+    stricter = guard.with_preset("strict")
+    stricter.set_mode("answer", ModeCalibration(n_harmless=320, presets=strict))
+    policy = holding(stricter, answer=[flag("block", preset="strict", n_consecutive=2)])
+    assert policy.stop_rules() == {GUARD: StopRule(0.25, 2)}
+
+
 def test_verdicts_stand_at_the_lowest_line_of_the_rules_for_their_stage(guard: Adapter) -> None:
     policy = holding(
         guard,

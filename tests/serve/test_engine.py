@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from safeside import Adapter, Base, Message, attach
+from safeside.adapters.config import ModeCalibration, Promise
 from safeside.errors import DeadlineError, LimitError, ServingError
 from safeside.serve.effective import EffectivePolicy
 from safeside.serve.engine import Engine
@@ -178,6 +179,23 @@ def test_the_last_token_is_scored_before_the_answer_ends(
         found = ask(engine, prompt(tiny_base, "?"), policy, replace(LONG, max_tokens=len(good) + 1)).wait()
     assert found.ended.finish == "content_filter"
     assert not set(found.tokens) - set(good)
+
+
+def test_what_was_told_is_never_flagged_at_the_end(
+    tiny_base: Base, harmful_midway: tuple[Adapter, list[int], list[int]]
+) -> None:
+    """Of a guard whose line for whole answers lies below that of its stop rule."""
+    guard, answer, good = harmful_midway
+    for mode, threshold in (("stream", 1.0), ("answer", 0.5)):
+        promise = Promise(threshold=(threshold,), false_positive_rate=0.05)
+        guard.set_mode(mode, ModeCalibration(n_harmless=320, presets={"strict": promise}))
+    rule = {"action": "replace", "guard": "harm", "preset": "strict", "text": "No."}
+    policy = effective([guard], answer=[rule], hold_back=1)
+    with engine_of(tiny_base, [guard]) as engine, scripted(tiny_base, answer):
+        found = ask(engine, prompt(tiny_base, "?"), policy, replace(LONG, max_tokens=len(answer))).wait()
+    assert (found.ended.finish, found.ended.decision.text) == ("content_filter", "No.")
+    assert [verdict.mode for verdict in found.ended.verdicts] == ["answer"]
+    assert not set(found.tokens) & set(answer[len(good) :])
 
 
 def test_a_flagged_prompt_has_no_answer(tiny_base: Base, guard: Adapter) -> None:

@@ -153,6 +153,30 @@ def test_nobody_loosens_what_the_deployment_leaves_to_the_defaults(tmp_path: Pat
     assert (tested.on_error, tested.hold_back) == ("annotate", 0)
 
 
+def test_a_strength_needs_an_aligner(tmp_path: Path, guard: Adapter) -> None:
+    book = PolicyBook.load(_written(tmp_path / "policy.yaml", "{deployment: a, policies: {a: {}}}"))
+    book.bind({GUARD: guard}, [])
+    for caller in (SCHOOL, TESTER):
+        with pytest.raises(InputError, match="no aligner is loaded"):
+            book.resolve(caller, Wish(strength=0.5))
+        assert book.resolve(caller, Wish(strength=0.0)).strengths() == {}
+
+
+def test_no_request_has_texts_logged(tmp_path: Path) -> None:
+    """Only the deployment and the tenant may; a request may have fewer logged."""
+    text = """
+    deployment: plain
+    tenants: {told: keeps}
+    policies: {plain: {}, keeps: {audit_text: true}, drops: {audit_text: false}}
+    """
+    book = PolicyBook.load(_written(tmp_path / "policy.yaml", text))
+    for may_loosen in (False, True):
+        assert not book.resolve(Caller("other", may_loosen=may_loosen), Wish("keeps")).audit_text
+        assert book.resolve(Caller("told", may_loosen=may_loosen), Wish("keeps")).audit_text
+        assert not book.resolve(Caller("told", may_loosen=may_loosen), Wish("drops")).audit_text
+    assert book.resolve(Caller("told")).audit_text
+
+
 # ---- reading and reloading -------------------------------------------------------------------------------------------
 
 

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 
+import pytest
+
+from safeside.errors import AuditError, DeadlineError, ServingError
 from safeside.serve.audit import AuditRecord
 from safeside.serve.effective import Decision
 from safeside.serve.keys import Caller
 from safeside.serve.metrics import Metrics
-from safeside.serve.row import Ended, Judged
+from safeside.serve.row import Ended, Event, Failed, Judged, Piece
 from safeside.serve.service import Answering, Service
 
+ALLOW, BLOCK = Decision("allow"), Decision("block")
 
-def test_an_answer_is_recorded_with_the_adapters_that_it_began_with() -> None:
-    """A slow reader hears the end of an answer after the adapters were exchanged."""
-    records: list[AuditRecord] = []
+
+def listening(records: list[AuditRecord], events: Sequence[Event], *, leaves: bool = False) -> Service:
+    """A service that has heard these events of an answer, until the client left or an error ended it."""
     engine = SimpleNamespace(base=SimpleNamespace(name="tiny"), adapters={}, metrics=Metrics())
-    service = Service(engine, None, SimpleNamespace(append=records.append))  # type: ignore[arg-type]
+
+    def append(new: Sequence[AuditRecord]) -> None:
+        if any(record.text == "full" for record in new):
+            raise AuditError("The disk is full.")
+        records.extend(new)
+
+    service = Service(engine, None, SimpleNamespace(append_all=append))  # type: ignore[arg-type]
     service.fingerprints = {"harm": "old"}
     policy = SimpleNamespace(name="p", version="1", audit_text=False)
     job = SimpleNamespace(ids=(1,), cancelled=threading.Event())
@@ -26,10 +37,49 @@ def test_an_answer_is_recorded_with_the_adapters_that_it_began_with() -> None:
     async def listen() -> None:
         admission = SimpleNamespace(settle=lambda n_used: None)
         answering = Answering(Caller("shop"), policy, job, admission, asyncio.Queue(), "?")  # type: ignore[arg-type]
-        for event in (Judged((), Decision("allow")), Ended("stop", 1, (), Decision("allow"), 0.0)):
+        for event in events:
             answering.inbox.put_nowait(event)
-        async for _ in service.events(answering, lambda: asyncio.sleep(0, False)):
+        async for _ in service.events(answering, lambda: asyncio.sleep(0, leaves and answering.inbox.empty())):
             service.fingerprints = {"harm": "new"}
+            answering.polled = 0.0
 
     asyncio.run(listen())
+    return service
+
+
+def test_an_answer_is_recorded_with_the_adapters_that_it_began_with() -> None:
+    """A slow reader hears the end of an answer after the adapters were exchanged."""
+    records: list[AuditRecord] = []
+    listening(records, [Judged((), ALLOW), Ended("stop", 1, (), ALLOW, 0.0)])
     assert [record.adapters for record in records] == [{"harm": "old"}, {"harm": "old"}]
+
+
+@pytest.mark.parametrize("error", [DeadlineError("too late"), ServingError("broken"), RuntimeError("SECRET")])
+def test_an_answer_that_failed_is_recorded(error: Exception) -> None:
+    records: list[AuditRecord] = []
+    with pytest.raises(type(error)):
+        listening(records, [Judged((), ALLOW), Piece("the "), Piece("cat"), Failed(error)])
+    assert [(record.stage, record.action) for record in records] == [("prompt", "allow"), ("answer", "failed")]
+    reason = "RuntimeError" if isinstance(error, RuntimeError) and not isinstance(error, ServingError) else str(error)
+    assert (records[1].reason, records[1].text) == (reason, "the cat")
+
+
+def test_an_answer_whose_client_left_is_recorded() -> None:
+    records: list[AuditRecord] = []
+    listening(records, [Judged((), ALLOW), Piece("the ")], leaves=True)
+    assert [(record.stage, record.action) for record in records] == [("prompt", "allow"), ("answer", "abandoned")]
+    assert (records[1].text, records[1].adapters) == ("the ", {"harm": "old"})
+    assert "client left" in records[1].reason
+
+
+def test_a_refused_prompt_has_one_record_whoever_listens() -> None:
+    records: list[AuditRecord] = []
+    listening(records, [Judged((), BLOCK)], leaves=True)
+    assert [(record.stage, record.action) for record in records] == [("prompt", "block")]
+
+
+def test_a_log_that_refuses_is_asked_once_and_its_error_is_told() -> None:
+    records: list[AuditRecord] = []
+    with pytest.raises(AuditError, match="full"):
+        listening(records, [Judged((), ALLOW), Ended("stop", 1, (), ALLOW, 0.0, "full")])
+    assert len(records) == 1

@@ -81,6 +81,9 @@ def test_tenants_and_named_policies_are_those_of_a_request(
     assert (watching["summary"]["block"], watching["summary"]["intended_block"]) == (0, 6)
     assert {row["intended"] for row in watching["rows"]} == {"block"}
     assert run("policy", "simulate", file, "--data", data, "--policy", "watchin", *base).code == 2
+    typo = run("policy", "simulate", file, "--data", data, "--tenant", "scool", *base)
+    assert (typo.code, typo.out) == (2, "")
+    assert "Unknown tenant 'scool'; expected one of school" in typo.err
 
 
 def test_rows_that_cannot_be_scored_fail_closed_and_are_counted(

@@ -7,7 +7,7 @@ from openai.types.chat import ChatCompletion
 from pydantic import ValidationError
 
 from safeside.serve.replies import Reply
-from safeside.serve.wire import ChatRequest
+from safeside.serve.wire import ChatRequest, CompletionRequest, DryRunRequest, LoadRequest, ModerationRequest, Record
 
 
 def test_an_answer_can_be_sent_back_as_history() -> None:
@@ -18,3 +18,31 @@ def test_an_answer_can_be_sent_back_as_history() -> None:
     assert ChatRequest.model_validate({"model": "tiny", "messages": turns}).messages[1].content == "Hello."
     with pytest.raises(ValidationError, match="refusal"):
         ChatRequest.model_validate({"model": "tiny", "messages": [{**said, "refusal": "No."}]})
+
+
+TURNS = [{"role": "user", "content": "Hi"}]
+REQUESTS: list[tuple[type, dict[str, object]]] = [
+    (ChatRequest, {"model": "tiny", "messages": TURNS}),
+    (CompletionRequest, {"model": "tiny", "prompt": "Hi"}),
+    (ModerationRequest, {"input": "Hi"}),
+    (DryRunRequest, {"messages": TURNS}),
+    (LoadRequest, {"name": "calm", "path": "calm"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), REQUESTS)
+def test_a_null_is_as_if_it_were_left_out(kind: type[Record], body: dict[str, object]) -> None:
+    nulls = dict.fromkeys([*kind.model_fields, "tools", "response_format", "logit_bias"])
+    assert kind.model_validate({**nulls, **body}) == kind.model_validate(body)
+    for name in body:
+        with pytest.raises(ValidationError, match="Field required"):
+            kind.model_validate({**body, name: None})
+
+
+def test_nulls_deeper_down_are_left_out_too() -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi", "tool_calls": None}], "stream": True}
+    nulls = {"safety": {"tokens": None, "policy": None}, "stream_options": {"include_usage": None}}
+    found = ChatRequest.model_validate({**body, **nulls, "moderation": {"policy": None}})
+    assert (found.safety.tokens, found.wanted.mode) == (False, None)
+    with pytest.raises(ValidationError, match="tools"):
+        ChatRequest.model_validate({**body, "tools": []})

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from safeside.artifact import require_new
-from safeside.base.model import load_base
+from safeside.base.model import Base, load_base
 from safeside.errors import ConfigError, InputError
 from safeside.genes.apply import ContextPolicy, apply_genes
 from safeside.genes.artifact import load_gene, read_gene_config, save_gene
@@ -124,6 +124,19 @@ def apply_command(model: str, folders: Sequence[Path], how: Application) -> Summ
     with apply_genes(base, genes, how.weights) as applied:
         answer = base.chat([Message("user", str(how.prompt))], max_new_tokens=how.max_new_tokens)
         return {"answer": answer.text, "genes": applied.weights}
+
+
+def add_genes(base: Base, folders: Mapping[str, Path]) -> dict[str, str]:
+    """Apply genes to ``base`` for as long as it is in memory; by name, the first 16 digits of each one's checksum.
+
+    One whose own name is another is a ConfigError, one that does not fit the base a MismatchError.
+    """
+    genes = {name: load_gene(folder) for name, folder in folders.items()}
+    for name, gene in genes.items():
+        if gene.name != name:
+            raise ConfigError(f"The gene at {folders[name]} is called {gene.name!r}, not {name!r}. Use its own name.")
+    apply_genes(base, list(genes.values()))
+    return {name: gene.config.checksum[:16] for name, gene in genes.items()}
 
 
 def asked_weights(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import load_adapter
-from safeside.errors import AccessError, ConfigError, InputError, UnknownNameError
+from safeside.errors import ConfigError, InputError, UnknownNameError
 from safeside.registry import did_you_mean
 from safeside.serve.fingerprints import fingerprint_of
+from safeside.serve.loading import allowed_folder, load_for
 from safeside.serve.service import Service
 
 
@@ -24,8 +24,19 @@ class AdapterDesk:
         self._lock = asyncio.Lock()
 
     def listed(self) -> list[dict[str, object]]:
-        """What is loaded."""
-        return [
+        """What is loaded; genes, which are in the base itself, stay to the end."""
+        genes: list[dict[str, object]] = [
+            {
+                "id": name,
+                "object": "adapter",
+                "role": "gene",
+                "fingerprint": fingerprint,
+                "root": self._service.book.genes[name],
+                "parent": self._service.model,
+            }
+            for name, fingerprint in self._service.genes.items()
+        ]
+        adapters: list[dict[str, object]] = [
             {
                 "id": name,
                 "object": "adapter",
@@ -38,15 +49,17 @@ class AdapterDesk:
             }
             for name, adapter in self._service.engine.adapters.items()
         ]
+        return adapters + genes
 
     async def load(self, name: str, path: str, *, in_place: bool) -> None:
         """Load the adapter in a folder under the allowed roots; answers in progress end with those they began with."""
         async with self._lock:
             loaded = self._service.engine.adapters
-            if name in loaded and not in_place:
+            if (name in loaded and not in_place) or name in self._service.genes:
                 raise InputError(f"An adapter called {name!r} is loaded already. Unload it, or set load_inplace.")
-            folder = self._allowed(path)
-            adapter = await asyncio.to_thread(load_adapter, folder, self._service.base)
+            folder = allowed_folder(path, self._roots)
+            allow = self._service.book.allow_mismatch
+            adapter = await asyncio.to_thread(load_for, folder, self._service.base, allow)
             if adapter.name != name:
                 raise InputError(f"The adapter in that folder is called {adapter.name!r}, not {name!r}.")
             others = [other for key, other in loaded.items() if key != name]
@@ -83,25 +96,11 @@ class AdapterDesk:
         except BaseException:
             bind(service, before)
             raise
-        service.fingerprints = prints
-
-    def _allowed(self, path: str) -> Path:
-        """The folder, if it and all that is in it lies under an allowed root; nothing else is ever opened."""
-        refused = AccessError("Adapters are loaded from allowed folders only; this is in none. See --adapter-root.")
-        try:
-            folder = Path(path).resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise refused from error
-        if not any(folder.is_relative_to(root) for root in self._roots):
-            raise refused
-        if not folder.is_dir():
-            raise InputError("There is no such folder under the allowed ones.")
-        if not all(inner.resolve().is_relative_to(folder) for inner in folder.rglob("*")):
-            raise refused
-        return folder
+        service.fingerprints = prints | service.genes
 
 
 def bind(service: Service, adapters: Sequence[Adapter]) -> None:
     """Let the policies use these adapters; one that a policy needs and is missing is a ConfigError."""
     guards = {adapter.name: adapter for adapter in adapters if adapter.config.role == "guard"}
-    service.book.bind(guards, [adapter.name for adapter in adapters if adapter.config.role == "align"])
+    aligners = [adapter.name for adapter in adapters if adapter.config.role == "align"]
+    service.book.bind(guards, aligners, list(service.genes))

@@ -13,11 +13,10 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from safeside.serve import playground, routes
 from safeside.serve.admin import AdapterDesk
-from safeside.serve.middleware import BodyLimit, RequestCount
+from safeside.serve.middleware import BodyLimit, LocalHost, RequestCount
 from safeside.serve.problems import PROBLEMS, install
 from safeside.serve.routes import Served
 from safeside.serve.service import Service
@@ -55,9 +54,9 @@ def create_app(service: Service, options: AppOptions = AppOptions()) -> FastAPI:
     app.include_router(routes.router, responses=PROBLEMS)
     app.include_router(playground.router)
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes, timeout_s=service.limits.body_timeout_s)
+    if service.keys is None:
+        app.add_middleware(LocalHost)
     app.add_middleware(RequestCount, metrics=service.metrics)
-    if service.keys is None:  # so that no page elsewhere can reach it under a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])
     if options.origins:
         origins = list(options.origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_headers=["*"], allow_methods=["GET", "POST"])

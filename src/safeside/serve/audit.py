@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
 from sqlalchemy import Connection, insert
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,23 +28,27 @@ from safeside.serve.rules import Action, Stage
 _SHORTEST_KEY = 16  # bytes: with fewer, the hash of a text that can be guessed is worth guessing
 _MOST_AT_ONCE = 256
 _Row = dict[str, object]
+Subject = Stage | Literal["moderation"]
+"""What was judged: of a moderation a text by itself, which nothing follows."""
+Outcome = Action | Literal["failed", "abandoned"]
+"""What was done; an answer that could not be given ``failed``, and one whose client left was ``abandoned``."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditRecord:
-    """One decision: on a prompt, or on an answer."""
+    """One decision: on a prompt, an answer or a text by itself; or how an answer ended without one."""
 
     trace_id: str
     """The request's, as in its response."""
     tenant: str
     """Whose request it was."""
-    stage: Stage
+    stage: Subject
     """What was judged."""
     policy: str
     """Names of the policies that held, joined by ``+``."""
     policy_version: str
     """Hash of the policy file's content."""
-    action: Action
+    action: Outcome
     """What was done."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Fingerprint of each adapter by name."""
@@ -53,7 +58,7 @@ class AuditRecord:
     """The highest strength in [0, 2]."""
     reason: str = ""
     """Why, without any of the user's words."""
-    intended: Action | None = None
+    intended: Outcome | None = None
     """What would have been done if every rule acted, where that differs."""
     text: str = field(default="", repr=False)
     """What was judged: kept as a keyed hash, and as it is only where ``keep_text``."""
@@ -85,14 +90,19 @@ class AuditLog:
 
         Blocks for one write to the disk.  Any thread may call it.
         """
-        written: Future[int] = Future()
-        row = self._row(record)
+        (number,) = self.append_all([record])
+        return number
+
+    def append_all(self, records: Sequence[AuditRecord]) -> list[int]:
+        """The numbers of several records, as by ``append``, in few writes; where one fails others may be written."""
+        entries: list[tuple[_Row, Future[int]]] = [(self._row(record), Future()) for record in records]
         with self._lock:
             if self._is_closed:
                 raise AuditError("The audit log is closed, so nothing may be decided any more. Open it again.")
-            self._waiting.put((row, written))
+            for entry in entries:
+                self._waiting.put(entry)
         try:
-            return written.result(timeout=2 * WAIT_S)
+            return [written.result(timeout=2 * WAIT_S) for _, written in entries]
         except TimeoutError as error:
             raise AuditError(
                 f"The audit log has not answered for {2 * WAIT_S} s; the decision is not durable."

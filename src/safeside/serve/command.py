@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from safeside.serve.app import AppOptions, create_app
 from safeside.serve.audit import AuditLog
 from safeside.serve.engine import Engine, EngineLimits
 from safeside.serve.keys import Keys
-from safeside.serve.loading import load_adapters
+from safeside.serve.loading import AddGenes, allowed_folder, load_adapters, no_genes
+from safeside.serve.middleware import is_loopback
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
+from safeside.terminal import note
 
 _log = logging.getLogger("safeside.serve")
 _AUDIT_KEY = "SAFESIDE_AUDIT_KEY"
@@ -42,45 +44,52 @@ class ServeOptions:
     adapter_roots: tuple[Path, ...] = ()
     origins: tuple[str, ...] = ()
     drain_s: float = 30.0
+    add_genes: AddGenes = no_genes
     engine: EngineLimits = field(default_factory=EngineLimits)
     service: ServiceLimits = field(default_factory=ServiceLimits)
 
 
 def make_service(options: ServeOptions) -> Service:
-    """Base, adapters, policies, keys and audit log, loaded and checked against each other."""
+    """Base with its genes, adapters, policies, keys and audit log, loaded and checked against each other."""
     book = PolicyBook.load(options.policy)
     keys = Keys.load(options.keys) if options.keys is not None else None
     base = load_base(options.base, device=options.device, dtype=options.dtype)
-    guards, aligners = load_adapters(book.adapters, base)
-    book.bind(guards, list(aligners))
+    roots = [root.resolve() for root in options.adapter_roots]
+    genes = options.add_genes(base, {name: allowed_folder(place, roots) for name, place in book.genes.items()})
+    guards, aligners = load_adapters(book, base)
+    book.bind(guards, list(aligners), list(genes))
     key = os.environ.get(_AUDIT_KEY)
     audit = AuditLog(options.audit, key=key.encode() if key else None)
     engine = Engine(base, [*guards.values(), *aligners.values()], limits=options.engine)
     model = options.model or (Path(base.name).resolve().name if Path(base.name).is_dir() else base.name)
-    return Service(engine, book, audit, keys=keys, model=model, limits=options.service)
+    return Service(engine, book, audit, keys=keys, model=model, genes=genes, limits=options.service)
 
 
 def serve_command(options: ServeOptions) -> None:
-    """Serve until SIGINT or SIGTERM; SIGHUP reads policies and keys again."""
+    """Serve until SIGINT or SIGTERM; SIGHUP reads policies and keys again.
+
+    An address that cannot be listened at is a ConfigError, before anything is loaded.
+    """
     _check(options)
-    service = make_service(options)
-    try:
-        app_options = AppOptions(
-            tuple(options.adapter_roots), tuple(options.origins), options.drain_s, lambda: _listen(service, options)
-        )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(service, app_options),
-                host=options.host,
-                port=options.port,
-                access_log=False,  # it would hold what users ask for
-                server_header=False,
-                timeout_graceful_shutdown=max(1, round(options.drain_s)),
+    with _bound(options.host, options.port) as place:
+        service = make_service(options)
+        try:
+            app_options = AppOptions(
+                options.adapter_roots, options.origins, options.drain_s, lambda: _started(service, options, place)
             )
-        )
-        server.run()
-    finally:
-        service.close(0.0)
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    create_app(service, app_options),
+                    access_log=False,  # it would hold what users ask for
+                    server_header=False,
+                    timeout_graceful_shutdown=max(1, round(options.drain_s)),
+                )
+            )
+            server.run([place])
+        except OSError as error:  # another one was faster
+            raise _cannot_listen(options.host, options.port, error) from error
+        finally:
+            service.close(0.0)
 
 
 def reload(service: Service, options: ServeOptions) -> None:
@@ -97,26 +106,43 @@ def reload(service: Service, options: ServeOptions) -> None:
     _log.warning("policies reloaded: version %s", version)
 
 
-def _listen(service: Service, options: ServeOptions) -> None:
-    """Reload on SIGHUP from now on."""
+def _started(service: Service, options: ServeOptions, place: socket.socket) -> None:
+    """Reload on SIGHUP from now on, and say where clients find the server."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload, service, options)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    note(f"safeside: serving {service.model} at http://{host}:{place.getsockname()[1]}/v1; Ctrl-C stops it")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address that ``host`` means, the IPv4 one where there are two; nobody can connect yet."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        place = socket.socket(family)
+        try:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+        except OSError:
+            place.close()
+            raise
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+    return place
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"Cannot listen at {host}, port {port}: {error.strerror}. Stop what listens there, or choose another --port "
+        "(0 for any that is free) or --host."
+    )
 
 
 def _check(options: ServeOptions) -> None:
     for root in options.adapter_roots:
         if not root.is_dir():
             raise InputError(f"--adapter-root {root} is no folder. Make it, or leave the option out.")
-    if options.keys is None and not _is_loopback(options.host):
+    if options.keys is None and not is_loopback(options.host):
         raise ConfigError(
             f"Without --keys everybody who reaches {options.host} could ask. Pass --keys FILE (see safeside key), or "
             "serve on 127.0.0.1."
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

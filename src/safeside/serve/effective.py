@@ -31,6 +31,7 @@ from safeside.types import Mode, Verdict
 from safeside.verdicts import verdict_of
 
 _STAGES: tuple[Stage, ...] = ("prompt", "answer")
+_ANSWER_MODES: tuple[Mode, ...] = ("stream", "answer")
 _READ_AS: dict[Mode, tuple[Stage, ...]] = {"prompt": ("prompt",), "windowed": _STAGES}
 _ENDS = ("block", "replace")
 
@@ -131,12 +132,16 @@ class EffectivePolicy:
         return self._strengths(_STAGES, acting_only=True)
 
     def stop_rules(self) -> dict[str, StopRule]:
-        """By guard, when it ends an answer that is being written: of the rules that block or replace, and act."""
+        """By guard, when it ends an answer that is being written: of the rules that block or replace, and act.
+
+        Its threshold is the lower one of streams and of whole answers: what was sent is never flagged at the end.
+        """
         rules: dict[str, StopRule] = {}
         for rule in self._rules("answer"):
             if not isinstance(rule, FlagRule) or rule.action not in _ENDS or not _acts(rule):
                 continue
-            threshold = min(self._lines(rule, loaded(rule.guard, self.adapters), "stream").values())
+            adapter = loaded(rule.guard, self.adapters)
+            threshold = min(min(self._lines(rule, adapter, mode).values()) for mode in _ANSWER_MODES)
             before = rules.get(rule.guard, StopRule(threshold, rule.n_consecutive))
             rules[rule.guard] = StopRule(
                 min(threshold, before.threshold), min(rule.n_consecutive, before.n_consecutive)

@@ -7,8 +7,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -78,6 +79,7 @@ class Engine:
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._tasks: deque[_Task[object]] = deque()
+        self._n_held = 0  # places in the queue of work that is called in parts
         self._running: list[Row] = []
         self._rows: Rows | None = None
         self._ends_at = math.inf  # no answer goes on after this
@@ -96,8 +98,8 @@ class Engine:
 
     @property
     def n_waiting(self) -> int:
-        """Requests that wait for a place."""
-        return len(self._waiting)
+        """Requests that wait for a place, or hold one while they are worked on in parts."""
+        return len(self._waiting) + self._n_held
 
     @property
     def n_cached_tokens(self) -> int:
@@ -118,12 +120,21 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Queue ``job``.  A full queue is a LimitError that says when to come back, a closed engine a ServingError."""
         with self._wake:
-            self._refuse_closed()
-            if len(self._waiting) >= self.limits.max_waiting:
-                wait_s = 1.0 + len(self._waiting) / self.limits.max_rows
-                raise LimitError(f"{len(self._waiting)} requests wait already, the most there can be.", wait_s)
+            self._refuse_full()
             self._waiting.append(job)
             self._wake.notify()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place in the queue for work that is done by ``call`` in parts.  Errors as in ``submit``."""
+        with self._wake:
+            self._refuse_full()
+            self._n_held += 1
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._n_held -= 1
 
     def call(self, run: Callable[[Runner], Answer], *, exclusive: bool = False) -> Future[Answer]:
         """Run a function of the runner between two passes, with ``exclusive`` once no answer is being written."""
@@ -166,6 +177,12 @@ class Engine:
     def _refuse_closed(self) -> None:
         if not self.is_ready:
             raise ServingError("The server is shutting down and takes no more requests. Ask another one.")
+
+    def _refuse_full(self) -> None:
+        self._refuse_closed()
+        if self.n_waiting >= self.limits.max_waiting:
+            wait_s = 1.0 + self.n_waiting / self.limits.max_rows
+            raise LimitError(f"{self.n_waiting} requests wait already, the most there can be.", wait_s)
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -245,7 +262,7 @@ class Engine:
                 job = self._waiting.popleft()
                 if self._is_served(job):
                     jobs.append(job)
-            self.metrics.queue_depth.set(len(self._waiting))
+            self.metrics.queue_depth.set(self.n_waiting)
         return jobs
 
     def _begin(self, jobs: Sequence[Job]) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from safeside.adapters.adapter import Adapter
 from safeside.errors import ServingError, UnknownNameError
 from safeside.guards.score import Scores
 from safeside.registry import did_you_mean
+from safeside.serve.audit import AuditRecord
 from safeside.serve.effective import EffectivePolicy
 from safeside.serve.keys import Caller
 from safeside.serve.moderation import result_of, unsupported
@@ -19,23 +22,38 @@ from safeside.types import Message, Verdict
 
 
 async def moderate(service: Service, caller: Caller, asked: ModerationRequest) -> dict[str, object]:
-    """OpenAI's moderation of one or many texts by one loaded guard or all of them."""
-    guards = {name: adapter for name, adapter in service.engine.adapters.items() if adapter.config.role == "guard"}
+    """OpenAI's moderation of one or many texts by one loaded guard or all of them; each text has an audit record."""
+    policy = service.book.resolve(caller)
+    guards = dict(policy.adapters)
     if not guards:
         raise ServingError("No guard is loaded, so no text can be judged. Name one in the policy file.")
     if asked.model is not None and asked.model not in (*guards, service.model):
         raise UnknownNameError(did_you_mean("guard", asked.model, [*guards, service.model]))
-    names = [asked.model] if asked.model in guards else list(guards)
-    conversations = [[Message("user", text)] for text in asked.texts]
-    policy = service.book.resolve(caller)
-    await _admit(service, caller, conversations)
-    found = await service.score(conversations, names)
-    results = [result_of(_verdicts(service, policy, names, scores)) for scores in found]
+    if asked.model in guards:
+        guards = {asked.model: guards[asked.model]}
+    found = await service.score(caller, [[Message("user", text)] for text in asked.texts], guards)
+    verdicts = [_verdicts(policy, guards, scores) for scores in found]
+    trace_id = secrets.token_hex(12)
+    record = AuditRecord(
+        trace_id=trace_id,
+        tenant=caller.tenant,
+        stage="moderation",
+        policy=policy.name,
+        policy_version=policy.version,
+        action="allow",
+        adapters={name: value for name, value in service.fingerprints.items() if name in guards},
+        keep_text=policy.audit_text,
+    )
+    records = [_judged(record, text, own) for text, own in zip(asked.texts, verdicts, strict=True)]
+    for judged, own in zip(records, verdicts, strict=True):
+        for verdict in own:
+            service.metrics.verdicts.labels(verdict.task, judged.action).inc()
+    await service.record(*records)
     return {
-        "id": f"modr-{secrets.token_hex(12)}",
+        "id": f"modr-{trace_id}",
         "model": asked.model or service.model,
-        "results": results,
-        "unsupported_categories": unsupported([guards[name] for name in names]),
+        "results": [result_of(own) for own in verdicts],
+        "unsupported_categories": unsupported(list(guards.values())),
     }
 
 
@@ -45,11 +63,11 @@ async def dry_run(service: Service, caller: Caller, asked: DryRunRequest) -> dic
     policy = service.book.resolve(caller, asked.safety)
     has_answer = messages[-1].role == "assistant" and len(messages) > 1
     texts = [messages[:-1], messages] if has_answer else [messages]
-    await _admit(service, caller, texts)
-    found = await service.score(texts, policy.guards) if policy.guards else [Scores({})] * len(texts)
+    guards = {name: policy.adapters[name] for name in policy.guards}
+    found = await service.score(caller, texts, guards) if guards else [Scores({})] * len(texts)
     stages = []
     for scores in found:
-        verdicts = _verdicts(service, policy, policy.guards, scores)
+        verdicts = _verdicts(policy, guards, scores)
         is_answer = scores.place == "answer"
         decision = (policy.decide_answer if is_answer else policy.decide_prompt)(verdicts)
         stages.append(
@@ -67,19 +85,27 @@ async def dry_run(service: Service, caller: Caller, asked: DryRunRequest) -> dic
     return {"object": "policy.dry_run", "policy": policy.name, "version": policy.version, "stages": stages}
 
 
-async def _admit(service: Service, caller: Caller, conversations: Sequence[Sequence[Message]]) -> None:
-    """Count the texts by the caller's limits, off the event loop: many of them take a while to encode."""
-
-    def count() -> int:
-        return sum(len(service.base.encode(messages).ids) for messages in conversations)
-
-    service.limiter.admit(caller.key or caller.tenant, caller.limits, await asyncio.to_thread(count), 0)
-
-
-def _verdicts(service: Service, policy: EffectivePolicy, names: Sequence[str], scores: Scores) -> list[Verdict]:
-    adapters = service.engine.adapters
+def _verdicts(policy: EffectivePolicy, guards: Mapping[str, Adapter], scores: Scores) -> list[Verdict]:
     return [
         verdict
-        for name in names
-        for verdict in policy.verdicts(name, scores.by_guard[name], scores.mode_for(adapters[name]))
+        for name, guard in guards.items()
+        for verdict in policy.verdicts(name, scores.by_guard[name], scores.mode_for(guard))
     ]
+
+
+def _judged(record: AuditRecord, text: str, verdicts: Sequence[Verdict]) -> AuditRecord:
+    """The record of one text: what is flagged is marked, and nothing else is done."""
+    flagged = [_reason(verdict) for verdict in verdicts if verdict.flagged]
+    return replace(
+        record,
+        action="annotate" if flagged else "allow",
+        scores={f"{each.task}/{each.label}": each.score for each in verdicts},
+        reason="; ".join(flagged),
+        text=text,
+    )
+
+
+def _reason(verdict: Verdict) -> str:
+    if not math.isfinite(verdict.score):
+        return f"{verdict.task} could not score {verdict.label}"
+    return f"{verdict.task}: {verdict.label} {verdict.score:.3f} >= {verdict.threshold:.3f}"

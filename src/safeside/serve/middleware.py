@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,13 +73,55 @@ class RequestCount:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on and look at how its answer starts."""
+        """Hand the request on and look at how its answer starts; an error that nobody handled is a 500."""
+        statuses: list[int] = []
+
+        def count(status: int) -> None:
+            route = scope.get("route")
+            statuses.append(status)
+            self._metrics.requests.labels(route.path if route is not None else "other", status).inc()
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                path = route.path if route is not None else "other"
-                self._metrics.requests.labels(path, message["status"]).inc()
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not statuses:
+                count(HTTPStatus.INTERNAL_SERVER_ERROR)
+            raise
+
+
+class LocalHost:
+    """Refuses requests for hosts other than this machine, so that no page elsewhere reaches it by a name of its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on, or answer it."""
+        if scope["type"] == "http" and not _is_local(Headers(scope=scope).get("host", "")):
+            told = error_body("Without keys this server is asked as localhost, or by its address.", _KIND, "bad_host")
+            await JSONResponse(told, HTTPStatus.BAD_REQUEST)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address always means this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_local(header: str) -> bool:
+    """Whether the ``Host`` of a request, port included, is this machine."""
+    try:
+        return is_loopback(urlsplit(f"//{header}").hostname or "")
+    except ValueError:
+        return False

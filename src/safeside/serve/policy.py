@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -60,6 +60,10 @@ class PolicyFile(BaseModel):
 
     adapters: dict[Name, Place] = {}
     """By name, the deployment's guards and aligners: a folder, a hub name or builtin:harm."""
+    genes: dict[Name, Place] = {}
+    """By name, the folders of genes that are live in the base for everybody, from the server's start on."""
+    allow_mismatch: Literal["weights"] | None = None
+    """``weights`` lets adapters run on other weights than theirs, by a gene too; then every verdict says so."""
     include: tuple[str, ...] = ()
     """Further files of policies, relative to this one."""
     policies: dict[Name, Policy] = {}
@@ -138,6 +142,16 @@ class PolicyBook:
         return self._edition.file.adapters
 
     @property
+    def genes(self) -> Mapping[str, str]:
+        """By name, the folders of the deployment's genes."""
+        return self._edition.file.genes
+
+    @property
+    def allow_mismatch(self) -> Literal["weights"] | None:
+        """What ``load_adapter`` is told."""
+        return self._edition.file.allow_mismatch
+
+    @property
     def policies(self) -> Mapping[str, Policy]:
         """By name, every policy of the book."""
         return self._edition.policies
@@ -162,6 +176,8 @@ class PolicyBook:
         """Read the file again and return the new version; when it is broken, a ConfigError, and the old one stays."""
         edition = _read(self._path)
         with self._lock:
+            if (edition.file.genes, edition.file.allow_mismatch) != (self.genes, self.allow_mismatch):
+                raise ConfigError(f"{self._path}: genes and allow_mismatch hold from the start on. Restart the server.")
             if self._adapters is not None:
                 _check(edition, self._adapters)
             self._edition = edition
@@ -175,18 +191,24 @@ class PolicyBook:
         """What holds for one request: the strictest of deployment, tenant and request.
 
         A request that asks for less is an AccessError unless its key may loosen, which then gets what it asks for: the
-        policy that it names and no other, its strength exactly, its mode.  An unknown policy is an UnknownNameError, a
-        strength out of bounds an InputError.
+        policy that it names and no other, its strength exactly, its mode.  Neither can have texts logged: that is the
+        deployment's and the tenant's to say.  An unknown policy is an UnknownNameError, a strength out of bounds, or
+        one where no aligner is loaded, an InputError.
         """
         edition, adapters = self._edition, self._adapters or _Adapters()
+        asked = safety.strength if safety is not None else None
+        if asked and self._adapters is not None and not adapters.aligners:
+            raise InputError("A strength was asked for, but no aligner is loaded here to have one. Leave it out.")
         names = _chosen(edition, caller, safety.policy if safety is not None else None)
         mode = safety.mode if safety is not None else None
         if mode == "shadow" and not caller.may_loosen:
             raise AccessError("Mode 'shadow' lets nothing act, which this key may not ask for. Leave it out.")
         try:
             policy = edition.merged(names, mode)
+            if policy.audit_text and not edition.merged(edition.names_for(caller.tenant)).audit_text:
+                policy = policy.model_copy(update={"audit_text": False})
             found = EffectivePolicy("+".join(names), edition.version, policy, adapters.guards, adapters.aligners)
-            return _with_strength(found, caller, safety.strength if safety is not None else None)
+            return _with_strength(found, caller, asked)
         except ConfigError as error:
             raise InputError(f"Policies {', '.join(names)} cannot hold together: {error}") from error
 
@@ -238,6 +260,8 @@ def _read(path: Path) -> _Edition:
 
 
 def _check_names(path: Path, edition: _Edition) -> None:
+    if twice := sorted(set(edition.file.adapters) & set(edition.file.genes)):
+        raise ConfigError(f"{path}: {', '.join(twice)} is both an adapter and a gene. Give each a name of its own.")
     for names in (edition.file.deployment, *edition.file.tenants.values()):
         for name in names:
             if name not in edition.policies:

@@ -149,8 +149,7 @@ class Row:
         self._failed.update(broken)
         stop = self._stream.add({name: 0.0 if name in broken else max(scores[name]) for name in self._guards})
         if broken or stop is not None:
-            verdicts = self._verdicts({**scores, **self._failed}, "stream" if stop is not None else "answer")
-            decision = _ended_by(stop, self.job.policy.decide_answer(verdicts))
+            verdicts, decision = self._ending_by({**scores, **self._failed}, stop)
             if decision.action in _ENDS:
                 self._end("content_filter", verdicts, decision)
                 return False
@@ -177,6 +176,13 @@ class Row:
             self._end(self._ending, (), self.job.policy.decide_answer(()))
             return False
         return True
+
+    def _ending_by(self, scores: Scores, stop: Stop | None) -> tuple[tuple[Verdict, ...], Decision]:
+        """The verdicts and the decision where a rule was met or a guard failed: by whichever line it reached."""
+        modes: tuple[Mode, ...] = ("answer",) if stop is None else ("stream", "answer")
+        found = [(verdicts := self._verdicts(scores, mode), self.job.policy.decide_answer(verdicts)) for mode in modes]
+        verdicts, decision = next((pair for pair in found if pair[1].action in _ENDS), found[0])
+        return verdicts, _ended_by(stop, decision)
 
     def _judge_whole(self, scores: Scores) -> None:
         """The last token was scored: what the guards say of the whole answer decides."""

@@ -8,13 +8,21 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
-from safeside.errors import AuditError, InputError, ServingError, UnknownNameError
+from safeside.errors import (
+    AuditError,
+    DeadlineError,
+    InputError,
+    SafesideError,
+    ServingError,
+    UnknownNameError,
+)
 from safeside.guards.score import Scores, score_conversations
 from safeside.registry import did_you_mean
-from safeside.serve.audit import AuditLog, AuditRecord
+from safeside.serve.audit import AuditLog, AuditRecord, Outcome
 from safeside.serve.effective import EffectivePolicy
 from safeside.serve.engine import Engine
 from safeside.serve.fingerprints import fingerprint_of
@@ -63,11 +71,12 @@ class Answering:
     started: float = field(default_factory=time.monotonic)
     judged: Judged | None = None
     ended: Ended | None = None
-
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the adapters that judged its prompt, and so judge it to its end."""
     polled: float = 0.0
     """When it was last asked whether the client is still there."""
+    sent: list[str] = field(default_factory=list)
+    """What became clear of the answer: a stream's client was sent it."""
 
     @property
     def is_prompt_refused(self) -> bool:
@@ -81,9 +90,23 @@ class Answering:
         answer = self.ended.verdicts if self.ended is not None else ()
         return [*(("prompt", each) for each in prompt), *(("answer", each) for each in answer)]
 
+    def record(self, action: Outcome) -> AuditRecord:
+        """What is audited of its answer, as far as that became clear."""
+        return AuditRecord(
+            trace_id=self.trace_id,
+            tenant=self.caller.tenant,
+            stage="answer",
+            policy=self.policy.name,
+            policy_version=self.policy.version,
+            action=action,
+            adapters=self.adapters,
+            text="".join(self.sent),
+            keep_text=self.policy.audit_text,
+        )
+
 
 class Service:
-    """What the routes call."""
+    """What the routes call.  ``genes`` are those that live in the base, each with its fingerprint."""
 
     def __init__(
         self,
@@ -93,13 +116,16 @@ class Service:
         *,
         keys: Keys | None = None,
         model: str = "",
+        genes: Mapping[str, str] = {},
         limits: ServiceLimits = ServiceLimits(),
     ) -> None:
         self.engine, self.book, self.audit, self.keys = engine, book, audit, keys
         self.limits = limits
         self.model = model or engine.base.name
         self.limiter = Limiter()
-        self.fingerprints = {name: fingerprint_of(adapter) for name, adapter in engine.adapters.items()}
+        self.genes = dict(genes)
+        own = {name: fingerprint_of(adapter) for name, adapter in engine.adapters.items()}
+        self.fingerprints = own | self.genes
         self.created = int(time.time())
         self._auditors = ThreadPoolExecutor(_AUDIT_THREADS, thread_name_prefix="safeside-decision")
 
@@ -142,7 +168,7 @@ class Service:
         except BaseException:
             admission.settle(0)
             raise
-        return Answering(caller, policy, job, admission, inbox, prompt)
+        return Answering(caller, policy, job, admission, inbox, prompt, adapters=self.fingerprints)
 
     def _sampling(self, asked: Asked, caller: Caller, n_prompt: int) -> Sampling:
         wanted = asked.most_tokens
@@ -169,6 +195,7 @@ class Service:
         """
         n_used = 0
         before = answering.started
+        problem: Exception | None = None
         try:
             while answering.ended is None:
                 event = await self._next(answering, is_gone)
@@ -185,14 +212,21 @@ class Service:
                     self._count(answering, event)
                     if not answering.is_prompt_refused:
                         await self._note(answering, event)
-                elif event.tokens:
-                    now = time.monotonic()
-                    self._observe(answering, event, before, now)
-                    n_used, before = n_used + len(event.tokens), now
+                else:
+                    answering.sent.append(event.text)
+                    if event.tokens:
+                        now = time.monotonic()
+                        self._observe(answering, event, before, now)
+                        n_used, before = n_used + len(event.tokens), now
                 yield event
+        except Exception as error:
+            problem = error
+            raise
         finally:
             answering.job.cancelled.set()
             answering.admission.settle(len(answering.job.ids) + n_used)
+            if answering.ended is None and not isinstance(problem, AuditError):
+                await self._note_unfinished(answering, problem)
 
     async def _next(self, answering: Answering, is_gone: Callable[[], Awaitable[bool]]) -> Event | None:
         """The next event; None once the client has left."""
@@ -218,43 +252,73 @@ class Service:
 
     async def _note(self, answering: Answering, event: Judged | Ended) -> None:
         """Count a decision and make it durable."""
-        decision, policy = event.decision, answering.policy
+        decision = event.decision
         for verdict in event.verdicts:
             self.metrics.verdicts.labels(verdict.task, decision.action).inc()
         await self.record(
-            AuditRecord(
-                trace_id=answering.trace_id,
-                tenant=answering.caller.tenant,
+            replace(
+                answering.record(decision.action),
                 stage="prompt" if isinstance(event, Judged) else "answer",
-                policy=policy.name,
-                policy_version=policy.version,
-                action=decision.action,
-                adapters=answering.adapters,
                 scores={f"{verdict.task}/{verdict.label}": verdict.score for verdict in event.verdicts},
                 strength=decision.strength if isinstance(event, Judged) else event.strength,
                 reason=decision.reason,
                 intended=decision.intended,
                 text=answering.prompt if isinstance(event, Judged) else event.text,
-                keep_text=policy.audit_text,
             )
         )
 
-    async def record(self, record: AuditRecord) -> None:
-        """Make a decision durable; where that fails it is counted, and an AuditError."""
+    async def _note_unfinished(self, answering: Answering, problem: Exception | None) -> None:
+        """Record that an answer ended without a decision."""
+        if answering.is_prompt_refused:
+            return
+        record = replace(answering.record("abandoned"), reason="the client left before its answer was complete")
+        if problem is not None:
+            told = str(problem) if isinstance(problem, SafesideError) else type(problem).__name__
+            record = replace(answering.record("failed"), reason=told)
+        with contextlib.suppress(AuditError):  # counted; what the client is told is why there is no answer
+            await self.record(record)
+
+    async def record(self, *records: AuditRecord) -> None:
+        """Make decisions durable; where that fails it is counted, and an AuditError."""
+        written = asyncio.get_running_loop().run_in_executor(self._auditors, self.audit.append_all, records)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._auditors, self.audit.append, record)
+            await asyncio.shield(written)  # a client that leaves meanwhile does not stop it
         except AuditError:
             self.metrics.audit_failures.inc()
             raise
 
-    async def score(self, conversations: Sequence[Sequence[Message]], guards: Sequence[str]) -> list[Scores]:
-        """Scores of whole texts by the path of ``safeside guard``, a few at a time between steps of answers."""
+    async def score(
+        self, caller: Caller, conversations: Sequence[Sequence[Message]], guards: Mapping[str, Adapter]
+    ) -> list[Scores]:
+        """Scores of whole texts by the path of ``safeside guard``, a few at a time between steps of answers.
+
+        It counts by the caller's limits, and holds a place in the engine's queue; what takes too long is a
+        DeadlineError, and a guard that is no longer the one given a ServingError.
+        """
+        try:
+            async with asyncio.timeout(self.limits.deadline_s):
+                with self.engine.place():
+                    await self._admit(caller, conversations)
+                    return await self._scored(conversations, guards)
+        except TimeoutError as error:
+            raise DeadlineError("The texts were not judged in time. Ask for fewer, or later.") from error
+
+    async def _admit(self, caller: Caller, conversations: Sequence[Sequence[Message]]) -> None:
+        """Count the texts by the caller's limits, off the event loop: many of them take a while to encode."""
+
+        def count() -> int:
+            return sum(len(self.base.encode(messages).ids) for messages in conversations)
+
+        self.limiter.admit(caller.key or caller.tenant, caller.limits, await asyncio.to_thread(count), 0)
+
+    async def _scored(self, conversations: Sequence[Sequence[Message]], guards: Mapping[str, Adapter]) -> list[Scores]:
         found: list[Scores] = []
 
         def run(runner: Runner, part: Sequence[Sequence[Message]]) -> list[Scores]:
-            own = [guard for guard in runner.guards if guard.name in guards]
+            heads = {name: guard.head for name, guard in guards.items()}
+            own = [guard for guard in runner.guards if heads.get(guard.name) is guard.head]
             if len(own) < len(guards) or runner.attachment is None or not runner.is_attached:
-                raise ServingError("A guard was unloaded while this text waited for it. Ask again.")
+                raise ServingError("A guard was exchanged while this text waited for it. Ask again.")
             return score_conversations(runner.base, own, part, batch_size=_SCORED_AT_ONCE, attachment=runner.attachment)
 
         for start in range(0, len(conversations), _SCORED_AT_ONCE):

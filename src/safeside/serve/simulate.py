@@ -11,11 +11,12 @@ from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base, load_base
-from safeside.errors import InputError
+from safeside.errors import InputError, UnknownNameError
 from safeside.guards.score import Scores, score_conversations, unscored
+from safeside.registry import did_you_mean
 from safeside.serve.effective import Decision, EffectivePolicy
 from safeside.serve.keys import Caller
-from safeside.serve.loading import load_adapters
+from safeside.serve.loading import AddGenes, load_adapters, no_genes
 from safeside.serve.policy import PolicyBook
 from safeside.serve.rules import SEVERITY, PolicyMode
 from safeside.tasks.rows import BadRow, messages_of, open_rows, parse_rows
@@ -37,9 +38,21 @@ class Asked:
     """None."""
 
 
-def check_command(path: Path, base_name: str | None) -> list[Line]:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """By what and for whom the rows would have been answered."""
+
+    base: str
+    """'builtin', a folder or a hub name."""
+    tenant: str = ""
+    """Whose requests these would have been."""
+    add_genes: AddGenes = no_genes
+    """Makes the file's genes live in the base."""
+
+
+def check_command(path: Path, base_name: str | None, add_genes: AddGenes = no_genes) -> list[Line]:
     """One row for each policy of a file that is valid; with a base its adapters are loaded and checked as well."""
-    book = PolicyBook.load(path) if base_name is None else _bound(path, load_base(base_name))[0]
+    book = PolicyBook.load(path) if base_name is None else _bound(path, load_base(base_name), add_genes)[0]
     for tenant in ("", *book.tenants):
         book.resolve(Caller(tenant))
     held_by = {name: [tenant for tenant, names in book.tenants.items() if name in names] for name in book.policies}
@@ -56,10 +69,16 @@ def check_command(path: Path, base_name: str | None) -> list[Line]:
     ]
 
 
-def simulate_command(path: Path, data: Path, asked: Asked, tenant: str, base_name: str) -> Iterator[tuple[Line, bool]]:
-    """For each row of ``data`` what would have been done and why, and whether it could be read and scored."""
-    base = load_base(base_name)
-    book, guards = _bound(path, base)
+def simulate_command(path: Path, data: Path, asked: Asked, served: Served) -> Iterator[tuple[Line, bool]]:
+    """For each row of ``data`` what would have been done and why, and whether it could be read and scored.
+
+    A tenant that the file does not name is an UnknownNameError; the empty one has the deployment's policies alone.
+    """
+    tenant = served.tenant
+    if tenant and tenant not in (known := PolicyBook.load(path).tenants):
+        raise UnknownNameError(f"{did_you_mean('tenant', tenant, list(known))} Leave --tenant out for all others.")
+    base = load_base(served.base)
+    book, guards = _bound(path, base, served.add_genes)
     policy = book.resolve(Caller(tenant), asked)
     own = [guards[name] for name in policy.guards]
     with open_rows(data) as handle:
@@ -84,11 +103,12 @@ class _Row:
     problem: str | None = None
 
 
-def _bound(path: Path, base: Base) -> tuple[PolicyBook, dict[str, Adapter]]:
-    """The book of a file with its adapters loaded, and the guards among them."""
+def _bound(path: Path, base: Base, add_genes: AddGenes) -> tuple[PolicyBook, dict[str, Adapter]]:
+    """The book of a file with its genes and adapters loaded, and the guards among them."""
     book = PolicyBook.load(path)
-    guards, aligners = load_adapters(book.adapters, base)
-    book.bind(guards, list(aligners))
+    genes = add_genes(base, {name: Path(place) for name, place in book.genes.items()})
+    guards, aligners = load_adapters(book, base)
+    book.bind(guards, list(aligners), list(genes))
     return book, guards
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -20,10 +20,16 @@ _SEED = 2**63
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
+def _given(values: Any) -> Any:
+    """The fields that were given: clients send null for those that were not."""
+    return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
 class Record(BaseModel):
-    """A checked object of a request."""
+    """A checked object of a request.  A field that is null is as if it were left out."""
 
     model_config = _STRICT
+    _without_nulls = model_validator(mode="before")(_given)
 
 
 class SafetyAsked(Record):
@@ -106,9 +112,10 @@ class StreamOptions(Record):
 
 
 class Asked(BaseModel):
-    """What both kinds of completions take."""
+    """What both kinds of completions take.  A field that is null is as if it were left out."""
 
     model_config = _STRICT
+    _without_nulls = model_validator(mode="before")(_given)
 
     model: str
     """A name of ``/v1/models``."""

@@ -1,0 +1,87 @@
+"""Two long runs: many rows through ``safeside guard``, killed half-way, and load while a server's memory is read.
+
+Of the rows, ``injected`` counts kills, ``lost`` rows that are missing or doubled in the output, ``leaked`` those with
+another score than the row has alone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import psutil
+
+from safeside.artifact import load_adapter
+from safeside.base.model import load_base
+from safeside.guards.score import judge
+from safeside.terminal import note
+from safeside.types import Message
+from serve_process import SAFESIDE, Crowd, process_of
+from tidy import Row, figure_row
+
+_SAMPLE = 50  # rows that are scored alone as well
+_CLIENTS = 8
+_PARTS = 10  # of the soak; the first is for warming up
+_GOAL = 0.02
+
+
+def batch_rows(n_rows: int) -> tuple[list[Row], dict[str, object]]:
+    """The rows ``fault, metric`` of a run that is killed and goes on, and what is noted of its speed."""
+    with TemporaryDirectory() as name:
+        data, output = Path(name) / "rows.jsonl", Path(name) / "lines.jsonl"
+        prompts = [f"Tell me about number {row}, {'please ' * (row % 17)}in plain words." for row in range(n_rows)]
+        data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+        command = [*SAFESIDE, "guard", "builtin:harm", str(data), "--output", str(output)]
+        started = time.perf_counter()
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
+            while first.poll() is None and _n_lines(output) < n_rows // 2:
+                time.sleep(0.2)
+            first.kill()
+        n_before = _n_lines(output)
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    found = {int(line["line"]): float(line["verdicts"][0]["score"]) for line in lines}
+    n_lost = len(lines) - len(found) + len(set(range(1, n_rows + 1)) ^ set(found))
+    counts = {"injected": int(first.returncode != 0), "lost": n_lost, "leaked": _n_other(prompts, found)}
+    labels = {"fault": f"guard_{n_rows}_rows_killed"}
+    rows = [figure_row(labels, metric, count, n=n_rows) for metric, count in counts.items()]
+    return rows, {"rows": n_rows, "kept_at_the_kill": n_before, "seconds": seconds, "rows_per_s": n_rows / seconds}
+
+
+def _n_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _n_other(prompts: list[str], found: dict[int, float]) -> int:
+    """Rows of a sample whose score is not the one that they have alone."""
+    base = load_base("builtin")
+    guard = load_adapter("builtin:harm", base)
+    chosen = np.random.default_rng(0).permutation(len(prompts))[:_SAMPLE]
+    alone = {int(row) + 1: judge(base, [guard], [[Message("user", prompts[row])]])[0][0].score for row in chosen}
+    return sum(abs(found.get(line, float("nan")) - score) > 1e-4 for line, score in alone.items())
+
+
+def soak(minutes: float) -> dict[str, object]:
+    """How much the resident memory of a server grew under load, from the second tenth of the time to the last."""
+    sizes: list[tuple[float, int]] = []
+    with process_of() as process:
+        crowd, server = Crowd(process, _CLIENTS), psutil.Process(process.running.pid)
+        with crowd.asking():
+            started = time.monotonic()
+            while (passed := time.monotonic() - started) < 60 * minutes:
+                sizes.append((passed / (60 * minutes), server.memory_info().rss))
+                time.sleep(min(1.0, minutes))
+        n_bad = sum(outcome.answer is None for outcome in crowd.outcomes)
+    first, last = (
+        float(np.median([size for share, size in sizes if part <= share * _PARTS < part + 1]))
+        for part in (1, _PARTS - 1)
+    )
+    growth = last / first - 1
+    note(f"soak: {minutes:g} minutes, {len(crowd.outcomes)} answers, memory {growth:+.2%}")
+    facts = {"minutes": minutes, "clients": _CLIENTS, "answers": len(crowd.outcomes) - n_bad, "failed": n_bad}
+    return {**facts, "growth": growth, "goal": _GOAL, "met": abs(growth) <= _GOAL, "bytes": last}
