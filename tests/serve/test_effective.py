@@ -172,6 +172,19 @@ def test_stop_rules_are_the_lowest_of_those_that_end_an_answer_and_act(guard: Ad
     assert holding(guard, answer=answer[2:]).stop_rules() == {}
 
 
+def test_a_promise_for_streams_counts_on_its_own_run_of_tokens(guard: Adapter) -> None:
+    strict = {"strict": Promise(threshold=(0.4, 0.4), false_positive_rate=0.05)}
+    streaming = guard.with_preset("strict")
+    streaming.set_mode("stream", ModeCalibration(n_harmless=320, presets=strict, n_consecutive=8))
+    for rule, n_consecutive in (
+        (flag("block", preset="strict"), 8),
+        (flag("block", preset="strict", n_consecutive=2), 2),
+        (flag("block", threshold=0.4), 1),
+    ):
+        assert holding(streaming, answer=[rule]).stop_rules()[GUARD].n_consecutive == n_consecutive
+    assert holding(guard, answer=[flag("block", preset="strict")]).stop_rules()[GUARD].n_consecutive == 1
+
+
 def test_a_stop_rule_is_no_laxer_than_the_line_of_whole_answers(guard: Adapter) -> None:
     strict = {"strict": Promise(threshold=(0.25, 0.5), false_positive_rate=0.05)}
     stricter = guard.with_preset("strict")

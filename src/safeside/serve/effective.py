@@ -142,10 +142,9 @@ class EffectivePolicy:
                 continue
             adapter = loaded(rule.guard, self.adapters)
             threshold = min(min(self._lines(rule, adapter, mode).values()) for mode in _ANSWER_MODES)
-            before = rules.get(rule.guard, StopRule(threshold, rule.n_consecutive))
-            rules[rule.guard] = StopRule(
-                min(threshold, before.threshold), min(rule.n_consecutive, before.n_consecutive)
-            )
+            n_consecutive = _tokens_in_a_row(rule, adapter)
+            before = rules.get(rule.guard, StopRule(threshold, n_consecutive))
+            rules[rule.guard] = StopRule(min(threshold, before.threshold), min(n_consecutive, before.n_consecutive))
         return rules
 
     def _rules(self, stage: Stage) -> tuple[Rule, ...]:
@@ -250,6 +249,12 @@ class EffectivePolicy:
             )
             for name in self.aligners
         }
+
+
+def _tokens_in_a_row(rule: FlagRule, adapter: Adapter) -> int:
+    """Risky tokens that end an answer: those of the rule, else those that the guard's promise counts on."""
+    fit = adapter.config.modes.get("stream") if rule.threshold is None else None
+    return rule.n_consecutive or (fit.n_consecutive if fit is not None else None) or 1
 
 
 def _acts(rule: Rule) -> bool:

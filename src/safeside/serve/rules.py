@@ -46,8 +46,11 @@ class FlagRule(_Rule):
     """Thresholds by the false-positive rate that the guard promises."""
     threshold: Score | None = None
     """Score in [0, 1] from which on a text is flagged.  With neither, the guard's own thresholds hold."""
-    n_consecutive: Annotated[int, Field(ge=1, le=64)] = 1
-    """Of an answer that is being written: risky tokens in a row that end it."""
+    n_consecutive: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Of an answer that is being written: risky tokens in a row that end it.
+
+    Unless given, as many as the guard's promise for streams counts on; 1 with a ``threshold``, or without a promise.
+    """
     text: Annotated[str, StringConstraints(min_length=1, max_length=4000)] | None = None
     """What is sent in place of the answer; for ``replace``."""
 
