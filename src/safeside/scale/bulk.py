@@ -1,0 +1,192 @@
+"""Scoring files of any size with a pool of workers: one output row for each input row, however often it is killed.
+
+Ray Data hands shards to the actors that hold the base, starts an actor anew that dies, and gives back what each shard
+came to.  Reading and writing belong to the shard (see ``ledger``): a task that Ray runs twice writes the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from safeside import errors
+from safeside.artifact import WEIGHTS_FILE, find_adapter, read_adapter
+from safeside.errors import InputError, SafesideError
+from safeside.guards.lines import Scorer, judge_rows
+from safeside.scale.engines import ENGINES, Setup, require_engine
+from safeside.scale.ledger import QUARANTINE, keep_shard, open_ledger
+from safeside.scale.places import Folder
+from safeside.scale.reading import Reader, Shard, Span, open_reader
+from safeside.terminal import Advance, progress_bar
+
+_RESTARTS = 3  # of an actor, or a shard, whose process dies: then the shard itself is to blame
+
+
+@dataclass(frozen=True, slots=True)
+class BulkOptions:
+    """What is scored, with what, and where to."""
+
+    source: str
+    """Files of rows: a path, a folder, a pattern or a URL."""
+    output: str
+    """A folder, as a path or URL."""
+    setup: Setup
+    """Guards and base."""
+    engine: str = "hf"
+    """What runs the base: a name of ENGINES."""
+    workers: int = 1
+    """Actors, each with a base and one core of its own."""
+    shard_rows: int = 1000
+    """Rows of each file of the output, which a worker holds in memory."""
+
+
+def score_command(options: BulkOptions) -> dict[str, object]:
+    """Score all rows that are not scored yet, and say how it went."""
+    require_engine(options.engine)
+    settings = {
+        "guards": dict(map(_identified, options.setup.guards)),
+        "base": options.setup.base,
+        "preset": options.setup.preset,
+        "allow_mismatch": options.setup.allow_mismatch,
+        "engine": options.engine,
+    }
+    ledger = open_ledger(options.source, options.output, settings, options.shard_rows)
+    done = ledger.done()
+    here = replace(options, output=ledger.folder.address, setup=_absolute(options.setup))
+    left = [shard for shard in ledger.shards if shard.number not in done]
+    n_rows, n_left = (sum(shard.span.n_rows for shard in shards) for shards in (ledger.shards, left))
+    started, peak = time.perf_counter(), 0
+    with progress_bar(options.source, n_rows) as advance:
+        advance(n_rows - n_left, n_rows)
+        if left:
+            peak = _run(here, left, advance)
+    seconds = time.perf_counter() - started
+    n_bad = ledger.finish()
+    return {
+        "output": options.output,
+        "rows": n_rows,
+        "rows_before": n_rows - n_left,
+        "n_bad": n_bad,
+        "quarantine": f"{options.output.rstrip('/')}/{QUARANTINE}" if n_bad else None,
+        "seconds": round(seconds, 2),
+        "rows_per_s": round(n_left / seconds, 2),
+        "peak_bytes": peak,
+    }
+
+
+def _absolute(setup: Setup) -> Setup:
+    """The same with paths that do not depend on where a worker runs."""
+    guards, base = setup.guards, setup.base
+    places = [
+        str(Path(name).absolute()) if Path(name).is_dir() else name for name in (*guards, *([base] if base else []))
+    ]
+    return replace(setup, guards=tuple(places[: len(guards)]), base=places[-1] if base else None)
+
+
+def _identified(name: str) -> tuple[str, str]:
+    """A guard's own name, and a hash of its weights and of its configuration, whose checksum stands beside them."""
+    folder = find_adapter(name)
+    config, _ = read_adapter(folder)
+    if config.role != "guard":
+        raise InputError(f"{name!r} is an aligner and gives no scores; expected a guard.")
+    return config.name, hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16]
+
+
+def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int:
+    """Score ``shards``; the most memory of any worker, in bytes."""
+    peak, is_ours = 0, not ray.is_initialized()
+    try:
+        _connect(options.workers)
+        for found in _pooled(options, shards):
+            if found["error"]:
+                raise vars(errors).get(str(found["kind"]), SafesideError)(found["error"])
+            advance(int(str(found["n_rows"])))
+            peak = max(peak, int(str(found["peak_bytes"])))
+    except RayError as error:
+        raise SafesideError(
+            f"A worker failed: {error}. What it had finished is kept; run the command again, with fewer --workers or "
+            "--shard-rows if memory ran out."
+        ) from error
+    finally:
+        if is_ours:
+            ray.shutdown()
+    return peak
+
+
+def _connect(workers: int) -> None:
+    """The cluster that Ray finds by its own rules, else one on this machine; too few cores are an InputError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    n_cores = int(ray.cluster_resources().get("CPU", 0))
+    if workers > n_cores:
+        raise InputError(f"{workers} workers need a core each; Ray has {n_cores}. Lower --workers.")
+
+
+def _pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
+    """What each shard came to, as it is done."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    waiting = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+    yield from waiting.map(
+        Worker,
+        fn_constructor_args=(options,),
+        compute=ActorPoolStrategy(size=options.workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=1,
+        num_gpus=0 if options.setup.device == "cpu" else 1,
+        max_restarts=_RESTARTS,
+        max_task_retries=_RESTARTS,
+    ).iter_rows()
+
+
+class Worker:
+    """An actor: it holds a scorer, and scores one shard after the other."""
+
+    def __init__(self, options: BulkOptions) -> None:
+        self.options = options
+        self.folder = Folder(options.output)
+        self.file = ""
+        self.reader: Reader | None = None
+        self.scorer: Scorer | None = None
+
+    def __call__(self, values: dict[str, object]) -> dict[str, object]:
+        """What one shard came to; an error of ours comes back as data, for Ray would wrap it beyond recognition."""
+        shard = Shard(int(str(values["number"])), str(values["file"]), Span(**values["span"]))  # type: ignore[arg-type]
+        found: dict[str, object] = {"kind": "", "error": "", "n_rows": shard.span.n_rows, "peak_bytes": 0}
+        try:
+            if self.scorer is None:
+                self.scorer = ENGINES.get(self.options.engine)(self.options.setup)
+            if self.reader is None or self.file != shard.file:
+                self.file, self.reader = shard.file, open_reader(shard.file)
+            score_shard(self.scorer, self.reader, shard, self.folder)
+        except SafesideError as error:
+            return {**found, "kind": type(error).__name__, "error": str(error)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {**found, "peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
+
+
+def score_shard(scorer: Scorer, reader: Reader, shard: Shard, folder: Folder) -> None:
+    """Score one shard and keep it; one whose rows are no longer what was planned is an InputError."""
+    part = reader.read(shard.span)
+    if len(part.rows) != shard.span.n_rows:
+        raise InputError(
+            f"{shard.file} has {len(part.rows)} rows from line {shard.span.first} on where it had {shard.span.n_rows}: "
+            "it was changed. Choose another output folder and start anew."
+        )
+    judged = list(judge_rows(scorer, part.rows))
+    bad = [
+        {"file": shard.file, "line": line["line"], "problem": problem, "row": part.original(index)}
+        for index, (line, problem) in enumerate(judged)
+        if problem is not None
+    ]
+    keep_shard(folder, shard, part.scored([line for line, _ in judged], shard.file), bad)
