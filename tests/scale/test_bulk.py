@@ -28,7 +28,10 @@ from safeside.scale.reading import Shard, Span, open_reader
 
 SAME_SCORE = 1e-5  # other rows of a batch: another order of sums
 COMMAND = [sys.executable, "-c", "from safeside.cli import main; main()", "score"]
-pytestmark = pytest.mark.timeout(600)  # Ray, and processes that import torch, on a machine that may be busy
+pytestmark = [
+    pytest.mark.timeout(600),  # Ray, and processes that import torch, on a machine that may be busy
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Ray's own defaults
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safeside.errors import InputError
-from safeside.scale.ledger import MANIFEST, QUARANTINE, Ledger, keep_shard, open_ledger
+from safeside.scale.ledger import MANIFEST, QUARANTINE, Ledger, begin_shard, keep_shard, open_ledger
 from safeside.scale.places import Folder
 
 SETTINGS = {"guards": {"harm": "0123"}, "preset": None}
@@ -66,12 +66,24 @@ def test_bad_rows_of_an_attempt_that_was_killed_are_forgotten(rows: Path, tmp_pa
     assert QUARANTINE not in ledger.folder.names()
 
 
+def test_rows_that_kill_every_worker_end_the_run(rows: Path, tmp_path: Path) -> None:
+    ledger = opened(rows, tmp_path / "out")
+    for _ in range(3):
+        begin_shard(ledger.folder, ledger.shards[1])
+    begin_shard(ledger.folder, ledger.shards[0])
+    with pytest.raises(InputError, match=r"3 workers died while they scored lines 11 to 20 of .*rows\.jsonl"):
+        begin_shard(ledger.folder, ledger.shards[1])
+    begin_shard(opened(rows, tmp_path / "out").folder, ledger.shards[1])  # of another run of the command
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [({"preset": "strict"}, "a run with preset None; this one has 'strict'"), ({"guards": {}}, "a run with guards")],
 )
 def test_another_run_is_refused(rows: Path, tmp_path: Path, changes: dict[str, object], problem: str) -> None:
-    opened(rows, tmp_path / "out")
+    opened(rows, tmp_path / "out", preset="balanced")  # it kept nothing
+    ledger = opened(rows, tmp_path / "out")
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     with pytest.raises(InputError, match=problem):
         opened(rows, tmp_path / "out", **changes)
     with pytest.raises(InputError, match="a run with shard_rows 10; this one has 5"):
@@ -79,7 +91,8 @@ def test_another_run_is_refused(rows: Path, tmp_path: Path, changes: dict[str, o
 
 
 def test_input_that_was_changed_is_refused(rows: Path, tmp_path: Path) -> None:
-    opened(rows, tmp_path / "out")
+    ledger = opened(rows, tmp_path / "out")
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     with rows.open("a") as handle:
         handle.write("\n{}")
     with pytest.raises(InputError, match=r"rows.jsonl was changed since"):
@@ -92,7 +105,8 @@ def test_a_folder_of_something_else_is_refused(rows: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="is a file; expected a folder"):
         opened(rows, rows)
     out = tmp_path / "out"
-    opened(rows, out)
+    ledger = opened(rows, out)
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     for damaged in ("[", "[]", "{}", json.dumps({**json.loads((out / MANIFEST).read_text()), "shards": [{}]})):
         (out / MANIFEST).write_text(damaged)
         with pytest.raises(InputError, match="is damaged"):

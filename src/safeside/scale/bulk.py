@@ -25,12 +25,10 @@ from safeside.artifact import WEIGHTS_FILE, find_adapter, read_adapter
 from safeside.errors import InputError, SafesideError
 from safeside.guards.lines import Scorer, judge_rows
 from safeside.scale.engines import ENGINES, Setup, require_engine
-from safeside.scale.ledger import QUARANTINE, keep_shard, open_ledger
+from safeside.scale.ledger import QUARANTINE, begin_shard, keep_shard, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Reader, Shard, Span, open_reader
 from safeside.terminal import Advance, progress_bar
-
-_RESTARTS = 3  # of an actor, or a shard, whose process dies: then the shard itself is to blame
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +125,7 @@ def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int
 def _connect(workers: int) -> None:
     """The cluster that Ray finds by its own rules, else one on this machine; too few cores are an InputError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors are raised; what is printed is of no use
     ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     n_cores = int(ray.cluster_resources().get("CPU", 0))
     if workers > n_cores:
@@ -136,6 +135,7 @@ def _connect(workers: int) -> None:
 def _pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
     """What each shard came to, as it is done."""
     context = DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = context.print_on_execution_start = False
     waiting = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     yield from waiting.map(
@@ -144,8 +144,6 @@ def _pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str,
         compute=ActorPoolStrategy(size=options.workers, max_tasks_in_flight_per_actor=2),
         num_cpus=1,
         num_gpus=0 if options.setup.device == "cpu" else 1,
-        max_restarts=_RESTARTS,
-        max_task_retries=_RESTARTS,
     ).iter_rows()
 
 
@@ -164,6 +162,7 @@ class Worker:
         shard = Shard(int(str(values["number"])), str(values["file"]), Span(**values["span"]))  # type: ignore[arg-type]
         found: dict[str, object] = {"kind": "", "error": "", "n_rows": shard.span.n_rows, "peak_bytes": 0}
         try:
+            begin_shard(self.folder, shard)
             if self.scorer is None:
                 self.scorer = ENGINES.get(self.options.engine)(self.options.setup)
             if self.reader is None or self.file != shard.file:

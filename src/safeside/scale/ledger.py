@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from safeside.errors import InputError
-from safeside.scale.places import Folder, address, explained, opened
+from safeside.scale.places import TEMPORARY, Folder, address, explained, opened
 from safeside.scale.reading import Shard, Span, find_files, open_reader
 
 MANIFEST, QUARANTINE = "_manifest.json", "_quarantine.jsonl"
-_BAD = "_bad"
+_BAD, _PART = "_bad", "part-"
+_ATTEMPTS = 3  # at one shard, in one run of the command
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,23 @@ class Ledger:
         """Count the bad rows of all shards, and gather them in one file if there are any."""
         names = self.folder.names(_BAD)
         n_bad = sum(self.folder.read(f"{_BAD}/{name}").count(b"\n") for name in names)
-        if names:
+        if MANIFEST not in names and names:
             self.folder.write(QUARANTINE, (self.folder.read(f"{_BAD}/{name}") for name in names))
         self.folder.clear_temporary()
         return n_bad
+
+
+def begin_shard(folder: Folder, shard: Shard) -> None:
+    """Note that a shard is begun; one that is begun too often in a run, and so kills its workers, is an InputError."""
+    name = f"{TEMPORARY}/begun-{shard.number:06d}"
+    n_begun = len(folder.read(name)) if folder.has(name) else 0
+    if n_begun == _ATTEMPTS:
+        last = shard.span.first + shard.span.n_lines - 1
+        raise InputError(
+            f"{n_begun} workers died while they scored lines {shard.span.first} to {last} of {shard.file}. If memory "
+            "ran out, lower --workers, or --shard-rows in a new output folder; else look at these rows."
+        )
+    folder.write(name, [b"." * (n_begun + 1)])
 
 
 def keep_shard(folder: Folder, shard: Shard, scored: bytes, bad: Sequence[Mapping[str, object]]) -> None:
@@ -56,17 +70,19 @@ def keep_shard(folder: Folder, shard: Shard, scored: bytes, bad: Sequence[Mappin
 def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_rows: int) -> Ledger:
     """The ledger of a new run, or of the run that ``output`` holds if it has the same settings and input.
 
-    Another run's folder, or one with other files, is an InputError.
+    Another run's folder, or one with other files, is an InputError; a run that has not kept anything yet is no run.
     """
     folder = Folder(output)
     names = folder.names()
     wanted = {**settings, "input": address(*opened(source)), "shard_rows": shard_rows}
-    if MANIFEST in names:
+    if MANIFEST in names and any(name.startswith(_PART) for name in names):
         found = folder.read_json(MANIFEST)
         _check_same(output, found, wanted)
+        folder.clear_temporary()
         return Ledger(folder, tuple(_shards_in(output, found)))
     if names:
         raise InputError(f"{output} holds {names[0]!r} and no bulk run; expected a new folder. Choose another.")
+    folder.remove(_BAD)
     files = find_files(source)
     shards = tuple(_cut(files, shard_rows))
     if not shards:

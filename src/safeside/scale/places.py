@@ -13,7 +13,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from safeside.errors import InputError, SafesideError
 
-_TEMPORARY = "_tmp"
+TEMPORARY = "_tmp"
+"""Inside a folder, what may be taken away at any time between two runs."""
 
 
 @contextlib.contextmanager
@@ -64,11 +65,11 @@ class Folder:
                 raise InputError(f"{self.place} is a file; expected a folder, new or of the same run. Choose another.")
             found = self.files.ls(path, detail=False) if self.files.isdir(path) else []
         names = sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
-        return [name for name in names if name != _TEMPORARY]
+        return [name for name in names if name != TEMPORARY]
 
     def write(self, name: str, content: Iterable[bytes]) -> None:
         """Write one file: under a name of its own first, then in place of any that was there."""
-        temporary, final = self._inside(f"{_TEMPORARY}/{uuid.uuid4().hex}"), self._inside(name)
+        temporary, final = self._inside(f"{TEMPORARY}/{uuid.uuid4().hex}"), self._inside(name)
         with explained(final, "written"):
             for path in (temporary, final):
                 self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -83,6 +84,12 @@ class Folder:
         with explained(path, "read"), self.files.open(path, "rb") as handle:
             return bytes(handle.read())
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        path = self._inside(name)
+        with explained(path, "read"):
+            return bool(self.files.exists(path))
+
     def read_json(self, name: str) -> dict[str, object]:
         """The JSON object in one file; anything else is an InputError."""
         try:
@@ -92,14 +99,14 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Take away a file, or a folder with all in it; one that is not there is none."""
-        path = self._inside(name)
-        with explained(path, "removed"):
-            if self.files.exists(path):
+        if self.has(name):
+            path = self._inside(name)
+            with explained(path, "removed"):
                 self.files.rm(path, recursive=True)
 
     def clear_temporary(self) -> None:
         """Take away what killed writers left."""
-        self.remove(_TEMPORARY)
+        self.remove(TEMPORARY)
 
     def _inside(self, name: str) -> str:
         return f"{self.path}/{name}"
