@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import safeside.train.dry_run
+import safeside.train.estimate
 from recipes_for_tests import guard_rows, preference_rows, recipe
 from safeside import Adapter, Base, create_adapter, flops_share, make_config
+from safeside.adapters.config import AdapterConfig
 from safeside.adapters.sizing import geometry_base
 from safeside.adapters.toplayers import TopLayers
 from safeside.base.taps import Tape
@@ -20,7 +22,7 @@ from safeside.errors import ConfigError
 from safeside.lora import add_lora
 from safeside.tasks.task import TASKS
 from safeside.train.dry_run import check_shapes, dry_run, meta_adapter, meta_base
-from safeside.train.estimate import adapter_memory, lora_memory
+from safeside.train.estimate import adapter_memory, kept_in_training, lora_memory, tokens_of
 from safeside.train.recipe import LORA, Recipe, read_recipe
 from safeside.train.run_lora import lora_shape
 from tasks.conformance import make_data, write_place
@@ -33,6 +35,7 @@ UNPINNED = "@REVISION#"
 REVISION, OTHER = "0123456789" * 4, "abcdef0123" * 4
 NEAR = 0.1  # promised; found are the same numbers
 _CHECKED: set[str] = set()
+_COUNTED: dict[tuple[str, str, int], tuple[int, int]] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +49,25 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def shapes_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes that differ in their labels alone have one trunk: it is run once."""
+    """Recipes that differ in their labels alone have one trunk: it is run once, and counted once for as many tokens."""
+
+    def trunk_of(config: AdapterConfig) -> str:
+        return config.model_dump_json(exclude={"name", "labels", "windows"})
+
+    def count(base: Base, config: AdapterConfig, of: Recipe) -> tuple[int, int]:
+        key = trunk_of(config), of.training.precision, tokens_of(base, of)
+        if key not in _COUNTED:
+            _COUNTED[key] = kept_in_training(base, config, of)
+        return _COUNTED[key]
 
     def check(base: Base, adapter: torch.nn.Module) -> None:
-        trunk = adapter.config.model_dump_json(exclude={"name", "labels", "windows"})
+        trunk = trunk_of(adapter.config)
         if trunk not in _CHECKED:
             check_shapes(base, adapter)
             _CHECKED.add(trunk)
 
     monkeypatch.setattr(safeside.train.dry_run, "check_shapes", check)
+    monkeypatch.setattr(safeside.train.estimate, "kept_in_training", count)
 
 
 def write_files(of: Recipe, root: Path) -> None:

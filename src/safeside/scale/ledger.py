@@ -38,7 +38,7 @@ class Ledger:
         """Count the bad rows of all shards, and gather them in one file if there are any."""
         names = self.folder.names(_BAD)
         n_bad = sum(self.folder.read(f"{_BAD}/{name}").count(b"\n") for name in names)
-        if MANIFEST not in names and names:
+        if names:
             self.folder.write(QUARANTINE, (self.folder.read(f"{_BAD}/{name}") for name in names))
         self.folder.clear_temporary()
         return n_bad
@@ -74,13 +74,13 @@ def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_
     """
     folder = Folder(output)
     names = folder.names()
+    folder.clear_temporary()
     wanted = {**settings, "input": address(*opened(source)), "shard_rows": shard_rows}
     if MANIFEST in names and any(name.startswith(_PART) for name in names):
         found = folder.read_json(MANIFEST)
         _check_same(output, found, wanted)
-        folder.clear_temporary()
         return Ledger(folder, tuple(_shards_in(output, found)))
-    if names:
+    if names and MANIFEST not in names:
         raise InputError(f"{output} holds {names[0]!r} and no bulk run; expected a new folder. Choose another.")
     folder.remove(_BAD)
     files = find_files(source)

@@ -37,6 +37,7 @@ from safeside.adapters.toplayers import TopLayers
 from safeside.base.model import Base
 from safeside.base.taps import Tape
 from safeside.base.token_scores import N_LOGITS
+from safeside.base.top import Top
 from safeside.train.recipe import Recipe
 
 _FLOAT32 = 4  # bytes
@@ -108,7 +109,12 @@ def _without_content(config: AdapterConfig) -> Adapter:
     """An adapter on the CPU in a FakeTensorMode; blocks that it shares with its base are there as well."""
     adapter = Adapter(config)
     if isinstance(adapter.trunk, TopLayers) and not adapter.trunk.is_bound:
-        adapter.trunk.own_top.to_empty(device="cpu").requires_grad_(False)
+        own, theirs = adapter.trunk.own_top, Top(config.blocks, config.depth)
+        own.load_state_dict(theirs.state_dict(), assign=True)
+        own.requires_grad_(False)
+        for name, buffer in theirs.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            own.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
         adapter.trunk.is_bound = True
     return adapter
 
