@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--engine", default="hf")
     parser.add_argument("--guard", default="builtin:harm")
+    parser.add_argument("--output", type=Path, default=RESULTS / "bulk.json")
     options = parser.parse_args()
     started, rows = time.perf_counter(), list[Row]()
     with tempfile.TemporaryDirectory() as name:
@@ -148,7 +149,7 @@ def main() -> None:
             note(f"{n_rows} rows: {values}")
             rows += figures(labels, {**values, "lost": lost, "duplicated": doubled}, n_rows)
     notes = {"rows": options.rows, "many": options.many, "kills": options.kills, "cores": os.cpu_count()}
-    write_json(RESULTS / "bulk.json", result_of("bulk", time.perf_counter() - started, rows, notes))
+    write_json(options.output, result_of("bulk", time.perf_counter() - started, rows, notes))
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ def capacity_table(path: Path) -> str:
             cached = value["cache_bytes"]
             lines.append([
                 base if method == "base" else f"{base}, one `{method}`",
-                f"{2 * value['matmuls'] / 1e9:,.3g}",
+                _amount(2 * value["matmuls"] / 1e9),
                 "" if method == "base" else _share([found["flops_share"]]),
-                f"{2 * value['params'] / 1e9:,.3g}",
+                _amount(2 * value["params"] / 1e9),
                 f"{cached / 1024:,.4g}",
                 f"{cached * CACHED_TOKENS / 1e9:,.3g}",
             ])  # fmt: skip
@@ -90,6 +90,10 @@ def capacity_table(path: Path) -> str:
         "one token through", "GFLOPs", "of the base", "weights, GB", "KV a token, KiB", f"KV of {CACHED_TOKENS:,}, GB",
     )  # fmt: skip
     return _table(heads, lines)
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.3g}" if value >= 1e-3 else "under 0.001"
 
 
 def taps_table(path: Path) -> str:
