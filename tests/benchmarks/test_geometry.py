@@ -26,4 +26,5 @@ def test_a_token_takes_the_cache_that_is_told(
     found = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     unit = tiny_base.dtype.itemsize / SERVED_BYTES * n_tokens
     assert sum(found[: tiny_base.n_layers]) == cache_bytes(tiny_base) * unit
-    assert sum(found[tiny_base.n_layers :]) == side_cache_bytes(guard) * unit
+    side = found[tiny_base.n_layers : tiny_base.n_layers + guard.n_cache_layers]  # then the scores themselves
+    assert sum(side) == side_cache_bytes(guard) * unit

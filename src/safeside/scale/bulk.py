@@ -20,7 +20,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from safeside import errors
+import safeside.errors
 from safeside.artifact import WEIGHTS_FILE, find_adapter, read_adapter
 from safeside.errors import InputError, SafesideError
 from safeside.guards.lines import Scorer, judge_rows
@@ -108,7 +108,7 @@ def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int
         _connect(options.workers)
         for found in _pooled(options, shards):
             if found["error"]:
-                raise vars(errors).get(str(found["kind"]), SafesideError)(found["error"])
+                raise vars(safeside.errors).get(str(found["kind"]), SafesideError)(found["error"])
             advance(int(str(found["n_rows"])))
             peak = max(peak, int(str(found["peak_bytes"])))
     except RayError as error:
@@ -123,11 +123,19 @@ def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int
 
 
 def _connect(workers: int) -> None:
-    """The cluster that Ray finds by its own rules, else one on this machine; too few cores are an InputError."""
+    """The cluster that Ray finds by its own rules, else one on this machine; too few cores are an InputError.
+
+    What goes wrong in starting Ray is a SafesideError: Ray raises bare Exceptions.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors are raised; what is printed is of no use
-    ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    n_cores = int(ray.cluster_resources().get("CPU", 0))
+    try:
+        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise SafesideError(
+            f"Ray did not start: {error} On a busy machine run the command again; else check RAY_ADDRESS."
+        ) from error
+    n_cores = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
     if workers > n_cores:
         raise InputError(f"{workers} workers need a core each; Ray has {n_cores}. Lower --workers.")
 
@@ -139,7 +147,7 @@ def _pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str,
     context.enable_progress_bars = context.print_on_execution_start = False
     waiting = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     yield from waiting.map(
-        Worker,
+        Worker,  # type: ignore[arg-type]
         fn_constructor_args=(options,),
         compute=ActorPoolStrategy(size=options.workers, max_tasks_in_flight_per_actor=2),
         num_cpus=1,
