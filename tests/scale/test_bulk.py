@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,8 @@ from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.errors import InputError
 from safeside.guards.lines import BaseScorer, guard_lines
 from safeside.guards.score import judge
-from safeside.scale.bulk import score_shard
+from safeside.scale import bulk
+from safeside.scale.bulk import BulkOptions, Worker, score_shard
 from safeside.scale.ledger import QUARANTINE, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Shard, Span, open_reader
@@ -57,7 +59,7 @@ def test_a_run_that_is_killed_goes_on_and_loses_and_doubles_no_row(
     """SIGKILL of the command, Ray and all workers in the midst of it; then the same command again."""
     rows = [{"id": index, "text": f"the cat sat {index * 7919}"} if index % 50 else "{odd" for index in range(1, 801)]
     path, output = write(tmp_path / "rows.jsonl", rows), tmp_path / "scored"
-    words = ["--input", path, "--output", output, "--guard", guard, "--workers", 2, "--shard-rows", 10]
+    words = ["--input", path, "--output", output, "--guard", guard, "--shard-rows", 10]
     killed = subprocess.Popen(
         [*COMMAND, *map(str, words)],
         start_new_session=True,
@@ -136,17 +138,35 @@ def test_a_shard_whose_rows_are_gone_is_an_error(tiny_base: Base, tmp_path: Path
         )
 
 
-def test_mistakes_are_told(
-    run: Callable[..., Ran], cluster: None, adapters: Path, tiny_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "hi"}])
-    words = ["--input", path, "--output", tmp_path / "out", "--guard"]
-    for more, code, problem in (
-        ([adapters / "harm", "--engine", "vllm"], 2, "pip install 'safeside[vllm]', or choose --engine hf"),
-        ([adapters / "refuse"], 2, "is an aligner and gives no scores"),
-        ([adapters / "harm", "--workers", 3], 2, "3 workers need a core each; Ray has 2"),
-        ([adapters / "harm", "--base", tiny_folder("qwen2")], 1, "Load the base that it was made for"),
-        ([adapters / "harm", "--preset", "strict", "--output", tmp_path / "other"], 2, "has no preset 'strict'"),
+    for more, problem in (
+        ([adapters / "harm", "--engine", "vllm"], "pip install 'safeside[vllm]', or choose --engine hf"),
+        ([adapters / "refuse"], "is an aligner and gives no scores"),
+        ([adapters / "harm", "--workers", 3], "3 workers need a core each; Ray has 2"),
     ):
-        ended = run("score", *words, *more)
-        assert (ended.code, problem in ended.err) == (code, True), ended.err
+        ended = run("score", "--input", path, "--output", tmp_path / "out", "--guard", *more)
+        assert (ended.code, problem in ended.err) == (2, True), ended.err
+
+
+def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
+    run: Callable[..., Ran],
+    adapters: Path,
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An adapter of another base, which only the worker that loads both finds out."""
+
+    def pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
+        return map(Worker(options), [asdict(shard) for shard in shards])
+
+    monkeypatch.setattr(bulk, "_connect", lambda workers: None)
+    monkeypatch.setattr(bulk, "_pooled", pooled)
+    path = write(tmp_path / "rows.jsonl", [{"text": "hi"}])
+    words = ["--input", path, "--output", tmp_path / "out", "--guard", adapters / "harm"]
+    refused = run("score", *words, "--base", tiny_folder("qwen2"))
+    assert refused.code == 1
+    assert "Load the base that it was made for" in refused.err
+    assert run("score", *words, "--preset", "strict").code == 2
+    assert run("score", *words).code == 0  # another run may have the folder: those kept nothing

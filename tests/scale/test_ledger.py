@@ -10,7 +10,7 @@ import pytest
 
 from safeside.errors import InputError
 from safeside.scale.ledger import MANIFEST, QUARANTINE, Ledger, begin_shard, keep_shard, open_ledger
-from safeside.scale.places import Folder
+from safeside.scale.places import TEMPORARY, Folder
 
 SETTINGS = {"guards": {"harm": "0123"}, "preset": None}
 
@@ -100,8 +100,10 @@ def test_input_that_was_changed_is_refused(rows: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_refused(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / TEMPORARY).mkdir()
     with pytest.raises(InputError, match=r"holds 'rows\.jsonl' and no bulk run"):
         opened(rows, tmp_path)
+    assert (tmp_path / TEMPORARY).is_dir()  # it may be somebody else's
     with pytest.raises(InputError, match="is a file; expected a folder"):
         opened(rows, rows)
     out = tmp_path / "out"

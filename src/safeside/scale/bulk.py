@@ -22,6 +22,8 @@ from ray.exceptions import RayError
 
 import safeside.errors
 from safeside.artifact import WEIGHTS_FILE, find_adapter, read_adapter
+from safeside.base.model import BUILTIN_NAME
+from safeside.base.packaged import PACKAGED
 from safeside.errors import InputError, SafesideError
 from safeside.guards.lines import Scorer, judge_rows
 from safeside.scale.engines import ENGINES, Setup, require_engine
@@ -52,16 +54,17 @@ class BulkOptions:
 def score_command(options: BulkOptions) -> dict[str, object]:
     """Score all rows that are not scored yet, and say how it went."""
     require_engine(options.engine)
+    setup = _absolute(options.setup)
     settings = {
-        "guards": dict(map(_identified, options.setup.guards)),
-        "base": options.setup.base,
-        "preset": options.setup.preset,
-        "allow_mismatch": options.setup.allow_mismatch,
+        "guards": dict(map(_identified, setup.guards)),
+        "base": setup.base,
+        "preset": setup.preset,
+        "allow_mismatch": setup.allow_mismatch,
         "engine": options.engine,
     }
     ledger = open_ledger(options.source, options.output, settings, options.shard_rows)
     done = ledger.done()
-    here = replace(options, output=ledger.folder.address, setup=_absolute(options.setup))
+    here = replace(options, output=ledger.folder.address, setup=setup)
     left = [shard for shard in ledger.shards if shard.number not in done]
     n_rows, n_left = (sum(shard.span.n_rows for shard in shards) for shards in (ledger.shards, left))
     started, peak = time.perf_counter(), 0
@@ -85,11 +88,13 @@ def score_command(options: BulkOptions) -> dict[str, object]:
 
 def _absolute(setup: Setup) -> Setup:
     """The same with paths that do not depend on where a worker runs."""
-    guards, base = setup.guards, setup.base
-    places = [
-        str(Path(name).absolute()) if Path(name).is_dir() else name for name in (*guards, *([base] if base else []))
-    ]
-    return replace(setup, guards=tuple(places[: len(guards)]), base=places[-1] if base else None)
+
+    def absolute(name: str) -> str:
+        is_path = name not in (BUILTIN_NAME, *PACKAGED) and Path(name).is_dir()
+        return str(Path(name).absolute()) if is_path else name
+
+    base = absolute(setup.base) if setup.base is not None else None
+    return replace(setup, guards=tuple(map(absolute, setup.guards)), base=base)
 
 
 def _identified(name: str) -> tuple[str, str]:
@@ -112,9 +117,10 @@ def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int
             advance(int(str(found["n_rows"])))
             peak = max(peak, int(str(found["peak_bytes"])))
     except RayError as error:
+        reason = str(error).strip().splitlines()[-1]
         raise SafesideError(
-            f"A worker failed: {error}. What it had finished is kept; run the command again, with fewer --workers or "
-            "--shard-rows if memory ran out."
+            f"A worker failed: {reason} What was finished is kept: run the command again to go on, with fewer "
+            "--workers if memory ran out."
         ) from error
     finally:
         if is_ours:

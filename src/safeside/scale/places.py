@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from safeside.errors import InputError, SafesideError
 
-TEMPORARY = "_tmp"
+TEMPORARY = "_unfinished"
 """Inside a folder, what may be taken away at any time between two runs."""
 
 
