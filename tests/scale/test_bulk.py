@@ -44,7 +44,7 @@ def guard(session_base: Base, random_guard: Callable[..., Adapter], tmp_path_fac
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray with two cores, whatever this machine has."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -143,7 +143,8 @@ def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Pat
     for more, problem in (
         ([adapters / "harm", "--engine", "vllm"], "pip install 'safeside[vllm]', or choose --engine hf"),
         ([adapters / "refuse"], "is an aligner and gives no scores"),
-        ([adapters / "harm", "--workers", 3], "3 workers need a core each; Ray has 2"),
+        ([adapters / "harm", "--workers", 3], "3 workers need a CPU each; Ray has 2"),
+        ([adapters / "harm", "--device", "cuda"], "1 workers need a GPU each; Ray has 0"),
     ):
         ended = run("score", "--input", path, "--output", tmp_path / "out", "--guard", *more)
         assert (ended.code, problem in ended.err) == (2, True), ended.err
@@ -161,7 +162,7 @@ def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
     def pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
         return map(Worker(options), [asdict(shard) for shard in shards])
 
-    monkeypatch.setattr(bulk, "_connect", lambda workers: None)
+    monkeypatch.setattr(bulk, "_connect", lambda workers, resource: None)
     monkeypatch.setattr(bulk, "_pooled", pooled)
     path = write(tmp_path / "rows.jsonl", [{"text": "hi"}])
     words = ["--input", path, "--output", tmp_path / "out", "--guard", adapters / "harm"]

@@ -110,7 +110,7 @@ def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int
     """Score ``shards``; the most memory of any worker, in bytes."""
     peak, is_ours = 0, not ray.is_initialized()
     try:
-        _connect(options.workers)
+        _connect(options.workers, "CPU" if options.setup.device == "cpu" else "GPU")
         for found in _pooled(options, shards):
             if found["error"]:
                 raise vars(safeside.errors).get(str(found["kind"]), SafesideError)(found["error"])
@@ -128,9 +128,10 @@ def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int
     return peak
 
 
-def _connect(workers: int) -> None:
-    """The cluster that Ray finds by its own rules, else one on this machine; too few cores are an InputError.
+def _connect(workers: int, resource_name: str) -> None:
+    """Use the cluster that Ray finds by its own rules, else one on this machine.
 
+    Fewer of the resource (``CPU``, ``GPU``) than workers are an InputError, for Ray would wait for them for ever.
     What goes wrong in starting Ray is a SafesideError: Ray raises bare Exceptions.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
@@ -141,9 +142,12 @@ def _connect(workers: int) -> None:
         raise SafesideError(
             f"Ray did not start: {error} On a busy machine run the command again; else check RAY_ADDRESS."
         ) from error
-    n_cores = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-    if workers > n_cores:
-        raise InputError(f"{workers} workers need a core each; Ray has {n_cores}. Lower --workers.")
+    n_there = int(ray.cluster_resources().get(resource_name, 0))  # type: ignore[no-untyped-call]
+    if workers > n_there:
+        raise InputError(
+            f"{workers} workers need a {resource_name} each; Ray has {n_there}. Lower --workers, or choose another "
+            "--device."
+        )
 
 
 def _pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
