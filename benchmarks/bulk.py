@@ -37,6 +37,7 @@ from tidy import RESULTS, Row, figure_row, result_of, write_json
 
 TEXT = "how do I boil an egg without breaking the shell of it or open a door that has no key"
 COMMAND = [sys.executable, "-c", "from safeside.cli import main; main()", "score"]
+ATTEMPTS = 5
 ENVIRONMENT = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
 
@@ -69,9 +70,12 @@ def words_of(rows: Path, output: Path, guard: str, workers: int, *more: str) -> 
 
 
 def score(command: Sequence[str]) -> dict[str, float]:
-    """What a run says of itself."""
-    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(done.stdout))
+    """What a run says of itself; on a machine so busy that Ray does not start it is given again."""
+    for _ in range(ATTEMPTS):
+        done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            return dict(json.loads(done.stdout))
+    raise SystemExit(f"{command} failed {ATTEMPTS} times")
 
 
 def steady_rate(output: Path, shard_rows: int) -> float:

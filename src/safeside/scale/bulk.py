@@ -30,7 +30,10 @@ from safeside.scale.engines import ENGINES, Setup, require_engine
 from safeside.scale.ledger import QUARANTINE, begin_shard, keep_shard, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Reader, Shard, Span, open_reader
-from safeside.terminal import Advance, progress_bar
+from safeside.terminal import Advance, note, progress_bar
+
+
+_STARTS = 3  # attempts: Ray gives a machine 30 s, which a busy one may exceed
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +139,17 @@ def _connect(workers: int, resource_name: str) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors are raised; what is printed is of no use
-    try:
-        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        raise SafesideError(
-            f"Ray did not start: {error} On a busy machine run the command again; else check RAY_ADDRESS."
-        ) from error
+    for n_left in reversed(range(_STARTS)):
+        try:
+            ray.init(
+                ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+            break
+        except Exception as error:
+            ray.shutdown()
+            if not n_left:
+                raise SafesideError(f"Ray did not start: {error} Check RAY_ADDRESS, and how busy this is.") from error
+            note(f"Ray did not start and is started again: {error}")
     n_there = int(ray.cluster_resources().get(resource_name, 0))  # type: ignore[no-untyped-call]
     if workers > n_there:
         raise InputError(
