@@ -32,7 +32,6 @@ from safeside.scale.places import Folder
 from safeside.scale.reading import Reader, Shard, Span, open_reader
 from safeside.terminal import Advance, note, progress_bar
 
-
 _STARTS = 3  # attempts: Ray gives a machine 30 s, which a busy one may exceed
 
 
