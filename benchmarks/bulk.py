@@ -23,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -116,6 +117,34 @@ def figures(labels: dict[str, object], values: dict[str, float], n_rows: int) ->
     ]
 
 
+def many_rows(options: argparse.Namespace, folder: Path) -> Iterator[list[Row]]:
+    """Memory over a tenth of the many rows, and over all of them."""
+    guard, workers = str(small_guard(folder)), max(options.workers)
+    labels: dict[str, object] = {"workers": workers, "engine": options.engine, "guard": "probe"}
+    for n_rows in (options.many // 10, options.many):
+        many, output = write_rows(folder / "many.parquet", n_rows), folder / f"many{n_rows}"
+        found = score(words_of(many, output, guard, workers, "--engine", options.engine, "--shard-rows", "1000"))
+        lost, doubled = lost_and_doubled(output, n_rows)
+        values = {"rows_per_s": steady_rate(output, 1000), "peak_bytes": found["peak_bytes"]}
+        note(f"{n_rows} rows: {values}, {lost} lost, {doubled} duplicated")
+        yield figures(labels, {**values, "lost": lost, "duplicated": doubled}, n_rows)
+
+
+def timed_rows(options: argparse.Namespace, folder: Path) -> Iterator[list[Row]]:
+    """Speed by workers, and what kills lose and double."""
+    timed, shard_rows = write_rows(folder / "timed.parquet", options.rows), 250
+    more = ("--engine", options.engine, "--shard-rows", str(shard_rows))
+    for workers in options.workers:
+        labels: dict[str, object] = {"workers": workers, "engine": options.engine, "guard": options.guard}
+        output, killed = folder / f"by{workers}", folder / f"killed{workers}"
+        found = score(words_of(timed, output, options.guard, workers, *more))
+        values = {"rows_per_s": steady_rate(output, shard_rows), "peak_bytes": found["peak_bytes"]}
+        n_killed = killed_run(words_of(timed, killed, options.guard, workers, *more), killed, options.kills, workers)
+        lost, doubled = lost_and_doubled(killed, options.rows)
+        note(f"{workers} workers: {values}; killed {n_killed} times: {lost} lost, {doubled} duplicated")
+        yield figures(labels, {**values, "lost": lost, "duplicated": doubled, "kills": n_killed}, options.rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=20_000, help="rows of the runs that are timed or killed")
@@ -127,33 +156,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "bulk.json")
     options = parser.parse_args()
     started, rows = time.perf_counter(), list[Row]()
+    notes = {"kills": options.kills, "cores": os.cpu_count(), "load_at_start": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        timed, shard_rows = write_rows(folder / "timed.parquet", options.rows), 250
-        for workers in options.workers:
-            more = ("--engine", options.engine, "--shard-rows", str(shard_rows))
-            labels: dict[str, object] = {"workers": workers, "engine": options.engine, "guard": options.guard}
-            found = score(words_of(timed, folder / f"by{workers}", options.guard, workers, *more))
-            values = {"rows_per_s": steady_rate(folder / f"by{workers}", shard_rows), "peak_bytes": found["peak_bytes"]}
-            note(f"{workers} workers: {values}")
-            output = folder / f"killed{workers}"
-            n_killed = killed_run(
-                words_of(timed, output, options.guard, workers, *more), output, options.kills, workers
-            )
-            lost, doubled = lost_and_doubled(output, options.rows)
-            note(f"{workers} workers, killed {n_killed} times: {lost} rows lost, {doubled} duplicated")
-            rows += figures(labels, {**values, "lost": lost, "duplicated": doubled, "kills": n_killed}, options.rows)
-        probe = str(small_guard(folder))
-        for n_rows in (options.many // 10, options.many):
-            many, output = write_rows(folder / "many.parquet", n_rows), folder / f"many{n_rows}"
-            found = score(words_of(many, output, probe, max(options.workers), "--engine", options.engine))
-            lost, doubled = lost_and_doubled(output, n_rows)
-            labels = {"workers": max(options.workers), "engine": options.engine, "guard": "probe"}
-            values = {"rows_per_s": found["rows_per_s"], "peak_bytes": found["peak_bytes"]}
-            note(f"{n_rows} rows: {values}")
-            rows += figures(labels, {**values, "lost": lost, "duplicated": doubled}, n_rows)
-    notes = {"rows": options.rows, "many": options.many, "kills": options.kills, "cores": os.cpu_count()}
-    write_json(options.output, result_of("bulk", time.perf_counter() - started, rows, notes))
+        for found in chain(many_rows(options, Path(name)), timed_rows(options, Path(name))):
+            rows += found  # kept as far as it is: the rest may take long, or be cut off
+            write_json(options.output, result_of("bulk", time.perf_counter() - started, rows, notes))
 
 
 if __name__ == "__main__":

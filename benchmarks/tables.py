@@ -130,7 +130,8 @@ def bulk_table(path: Path) -> str:
         counts = [f"{found['lost']:.0f}", f"{found['duplicated']:.0f}"]
         lines.append([*head, f"{found['rows_per_s']:,.0f}", f"{found['peak_bytes'] / 1e6:,.0f} MB", kills, *counts])
     heads = ("guard", "engine", "workers", "rows a second", "most memory of a worker", "kills", "lost", "duplicated")
-    return f"Commit `{result['commit']}`, {result['machine']}.\n\n" + _table(heads, lines)
+    busy = f"{result['notes']['cores']} cores, load average {result['notes']['load_at_start']:.1f} at the start"
+    return f"Commit `{result['commit']}`, {result['machine']}, {busy}.\n\n" + _table(heads, lines)
 
 
 def _bulk_place(row: Row) -> tuple[object, ...]:

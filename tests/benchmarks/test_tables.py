@@ -180,6 +180,10 @@ def test_bulk_tells_what_kills_lost(tmp_path: Path) -> None:
     place = {"guard": "builtin:harm", "workers": 2, "engine": "hf"}
     values = {"rows_per_s": 1234.4, "peak_bytes": 6e8, "lost": 0, "duplicated": 1, "kills": 3}
     write(tmp_path / "bulk.json", [figure(metric, value, **place) for metric, value in values.items()])
+    content = json.loads((tmp_path / "bulk.json").read_text())
+    notes = {"cores": 2, "load_at_start": 8.21}
+    (tmp_path / "bulk.json").write_text(json.dumps({**content, "notes": notes}))
     table = tables.bulk_table(tmp_path / "bulk.json")
+    assert "2 cores, load average 8.2 at the start" in table
     assert "| builtin:harm, 90 rows | hf | 2 | 1,234 | 600 MB | 3 | 0 | 1 |" in table
     assert "No figures yet" in tables.bulk_table(tmp_path / "none.json")
