@@ -10,7 +10,7 @@ COST := benchmarks/.cells/align/cost.json
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-genes bench-overhead bench-gate bench-serve builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-genes bench-overhead bench-gate bench-serve bench-bulk builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -109,6 +109,10 @@ bench-overhead: setup
 # for ten minutes.  Nothing else should run beside it.
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py --soak 10
+
+# Bulk scoring by one and two workers, killed and not, and its memory over many rows (about 10 minutes).
+bench-bulk: setup
+	$(BIN)/python benchmarks/bulk.py
 
 # Attacks on the gate of a targeted aligner, a white-box suffix search, and what the cures cost (about 5 core-minutes).
 bench-gate: setup

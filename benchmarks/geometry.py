@@ -12,15 +12,18 @@ from tokenizers.models import BPE
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from safeside.adapters.adapter import Adapter
-from safeside.adapters.sizing import flops_share, make_config, sized_config
+from safeside.adapters.config import AdapterConfig
+from safeside.adapters.sizing import adapter_matmuls, base_matmuls, flops_share, make_config, sized_config
 from safeside.base.families import find_family
 from safeside.base.model import Base
 from safeside.provenance import config_hash
 from tidy import RESULTS, Row, figure_row, result_of, write_json
 
 SIZE = 0.01  # share of the base's compute: the default dial
-METHODS = ("plr", "rtb", "lst")
-# From each checkpoint's config.json: Qwen/Qwen2.5-7B, mistralai/Mistral-7B-v0.3, google/gemma-2-9b, Qwen/Qwen2.5-14B.
+METHODS = ("plr", "rtb", "lst", "lst_8")
+SERVED_BYTES = 2  # a number, in bfloat16
+# From each checkpoint's config.json: Qwen/Qwen2.5-7B, mistralai/Mistral-7B-v0.3, google/gemma-2-9b, Qwen/Qwen2.5-14B,
+# meta-llama/Llama-3.1-70B.
 PUBLISHED: dict[str, tuple[str, dict[str, int | bool]]] = {
     "Qwen2.5-7B": ("qwen2", {
         "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
@@ -37,6 +40,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, int | bool]]] = {
     "Qwen2.5-14B": ("qwen2", {
         "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
         "intermediate_size": 13824, "vocab_size": 152064, "tie_word_embeddings": False,
+    }),
+    "Llama-3.1-70B": ("llama", {
+        "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "intermediate_size": 28672, "vocab_size": 128256, "tie_word_embeddings": False,
     }),
 }  # fmt: skip
 
@@ -59,24 +66,55 @@ def empty_base(name: str, folder: Path) -> Base:
     return Base(model, tokenizer, find_family(config.model_type), name, folder)
 
 
+def cache_bytes(base: Base) -> int:
+    """Bytes of keys and values that the base keeps for each token."""
+    config = base.model.config.get_text_config()
+    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * SERVED_BYTES)
+
+
+def side_cache_bytes(adapter: Adapter) -> int:
+    """Bytes of keys and values that an adapter keeps for each token: all its heads are as wide as its state."""
+    return 2 * adapter.n_cache_layers * adapter.config.width * SERVED_BYTES
+
+
+def config_of(base: Base, method: str) -> AdapterConfig:
+    """A guard of a method: ``lst`` as wide as the dial allows on all layers, ``lst_8`` on eight, others as they are."""
+    kind, _, n_taps = method.partition("_")
+    if kind == "lst":
+        return sized_config(base, SIZE, int(n_taps) if n_taps else None, name=method)
+    return make_config(base, kind=method, name=method)
+
+
 def geometry_rows() -> list[Row]:
-    """The share of the base's multiply-adds that each method takes at the default size, for each published base."""
+    """What each method takes beside each published base at the default size: compute, weights, cache."""
     rows = []
     for name in PUBLISHED:
         with tempfile.TemporaryDirectory() as folder:
             base = empty_base(name, Path(folder))
+            own = {"matmuls": base_matmuls(base), "cache_bytes": cache_bytes(base), "params": n_params(base.model)}
+            rows += [figure_row({"base": name, "method": "base"}, metric, value) for metric, value in own.items()]
             for method in METHODS:
-                config = (
-                    sized_config(base, SIZE, name=method)
-                    if method == "lst"
-                    else make_config(base, kind=method, name=method)
-                )
+                config = config_of(base, method)
                 with torch.device("meta"):
-                    share = flops_share(base, Adapter(config))
+                    adapter = Adapter(config)
+                share = flops_share(base, adapter)
                 settings = config.model_dump(exclude={"base"})
                 costs = {"flops_share": share, "config_hash": config_hash([name, settings])}
-                rows.append(figure_row({"base": name, "method": method}, "flops_share", share, **costs))
+                found = {
+                    "flops_share": share,
+                    "matmuls": adapter_matmuls(adapter),
+                    "cache_bytes": side_cache_bytes(adapter),
+                    "params": n_params(adapter),
+                }
+                labels = {"base": name, "method": method}
+                rows += [figure_row(labels, metric, value, **costs) for metric, value in found.items()]
     return rows
+
+
+def n_params(module: torch.nn.Module) -> int:
+    """Parameters of a module, each storage once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("plr", "rtb", "lst", "standalone")
+CAPACITY = ("Qwen2.5-7B", "Llama-3.1-70B")
+CACHED_TOKENS = 131_072  # tokens in flight: 64 requests of 2,048
 _BLOCK = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
 _MARK = re.compile(r"<!-- /?table:[\w-]* -->")
 
@@ -64,6 +66,36 @@ def geometry_table(path: Path) -> str:
     return _table(["base", *methods], lines)
 
 
+def capacity_table(path: Path) -> str:
+    """What one adapter of each method adds to a 7B and a 70B base: compute, weights and cache."""
+    result = _read(path.with_name("geometry.json"))
+    rows = [row for row in result["rows"] if row["base"] in CAPACITY] if result else []
+    if not any(row["metric"] == "cache_bytes" for row in rows):
+        return _absent(path.with_name("geometry.json"))
+    lines = []
+    for base in CAPACITY:
+        for method in dict.fromkeys(str(row["method"]) for row in rows if row["base"] == base):
+            found = {str(row["metric"]): row for row in rows if (row["base"], row["method"]) == (base, method)}
+            value = {metric: float(row["value"]) for metric, row in found.items()}
+            cached = value["cache_bytes"]
+            lines.append([
+                base if method == "base" else f"{base}, one `{method}`",
+                _amount(2 * value["matmuls"] / 1e9),
+                "" if method == "base" else _share([found["flops_share"]]),
+                _amount(2 * value["params"] / 1e9),
+                f"{cached / 1024:,.4g}",
+                f"{cached * CACHED_TOKENS / 1e9:,.3g}",
+            ])  # fmt: skip
+    heads = (
+        "one token through", "GFLOPs", "of the base", "weights, GB", "KV a token, KiB", f"KV of {CACHED_TOKENS:,}, GB",
+    )  # fmt: skip
+    return _table(heads, lines)
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.3g}" if value >= 1e-3 else "under 0.001"
+
+
 def taps_table(path: Path) -> str:
     """Seconds to train ten adapters on live and on stored states."""
     result = _read(path)
@@ -82,6 +114,28 @@ def taps_table(path: Path) -> str:
     ]
     head = f"{speed_up['n']} adapters on the same rows. Commit `{result['commit']}`, {result['machine']}.\n\n"
     return head + _table(["training", "seconds", "faster by"], lines)
+
+
+def bulk_table(path: Path) -> str:
+    """Rows a second, memory and what kills lost, by guard, rows and workers."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows, lines = result["rows"], []
+    for guard, n_rows, workers, engine in dict.fromkeys(map(_bulk_place, rows)):
+        mine = [row for row in rows if _bulk_place(row) == (guard, n_rows, workers, engine)]
+        found = {str(row["metric"]): float(row["value"]) for row in mine}
+        kills = f"{found['kills']:.0f}" if "kills" in found else ""
+        head = [f"{guard}, {n_rows:,} rows", str(engine), str(workers)]
+        counts = [f"{found['lost']:.0f}", f"{found['duplicated']:.0f}"]
+        lines.append([*head, f"{found['rows_per_s']:,.0f}", f"{found['peak_bytes'] / 1e6:,.0f} MB", kills, *counts])
+    heads = ("guard", "engine", "workers", "rows a second", "most memory of a worker", "kills", "lost", "duplicated")
+    busy = f"{result['notes']['cores']} cores, load average {result['notes']['load_at_start']:.1f} at the start"
+    return f"Commit `{result['commit']}`, {result['machine']}, {busy}.\n\n" + _table(heads, lines)
+
+
+def _bulk_place(row: Row) -> tuple[object, ...]:
+    return row["guard"], row["n"], row["workers"], row["engine"]
 
 
 def overhead_table(path: Path) -> str:
@@ -320,7 +374,9 @@ def _ratio_cell(row: Row) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "core": core_table,
     "geometry": geometry_table,
+    "capacity": capacity_table,
     "taps": taps_table,
+    "bulk": bulk_table,
     "overhead": overhead_table,
     "guards": guards_table,
     "align": align_table,

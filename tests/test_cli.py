@@ -17,6 +17,7 @@ from command_line import Ran, texts, toy_recipe, write
 from safeside import Adapter, Base, Message, cli, cli_shared
 from safeside.cli import ReadMode
 from safeside.cli_genes import Selection
+from safeside.cli_serve import Engine
 from safeside.errors import MissingExtraError
 from safeside.guards.score import judge
 from safeside.types import Preset
@@ -25,7 +26,7 @@ OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
 COMMANDS = (
     "demo", "train", "eval", "guard", "calibrate", "chat", "gene extract", "gene select", "gene fit", "gene port",
     "gene apply", "gene unapply", "gene inspect", "info", "key", "patch", "policy check", "policy simulate",
-    "port", "push", "serve",
+    "port", "push", "score", "serve",
 )  # fmt: skip
 SHAPES = {
     "prompt": lambda text: {"prompt": text},
@@ -50,6 +51,7 @@ KINDS = {
     Selection: "selection",
     Preset: "preset",
     ReadMode: "mode",
+    Engine: "engine",
 }
 
 

@@ -66,6 +66,7 @@ FURTHER = {
     "safeside.genes.select": ("select_layers", "layer_shifts", "Shift"),
     "safeside.evals.suffix": ("find_suffix", "SuffixSearch", "Suffix"),
     "safeside.guards.calibrate": ("fit_calibration", "threshold_with_bound", "fit_mode"),
+    "safeside.guards.lines": ("Scorer", "BaseScorer", "judge_rows"),
     "safeside.guards.probability": ("fit_map", "expected_calibration_error"),
     "safeside.guards.recalibrate": ("Traffic", "Recalibration", "recalibrate"),
     "safeside.guards.score": ("judge", "score_conversations", "Scores"),
@@ -75,6 +76,8 @@ FURTHER = {
     "safeside.registry": ("Registry", "load_plugins"),
     "safeside.request": ("PassRecord",),
     "safeside.stopping": ("StopRule",),
+    "safeside.scale.bulk": ("score_command", "BulkOptions"),
+    "safeside.scale.engines": ("Setup",),
     "safeside.tasks.categories": ("find_category", "Category"),
     "safeside.tasks.overlap": ("drop_overlap", "Overlap"),
     "safeside.tasks.rows": ("load_examples", "messages_of", "BadRow"),
@@ -97,6 +100,7 @@ REGISTRIES = {
     "ATTACKS": "safeside.evals.attacks",
     "JUDGES": "safeside.evals.judges",
     "TASKS": "safeside.tasks.task",
+    "ENGINES": "safeside.scale.engines",
 }
 # Classes whose fields have a page of their own.
 ELSEWHERE = {

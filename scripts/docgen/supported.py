@@ -15,9 +15,12 @@ from safeside.base.families import FAMILIES
 from safeside.evals.judges import JUDGES
 from safeside.evals.suites import SUITES
 from safeside.registry import Registry
+from safeside.scale.engines import ENGINES
 
 TABLE = "tests/test_supported.py"
-REGISTERED: dict[str, Registry[Any]] = {"TRUNKS": TRUNKS, "FAMILIES": FAMILIES, "SUITES": SUITES, "JUDGES": JUDGES}
+REGISTERED: dict[str, Registry[Any]] = {
+    "TRUNKS": TRUNKS, "FAMILIES": FAMILIES, "SUITES": SUITES, "JUDGES": JUDGES, "ENGINES": ENGINES,
+}  # fmt: skip
 
 
 def supported_page() -> str:

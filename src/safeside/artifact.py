@@ -145,12 +145,12 @@ def load_adapter(
     return adapter.to(device=base.device, dtype=base.dtype).eval().requires_grad_(False)
 
 
-def base_of(name_or_path: str | Path, base_name: str | None = None) -> Base:
+def base_of(name_or_path: str | Path, base_name: str | None = None, device: str = "cpu") -> Base:
     """The base that an adapter was made for, at the revision that it names; with ``base_name`` that one instead."""
     if base_name is not None:
-        return load_base(base_name)
+        return load_base(base_name, device=device)
     made_for = read_config(find_adapter(name_or_path)).base
-    return load_base(made_for.name, made_for.revision)
+    return load_base(made_for.name, made_for.revision, device)
 
 
 def make_folder(folder: Path) -> Path:

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from safeside.cli_genes import app as gene_app
-from safeside.cli_serve import key, policy_app, serve
+from safeside.cli_serve import key, policy_app, score, serve
 from safeside.cli_shared import (
     BaseName,
     Json,
     Mismatch,
+    PresetName,
     cell,
     extra,
     load_with_base,
@@ -26,7 +27,6 @@ from safeside.cli_shared import (
     print_summary,
 )
 from safeside.errors import ConfigError, InputError, MissingExtraError, SafesideError, UnknownNameError
-from safeside.types import Preset
 
 app = typer.Typer(
     name="safeside",
@@ -37,7 +37,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-PresetName = Annotated[Preset | None, typer.Option("--preset", help="The guard's promised false-positive rate.")]
 JudgeKey = Annotated[
     str | None, typer.Option(envvar="SAFESIDE_JUDGE_KEY", help="The endpoint's key; better not on a command line.")
 ]
@@ -367,6 +366,7 @@ def push(
 
 app.add_typer(policy_app, name="policy")
 app.add_typer(gene_app, name="gene")
+app.command()(score)
 app.command()(serve)
 app.command()(key)
 

@@ -1,4 +1,4 @@
-"""The commands of serving: the server, policies and keys."""
+"""The commands of serving: the server, policies and keys, and scoring in bulk."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from safeside.cli_shared import BaseName, Json, extra, print_json, print_rows
+from safeside.cli_shared import BaseName, Json, Mismatch, PresetName, extra, print_json, print_rows, print_summary
 
 policy_app = typer.Typer(help="Check a file of policies, or try it on rows.", no_args_is_help=True)
 PolicyFile = Annotated[Path, typer.Argument(help="A YAML file of policies, as serve takes it.")]
 ServedBase = Annotated[str, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
 Rate = Annotated[int | None, typer.Option(min=1, help="Most in a minute (default: no limit).")]
+Engine = Literal["hf", "vllm"]
 Size = Annotated[int | None, typer.Option(min=1, help="Most in one request (default: no limit).")]
 
 
@@ -52,6 +53,30 @@ def serve(
     service = ServiceLimits(default_max_tokens=max_tokens, deadline_s=deadline, max_body_bytes=max_body)
     files = {"policy": policy, "keys": keys, "audit": audit, "add_genes": _add_genes}
     serve_command(ServeOptions(base, **files, **at, **run, engine=engine, service=service))  # type: ignore[arg-type]
+
+
+def score(
+    source: Annotated[str, typer.Option("--input", help="Rows, .parquet or .jsonl: a file, folder, pattern or URL.")],
+    output: Annotated[str, typer.Option(help="A folder or URL for the scored rows; a killed run goes on.")],
+    guard: Annotated[list[str], typer.Option(help="Guard: a folder, a hub name or builtin:harm (repeatable).")],
+    engine: Annotated[Engine, typer.Option(help="What runs the base.")] = "hf",
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with the base and a core of its own.")] = 1,
+    preset: PresetName = None,
+    base: BaseName = None,
+    device: Annotated[str, typer.Option(help="Where each worker runs the base, such as cuda.")] = "cpu",
+    allow_mismatch: Mismatch = None,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows in each file of the output.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Score files of any size: one output row for each row. Rows that cannot be scored are quarantined, and exit 1."""
+    with extra("ray"):
+        from safeside.scale.bulk import BulkOptions, score_command
+        from safeside.scale.engines import Setup
+    setup = Setup(tuple(guard), base, preset, allow_mismatch, device)
+    summary = score_command(BulkOptions(source, output, setup, engine, workers, shard_rows))
+    print_summary(summary, source, as_json)
+    if summary["n_bad"]:
+        raise typer.Exit(1)
 
 
 @policy_app.command("check")

@@ -127,7 +127,7 @@ def test_serve_table_tells_load_faults_and_the_soak(results: Path) -> None:
 
 
 def test_a_missing_result_file_is_said(tmp_path: Path) -> None:
-    benches = {name: "align" if name == "decode" else name for name in tables.TABLES}
+    benches = {**{name: name for name in tables.TABLES}, "decode": "align", "capacity": "geometry"}
     for name, table in tables.TABLES.items():
         assert f"make bench-{benches[name]}" in table(tmp_path / f"{name}.json")
 
@@ -178,3 +178,32 @@ def test_a_page_without_blocks_is_left_alone(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# No tables\n")
     assert tables.main(["--check", str(page)]) == 0
+
+
+def test_capacity_tells_flops_weights_and_cache(tmp_path: Path) -> None:
+    assert "make bench-geometry" in tables.capacity_table(tmp_path / "capacity.json")
+    base = {"matmuls": 7e9, "params": 7.5e9, "cache_bytes": 57344}
+    guard = {"flops_share": 0.01, "matmuls": 7e7, "params": 7e7, "cache_bytes": 20480}
+    rows = [
+        {**figure(metric, value, method=method), "base": name}
+        for name in tables.CAPACITY
+        for method, values in {"base": base, "lst": guard}.items()
+        for metric, value in values.items()
+    ]
+    write(tmp_path / "geometry.json", rows)
+    table = tables.capacity_table(tmp_path / "capacity.json")
+    assert "| Qwen2.5-7B | 14 |  | 15 | 56 | 7.52 |" in table
+    assert "| Qwen2.5-7B, one `lst` | 0.14 | 7.55% | 0.14 | 20 | 2.68 |" in table
+
+
+def test_bulk_tells_what_kills_lost(tmp_path: Path) -> None:
+    place = {"guard": "builtin:harm", "workers": 2, "engine": "hf"}
+    values = {"rows_per_s": 1234.4, "peak_bytes": 6e8, "lost": 0, "duplicated": 1, "kills": 3}
+    write(tmp_path / "bulk.json", [figure(metric, value, **place) for metric, value in values.items()])
+    content = json.loads((tmp_path / "bulk.json").read_text())
+    notes = {"cores": 2, "load_at_start": 8.21}
+    (tmp_path / "bulk.json").write_text(json.dumps({**content, "notes": notes}))
+    table = tables.bulk_table(tmp_path / "bulk.json")
+    assert "2 cores, load average 8.2 at the start" in table
+    assert "| builtin:harm, 90 rows | hf | 2 | 1,234 | 600 MB | 3 | 0 | 1 |" in table
+    assert "No figures yet" in tables.bulk_table(tmp_path / "none.json")

@@ -7,13 +7,15 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import dropwhile, islice
 from pathlib import Path
+from typing import Protocol
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
-from safeside.guards.score import score_conversations, unscored, verdicts_of
+from safeside.guards.score import Conversation, Scores, score_conversations, unscored, verdicts_of
 from safeside.tasks.rows import BadRow, messages_of, open_rows, parse_rows
 from safeside.terminal import Advance
 from safeside.types import Message, Verdict
@@ -24,6 +26,41 @@ Line = dict[str, object]
 Row = tuple[int, dict[str, object]] | BadRow
 
 
+class Scorer(Protocol):
+    """Guards and whatever runs their base."""
+
+    @property
+    def guards(self) -> Sequence[Adapter]:
+        """The guards, in the order of their verdicts."""
+        ...
+
+    def score(self, conversations: Sequence[Conversation]) -> Sequence[Scores]:
+        """Scores in the order given; what cannot be scored has NaN and its ``problem``, and stops no other."""
+        ...
+
+    def verdicts(self, scores: Scores) -> Sequence[Verdict]:
+        """One verdict of each guard on the conversation that ``scores`` belong to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BaseScorer:
+    """Guards on a base in this process."""
+
+    base: Base
+    """The base."""
+    guards: Sequence[Adapter]
+    """The guards, in the order of their verdicts."""
+
+    def score(self, conversations: Sequence[Conversation]) -> list[Scores]:
+        """Scores in the order given, by ``score_conversations``."""
+        return score_conversations(self.base, self.guards, conversations)
+
+    def verdicts(self, scores: Scores) -> tuple[Verdict, ...]:
+        """One verdict of each guard on the conversation that ``scores`` belong to."""
+        return verdicts_of(self.base, self.guards, scores)
+
+
 def guard_lines(
     base: Base, guards: Sequence[Adapter], file: str | Path | None, *, after: int = 0
 ) -> Iterator[tuple[Line, str | None]]:
@@ -32,10 +69,11 @@ def guard_lines(
     A row that cannot be read or scored fails closed: every guard flags it, with a null score and the reason.  Rows up
     to line ``after`` are passed over.
     """
+    scorer = BaseScorer(base, guards)
     with nullcontext(sys.stdin.buffer) if file is None else open_rows(file) as handle:
         rows = dropwhile(lambda row: _number(row) <= after, parse_rows(handle))
         while chunk := list(islice(rows, _CHUNK)):
-            yield from _judge_chunk(base, guards, chunk)
+            yield from judge_rows(scorer, chunk)
 
 
 def keep_lines(
@@ -96,13 +134,14 @@ def _number(row: Row) -> int:
     return row.line if isinstance(row, BadRow) else row[0]
 
 
-def _judge_chunk(base: Base, guards: Sequence[Adapter], chunk: Iterable[Row]) -> Iterator[tuple[Line, str | None]]:
-    read = [_read(row) for row in chunk]
+def judge_rows(scorer: Scorer, rows: Iterable[Row]) -> Iterator[tuple[Line, str | None]]:
+    """For each of a few rows, scored together, ``{"line", "verdicts"}``, and what was wrong with it, if so."""
+    read = [_read(row) for row in rows]
     good = [messages for _, messages, problem in read if problem is None]
-    scored = iter(score_conversations(base, guards, good) if good else [])
+    scored = iter(scorer.score(good) if good else [])
     for number, _, problem in read:
-        scores = next(scored) if problem is None else unscored(guards, problem)
-        verdicts = [_fields(verdict) for verdict in verdicts_of(base, guards, scores)]
+        scores = next(scored) if problem is None else unscored(scorer.guards, problem)
+        verdicts = [_fields(verdict) for verdict in scorer.verdicts(scores)]
         yield {"line": number, "verdicts": verdicts}, scores.problem
 
 

@@ -46,14 +46,14 @@ def open_rows(path: str | Path) -> BufferedIOBase:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
-def parse_rows(lines: Iterable[str | bytes]) -> Iterator[tuple[int, dict[str, object]] | BadRow]:
-    """Each line's number (from 1) and object, or what is wrong with it.  Empty lines are passed over.
+def parse_rows(lines: Iterable[str | bytes], first: int = 1) -> Iterator[tuple[int, dict[str, object]] | BadRow]:
+    """Each line's number (from ``first`` on) and object, or what is wrong with it.  Empty lines are passed over.
 
     A file that is damaged from some line on ends with a BadRow there.
     """
-    number = 0
+    number = first - 1
     try:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines, first):
             if line.strip():
                 yield _parse(number, line)
     except (OSError, EOFError, zlib.error) as error:

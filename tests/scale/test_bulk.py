@@ -1,0 +1,173 @@
+"""Bulk scoring: the lines of ``safeside guard``, by workers, with no row lost or doubled whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from command_line import Ran, write
+from safeside import Adapter, Base, Message, load_adapter, save_adapter
+from safeside.errors import InputError
+from safeside.guards.lines import BaseScorer, guard_lines
+from safeside.guards.score import judge
+from safeside.scale import bulk
+from safeside.scale.bulk import BulkOptions, Worker, score_shard
+from safeside.scale.ledger import QUARANTINE, open_ledger
+from safeside.scale.places import Folder
+from safeside.scale.reading import Shard, Span, open_reader
+
+SAME_SCORE = 1e-5  # other rows of a batch: another order of sums
+COMMAND = [sys.executable, "-c", "from safeside.cli import main; main()", "score"]
+pytestmark = [
+    pytest.mark.timeout(600),  # Ray, and processes that import torch, on a machine that may be busy
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Ray's own defaults
+]
+
+
+@pytest.fixture(scope="module")
+def guard(session_base: Base, random_guard: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(random_guard(session_base), tmp_path_factory.mktemp("guards") / "harm", session_base)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray with two cores, whatever this machine has."""
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def read_jsonl(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for part in sorted(folder.glob("part-*")) for line in part.read_text().splitlines()]
+
+
+def test_a_run_that_is_killed_goes_on_and_loses_and_doubles_no_row(
+    run: Callable[..., Ran], cluster: None, tiny_base: Base, guard: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of the command, Ray and all workers in the midst of it; then the same command again."""
+    rows = [{"id": index, "text": f"the cat sat {index * 7919}"} if index % 50 else "{odd" for index in range(1, 801)]
+    path, output = write(tmp_path / "rows.jsonl", rows), tmp_path / "scored"
+    words = ["--input", path, "--output", output, "--guard", guard, "--shard-rows", 10]
+    killed = subprocess.Popen(
+        [*COMMAND, *map(str, words)],
+        start_new_session=True,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(output.glob("part-*")):
+        assert killed.poll() is None, "it ended before it had scored anything"
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    n_before = len(read_jsonl(output))
+    assert 0 < n_before < len(rows), "it was not killed in the midst"
+
+    ended = run("score", *words, "--json")
+    assert ended.code == 1  # some rows are bad
+    assert ended.json["rows"] == len(rows)
+    assert n_before <= ended.json["rows_before"] < len(rows)
+    assert ended.json["n_bad"] == 16
+    assert ended.json["peak_bytes"] > 1e6
+
+    scored = read_jsonl(output)
+    expected = [line for line, _ in guard_lines(tiny_base, [load_adapter(guard, tiny_base)], path)]
+    assert [row["line"] for row in scored] == list(range(1, 801))
+    for row, line in zip(scored, expected, strict=True):
+        (found,), (wanted,) = row["verdicts"], line["verdicts"]
+        assert row.get("id") == (row["line"] if row["line"] % 50 else None)
+        assert row["file"] == str(path)
+        assert found["score"] == (None if wanted["score"] is None else pytest.approx(wanted["score"], abs=SAME_SCORE))
+        assert {**found, "score": 0} == {**wanted, "score": 0}
+    quarantined = [json.loads(line) for line in (output / QUARANTINE).read_text().splitlines()]
+    assert [row["line"] for row in quarantined] == list(range(50, 801, 50))
+    assert all(row["row"] == "{odd" and "not JSON" in row["problem"] for row in quarantined)
+    assert sorted(path.name for path in output.iterdir() if not path.name.startswith("part-")) == [
+        "_bad", "_manifest.json", "_quarantine.jsonl",
+    ]  # fmt: skip
+    whole = run("score", *words, "--json")
+    assert (whole.json["rows_before"], whole.json["n_bad"]) == (len(rows), 16)
+    assert read_jsonl(output) == scored
+
+
+def test_parquet_comes_back_with_verdicts(tiny_base: Base, guard: Path, tmp_path: Path) -> None:
+    """Of conversations too, and of a row that cannot be scored; another file system does as well."""
+    talks: list[object] = [None, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], None]
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"text": ["one", None, " "], "messages": talks, "id": [3, 5, 8]})
+    pq.write_table(table, path)
+    ledger = open_ledger(str(path), "memory://scored", {}, 10)
+    scorer = BaseScorer(tiny_base, [load_adapter(guard, tiny_base)])
+    (shard,) = ledger.shards
+    score_shard(scorer, open_reader(shard.file), shard, ledger.folder)
+    (tmp_path / "scored.parquet").write_bytes(ledger.folder.read(shard.part))
+    scored = pq.read_table(tmp_path / "scored.parquet").to_pylist()
+    assert [(row["id"], row["line"], row["messages"]) for row in scored] == [
+        (values["id"], line, values["messages"]) for line, values in enumerate(table.to_pylist(), 1)
+    ]
+    one, talk, blank = ([verdict] for row in scored for verdict in row["verdicts"])
+    asked = [(Message("user", "one"),), tuple(Message(**message) for message in talks[1])]
+    for (found,), (wanted,) in zip((one, talk), judge(tiny_base, scorer.guards, asked), strict=True):
+        assert found["score"] == pytest.approx(wanted.score, abs=SAME_SCORE)
+        assert (found["task"], found["flagged"], found["threshold"]) == ("harm", wanted.flagged, wanted.threshold)
+    assert (blank[0]["score"], blank[0]["flagged"]) == (None, True)
+    assert ledger.done() == {0}
+    assert ledger.finish() == 1
+    assert json.loads(ledger.folder.read(QUARANTINE)) == {
+        "file": str(path), "line": 3, "problem": "'text' must be text that is not empty; got ' '",
+        "row": {"text": " ", "id": 8},
+    }  # fmt: skip
+
+
+def test_a_shard_whose_rows_are_gone_is_an_error(tiny_base: Base, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": "one"}])
+    with pytest.raises(InputError, match="has 1 rows from line 1 on where it had 2"):
+        score_shard(
+            BaseScorer(tiny_base, []), open_reader(str(path)), Shard(0, str(path), Span(1, 2, 2)), Folder("memory://x")
+        )
+
+
+def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": "hi"}])
+    for more, problem in (
+        ([adapters / "harm", "--engine", "vllm"], "pip install 'safeside[vllm]', or choose --engine hf"),
+        ([adapters / "refuse"], "is an aligner and gives no scores"),
+        ([adapters / "harm", "--workers", 3], "3 workers need a CPU each; Ray has 2"),
+        ([adapters / "harm", "--device", "cuda"], "1 workers need a GPU each; Ray has 0"),
+    ):
+        ended = run("score", "--input", path, "--output", tmp_path / "out", "--guard", *more)
+        assert (ended.code, problem in ended.err) == (2, True), ended.err
+
+
+def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
+    run: Callable[..., Ran],
+    adapters: Path,
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An adapter of another base, which only the worker that loads both finds out."""
+
+    def pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
+        return map(Worker(options), [asdict(shard) for shard in shards])
+
+    monkeypatch.setattr(bulk, "_connect", lambda workers, resource: None)
+    monkeypatch.setattr(bulk, "_pooled", pooled)
+    path = write(tmp_path / "rows.jsonl", [{"text": "hi"}])
+    words = ["--input", path, "--output", tmp_path / "out", "--guard", adapters / "harm"]
+    refused = run("score", *words, "--base", tiny_folder("qwen2"))
+    assert refused.code == 1
+    assert "Load the base that it was made for" in refused.err
+    assert run("score", *words, "--preset", "strict").code == 2
+    assert run("score", *words).code == 0  # another run may have the folder: those kept nothing
