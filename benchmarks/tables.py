@@ -238,6 +238,35 @@ def gate_table(path: Path) -> str:
     return head + _table(["attack", *cures], lines)
 
 
+def vllm_table(path: Path) -> str:
+    """Whether vLLM gives what attach gives, case by case, and what the adapters cost beside vLLM alone."""
+    result = _read(path)
+    if result is None:
+        return _absent(path)
+    rows, lines = result["rows"], []
+    names = ("case", "model", "runner")
+    for place in dict.fromkeys(tuple(row[name] for name in names) for row in rows if "case" in row):
+        found = {row["metric"]: row for row in rows if tuple(row.get(name) for name in names) == place}
+        share, difference = found["tokens_equal_share"], found["score_diff"]
+        lines.append(
+            [*map(str, place), f"{float(share['value']):.0%} of {share['n']}", f"{float(difference['value']):.1e}"]
+        )
+    costs = [row for row in rows if "variant" in row]
+    goals = {(goal["geometry"], goal["variant"]): goal for goal in result["notes"]["goals"]}
+    speeds = []
+    for row in (row for row in costs if row["metric"] == "tokens_per_s"):
+        place = {name: row[name] for name in ("geometry", "phase", "variant")}
+        ratio = next(each for each in costs if each["metric"] == "ratio_to_stock" and place.items() <= each.items())
+        goal = goals.get((row["geometry"], row["variant"])) if row["phase"] == "decode" else None
+        told = f"{goal['goal']:.2f}: {'met' if goal['met'] else 'missed'}" if goal else ""
+        speeds.append([*map(str, place.values()), f"{float(row['value']):,.1f}", _ratio_cell(ratio), told])
+    head = f"vLLM {result['notes']['vllm']}. Commit `{result['commit']}`, {result['machine']}.\n\n"
+    parity = _table(["case", "model", "runner", "prompts with equal tokens", "largest difference of a score"], lines)
+    return (
+        head + parity + "\n\n" + _table(["geometry", "phase", "variant", "tokens a second", "of stock", "goal"], speeds)
+    )
+
+
 def _gate_cell(rows: Sequence[Row]) -> str:
     harmful, shut = ([row for row in rows if row["metric"] == metric] for metric in ("harmful_rate", "gate_shut"))
     if not harmful:
@@ -271,6 +300,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "align": align_table,
     "decode": decode_table,
     "gate": gate_table,
+    "vllm": vllm_table,
 }
 
 

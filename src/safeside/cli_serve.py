@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from safeside.cli_shared import BaseName, Json, extra, print_json, print_rows
+from safeside.errors import InputError
 
 policy_app = typer.Typer(help="Check a file of policies, or try it on rows.", no_args_is_help=True)
 PolicyFile = Annotated[Path, typer.Argument(help="A YAML file of policies, as serve takes it.")]
 ServedBase = Annotated[str, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
+Engine = Literal["hf", "vllm"]
 Rate = Annotated[int | None, typer.Option(min=1, help="Most in a minute (default: no limit).")]
 Size = Annotated[int | None, typer.Option(min=1, help="Most in one request (default: no limit).")]
 
 
 def serve(
-    policy: Annotated[Path, typer.Option(help="A YAML file of policies; it names the adapters.")],
+    policy: Annotated[Path | None, typer.Option(help="A YAML file of policies; it names the adapters.")] = None,
     base: ServedBase = "builtin",
     keys: Annotated[Path | None, typer.Option(help="The file of keys (see key); without it only on this host.")] = None,
     audit: Annotated[str, typer.Option(help="Audit log: a SQLAlchemy URL.")] = "sqlite:///safeside-audit.db",
@@ -37,8 +39,25 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 1 << 20,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request says nothing.")] = 256,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+    engine_name: Annotated[Engine, typer.Option("--engine", help="'vllm' becomes vLLM's own server.")] = "hf",
+    guard: Annotated[list[str] | None, typer.Option(help="vllm: a guard (may be repeated).")] = None,
+    aligner: Annotated[str | None, typer.Option(help="vllm: the aligner.")] = None,
+    strength: Annotated[str, typer.Option(help="vllm: of requests that ask for none; a number or JSON.")] = "1.0",
+    spare_token: Annotated[list[str] | None, typer.Option(help="vllm: a token never written, to carry scores.")] = None,
+    vllm_flag: Annotated[list[str] | None, typer.Option(help="vllm: a flag of its own, with =.")] = None,
+    print_command: Annotated[bool, typer.Option("--print-command", help="vllm: print it, start nothing.")] = False,
 ) -> None:
     """Serve a base with its guards and aligners to OpenAI's clients. SIGHUP reads policies and keys again."""
+    _check_engine(
+        engine_name,
+        policy or keys or adapter_root or origin,
+        guard or aligner or spare_token or vllm_flag or print_command,
+    )
+    if engine_name == "vllm":
+        at = {"host": host, "port": port, "model": model_name, "dtype": dtype, "more": vllm_flag or ()}
+        adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
+        _serve_vllm(base, {**adapters, **at}, strength, print_command)
+        return
     with extra("serve"):
         from safeside.serve.command import ServeOptions, serve_command
         from safeside.serve.engine import EngineLimits
@@ -48,7 +67,31 @@ def serve(
     engine = EngineLimits(max_rows=max_rows, max_waiting=max_waiting, guard_timeout_s=guard_timeout)
     service = ServiceLimits(default_max_tokens=max_tokens, deadline_s=deadline, max_body_bytes=max_body)
     files = {"policy": policy, "keys": keys, "audit": audit}
+    if policy is None:
+        raise InputError(
+            "No policies were given; expected --policy FILE (or --engine vllm with --guard and --aligner)."
+        )
     serve_command(ServeOptions(base, **files, **at, **run, engine=engine, service=service))  # type: ignore[arg-type]
+
+
+def _check_engine(engine: Engine, of_hf: object, of_vllm: object) -> None:
+    """Raise where options are given that the engine would not read."""
+    if engine == "vllm" and of_hf:
+        raise InputError(
+            "Policies, keys, adapter roots and origins belong to the embedded server. With --engine vllm name --guard "
+            "and --aligner, and let each request say its strength."
+        )
+    if engine == "hf" and of_vllm:
+        raise InputError(
+            "--guard, --aligner, --spare-token, --vllm-flag and --print-command are for --engine vllm. Use --policy."
+        )
+
+
+def _serve_vllm(base: str, options: dict[str, object], strength: str, only_prints: bool) -> None:
+    with extra("vllm"):
+        from safeside.vllm_plugin.launch import VllmOptions, serve_on_vllm
+        from safeside.vllm_plugin.strengths import spelled
+    serve_on_vllm(VllmOptions(base, **options, strength=spelled(strength)), only_prints=only_prints)  # type: ignore[arg-type]
 
 
 @policy_app.command("check")
