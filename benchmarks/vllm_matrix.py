@@ -209,7 +209,8 @@ def execute(job: dict[str, Any], case: Case, root: Path) -> Any:
     given.write_text(json.dumps(job), encoding="utf-8")
     with log.open("wb") as output:
         command = [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(given), str(result)]
-        ended = subprocess.run(command, stdout=output, stderr=output, env=environment(case), check=False)
+        own = {**environment(case), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process less
+        ended = subprocess.run(command, stdout=output, stderr=output, env=own, check=False)
     if ended.returncode:
         raise RuntimeError(f"{case.name} on {case.model} failed:\n{log.read_text(errors='replace')[-12000:]}")
     return json.loads(result.read_text(encoding="utf-8"))

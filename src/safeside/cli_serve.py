@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -48,50 +49,45 @@ def serve(
     print_command: Annotated[bool, typer.Option("--print-command", help="vllm: print it, start nothing.")] = False,
 ) -> None:
     """Serve a base with its guards and aligners to OpenAI's clients. SIGHUP reads policies and keys again."""
-    _check_engine(
-        engine_name,
-        policy or keys or adapter_root or origin,
-        guard or aligner or spare_token or vllm_flag or print_command,
-    )
+    _check_engine(engine_name, policy, (keys, adapter_root, origin), (guard, aligner, spare_token, vllm_flag))
+    at: dict[str, object] = {"base": base, "host": host, "port": port, "model": model_name, "dtype": dtype}
     if engine_name == "vllm":
-        at = {"host": host, "port": port, "model": model_name, "dtype": dtype, "more": vllm_flag or ()}
         adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
-        _serve_vllm(base, {**adapters, **at}, strength, print_command)
-        return
+        return _serve_vllm({**at, **adapters, "more": vllm_flag or ()}, strength, print_command)
+    files = {"policy": policy, "keys": keys, "audit": audit, "adapter_roots": tuple(adapter_root or ())}
+    engine = {"max_rows": max_rows, "max_waiting": max_waiting, "guard_timeout_s": guard_timeout}
+    service = {"default_max_tokens": max_tokens, "deadline_s": deadline, "max_body_bytes": max_body}
+    options = {**at, **files, "origins": tuple(origin or ()), "drain_s": drain, "device": device}
+    return _serve_embedded(options, engine, service)
+
+
+def _serve_embedded(options: dict[str, object], engine: dict[str, Any], service: dict[str, Any]) -> None:
     with extra("serve"):
         from safeside.serve.command import ServeOptions, serve_command
         from safeside.serve.engine import EngineLimits
         from safeside.serve.service import ServiceLimits
-    at = {"host": host, "port": port, "origins": tuple(origin or ()), "drain_s": drain}
-    run = {"model": model_name, "device": device, "dtype": dtype, "adapter_roots": tuple(adapter_root or ())}
-    engine = EngineLimits(max_rows=max_rows, max_waiting=max_waiting, guard_timeout_s=guard_timeout)
-    service = ServiceLimits(default_max_tokens=max_tokens, deadline_s=deadline, max_body_bytes=max_body)
-    files = {"policy": policy, "keys": keys, "audit": audit}
-    if policy is None:
-        raise InputError(
-            "No policies were given; expected --policy FILE (or --engine vllm with --guard and --aligner)."
-        )
-    serve_command(ServeOptions(base, **files, **at, **run, engine=engine, service=service))  # type: ignore[arg-type]
+    limits = {"engine": EngineLimits(**engine), "service": ServiceLimits(**service)}
+    serve_command(ServeOptions(**options, **limits))  # type: ignore[arg-type]
 
 
-def _check_engine(engine: Engine, of_hf: object, of_vllm: object) -> None:
-    """Raise where options are given that the engine would not read."""
-    if engine == "vllm" and of_hf:
+def _check_engine(engine: Engine, policy: Path | None, of_hf: Sequence[object], of_vllm: Sequence[object]) -> None:
+    """Raise where options are given that the engine would not read, or one that it needs is missing."""
+    if engine == "vllm" and (policy or any(of_hf)):
         raise InputError(
             "Policies, keys, adapter roots and origins belong to the embedded server. With --engine vllm name --guard "
             "and --aligner, and let each request say its strength."
         )
-    if engine == "hf" and of_vllm:
-        raise InputError(
-            "--guard, --aligner, --spare-token, --vllm-flag and --print-command are for --engine vllm. Use --policy."
-        )
+    if engine == "hf" and any(of_vllm):
+        raise InputError("--guard, --aligner, --spare-token and --vllm-flag are for --engine vllm. Use --policy.")
+    if engine == "hf" and policy is None:
+        raise InputError("No policies were given; expected --policy FILE, or --engine vllm with --guard or --aligner.")
 
 
-def _serve_vllm(base: str, options: dict[str, object], strength: str, only_prints: bool) -> None:
+def _serve_vllm(options: dict[str, object], strength: str, only_prints: bool) -> None:
     with extra("vllm"):
         from safeside.vllm_plugin.launch import VllmOptions, serve_on_vllm
         from safeside.vllm_plugin.strengths import spelled
-    serve_on_vllm(VllmOptions(base, **options, strength=spelled(strength)), only_prints=only_prints)  # type: ignore[arg-type]
+    serve_on_vllm(VllmOptions(**options, strength=spelled(strength)), only_prints=only_prints)  # type: ignore[arg-type]
 
 
 @policy_app.command("check")

@@ -13,6 +13,7 @@ import pytest
 
 from references import reference
 from safeside import make_config
+from safeside.vllm_plugin.answers import Answers
 from safeside.vllm_plugin.middleware import SafetyMiddleware
 from safeside.vllm_plugin.plan import CONFIG_KEY, AdapterEntry, EngineConfig
 
@@ -145,6 +146,20 @@ def test_what_cannot_be_answered_is_a_bad_request(asked: Any, said: str) -> None
     status, answer, heard = served("/v1/chat/completions", asked, engine())
     assert (status, heard) == (400, None)
     assert said in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/invocations"])
+def test_ways_to_an_answer_without_verdicts_are_refused(path: str) -> None:
+    status, answer, heard = served(path, {}, engine())
+    assert (status, heard) == (400, None)
+    assert "gives no verdicts" in answer["error"]["message"]
+
+
+def test_a_choice_without_scores_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Answers, "asked", {})
+    _, answer, _ = served("/v1/completions", {}, engine())
+    (verdict,) = answer["choices"][0]["safety"]["verdicts"]
+    assert (verdict["score"], verdict["flagged"]) == (None, True)
 
 
 def test_a_strength_without_an_aligner_is_a_bad_request() -> None:

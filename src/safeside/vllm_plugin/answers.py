@@ -50,7 +50,9 @@ class Answers:
         return _DATA + json.dumps(chunk).encode()
 
     def _tell(self, choice: dict[str, Any]) -> None:
-        choice["safety"] = self.told.safety(self.steps.get(choice["index"], []), with_tokens=self.with_tokens)
+        unread = [[math.nan] * (len(self.slots) - 1)]  # nothing came: every guard flags
+        steps = self.steps.get(choice["index"]) or unread
+        choice["safety"] = self.told.safety(steps, with_tokens=self.with_tokens)
 
     def _take(self, choice: dict[str, Any]) -> None:
         """Move the slots of a choice's tokens to ``steps``."""

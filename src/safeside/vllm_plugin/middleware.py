@@ -20,6 +20,8 @@ from safeside.vllm_plugin.strengths import KEY, parse_strength
 from safeside.vllm_plugin.told import Told
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
+SILENT = ("/tokenize", "/detokenize")
+"""Paths that take a body and answer without the model."""
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -43,9 +45,15 @@ class SafetyMiddleware:
         self.engine: tuple[EngineConfig, Told] | None = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request; what is not an answer of the model passes untouched."""
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
+        """Answer one request; what asks nothing of the model passes untouched.
+
+        vLLM's other ways to an answer have no place for verdicts, so they are refused.
+        """
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].endswith(SILENT):
             await self.app(scope, receive, send)
+            return
+        if not scope["path"].endswith(PATHS):
+            await _refuse(send, f"{scope['path']} gives no verdicts. Use {' or '.join(PATHS)}.")
             return
         config, told = self._engine(scope)
         try:

@@ -81,7 +81,9 @@ class SafesideModel(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The base's logits, with the scores in the slots; of a state that is no number only the stop can be drawn."""
-        states, values = slots.unpack(hidden_states, self.state_width)
+        states, values = hidden_states, hidden_states[:, :0]
+        if len(self.slots):
+            states, values = slots.unpack(hidden_states, self.state_width)
         logits: Tensor | None = super().compute_logits(states)  # type: ignore[misc]
         if logits is None:
             return None

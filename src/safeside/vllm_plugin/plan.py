@@ -37,6 +37,7 @@ KINDS = ("lst", "lst_plus", "plr", "rtb", "state_map")
 """Kinds of adapters whose trunks run in vLLM."""
 _SPARE_NAME = re.compile(r"reserved|unused|extra_id|placeholder", re.IGNORECASE)
 _MODULE = "safeside.vllm_plugin"
+_MOST_SLOTS = 128  # of vLLM's logprob_token_ids
 
 
 class AdapterEntry(BaseModel):
@@ -265,6 +266,10 @@ def _slots(folder: Path, n_scores: int, aligns: bool, named: Sequence[str]) -> t
     if not n_scores:
         return ()
     found = spare_ids(folder, named)
+    if 1 + n_scores + aligns > _MOST_SLOTS:
+        raise UnsupportedError(
+            f"These guards have {n_scores} labels; a request can read {_MOST_SLOTS} ids in all. Use fewer guards."
+        )
     if len(found) < 1 + n_scores:
         raise UnsupportedError(
             f"The scores of these guards need {1 + n_scores} ids of the vocabulary that no answer holds; {folder} has "

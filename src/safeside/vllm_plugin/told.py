@@ -27,10 +27,10 @@ class Told:
     def safety(self, steps: Sequence[Sequence[float]], *, with_tokens: bool = False) -> Safety:
         """Verdicts on prompt and answer, the running maximum by guard, and the highest strength.
 
-        ``steps`` holds for each token of the answer the scores of all guards' labels, then the strength if it is
-        told; a score that could not be read is NaN, and its guard flags.
+        ``steps`` holds for each token of the answer, one or more, the scores of all guards' labels, then the strength
+        if it is told; a score that could not be read is NaN, and its guard flags.
         """
-        stages: list[tuple[Mode, Sequence[float]]] = [("prompt", steps[0])] if steps else []
+        stages: list[tuple[Mode, Sequence[float]]] = [("prompt", steps[0])]
         stages += [("answer", steps[-1])] if len(steps) > 1 else []
         risks = [{guard.name: max_or_nan(part) for guard, part in self._parts(step)} for step in steps]
         safety: Safety = {
@@ -38,7 +38,7 @@ class Told:
                 self._verdict(guard, part, mode) for mode, step in stages for guard, part in self._parts(step)
             ],
             "maximum": {guard.name: _told(max_or_nan([risk[guard.name] for risk in risks])) for guard in self.guards},
-            "unscored_tokens": 1 if steps else 0,
+            "unscored_tokens": 1,
         }
         if self.tells_strength:
             safety["strength"] = _told(max_or_nan([step[-1] for step in steps]))
