@@ -111,9 +111,13 @@ def timing(engine: dict[str, Any], options: argparse.Namespace, root: Path) -> d
         "enforce_eager": options.eager,
     }
     job = {
-        "engine": {"enable_prefix_caching": False, **settings, **engine}, "timed": True, "rounds": options.repeats,
-        "n_steps": options.steps, "prompts": [{"ids": row} for row in ids],
-    }  # fmt: skip
+        "engine": {"enable_prefix_caching": False, **settings, **engine},
+        "timed": True,
+        "rounds": options.repeats,
+        "clock": options.clock,
+        "n_steps": options.steps,
+        "prompts": [{"ids": row} for row in ids],
+    }
     found: list[dict[str, float]] = execute(job, Case("cost"), root)
     return {phase: float(np.median([one[phase] for one in found])) for phase in ("prefill", "decode")}
 
@@ -127,34 +131,45 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
     ]
 
 
+def title(case: Case) -> str:
+    """What a case is called on the command line."""
+    return f"{case.name}-{case.model}-{case.runner}"
+
+
+def place_of(row: Row) -> tuple[object, ...]:
+    """What a figure is of, so that a new one replaces it."""
+    return tuple(row.get(name) for name in ("case", "runner", "model", "variant", "phase", "geometry", "metric"))
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("parity", "cost"), help="one part; the other's rows stay as they are")
+    parser.add_argument("--only", choices=("parity", "cost"), help="one part; the other's rows stay")
+    parser.add_argument("--cases", nargs="*", help=f"some cases, such as {title(CASES[0])}; the others' rows stay")
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=list(GEOMETRIES))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="of each prompt")
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens of one timing")
     parser.add_argument("--repeats", type=int, default=3, help="timings in one process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds of the process's own")
     parser.add_argument("--compiled", dest="eager", action="store_false", help="with torch.compile")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     started, path = time.perf_counter(), options.output / "vllm.json"
-    before: list[Row] = json.loads(path.read_text())["rows"] if path.is_file() else []
-    parity = [row for row in before if "case" in row]
-    costs = [row for row in before if "variant" in row]
-    if options.only != "cost":
-        parity = parity_rows(CASES)
-    if options.only != "parity":
-        costs = [row for geometry in options.geometries for row in cost_rows(geometry, options)]
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    chosen = [case for case in CASES if not options.cases or title(case) in options.cases]
+    new = parity_rows(chosen) if options.only != "cost" else []
+    for geometry in options.geometries if options.only != "parity" else ():
+        new += cost_rows(geometry, options)
+    rows = [*(row for row in rows if place_of(row) not in set(map(place_of, new))), *new]
     notes = {
-        "goals": goals_of(costs), "vllm": installed_version(), "settings": {**vars(options), "output": None},
+        "goals": goals_of(rows), "vllm": installed_version(), "settings": {**vars(options), "output": None},
         "adapters": f"lst, each at most {SIZE:.0%} of the base's multiply-adds, on {N_TAPS} taps",
         "interval": "lowest and highest of the rounds; the value is their median",
         "not_verified": "anything on CUDA: graphs, FlashAttention, NCCL, runner V2 on a GPU (see tests/gpu)",
     }  # fmt: skip
-    write_json(path, result_of("vllm", time.perf_counter() - started, [*parity, *costs], notes))
+    write_json(path, result_of("vllm", time.perf_counter() - started, rows, notes))
     note(f"wrote {path}")
     return path
 

@@ -73,7 +73,7 @@ class SafesideModel(nn.Module):
         return slots.pack(final, scores) if len(self.slots) else final
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """What the first block reads.  The base's own tensor is overwritten on its way through the blocks."""
+        """What the first block reads.  The base may overwrite its own tensor on its way through the blocks."""
         if inputs_embeds is not None:
             return inputs_embeds.clone()
         embedded: Tensor = self.embed_input_ids(input_ids)  # type: ignore[operator]
