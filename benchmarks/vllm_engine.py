@@ -79,7 +79,13 @@ def main(job_file: str, result_file: str) -> None:
         return
     rounds = [answers_of(llm, job) for _ in range(job.get("rounds", 1))]
     counters = {metric.name: metric.value for metric in llm.get_metrics() if metric.name in (_PREEMPTIONS, _HITS)}
-    result = {"rounds": rounds, "preemptions": counters.get(_PREEMPTIONS, 0), "hits": counters.get(_HITS, 0)}
+    runner = "v2" if llm.llm_engine.vllm_config.use_v2_model_runner else "v1"
+    result = {
+        "runner": runner,
+        "rounds": rounds,
+        "preemptions": counters.get(_PREEMPTIONS, 0),
+        "hits": counters.get(_HITS, 0),
+    }
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
 
 

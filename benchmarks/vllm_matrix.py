@@ -248,6 +248,8 @@ def compare(case: Case, root: Path) -> Compared:
     bench, prompts = make_bench(case, root), prompts_of(case)
     expected = [reference(bench, prompt) for prompt in prompts]
     result = run_engine(case, bench.plan.engine_options(), bench.plan.config.slots, prompts, root)
+    if case.runner not in ("gpu", result["runner"]):
+        raise RuntimeError(f"{case.name} is for runner {case.runner}, but vLLM took {result['runner']}.")
     pairs = [pair for found in result["rounds"] for pair in zip(expected, found, strict=True)]
     equal = sum(wanted["tokens"] == found["tokens"] for wanted, found in pairs) / len(pairs)
     return Compared(equal, max(difference(*pair) for pair in pairs), result["preemptions"], result["hits"])

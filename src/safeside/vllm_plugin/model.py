@@ -31,6 +31,9 @@ from safeside.vllm_plugin.side import SideNetworks
 class SafesideModel(nn.Module):
     """What stands in front of a base's class."""
 
+    places: Tensor
+    """The slots, as one tensor."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_version(vllm_version)
         _refuse(vllm_config)
@@ -46,7 +49,7 @@ class SafesideModel(nn.Module):
         self.state_width = int(text.hidden_size)
         self.aligns, self.tells_strength = config.aligner is not None, config.tells_strength
         self.requests = table_of(vllm_config, torch.empty(0).device)
-        self.register_buffer("slots", torch.tensor(config.slots, dtype=torch.long), persistent=False)
+        self.register_buffer("places", torch.tensor(config.slots, dtype=torch.long), persistent=False)
         self.stop_id = _stop_id(text.eos_token_id)
         if above := [layer for layer in self.side.layers if layer]:
             self.set_aux_hidden_state_layers(tuple(above))  # type: ignore[operator]
@@ -70,7 +73,7 @@ class SafesideModel(nn.Module):
             final = moved(final, [weighted(delta, strength)], [strength])
         if self.tells_strength:
             scores = torch.cat([scores, strength[:, None]], -1)
-        return slots.pack(final, scores) if len(self.slots) else final
+        return slots.pack(final, scores) if len(self.places) else final
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """What the first block reads.  The base may overwrite its own tensor on its way through the blocks."""
@@ -82,16 +85,16 @@ class SafesideModel(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The base's logits, with the scores in the slots; of a state that is no number only the stop can be drawn."""
         states, values = hidden_states, hidden_states[:, :0]
-        if len(self.slots):
+        if len(self.places):
             states, values = slots.unpack(hidden_states, self.state_width)
         logits: Tensor | None = super().compute_logits(states)  # type: ignore[misc]
         if logits is None:
             return None
         if self.aligns:
             broken = ~states.isfinite().all(-1, keepdim=True)
-            stop = torch.full_like(logits[:1], -torch.inf).index_fill(-1, self.slots.new_tensor([self.stop_id]), 0.0)
+            stop = torch.full_like(logits[:1], -torch.inf).index_fill(-1, self.places.new_tensor([self.stop_id]), 0.0)
             logits = torch.where(broken, stop, logits)
-        return slots.write(logits, values, self.slots) if len(self.slots) else logits
+        return slots.write(logits, values, self.places) if len(self.places) else logits
 
     def compute_logits_local(self, hidden_states: Tensor) -> Tensor:
         """Never: it would see the scores as if they were states."""

@@ -84,7 +84,7 @@ def parse_strength(value: object, thresholds: Mapping[str, float]) -> Setting:
     except ValidationError as error:
         raise InputError(f"{KEY} is no policy: {error}") from error
     guard = asked.guard if asked.guard is not None or len(thresholds) != 1 else next(iter(thresholds))
-    if guard not in thresholds:
+    if guard is None or guard not in thresholds:
         raise InputError(
             f"{KEY} asks guard {guard!r}; the engine's guards are {', '.join(thresholds) or 'none'}. Name one of them."
         )
