@@ -223,7 +223,7 @@ def environment(case: Case) -> dict[str, str]:
     n_ranks = case.engine.get("tensor_parallel_size", 1)
     own = {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:n_ranks]), "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if n_ranks == 2 else "nobind", "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
     if case.runner == "v2":
         paths = [str(Path(__file__).with_name("triton_interpreter")), os.environ.get("PYTHONPATH", "")]
