@@ -3,9 +3,8 @@
     python benchmarks/vllm_bench.py              # both parts, in the environment of make setup-vllm
     python benchmarks/vllm_bench.py --only cost
 
-Costs are measured on random weights in bfloat16, each variant in a process of its own, in turns: a round starts all of
-them once, in an order that rotates, and a ratio is taken within a round.  ``tokens_per_s`` counts prompt tokens in
-prefill and drawn tokens in decoding.
+Costs are measured on random weights in bfloat16: every round times each engine once, in an order that rotates, and a
+ratio is taken within a round.  ``tokens_per_s`` counts prompt tokens in prefill and drawn tokens in decoding.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "intermediate_size": 2048, "vocab_size": 16384, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+Timings = dict[str, list[dict[str, float]]]
 VARIANTS = ("stock", "guard", "guard_aligner")
 GOALS = {"guard": 0.95, "guard_aligner": 0.90}  # of stock decoding
 SIZE = 0.01  # share of the base's multiply-adds of each adapter
@@ -82,11 +82,7 @@ def make_engines(geometry: str, root: Path) -> dict[str, dict[str, Any]]:
 def cost_rows(geometry: str, options: argparse.Namespace) -> list[Row]:
     """Speed of every variant and its ratio to stock, by phase."""
     with tempfile.TemporaryDirectory() as name:
-        engines, seconds = make_engines(geometry, Path(name)), {variant: [] for variant in VARIANTS}
-        for round_ in range(options.rounds):
-            for variant in [*VARIANTS[round_ % 3 :], *VARIANTS[: round_ % 3]]:
-                seconds[variant].append(timing(engines[variant], options, Path(name)))
-                note(f"{geometry} round {round_ + 1} of {options.rounds}, {variant}: {seconds[variant][-1]}")
+        seconds = timings(make_engines(geometry, Path(name)), options, Path(name))
     rows: list[Row] = []
     n_tokens = {"prefill": options.batch * options.tokens, "decode": options.batch}
     for phase, count in n_tokens.items():
@@ -100,8 +96,8 @@ def cost_rows(geometry: str, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def timing(engine: dict[str, Any], options: argparse.Namespace, root: Path) -> dict[str, float]:
-    """Median seconds of one process, by phase."""
+def timings(engines: dict[str, dict[str, Any]], options: argparse.Namespace, root: Path) -> Timings:
+    """By variant and round, seconds by phase."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 250, (options.batch, options.tokens), generator=generator).tolist()
     settings = {
@@ -109,17 +105,17 @@ def timing(engine: dict[str, Any], options: argparse.Namespace, root: Path) -> d
         "max_model_len": 2048,
         "max_num_seqs": options.batch,
         "enforce_eager": options.eager,
+        "enable_prefix_caching": False,
     }
     job = {
-        "engine": {"enable_prefix_caching": False, **settings, **engine},
-        "timed": True,
-        "rounds": options.repeats,
+        "engines": {name: {**settings, **engine} for name, engine in engines.items()},
+        "rounds": options.rounds,
         "clock": options.clock,
         "n_steps": options.steps,
         "prompts": [{"ids": row} for row in ids],
     }
-    found: list[dict[str, float]] = execute(job, Case("cost"), root)
-    return {phase: float(np.median([one[phase] for one in found])) for phase in ("prefill", "decode")}
+    found: Timings = execute(job, Case("cost"), root)
+    return found
 
 
 def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
@@ -150,8 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="of each prompt")
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens of one timing")
-    parser.add_argument("--repeats", type=int, default=3, help="timings in one process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
+    parser.add_argument("--rounds", type=int, default=10, help="timings of each variant")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds of the process's own")
     parser.add_argument("--compiled", dest="eager", action="store_false", help="with torch.compile")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")

@@ -3,8 +3,8 @@
     python benchmarks/vllm_engine.py job.json result.json
 
 A job holds ``engine`` (arguments of ``vllm.LLM``), ``slots`` and ``prompts``: ids, strength, and how many tokens to
-draw.  ``rounds`` of it are run one after the other, so that later ones can meet the prefix cache.  With ``timed`` the
-result is seconds: of reading all prompts, and of drawing one token of each.
+draw.  ``rounds`` of it are run one after the other, so that later ones can meet the prefix cache.  With ``engines``
+the result is seconds by engine: of reading all prompts, and of drawing one token of each.
 """
 
 from __future__ import annotations
@@ -49,34 +49,40 @@ def answers_of(llm: LLM, job: dict[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
-def seconds_of(llm: LLM, job: dict[str, Any]) -> list[dict[str, float]]:
-    """By round, seconds of a prefill and of a step of decoding; one round before is thrown away.
+def seconds_of(job: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """By variant and round, seconds of a prefill and of a step of decoding; one round before is thrown away.
 
-    The engine runs in this process, so its CPU time can be taken instead of the clock's, on a machine that is shared.
+    All engines of ``engines`` run in this process, one at a time, in an order that rotates; so CPU time can be taken
+    instead of the clock's, on a machine that is shared.
     """
     now = time.process_time if job["clock"] == "cpu" else time.perf_counter
-    rounds = []
-    for round_ in range(job["rounds"] + 1):
-        taken = []
-        for n_new in (1, 1 + job["n_steps"]):
-            prompts = [
-                {"ids": [(token + round_) % 250 for token in prompt["ids"]], "n_new": n_new}
-                for prompt in job["prompts"]
-            ]
-            started = now()
-            answers_of(llm, {"slots": [], "prompts": prompts})
-            taken.append(now() - started)
-        rounds.append({"prefill": taken[0], "decode": (taken[1] - taken[0]) / job["n_steps"]})
-    return rounds[1:]
+    engines = {name: LLM(**options) for name, options in job["engines"].items()}
+    names, seconds = list(engines), {name: [] for name in engines}
+    for round_ in range(-1, job["rounds"]):
+        shift = round_ % len(names)
+        for name in [*names[shift:], *names[:shift]]:
+            taken = []
+            for n_new in (1, 1 + job["n_steps"]):
+                prompts = [
+                    {"ids": [(token + round_) % 250 for token in prompt["ids"]], "n_new": n_new}
+                    for prompt in job["prompts"]
+                ]
+                started = now()
+                answers_of(engines[name], {"slots": [], "prompts": prompts})
+                taken.append(now() - started)
+            if round_ >= 0:
+                seconds[name].append({"prefill": taken[0], "decode": (taken[1] - taken[0]) / job["n_steps"]})
+        print(f"round {round_ + 1} of {job['rounds']}", flush=True)
+    return seconds
 
 
 def main(job_file: str, result_file: str) -> None:
     """Run the job."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    llm = LLM(**job["engine"], disable_log_stats=False)
-    if job.get("timed"):
-        Path(result_file).write_text(json.dumps(seconds_of(llm, job)), encoding="utf-8")
+    if "engines" in job:
+        Path(result_file).write_text(json.dumps(seconds_of(job)), encoding="utf-8")
         return
+    llm = LLM(**job["engine"], disable_log_stats=False)
     rounds = [answers_of(llm, job) for _ in range(job.get("rounds", 1))]
     counters = {metric.name: metric.value for metric in llm.get_metrics() if metric.name in (_PREEMPTIONS, _HITS)}
     runner = "v2" if llm.llm_engine.vllm_config.use_v2_model_runner else "v1"

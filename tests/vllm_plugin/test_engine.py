@@ -47,6 +47,7 @@ def test_at_strength_0_tokens_are_those_of_the_base_alone(tmp_path: Path) -> Non
 REFUSED = {
     "lora": ({"enable_lora": True}, "A LoRA in the base"),
     "speculative": ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "peculative"),
+    "no processor": ({"logits_processors": None}, "No logits processor"),
     "no configuration": ({"additional_config": {}}, "plan_engine"),
 }
 

@@ -51,6 +51,8 @@ def test_numbers_and_policies_are_read() -> None:
         (2.5, "must lie in"),
         (-0.1, "must lie in"),
         (float("nan"), "must lie in"),
+        (10**400, "must lie in"),
+        ("[" * 100_000, "neither a number nor JSON"),
         (True, "number in"),
         (None, "number in"),
         ([0.5], "number in"),

@@ -22,7 +22,7 @@ from safeside.base.model import checkpoint_folder
 from safeside.errors import MismatchError, UnsupportedError
 from safeside.mixing import moved, weighted
 from safeside.vllm_plugin import PREFIX, slots
-from safeside.vllm_plugin.plan import EngineConfig, check_version, read_engine_config
+from safeside.vllm_plugin.plan import PROCESSOR, EngineConfig, check_version, read_engine_config
 from safeside.vllm_plugin.runner_v1 import batch_rows, table_of
 from safeside.vllm_plugin.runner_v2 import SafesideModelState
 from safeside.vllm_plugin.side import SideNetworks
@@ -76,7 +76,7 @@ class SafesideModel(nn.Module):
         return slots.pack(final, scores) if len(self.places) else final
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """What the first block reads.  The base may overwrite its own tensor on its way through the blocks."""
+        """What the first block reads, but for its scale: taps are normed.  The base may overwrite its own tensor."""
         if inputs_embeds is not None:
             return inputs_embeds.clone()
         embedded: Tensor = self.embed_input_ids(input_ids)  # type: ignore[operator]
@@ -128,17 +128,22 @@ def _check_base(vllm_config: VllmConfig, config: EngineConfig) -> None:
 
 def _refuse(vllm_config: VllmConfig) -> None:
     """Raise an UnsupportedError for what adapters cannot follow."""
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    processors = [str(name) for name in model.logits_processors or ()]
     reasons = {
         "Speculative decoding: scores of tokens that are rejected would open gates": vllm_config.speculative_config,
         "A LoRA in the base: it shifts the states that adapters read": vllm_config.lora_config,
         "Pipeline parallelism: taps of several stages do not meet": parallel.pipeline_parallel_size > 1,
         "Context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-        "Positions of several dimensions": vllm_config.model_config.uses_mrope,
-        "A pooling engine": vllm_config.model_config.runner_type == "pooling",
+        "Positions of several dimensions": model.uses_mrope,
+        "Micro-batching": parallel.use_ubatching,
+        "A pooling engine": model.runner_type == "pooling",
+        "No logits processor to tell of requests (--logits-processors)": not any(
+            PROCESSOR in name for name in processors
+        ),
     }
     if found := [reason for reason, is_asked in reasons.items() if is_asked]:
-        raise UnsupportedError(f"{'; '.join(found)}: refused with adapters. Start the engine without it.")
+        raise UnsupportedError(f"Refused with adapters: {'; '.join(found)}. Start the engine with other options.")
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -37,6 +37,8 @@ KINDS = ("lst", "lst_plus", "plr", "rtb", "state_map")
 """Kinds of adapters whose trunks run in vLLM."""
 _SPARE_NAME = re.compile(r"reserved|unused|extra_id|placeholder", re.IGNORECASE)
 _MODULE = "safeside.vllm_plugin"
+PROCESSOR = f"{_MODULE}.runner_v1:Strengths_"
+"""Name of the logits processor but for what it has to know."""
 _MOST_SLOTS = 128  # of vLLM's logprob_token_ids
 
 
@@ -157,7 +159,7 @@ class Plan:
     def processor(self) -> str:
         """The logits processor that reads and checks each request's strength; what it must know is in its name."""
         facts = {"thresholds": self.config.thresholds, "slots": self.config.slots, "aligns": bool(self.config.aligner)}
-        return f"{_MODULE}.runner_v1:Strengths_{json.dumps(facts).encode().hex()}"
+        return PROCESSOR + json.dumps(facts).encode().hex()
 
     def engine_options(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``."""

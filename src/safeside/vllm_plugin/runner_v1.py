@@ -19,13 +19,13 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
 from safeside.errors import InputError, UnsupportedError
-from safeside.vllm_plugin.plan import EngineConfig, read_engine_config
+from safeside.vllm_plugin.plan import PROCESSOR, EngineConfig, read_engine_config
 from safeside.vllm_plugin.slots import HOTTEST
 from safeside.vllm_plugin.strengths import KEY, Setting, parse_strength
 from safeside.vllm_plugin.table import RequestTable
 
 _MEMORY = "safeside_memory"  # beside KEY, in the worker alone: what a preempted request remembers
-_NAME = "Strengths_"
+_NAME = PROCESSOR.partition(":")[2]
 _tables: dict[str, RequestTable] = {}
 
 

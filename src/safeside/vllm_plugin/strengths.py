@@ -23,6 +23,7 @@ from safeside.mixing import Fixed, Ramp, Step, fixed, ramp, step
 KEY = "safeside_strength"
 """The key of ``extra_args`` (``vllm_xargs`` over HTTP)."""
 READS = ("always", "prompt", "answer", "both", "maximum")
+_TOO_STRONG = 1e9  # in place of an int that no float can hold
 NO_NUMBER = 2.0
 """In place of a score that is not a number, or is not known: above every threshold, so that guards fail closed."""
 
@@ -76,7 +77,7 @@ def parse_strength(value: object, thresholds: Mapping[str, float]) -> Setting:
     if isinstance(value, str):
         value = spelled(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return setting_of(fixed(float(value)), 0, "always")
+        return setting_of(fixed(min(value, _TOO_STRONG)), 0, "always")
     if not isinstance(value, Mapping):
         raise InputError(f"{KEY} is a number in [0, 2] or a policy of a guard; got {value!r}.")
     try:
@@ -95,8 +96,8 @@ def spelled(text: str) -> object:
     """A number or policy from its JSON; anything else is an InputError."""
     try:
         value: object = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{KEY} is neither a number nor JSON: {text!r}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{KEY} is neither a number nor JSON: {text[:100]!r}.") from error
     return value
 
 
