@@ -67,12 +67,11 @@ class SafesideModel(nn.Module):
         output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         final, above = output if isinstance(output, tuple) else (output, [])
         scores, delta = self.side(positions, torch.stack([*taps, *above]))
-        rows = batch_rows(self.requests, positions) if safeside_rows is None else safeside_rows
-        strength = self.requests.strengths(rows, positions, scores)
         if self.aligns:
+            rows = batch_rows(self.requests, positions) if safeside_rows is None else safeside_rows
+            strength = self.requests.strengths(rows, positions, scores)
             final = moved(final, [weighted(delta, strength)], [strength])
-        if self.tells_strength:
-            scores = torch.cat([scores, strength[:, None]], -1)
+            scores = torch.cat([scores, strength[:, None]], -1) if self.tells_strength else scores
         return slots.pack(final, scores) if len(self.places) else final
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
