@@ -17,6 +17,7 @@ from command_line import Ran, texts, toy_recipe, write
 from safeside import Adapter, Base, Message, cli, cli_shared
 from safeside.cli import ReadMode
 from safeside.cli_genes import Selection
+from safeside.cli_serve import Engine
 from safeside.errors import MissingExtraError
 from safeside.guards.score import judge
 from safeside.types import Preset
@@ -49,6 +50,7 @@ KINDS = {
     Selection: "selection",
     Preset: "preset",
     ReadMode: "mode",
+    Engine: "engine",
 }
 
 

@@ -43,13 +43,16 @@ def serve(
     engine_name: Annotated[Engine, typer.Option("--engine", help="'vllm' becomes vLLM's own server.")] = "hf",
     guard: Annotated[list[str] | None, typer.Option(help="vllm: a guard (may be repeated).")] = None,
     aligner: Annotated[str | None, typer.Option(help="vllm: the aligner.")] = None,
-    strength: Annotated[str, typer.Option(help="vllm: of requests that ask for none; a number or JSON.")] = "1.0",
+    strength: Annotated[
+        str | None, typer.Option(help="vllm: a number or JSON, where a request has none (1.0).")
+    ] = None,
     spare_token: Annotated[list[str] | None, typer.Option(help="vllm: a token never written, to carry scores.")] = None,
     vllm_flag: Annotated[list[str] | None, typer.Option(help="vllm: a flag of its own, with =.")] = None,
     print_command: Annotated[bool, typer.Option("--print-command", help="vllm: print it, start nothing.")] = False,
 ) -> None:
     """Serve a base with its guards and aligners to OpenAI's clients. SIGHUP reads policies and keys again."""
-    _check_engine(engine_name, policy, (keys, adapter_root, origin), (guard, aligner, spare_token, vllm_flag))
+    of_vllm = (guard, aligner, strength, spare_token, vllm_flag, print_command)
+    _check_engine(engine_name, policy, (keys, adapter_root, origin), of_vllm)
     at: dict[str, object] = {"base": base, "host": host, "port": port, "model": model_name, "dtype": dtype}
     if engine_name == "vllm":
         adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
@@ -78,16 +81,16 @@ def _check_engine(engine: Engine, policy: Path | None, of_hf: Sequence[object], 
             "and --aligner, and let each request say its strength."
         )
     if engine == "hf" and any(of_vllm):
-        raise InputError("--guard, --aligner, --spare-token and --vllm-flag are for --engine vllm. Use --policy.")
+        raise InputError("Options that say vllm in --help are for --engine vllm. Use --policy, or that engine.")
     if engine == "hf" and policy is None:
         raise InputError("No policies were given; expected --policy FILE, or --engine vllm with --guard or --aligner.")
 
 
-def _serve_vllm(options: dict[str, object], strength: str, only_prints: bool) -> None:
+def _serve_vllm(options: dict[str, object], strength: str | None, only_prints: bool) -> None:
     with extra("vllm"):
         from safeside.vllm_plugin.launch import VllmOptions, serve_on_vllm
         from safeside.vllm_plugin.strengths import spelled
-    serve_on_vllm(VllmOptions(**options, strength=spelled(strength)), only_prints=only_prints)  # type: ignore[arg-type]
+    serve_on_vllm(VllmOptions(**options, strength=spelled(strength or "1.0")), only_prints=only_prints)  # type: ignore[arg-type]
 
 
 @policy_app.command("check")

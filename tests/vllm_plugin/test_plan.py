@@ -145,6 +145,26 @@ def test_the_command_is_printed_or_run(
     assert printed.rstrip().endswith("--max-model-len=64")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--guard", "builtin:harm"], "for --engine vllm"),
+        (["--strength", "0.5"], "for --engine vllm"),
+        (["--print-command"], "for --engine vllm"),
+        ([], "--policy FILE"),
+        (["--engine", "vllm", "--policy", "p.yaml"], "embedded server"),
+    ],
+)
+def test_options_of_the_other_engine_are_refused(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["safeside", "serve", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code
+    assert said in capsys.readouterr().err
+
+
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise plan.PackageNotFoundError(name)
