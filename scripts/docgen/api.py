@@ -91,6 +91,7 @@ FURTHER = {
     "safeside.train.recipe": ("read_recipe",),
     "safeside.train.run": ("run_recipe", "Run"),
     "safeside.types": ("Example", "Result"),
+    "safeside.vllm_plugin.plan": ("plan_engine", "Plan", "EngineConfig", "AdapterEntry", "spare_ids"),
 }
 # Registries by the module that holds them; ``documented`` adds them to their modules' names.
 REGISTRIES = {

@@ -26,6 +26,7 @@ from safeside.adapters.adapter import TRUNKS, Adapter
 from safeside.adapters.config import FORMAT, AdapterConfig
 from safeside.adapters.sizing import adapter_matmuls, flops_share
 from safeside.adapters.toplayers import TopLayers
+from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import BUILTIN_NAME, Base, load_base
 from safeside.errors import (
     ArtifactError,
@@ -136,7 +137,7 @@ def load_adapter(
     if allow_mismatch not in (None, "weights"):
         raise InputError(f"allow_mismatch can be 'weights' or None; got {allow_mismatch!r}.")
     config, weights = read_adapter(find_adapter(name_or_path, revision))
-    config = _check_base(config, base, str(name_or_path), allow_mismatch)
+    config = check_base(config, (base.name, base.fingerprint), str(name_or_path), allow_mismatch)
     with torch.random.fork_rng(devices=[]):
         adapter = Adapter(config)
     adapter.load_state_dict(weights)
@@ -238,6 +239,11 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     return config, weights
 
 
+def read_checksum(folder: Path) -> str:
+    """The sha256 of configuration and weights that the adapter in ``folder`` was saved with."""
+    return _read_weights(folder)[1].get("checksum", "")
+
+
 def read_config(folder: Path) -> AdapterConfig:
     """The configuration in ``folder`` alone; whatever is wrong with it is a FormatError."""
     return _config_of(_read_values(folder), folder)
@@ -276,9 +282,15 @@ def _config_of(values: Mapping[str, object], folder: Path) -> AdapterConfig:
         raise FormatError(f"{folder / CONFIG_FILE} is not a valid configuration: {error}") from error
 
 
-def _check_base(config: AdapterConfig, base: Base, name: str, allow_mismatch: str | None) -> AdapterConfig:
-    trained, given = config.base.fingerprint, base.fingerprint
-    both = f"trained on {config.base.name} ({trained}) but the base is {base.name} ({given})"
+def check_base(
+    config: AdapterConfig, base: tuple[str, Fingerprint], name: str, allow_mismatch: str | None
+) -> AdapterConfig:
+    """The configuration of adapter ``name``, marked where ``base`` (its name and fingerprint) has other weights.
+
+    What ``load_adapter`` refuses is a MismatchError.
+    """
+    trained, (base_name, given) = config.base.fingerprint, base
+    both = f"trained on {config.base.name} ({trained}) but the base is {base_name} ({given})"
     parts = {
         "architecture": (trained.architecture, given.architecture),
         "tokenizer": (trained.tokenizer, given.tokenizer),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from safeside.cli_shared import BaseName, Json, Mismatch, PresetName, extra, print_json, print_rows, print_summary
+from safeside.errors import InputError
 
 policy_app = typer.Typer(help="Check a file of policies, or try it on rows.", no_args_is_help=True)
 PolicyFile = Annotated[Path, typer.Argument(help="A YAML file of policies, as serve takes it.")]
@@ -21,7 +22,7 @@ Size = Annotated[int | None, typer.Option(min=1, help="Most in one request (defa
 
 
 def serve(
-    policy: Annotated[Path, typer.Option(help="A YAML file of policies; it names the adapters.")],
+    policy: Annotated[Path | None, typer.Option(help="A YAML file of policies; it names the adapters.")] = None,
     base: ServedBase = "builtin",
     keys: Annotated[Path | None, typer.Option(help="The file of keys (see key); without it only on this host.")] = None,
     audit: Annotated[str, typer.Option(help="Audit log: a SQLAlchemy URL.")] = "sqlite:///safeside-audit.db",
@@ -41,18 +42,58 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 1 << 20,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request says nothing.")] = 256,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+    engine_name: Annotated[Engine, typer.Option("--engine", help="'vllm' becomes vLLM's own server.")] = "hf",
+    guard: Annotated[list[str] | None, typer.Option(help="vllm: a guard (may be repeated).")] = None,
+    aligner: Annotated[str | None, typer.Option(help="vllm: the aligner.")] = None,
+    strength: Annotated[
+        str | None, typer.Option(help="vllm: a number or JSON, where a request has none (1.0).")
+    ] = None,
+    spare_token: Annotated[list[str] | None, typer.Option(help="vllm: a token never written, to carry scores.")] = None,
+    vllm_flag: Annotated[list[str] | None, typer.Option(help="vllm: a flag of its own, with =.")] = None,
+    print_command: Annotated[bool, typer.Option("--print-command", help="vllm: print it, start nothing.")] = False,
 ) -> None:
     """Serve a base with its guards and aligners to OpenAI's clients. SIGHUP reads policies and keys again."""
+    of_vllm = (guard, aligner, strength, spare_token, vllm_flag, print_command)
+    _check_engine(engine_name, policy, (keys, adapter_root, origin), of_vllm)
+    at: dict[str, object] = {"base": base, "host": host, "port": port, "model": model_name, "dtype": dtype}
+    if engine_name == "vllm":
+        adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
+        return _serve_vllm({**at, **adapters, "more": vllm_flag or ()}, strength, print_command)
+    files = {"policy": policy, "keys": keys, "audit": audit, "adapter_roots": tuple(adapter_root or ())}
+    files["add_genes"] = _add_genes
+    engine = {"max_rows": max_rows, "max_waiting": max_waiting, "guard_timeout_s": guard_timeout}
+    service = {"default_max_tokens": max_tokens, "deadline_s": deadline, "max_body_bytes": max_body}
+    options = {**at, **files, "origins": tuple(origin or ()), "drain_s": drain, "device": device}
+    return _serve_embedded(options, engine, service)
+
+
+def _serve_embedded(options: dict[str, object], engine: dict[str, Any], service: dict[str, Any]) -> None:
     with extra("serve"):
         from safeside.serve.command import ServeOptions, serve_command
         from safeside.serve.engine import EngineLimits
         from safeside.serve.service import ServiceLimits
-    at = {"host": host, "port": port, "origins": tuple(origin or ()), "drain_s": drain}
-    run = {"model": model_name, "device": device, "dtype": dtype, "adapter_roots": tuple(adapter_root or ())}
-    engine = EngineLimits(max_rows=max_rows, max_waiting=max_waiting, guard_timeout_s=guard_timeout)
-    service = ServiceLimits(default_max_tokens=max_tokens, deadline_s=deadline, max_body_bytes=max_body)
-    files = {"policy": policy, "keys": keys, "audit": audit, "add_genes": _add_genes}
-    serve_command(ServeOptions(base, **files, **at, **run, engine=engine, service=service))  # type: ignore[arg-type]
+    limits = {"engine": EngineLimits(**engine), "service": ServiceLimits(**service)}
+    serve_command(ServeOptions(**options, **limits))  # type: ignore[arg-type]
+
+
+def _check_engine(engine: Engine, policy: Path | None, of_hf: Sequence[object], of_vllm: Sequence[object]) -> None:
+    """Raise where options are given that the engine would not read, or one that it needs is missing."""
+    if engine == "vllm" and (policy or any(of_hf)):
+        raise InputError(
+            "Policies, keys, adapter roots and origins belong to the embedded server. With --engine vllm name --guard "
+            "and --aligner, and let each request say its strength."
+        )
+    if engine == "hf" and any(of_vllm):
+        raise InputError("Options that say vllm in --help are for --engine vllm. Use --policy, or that engine.")
+    if engine == "hf" and policy is None:
+        raise InputError("No policies were given; expected --policy FILE, or --engine vllm with --guard or --aligner.")
+
+
+def _serve_vllm(options: dict[str, object], strength: str | None, only_prints: bool) -> None:
+    with extra("vllm"):
+        from safeside.vllm_plugin.launch import VllmOptions, serve_on_vllm
+        from safeside.vllm_plugin.strengths import spelled
+    serve_on_vllm(VllmOptions(**options, strength=spelled(strength or "1.0")), only_prints=only_prints)  # type: ignore[arg-type]
 
 
 def score(

@@ -267,13 +267,26 @@ def mix(
     Heads are linear, so mixing final states mixes logits.  Tokens whose strengths are all 0 are the base's, bit for
     bit, whatever the deltas hold.  A delta that is not finite where its strength is not 0 is a NotFiniteError.
     """
-    total = base_state.float()
-    active = torch.zeros(base_state.shape[:2], dtype=torch.bool, device=base_state.device)
-    for delta, strength in zip(deltas, strengths, strict=True):
-        used = strength != 0
-        part = torch.where(used[..., None], strength[..., None] * delta.float(), 0.0)
-        if not part.isfinite().all():
-            raise NotFiniteError("An aligner returned NaN or infinity; the answer cannot be trusted. Detach it.")
-        total = total + part
-        active = active | used
+    parts = [weighted(delta, strength) for delta, strength in zip(deltas, strengths, strict=True)]
+    if not all(part.isfinite().all() for part in parts):
+        raise NotFiniteError("An aligner returned NaN or infinity; the answer cannot be trusted. Detach it.")
+    return moved(base_state, parts, strengths)
+
+
+def weighted(delta: Float[Tensor, "*B D"], strength: Float[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
+    """``strength * delta`` in float32; 0 where the strength is 0, whatever the delta holds."""
+    return torch.where((strength != 0)[..., None], strength[..., None] * delta.float(), 0.0)
+
+
+def moved(
+    base_state: Float[Tensor, "*B D"], parts: Sequence[Float[Tensor, "*B D"]], strengths: Sequence[Float[Tensor, "*B"]]
+) -> Float[Tensor, "*B D"]:
+    """The base's state with the ``weighted`` parts added, in float32 and cast once; itself where all strengths are 0.
+
+    It looks at no value, so it can be captured in a graph of kernels; whether the parts are finite is the caller's.
+    """
+    total = sum(parts, base_state.float())
+    active = torch.zeros(base_state.shape[:-1], dtype=torch.bool, device=base_state.device)
+    for strength in strengths:
+        active = active | (strength != 0)
     return torch.where(active[..., None], total.to(base_state.dtype), base_state)

@@ -73,15 +73,19 @@ class Attention(nn.Module):
         cache: SideCache | None,
         layer: int,
     ) -> Float[Tensor, "B T d"]:
-        batch, length, width = states.shape
-        heads = self.queries_keys_values(states).view(batch, length, 3, -1, self.head_dim)
-        heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, head_dim)
-        queries, keys = rotate(heads[:2], *rotary)
-        values = heads[2]
+        queries, keys, values = self.heads(states, rotary)
         if cache is not None:
             keys, values = cache.update(keys, values, layer)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
+        return self.output(mixed.transpose(1, 2).reshape(states.shape))  # type: ignore[no-any-return]
+
+    def heads(self, states: Float[Tensor, "B T d"], rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, both turned by their positions, and values: (B, heads, T, head_dim) each."""
+        batch, length, _ = states.shape
+        heads = self.queries_keys_values(states).view(batch, length, 3, -1, self.head_dim)
+        heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, head_dim)
+        queries, keys = rotate(heads[:2], *rotary)
+        return queries, keys, heads[2]
 
 
 class GatedFeedForward(nn.Module):

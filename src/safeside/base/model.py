@@ -311,7 +311,7 @@ def _explained_download(name: str) -> Iterator[None]:
         ) from error
 
 
-def _checkpoint_folder(name: str, revision: str | None) -> Path:
+def checkpoint_folder(name: str, revision: str | None) -> Path:
     """The local folder of a checkpoint: a packaged one, the user's own, or a downloaded snapshot."""
     if name == BUILTIN_NAME:
         return Path(str(files("safeside.builtin") / "base"))
@@ -338,7 +338,7 @@ def load_base(
     is an UnsupportedError that names ``register_family``.
     """
     name = str(name_or_path)
-    folder = _checkpoint_folder(name, revision)
+    folder = checkpoint_folder(name, revision)
     family = find_family(model_type_of(folder, name))
     device = checked_device(device)
     dtype = checked_dtype(("float32" if device.type == "cpu" else "auto") if dtype is None else dtype)

@@ -1,0 +1,62 @@
+"""What the tables in README and docs are made of: reading a result, choosing rows, writing a cell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+Row = dict[str, object]
+
+
+def read_result(path: Path) -> dict[str, list[Row]] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def absent(path: Path) -> str:
+    return f"*No figures yet: there is no `benchmarks/results/{path.name}`. `make bench-{path.stem}` writes it.*"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def share_cell(rows: Sequence[Row]) -> str:
+    share = max((float(row["flops_share"]) for row in rows), default=0.0)
+    return f"{share * 100:.3g}%" if share >= 1e-4 else "under 0.01%"
+
+
+def ratio_cell(row: Row) -> str:
+    value, low, high = (float(row[name]) for name in ("value", "low", "high"))
+    return f"{value:.3f}" if low == high else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def mean_of(rows: Sequence[Row]) -> float:
+    return sum(float(row["value"]) for row in rows) / len(rows)
+
+
+def signed_cell(row: Row) -> str:
+    return f"{float(row['value']):+.3f} ({float(row['low']):+.3f} to {float(row['high']):+.3f})"
+
+
+def count_cell(rows: Sequence[Row]) -> str:
+    return f"{max((int(row['value']) for row in rows), default=0):,}"
+
+
+def chosen_rows(rows: Sequence[Row], metric: str, task: object, method: str, base: object = None) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["metric"] == metric
+        and row["method"] == method
+        and task in (None, row["task"])
+        and base in (None, row["base"])
+    ]
+
+
+def auroc_cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    low, high = min(float(row["low"]) for row in rows), max(float(row["high"]) for row in rows)
+    return f"{mean_of(rows):.3f} ({low:.3f} to {high:.3f})"

@@ -1,0 +1,173 @@
+"""vLLM with adapters beside ``attach`` (are tokens and scores the same?) and beside vLLM alone (what do they cost?).
+
+    python benchmarks/vllm_bench.py              # both parts, in the environment of make setup-vllm
+    python benchmarks/vllm_bench.py --only cost
+
+Costs are measured on random weights in bfloat16: every round times each engine once, in an order that rotates, and a
+ratio is taken within a round.  ``tokens_per_s`` counts prompt tokens in prefill and drawn tokens in decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from safeside import create_adapter, load_base, save_adapter, sized_config
+from safeside.provenance import config_hash
+from safeside.terminal import note
+from safeside.vllm_plugin.plan import installed_version, plan_engine
+from tidy import RESULTS, Row, figure_row, result_of, write_json
+from vllm_matrix import CASES, Case, compare, execute, randomise, tiny_tokenizer
+
+# Qwen/Qwen2.5-0.5B's config.json, and a toy of which more fits in an hour.
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "toy": {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "intermediate_size": 2048, "vocab_size": 16384, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+Timings = dict[str, list[dict[str, float]]]
+VARIANTS = ("stock", "guard", "guard_aligner")
+GOALS = {"guard": 0.95, "guard_aligner": 0.90}  # of stock decoding
+SIZE = 0.01  # share of the base's multiply-adds of each adapter
+N_TAPS = 6
+
+
+def parity_rows(cases: Sequence[Case]) -> list[Row]:
+    """Two figures of every case."""
+    rows: list[Row] = []
+    for case in cases:
+        labels: dict[str, object] = {"case": case.name, "runner": case.runner, "model": case.model}
+        with tempfile.TemporaryDirectory() as root:
+            compared = compare(case, Path(root))
+        counts: dict[str, object] = {"n": len(case.lengths) * case.rounds, "config_hash": config_hash(labels)}
+        rows.append(figure_row(labels, "tokens_equal_share", compared.tokens_equal, **counts))
+        rows.append(figure_row(labels, "score_diff", compared.score_diff, **counts))
+        note(f"{case.name} {case.model} {case.runner}: {compared}")
+    return rows
+
+
+def make_engines(geometry: str, root: Path) -> dict[str, dict[str, Any]]:
+    """By variant the arguments of ``vllm.LLM``: a base of random weights, and ``lst`` adapters beside it."""
+    values = GEOMETRIES[geometry]
+    config = CONFIG_MAPPING["qwen2"](**values, max_position_embeddings=4096)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(root / "base")
+    del model
+    tiny_tokenizer().save_pretrained(root / "base")
+    base, folders = load_base(root / "base", dtype="bfloat16"), {}
+    for role in ("guard", "align"):
+        made = create_adapter(base, sized_config(base, SIZE, N_TAPS, role=role, name=role))
+        folders[role] = save_adapter(randomise(made), root / role)
+    guarded = plan_engine(root / "base", [folders["guard"]])
+    both = plan_engine(root / "base", [folders["guard"]], folders["align"])
+    stock = {"model": str(root / "base")}
+    return {"stock": stock, "guard": guarded.engine_options(), "guard_aligner": both.engine_options()}
+
+
+def cost_rows(geometry: str, options: argparse.Namespace) -> list[Row]:
+    """Speed of every variant and its ratio to stock, by phase."""
+    with tempfile.TemporaryDirectory() as name:
+        seconds = timings(make_engines(geometry, Path(name)), options, Path(name))
+    rows: list[Row] = []
+    n_tokens = {"prefill": options.batch * options.tokens, "decode": options.batch}
+    for phase, count in n_tokens.items():
+        for variant in VARIANTS:
+            labels: dict[str, object] = {"variant": variant, "phase": phase, "geometry": geometry}
+            mine, stock = (np.array([found[phase] for found in seconds[each]]) for each in (variant, "stock"))
+            for metric, values in (("tokens_per_s", count / mine), ("ratio_to_stock", stock / mine)):
+                interval = float(values.min()), float(values.max())
+                counts: dict[str, object] = {"n": len(values), "config_hash": config_hash(labels)}
+                rows.append(figure_row(labels, metric, float(np.median(values)), interval, **counts))
+    return rows
+
+
+def timings(engines: dict[str, dict[str, Any]], options: argparse.Namespace, root: Path) -> Timings:
+    """By variant and round, seconds by phase."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 250, (options.batch, options.tokens), generator=generator).tolist()
+    settings = {
+        "dtype": "bfloat16",
+        "max_model_len": 2048,
+        "max_num_seqs": options.batch,
+        "enforce_eager": options.eager,
+        "enable_prefix_caching": False,
+    }
+    job = {
+        "engines": {name: {**settings, **engine} for name, engine in engines.items()},
+        "rounds": options.rounds,
+        "clock": options.clock,
+        "n_steps": options.steps,
+        "prompts": [{"ids": row} for row in ids],
+    }
+    found: Timings = execute(job, Case("cost"), root)
+    return found
+
+
+def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Which goals of decoding are met, by the median."""
+    asked = [row for row in rows if row["metric"] == "ratio_to_stock" and row["phase"] == "decode"]
+    named = [{name: row[name] for name in ("geometry", "variant", "value")} for row in asked if row["variant"] in GOALS]
+    return [
+        {**row, "goal": (goal := GOALS[str(row["variant"])]), "met": float(str(row["value"])) >= goal} for row in named
+    ]
+
+
+def title(case: Case) -> str:
+    """What a case is called on the command line."""
+    return f"{case.name}-{case.model}-{case.runner}"
+
+
+def place_of(row: Row) -> tuple[object, ...]:
+    """What a figure is of, so that a new one replaces it."""
+    return tuple(row.get(name) for name in ("case", "runner", "model", "variant", "phase", "geometry", "metric"))
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("parity", "cost"), help="one part; the other's rows stay")
+    parser.add_argument("--cases", nargs="*", help=f"some cases, such as {title(CASES[0])}; the others' rows stay")
+    parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=list(GEOMETRIES))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128, help="of each prompt")
+    parser.add_argument("--steps", type=int, default=32, help="decoded tokens of one timing")
+    parser.add_argument("--rounds", type=int, default=10, help="timings of each variant")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds of the process's own")
+    parser.add_argument("--compiled", dest="eager", action="store_false", help="with torch.compile")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
+    options = parser.parse_args(arguments)
+    started, path = time.perf_counter(), options.output / "vllm.json"
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    chosen = [case for case in CASES if not options.cases or title(case) in options.cases]
+    new = parity_rows(chosen) if options.only != "cost" else []
+    for geometry in options.geometries if options.only != "parity" else ():
+        new += cost_rows(geometry, options)
+    rows = [*(row for row in rows if place_of(row) not in set(map(place_of, new))), *new]
+    notes = {
+        "goals": goals_of(rows), "vllm": installed_version(), "settings": {**vars(options), "output": None},
+        "adapters": f"lst, each at most {SIZE:.0%} of the base's multiply-adds, on {N_TAPS} taps",
+        "interval": "lowest and highest of the rounds; the value is their median",
+        "not_verified": "anything on CUDA: graphs, FlashAttention, NCCL, runner V2 on a GPU (see tests/gpu)",
+    }  # fmt: skip
+    write_json(path, result_of("vllm", time.perf_counter() - started, rows, notes))
+    note(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

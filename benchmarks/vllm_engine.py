@@ -1,0 +1,99 @@
+"""One vLLM engine in a process of its own: reads a job (JSON) from a file, writes what came out.
+
+    python benchmarks/vllm_engine.py job.json result.json
+
+A job holds ``engine`` (arguments of ``vllm.LLM``), ``slots`` and ``prompts``: ids, strength, and how many tokens to
+draw.  ``rounds`` of it are run one after the other, so that later ones can meet the prefix cache.  With ``engines``
+the result is seconds by engine: of reading all prompts, and of drawing one token of each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams, TokensPrompt
+
+from safeside.vllm_plugin.slots import read
+from safeside.vllm_plugin.strengths import KEY
+
+_PREEMPTIONS, _HITS = "vllm:num_preemptions", "vllm:prefix_cache_hits"
+
+
+def params_of(prompt: dict[str, Any], slots: list[int]) -> SamplingParams:
+    """Greedy, of exactly ``n_new`` tokens, with the strength and the slots of an engine that has them."""
+    extra = {KEY: prompt["strength"]} if prompt.get("strength") is not None else None
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=prompt["n_new"],
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra,
+        logprob_token_ids=slots or None,
+    )
+
+
+def answers_of(llm: LLM, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tokens and values of the slots behind each, for all prompts in one batch."""
+    slots = job["slots"]
+    prompts = [TokensPrompt(prompt_token_ids=prompt["ids"]) for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, [params_of(prompt, slots) for prompt in job["prompts"]], use_tqdm=False)
+    answers = []
+    for output in outputs:
+        answer = output.outputs[0]
+        steps = [read([found[slot].logprob for slot in slots]) for found in answer.logprobs or []] if slots else []
+        answers.append({"tokens": list(answer.token_ids), "steps": steps, "n_cached": output.num_cached_tokens or 0})
+    return answers
+
+
+def seconds_of(job: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """By variant and round, seconds of a prefill and of a step of decoding; one round before is thrown away.
+
+    All engines of ``engines`` run in this process, one at a time, in an order that rotates; so CPU time can be taken
+    instead of the clock's, on a machine that is shared.
+    """
+    now = time.process_time if job["clock"] == "cpu" else time.perf_counter
+    engines = {name: LLM(**options) for name, options in job["engines"].items()}
+    names, seconds = list(engines), {name: [] for name in engines}
+    for round_ in range(-1, job["rounds"]):
+        shift = round_ % len(names)
+        for name in [*names[shift:], *names[:shift]]:
+            taken = []
+            for n_new in (1, 1 + job["n_steps"]):
+                prompts = [
+                    {"ids": [(token + round_) % 250 for token in prompt["ids"]], "n_new": n_new}
+                    for prompt in job["prompts"]
+                ]
+                started = now()
+                answers_of(engines[name], {"slots": [], "prompts": prompts})
+                taken.append(now() - started)
+            if round_ >= 0:
+                seconds[name].append({"prefill": taken[0], "decode": (taken[1] - taken[0]) / job["n_steps"]})
+        print(f"round {round_ + 1} of {job['rounds']}", flush=True)
+    return seconds
+
+
+def main(job_file: str, result_file: str) -> None:
+    """Run the job."""
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    if "engines" in job:
+        Path(result_file).write_text(json.dumps(seconds_of(job)), encoding="utf-8")
+        return
+    llm = LLM(**job["engine"], disable_log_stats=False)
+    rounds = [answers_of(llm, job) for _ in range(job.get("rounds", 1))]
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if metric.name in (_PREEMPTIONS, _HITS)}
+    runner = "v2" if llm.llm_engine.vllm_config.use_v2_model_runner else "v1"
+    result = {
+        "runner": runner,
+        "rounds": rounds,
+        "preemptions": counters.get(_PREEMPTIONS, 0),
+        "hits": counters.get(_HITS, 0),
+    }
+    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,265 @@
+"""Cases in which vLLM has to give what ``attach`` gives: the same greedy tokens, and scores to 1e-4.
+
+The reference runs each prompt alone through transformers; vLLM runs all of them in one batch, at mixed strengths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from safeside import (
+    Adapter,
+    Base,
+    attach,
+    create_adapter,
+    load_adapter,
+    load_base,
+    make_config,
+    ramp,
+    save_adapter,
+    step,
+    timed,
+)
+from safeside.adapters.config import LADDERS
+from safeside.mixing import Policy, fixed
+from safeside.request import history_of
+from safeside.vllm_plugin.plan import Plan, plan_engine
+from safeside.vllm_plugin.slots import GAP
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from references import randomise
+from tiny import N_TOKENS, make_tiny, tiny_tokenizer
+
+# vLLM's CPU kernels know no head narrower than 32.
+_GEOMETRY = {"max_position_embeddings": 1024, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+_WIDTHS = {"harm": 64, "refuse": 32}  # of ladders: two heads, other than the base's, and one
+BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
+STRENGTHS: tuple[Any, ...] = (
+    0.0,
+    0.25,
+    0.5,
+    1.0,
+    {"policy": "ramp", "guard": "harm", "low": 0.1, "high": 0.9},
+    {"policy": "step", "guard": "toxic", "threshold": 0.5, "reads": "answer"},
+    {"policy": "ramp", "guard": "harm", "low": 0.2, "high": 0.95, "ceiling": 1.5, "reads": "maximum"},
+    {"policy": "ramp", "guard": "probe", "low": 0.2, "high": 0.9, "floor": 0.1, "reads": "both"},
+)
+
+
+__all__ = [
+    "CASES",
+    "Case",
+    "compare",
+    "execute",
+    "make_bench",
+    "prompts_of",
+    "randomise",
+    "run_engine",
+    "tiny_tokenizer",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way of running an engine."""
+
+    name: str
+    model: str = "llama"
+    runner: str = "v1"
+    engine: dict[str, Any] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ("lst", "plr", "rtb")
+    """Of the guards ``harm``, ``probe`` and ``toxic``."""
+    aligner: str = "lst"
+    lengths: tuple[int, ...] = (5, 17, 40, 9, 130, 64, 12, 33, 150, 7, 21, 90)
+    n_new: int = 12
+    rounds: int = 1
+
+
+_CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "enable_chunked_prefill": True}
+_TIGHT = {"num_gpu_blocks_override": 12, "max_num_seqs": 8}
+CASES = (
+    Case("eager"),
+    Case("eager", "qwen2", kinds=("lst", "plr", "lst")),
+    Case("eager", "qwen3"),
+    Case("eager", "mistral"),
+    Case("transformers_backend", "gemma3"),
+    Case("prefix_cache", lengths=(260, 300, 280, 150), rounds=2),
+    Case("chunked_prefill", engine=_CHUNKS),
+    Case("chunked_prefill", "mistral", engine=_CHUNKS),
+    Case("preemption", engine=_TIGHT, lengths=(100, 120, 90, 110, 126, 101, 95, 118), n_new=150),
+    Case("lst_plus", "qwen3", kinds=("lst_plus", "plr", "rtb"), aligner="lst_plus"),
+    Case("state_map", "qwen2", aligner="state_map"),
+    Case("compiled", engine={"enforce_eager": False}),
+    Case("tensor_parallel", "qwen2", engine={"tensor_parallel_size": 2}),
+    Case("eager", "llama", "v2", n_new=4, lengths=(5, 17, 40, 9, 30, 64, 12, 33)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A base with adapters on disk, and both ways of loading them."""
+
+    plan: Plan
+    base: Base
+    guards: tuple[Adapter, ...]
+    aligner: Adapter
+
+
+def make_bench(case: Case, root: Path) -> Bench:
+    """The tiny base of a case, three guards and an aligner with random weights, saved and loaded."""
+    folder = make_tiny(case.model, root / "base", **_GEOMETRY)
+    silence_spare_ids(folder)
+    base = load_base(folder)
+    kinds = dict(zip(("harm", "probe", "toxic"), case.kinds, strict=True))
+    folders = [save_random(base, root / name, kind, "guard", name) for name, kind in kinds.items()]
+    aligner = save_random(base, root / "refuse", case.aligner, "align", "refuse")
+    plan = plan_engine(folder, folders, aligner)
+    return Bench(plan, base, tuple(load_adapter(folder, base) for folder in folders), load_adapter(aligner, base))
+
+
+def silence_spare_ids(folder: Path) -> None:
+    """Ids that no token has are drawn by no trained model; a random one must not either, or the slots would show."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[N_TOKENS:] = 0.0
+    model.save_pretrained(folder)
+
+
+def save_random(base: Base, folder: Path, kind: str, role: str, name: str) -> Path:
+    """An adapter whose scores spread over (0, 1), or whose delta is as large as the state."""
+    options: dict[str, Any] = {"labels": ("harm", "hate")} if name == "harm" else {}
+    if kind in LADDERS:
+        options["width"] = _WIDTHS.get(name, 32)
+    adapter = create_adapter(base, make_config(base, kind=kind, role=role, name=name, **options))  # type: ignore[arg-type]
+    randomise(adapter, seed=len(name))
+    return save_adapter(adapter, folder)
+
+
+def policy_of(strength: Any) -> Policy:
+    """The library's policy for what a request asks for."""
+    if not isinstance(strength, dict):
+        return fixed(strength)
+    values = {key: value for key, value in strength.items() if key not in ("policy", "reads")}
+    make = step if strength["policy"] == "step" else ramp
+    reads = strength.get("reads", "prompt")
+    if reads == "maximum":
+        return timed(make(**values, latched=False), reads="answer", margin=1.0)
+    return timed(make(**values, latched=reads == "prompt"), reads=reads)
+
+
+def prompts_of(case: Case) -> list[dict[str, Any]]:
+    """Random prompts, each at the next of the strengths; the first two blocks of long ones are the same."""
+    generator = torch.Generator().manual_seed(7)
+    shared = torch.randint(7, N_TOKENS, (2 * BLOCK,), generator=generator).tolist()
+    prompts = []
+    for index, length in enumerate(case.lengths):
+        ids = torch.randint(7, N_TOKENS, (length,), generator=generator).tolist()
+        ids = [*shared, *ids[2 * BLOCK :]] if length > 2 * BLOCK else ids
+        prompts.append({"ids": ids, "strength": STRENGTHS[index % len(STRENGTHS)], "n_new": case.n_new})
+    return prompts
+
+
+@torch.no_grad()
+def reference(bench: Bench, prompt: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens by ``attach``, and behind each the scores and the strength that it was drawn with."""
+    base, n_prompt = bench.base, len(prompt["ids"])
+    slots = list(bench.plan.config.slots)
+    policy, cache, ids, tokens = policy_of(prompt["strength"]), DynamicCache(), prompt["ids"], []
+    with attach(base, aligners=[bench.aligner], guards=list(bench.guards)) as attached:
+        for _ in range(prompt["n_new"]):
+            with attached.request(strength=policy, prompt_end=[n_prompt]):
+                logits = base.model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1].float()
+            logits[slots] = logits.max() - GAP
+            tokens.append(int(logits.argmax()))
+            ids = tokens[-1:]
+        history = history_of(cache)
+    values = torch.cat([history.scores, history.strengths], -1)[0, n_prompt - 1 :]
+    return {"tokens": tokens, "steps": values.tolist()}
+
+
+def run_engine(
+    case: Case, options: dict[str, Any], slots: Sequence[int], prompts: Sequence[dict[str, Any]], root: Path
+) -> dict[str, Any]:
+    """What an engine of this case gives."""
+    usual = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "max_num_seqs": 16}
+    job = {
+        "engine": {**usual, **options, **case.engine},
+        "slots": list(slots),
+        "prompts": prompts,
+        "rounds": case.rounds,
+    }
+    found: dict[str, Any] = execute(job, case, root)
+    return found
+
+
+def execute(job: dict[str, Any], case: Case, root: Path) -> Any:
+    """The result of a job, run in a process of its own; its log is in ``root``."""
+    given, result, log = root / "job.json", root / "result.json", root / "engine.log"
+    given.write_text(json.dumps(job), encoding="utf-8")
+    with log.open("wb") as output:
+        command = [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(given), str(result)]
+        own = {**environment(case), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process less
+        ended = subprocess.run(command, stdout=output, stderr=output, env=own, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"{case.name} on {case.model} failed:\n{log.read_text(errors='replace')[-12000:]}")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def environment(case: Case) -> dict[str, str]:
+    """Of an engine on a shared CPU: little memory, no network, one thread.  On a GPU its own defaults."""
+    if case.runner == "gpu":
+        return {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    n_ranks = case.engine.get("tensor_parallel_size", 1)
+    own = {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if n_ranks == 2 else "nobind", "VLLM_LOGGING_LEVEL": "WARNING",
+    }  # fmt: skip
+    if case.runner == "v2":
+        paths = [str(Path(__file__).with_name("triton_interpreter")), os.environ.get("PYTHONPATH", "")]
+        own |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return {**os.environ, **own}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a case showed."""
+
+    tokens_equal: float
+    """Share of the prompts whose tokens are all the reference's."""
+    score_diff: float
+    """The largest difference of any score or strength, over the tokens until the first that differs."""
+    preemptions: float
+    hits: float
+
+
+def compare(case: Case, root: Path) -> Compared:
+    """Run a case both ways."""
+    bench, prompts = make_bench(case, root), prompts_of(case)
+    expected = [reference(bench, prompt) for prompt in prompts]
+    result = run_engine(case, bench.plan.engine_options(), bench.plan.config.slots, prompts, root)
+    if case.runner not in ("gpu", result["runner"]):
+        raise RuntimeError(f"{case.name} is for runner {case.runner}, but vLLM took {result['runner']}.")
+    pairs = [pair for found in result["rounds"] for pair in zip(expected, found, strict=True)]
+    equal = sum(wanted["tokens"] == found["tokens"] for wanted, found in pairs) / len(pairs)
+    return Compared(equal, max(difference(*pair) for pair in pairs), result["preemptions"], result["hits"])
+
+
+def difference(wanted: dict[str, Any], found: dict[str, Any]) -> float:
+    """The largest difference of the values behind two answers, as far as they read the same tokens."""
+    n_same = next(
+        (index for index, pair in enumerate(zip(wanted["tokens"], found["tokens"], strict=True)) if pair[0] != pair[1]),
+        len(wanted["tokens"]) - 1,
+    )
+    first, second = (torch.tensor(answer["steps"][: n_same + 1]) for answer in (wanted, found))
+    return float((first - second).abs().max())

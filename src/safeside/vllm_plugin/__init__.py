@@ -1,0 +1,7 @@
+"""Guards and aligners inside vLLM; ``plan`` comes first.
+
+Only ``register``, ``model``, ``side`` and the runners import vLLM.
+"""
+
+PREFIX = "Safeside"
+"""Before the name of a base's architecture: the same base with adapters."""

@@ -1,0 +1,188 @@
+"""``safety`` in the answers of vLLM's own server, by its ``--middleware`` flag.
+
+It asks for the log-probabilities of the slots, takes them out of the answer again, and puts ``safety`` in their place:
+into each choice of a whole answer, and into the last chunk of each choice of a stream.  A request may hold ``safety``
+itself: ``{"strength": 0.5}`` or a policy in its place, and ``"tokens": true`` for the risk of every token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from safeside.errors import InputError
+from safeside.vllm_plugin.answers import Answers
+from safeside.vllm_plugin.plan import EngineConfig, read_engine_config
+from safeside.vllm_plugin.strengths import KEY, parse_strength
+from safeside.vllm_plugin.told import Told
+
+PATHS = ("/v1/chat/completions", "/v1/completions")
+SILENT = ("/tokenize", "/detokenize")
+"""Paths that take a body and answer without the model."""
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+class AskedSafety(BaseModel):
+    """What a request may ask for in ``safety``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    strength: float | dict[str, Any] | None = None
+    tokens: bool = False
+
+
+class SafetyMiddleware:
+    """An ASGI application around vLLM's."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.engine: tuple[EngineConfig, Told] | None = None
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request; what asks nothing of the model passes untouched.
+
+        vLLM's other ways to an answer have no place for verdicts, so they are refused.
+        """
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].endswith(SILENT):
+            await self.app(scope, receive, send)
+            return
+        if not scope["path"].endswith(PATHS):
+            await _refuse(send, f"{scope['path']} gives no verdicts. Use {' or '.join(PATHS)}.")
+            return
+        config, told = self._engine(scope)
+        try:
+            values, safety = prepared(await _body(receive), config)
+        except InputError as error:
+            await _refuse(send, str(error))
+            return
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"content-length"]}
+        outgoing = send
+        if config.slots:
+            keeps = values.get("logprobs") is not None and values["logprobs"] is not False
+            answers = Answers(config.slots, told, keeps_logprobs=keeps, with_tokens=safety.tokens)
+            values, outgoing = {**values, **answers.asked}, _Outgoing(send, answers)
+        await self.app(scope, _once(values, receive), outgoing)
+
+    def _engine(self, scope: MutableMapping[str, Any]) -> tuple[EngineConfig, Told]:
+        if self.engine is None:
+            config = read_engine_config(scope["app"].state.vllm_config.additional_config)
+            self.engine = config, Told(config)
+        return self.engine
+
+
+def prepared(body: bytes, config: EngineConfig) -> tuple[dict[str, Any], AskedSafety]:
+    """The request without ``safety``, its strength among ``vllm_xargs``; what cannot be answered is an InputError."""
+    try:
+        values = json.loads(body)
+    except ValueError as error:
+        raise InputError(f"The body is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise InputError("The body is not a JSON object.")
+    try:
+        safety = AskedSafety.model_validate(values.pop("safety", None) or {})
+    except ValidationError as error:
+        raise InputError(f"'safety' holds 'strength' and 'tokens': {error}") from error
+    if safety.strength is not None:
+        if config.aligner is None:
+            raise InputError("A strength was given but the engine has no aligner. Leave it out.")
+        parse_strength(safety.strength, config.thresholds)
+        extra = values.get("vllm_xargs") or {}
+        if not isinstance(extra, dict):
+            raise InputError(f"'vllm_xargs' is an object; got {extra!r}.")
+        values["vllm_xargs"] = {**extra, KEY: json.dumps(safety.strength)}
+    _check_readable(values, config)
+    return values, safety
+
+
+def _check_readable(values: dict[str, Any], config: EngineConfig) -> None:
+    """Raise an InputError for what would hide the scores."""
+    structured = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
+    tools = values.get("tools") and values.get("tool_choice") not in (None, "auto", "none")
+    for name in (*(name for name in structured if values.get(name)), *(["tool_choice"] if tools else [])):
+        if config.slots and values[name] != {"type": "text"}:
+            raise InputError(f"{name!r} masks the ids that carry scores, so guards could not be asked. Leave it out.")
+    many = values.get("top_logprobs") or values.get("logprob_token_ids") or values.get("prompt_logprobs")
+    n_logprobs = values.get("logprobs")
+    if config.slots and (many or (isinstance(n_logprobs, int) and n_logprobs > 1)):
+        raise InputError(
+            "Scores travel as log-probabilities of their own ids, so those of other tokens cannot be asked for beside "
+            "them. Ask for 'logprobs' of the drawn tokens alone."
+        )
+    if config.slots and (values.get("use_beam_search") or values.get("echo")):
+        raise InputError("Beam search and echo give no scores. Leave them out.")
+
+
+class _Outgoing:
+    """Rewrites what the server sends: JSON as a whole, streams event by event."""
+
+    def __init__(self, send: Send, answers: Answers) -> None:
+        self.send, self.answers = send, answers
+        self.start: Message | None = None
+        self.is_stream = False
+        self.held = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = dict(message["headers"])
+            self.is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            self.start = message
+            if self.is_stream:
+                await self.send(message)
+            return
+        self.held += message.get("body", b"")
+        is_last = not message.get("more_body", False)
+        if self.is_stream:
+            body = b"".join(self._events(is_last))
+            await self.send({"type": "http.response.body", "body": body, "more_body": not is_last})
+        elif is_last:
+            await self._whole()
+
+    def _events(self, is_last: bool) -> Iterator[bytes]:
+        *events, self.held = self.held.split(b"\n\n")
+        for event in events:
+            yield self.answers.event(event) + b"\n\n"
+        if is_last and self.held:
+            yield self.answers.event(self.held)
+
+    async def _whole(self) -> None:
+        assert self.start is not None
+        body = self.answers.whole(self.held) if self.start["status"] == 200 else self.held
+        headers = [pair for pair in self.start["headers"] if pair[0] != b"content-length"]
+        length = (b"content-length", str(len(body)).encode())
+        await self.send({**self.start, "headers": [*headers, length]})
+        await self.send({"type": "http.response.body", "body": body})
+
+
+async def _body(receive: Receive) -> bytes:
+    """The whole body of a request; a client that leaves first has sent an empty one."""
+    parts = []
+    while (message := await receive())["type"] == "http.request":
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+    raise InputError("The client left before its request was whole.")
+
+
+def _once(values: dict[str, Any], receive: Receive) -> Receive:
+    """Gives the request anew, then whatever comes: that the client has left."""
+    messages: list[Message] = [{"type": "http.request", "body": json.dumps(values).encode(), "more_body": False}]
+
+    async def next_message() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return next_message
+
+
+async def _refuse(send: Send, reason: str) -> None:
+    """HTTP 400 in the shape of OpenAI's errors."""
+    error = {"message": reason, "type": "BadRequestError", "param": None, "code": 400}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

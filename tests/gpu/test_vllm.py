@@ -1,0 +1,65 @@
+"""What nobody has run yet: the plugin on CUDA.  ``make test-gpu`` on a machine with a GPU and ``safeside[vllm]``.
+
+The cases are those of the CPU with the engine left at its defaults: runner V2, compiled, with graphs of kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vllm: install safeside[vllm]")
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from vllm_matrix import Case, compare, make_bench, prompts_of, run_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.vllm,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SAME = 1e-3  # kernels of a GPU sum in yet another order, some in TF32
+MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+GRAPHS = {"enforce_eager": False}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_engine_gives_what_attach_gives(model: str, graphs: bool, tmp_path: Path) -> None:
+    case = Case("cuda", model, "gpu", engine=GRAPHS if graphs else {})
+    compared = compare(case, tmp_path)
+    assert compared.tokens_equal == 1.0
+    assert compared.score_diff < SAME
+
+
+def test_preempted_requests_keep_their_gates(tmp_path: Path) -> None:
+    tight = {**GRAPHS, "num_gpu_blocks_override": 100, "max_num_seqs": 8, "block_size": 16}
+    case = Case("preemption", runner="gpu", engine=tight, lengths=(100, 120, 90, 110, 126, 101, 95, 118), n_new=150)
+    compared = compare(case, tmp_path)
+    assert (compared.tokens_equal, compared.preemptions > 0) == (1.0, True)
+    assert compared.score_diff < SAME
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_give_what_one_gives(tmp_path: Path) -> None:
+    compared = compare(Case("tensor_parallel", "qwen2", "gpu", engine={**GRAPHS, "tensor_parallel_size": 2}), tmp_path)
+    assert compared.tokens_equal == 1.0
+    assert compared.score_diff < SAME
+
+
+def test_at_strength_0_tokens_are_those_of_the_base_alone(tmp_path: Path) -> None:
+    case = Case("stock", runner="gpu", engine=GRAPHS)
+    bench = make_bench(case, tmp_path)
+    prompts = [{**prompt, "strength": 0.0} for prompt in prompts_of(case)]
+    mine = run_engine(case, bench.plan.engine_options(), bench.plan.config.slots, prompts, tmp_path)
+    alone = replace(case, name="alone")
+    stock = run_engine(
+        alone, {"model": str(bench.plan.folder)}, (), [{**each, "strength": None} for each in prompts], tmp_path
+    )
+    assert [answer["tokens"] for answer in mine["rounds"][0]] == [answer["tokens"] for answer in stock["rounds"][0]]

@@ -1,0 +1,174 @@
+"""What an engine is started with, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from safeside import Adapter, Base, save_adapter
+from safeside.cli import main
+from safeside.errors import (
+    ConfigError,
+    InputError,
+    MismatchError,
+    MissingExtraError,
+    UnsupportedError,
+)
+from safeside.vllm_plugin import launch, plan
+from safeside.vllm_plugin.plan import CONFIG_KEY, Plan, check_version, plan_engine, read_engine_config, spare_ids
+from tiny import BOS, EOS, N_TOKENS, PAD, SYSTEM, VOCABULARY, make_tiny
+
+Make = Callable[..., Adapter]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    session_base: Base, random_guard: Make, random_aligner: Make, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Saved adapters by name."""
+    root = tmp_path_factory.mktemp("adapters")
+    made = {
+        "harm": random_guard(session_base, "harm", labels=("harm", "hate")),
+        "probe": random_guard(session_base, "probe", kind="plr"),
+        "pooled": random_guard(session_base, "pooled", readout="attention"),
+        "refuse": random_aligner(session_base),
+        "top": random_aligner(session_base, "top", kind="toplayers"),
+    }
+    return {name: save_adapter(adapter, root / name) for name, adapter in made.items()}
+
+
+@pytest.fixture(scope="module")
+def planned(session_base: Base, folders: dict[str, Path]) -> Plan:
+    return plan_engine(session_base.folder, [folders["harm"], folders["probe"]], folders["refuse"])
+
+
+def test_options_hold_all_that_the_engine_needs(planned: Plan, folders: dict[str, Path], session_base: Base) -> None:
+    options = planned.engine_options()
+    assert options["model"] == str(session_base.folder)
+    assert options["hf_overrides"] == {"architectures": ["SafesideLlamaForCausalLM"]}
+    config = read_engine_config(options["additional_config"])
+    assert [entry.config.name for entry in config.adapters] == ["harm", "probe", "refuse"]
+    assert config == planned.config
+    assert config.thresholds == {"harm": 0.5, "probe": 0.5}
+    assert len(config.slots) == 1 + 3 + 1
+    assert all(N_TOKENS <= slot < VOCABULARY for slot in config.slots)
+    flags = dict(zip(planned.serve_flags()[::2], planned.serve_flags()[1::2], strict=True))
+    assert json.loads(flags["--additional-config"]) == options["additional_config"]
+    assert flags["--logits-processors"].split(":")[1].removeprefix("Strengths_").isalnum()
+
+
+def test_other_weights_are_another_key_of_the_compile_cache(
+    planned: Plan, session_base: Base, random_guard: Make, tmp_path: Path
+) -> None:
+    other = save_adapter(random_guard(session_base, "harm", seed=9, labels=("harm", "hate")), tmp_path / "other")
+    entries = planned.config.adapters[0], plan_engine(session_base.folder, [other]).config.adapters[0]
+    assert entries[0].config == entries[1].config
+    assert entries[0].content != entries[1].content
+
+
+def test_what_does_not_fit_is_refused(session_base: Base, folders: dict[str, Path], tmp_path: Path) -> None:
+    base = session_base.folder
+    other = make_tiny("llama", tmp_path / "other", num_hidden_layers=2)
+    with pytest.raises(MismatchError, match="another architecture"):
+        plan_engine(other, [folders["harm"]])
+    with pytest.raises(UnsupportedError, match="kind 'toplayers'"):
+        plan_engine(base, [], folders["top"])
+    with pytest.raises(UnsupportedError, match="attention read-out"):
+        plan_engine(base, [folders["pooled"]])
+    with pytest.raises(InputError, match="Swap the options"):
+        plan_engine(base, [folders["refuse"]])
+    with pytest.raises(InputError, match="names must differ"):
+        plan_engine(base, [folders["harm"], folders["harm"]])
+    with pytest.raises(InputError, match="at least one guard or aligner"):
+        plan_engine(base)
+    with pytest.raises(InputError, match="asks guard 'nobody'"):
+        plan_engine(base, [folders["harm"]], folders["refuse"], strength={"policy": "ramp", "guard": "nobody"})
+    with pytest.raises(InputError, match="no token <\\|nothing\\|>"):
+        plan_engine(base, [folders["harm"]], spare_tokens=["<|nothing|>"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_another_architecture_is_refused(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedError, match=r"called \.\.\.ForCausalLM"):
+        plan_engine(tiny_folder(family), ["builtin:harm"])
+
+
+def test_tokens_in_reserve_and_those_that_are_named_carry_scores(tmp_path: Path, session_base: Base) -> None:
+    folder = shutil.copytree(session_base.folder, tmp_path / "reserved")
+    assert spare_ids(folder)[:2] == [VOCABULARY - 1, VOCABULARY - 2]
+    tokenizer = session_base.tokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<|reserved_{index}|>" for index in range(VOCABULARY - N_TOKENS)], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert spare_ids(folder)[:2] == [VOCABULARY - 1, VOCABULARY - 2]
+    assert spare_ids(folder, ["<|system|>"])[0] == SYSTEM
+    assert {PAD, BOS} <= set(spare_ids(folder))
+    assert EOS not in spare_ids(folder, ["<|eos|>"])
+
+
+def test_a_vocabulary_without_free_ids_needs_names() -> None:
+    """The built-in base has none but those that begin and fill texts: one score, and no room for the strength."""
+    config = plan_engine("builtin", ["builtin:harm"], "builtin:refuse").config
+    assert (len(config.slots), config.tells_strength) == (2, False)
+    config = plan_engine("builtin", ["builtin:harm"], "builtin:refuse", spare_tokens=["<|system|>"]).config
+    assert (len(config.slots), config.tells_strength) == (3, True)
+
+
+@pytest.mark.parametrize("installed", ["0.31.4", "0.33.0", "1.32.0", "dev"])
+def test_another_release_of_vllm_is_refused(installed: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"tested with 0\.32"):
+        check_version(installed)
+    check_version("0.32.0+cpu")
+
+
+def test_an_engine_without_its_configuration_is_refused() -> None:
+    with pytest.raises(ConfigError, match="plan_engine"):
+        read_engine_config({})
+    with pytest.raises(ConfigError, match="not valid"):
+        read_engine_config({CONFIG_KEY: {"adapters": []}})
+
+
+def test_the_command_is_printed_or_run(
+    folders: dict[str, Path], session_base: Base, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["serve", "--engine", "vllm", "--base", str(session_base.folder), "--guard", str(folders["harm"])]
+    monkeypatch.setattr("sys.argv", ["safeside", *words, "--vllm-flag=--max-model-len=64", "--print-command"])
+    monkeypatch.setattr(launch, "installed_version", lambda: "0.32.0")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    assert "vllm.entrypoints.openai.api_server" in printed
+    assert printed.rstrip().endswith("--max-model-len=64")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--guard", "builtin:harm"], "for --engine vllm"),
+        (["--strength", "0.5"], "for --engine vllm"),
+        (["--print-command"], "for --engine vllm"),
+        ([], "--policy FILE"),
+        (["--engine", "vllm", "--policy", "p.yaml"], "embedded server"),
+    ],
+)
+def test_options_of_the_other_engine_are_refused(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["safeside", "serve", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code
+    assert said in capsys.readouterr().err
+
+
+def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise plan.PackageNotFoundError(name)
+
+    monkeypatch.setattr(plan, "version", missing)
+    with pytest.raises(MissingExtraError, match=r"safeside\[vllm\]"):
+        plan.installed_version()
