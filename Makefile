@@ -37,7 +37,7 @@ test-transformers-5.19: setup
 
 # vLLM in an environment of its own: it pins other releases than ours, and the plain CPU build of it is not the
 # project's own.  PyPI's torchvision is a CUDA build that breaks its import, and vLLM's text models need none of the three.
-# Where the index has no CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup-vllm
+# Where pip's index has no CPU build of torch, PIP_EXTRA_INDEX_URL names one that has.
 VLLM := .venv-vllm
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

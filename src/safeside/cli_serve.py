@@ -31,9 +31,7 @@ def serve(
     model_name: Annotated[str | None, typer.Option(help="What clients call the model (default: the base).")] = None,
     device: Annotated[str, typer.Option(help="Where the base runs, such as cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Of the weights, such as bfloat16.")] = None,
-    adapter_root: Annotated[
-        list[Path] | None, typer.Option(help="Genes, and adapters later, may be loaded from here.")
-    ] = None,
+    adapter_root: Annotated[list[Path] | None, typer.Option(help="Genes and adapters may be loaded from here.")] = None,
     origin: Annotated[list[str] | None, typer.Option(help="Web origin that may call from a browser.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; one more gets 429.")] = 64,
@@ -45,9 +43,7 @@ def serve(
     engine_name: Annotated[Engine, typer.Option("--engine", help="'vllm' becomes vLLM's own server.")] = "hf",
     guard: Annotated[list[str] | None, typer.Option(help="vllm: a guard (may be repeated).")] = None,
     aligner: Annotated[str | None, typer.Option(help="vllm: the aligner.")] = None,
-    strength: Annotated[
-        str | None, typer.Option(help="vllm: a number or JSON, where a request has none (1.0).")
-    ] = None,
+    strength: Annotated[str | None, typer.Option(help="vllm: number or JSON, where a request has none (1.0).")] = None,
     spare_token: Annotated[list[str] | None, typer.Option(help="vllm: a token never written, to carry scores.")] = None,
     vllm_flag: Annotated[list[str] | None, typer.Option(help="vllm: a flag of its own, with =.")] = None,
     print_command: Annotated[bool, typer.Option("--print-command", help="vllm: print it, start nothing.")] = False,

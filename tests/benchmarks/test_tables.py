@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import scale_tables
 import tables
 
 PAGE = "# Title\n\n<!-- table:core -->\nold\n<!-- /table:core -->\n\nThe end.\n"
@@ -186,7 +187,7 @@ def test_capacity_tells_flops_weights_and_cache(tmp_path: Path) -> None:
     guard = {"flops_share": 0.01, "matmuls": 7e7, "params": 7e7, "cache_bytes": 20480}
     rows = [
         {**figure(metric, value, method=method), "base": name}
-        for name in tables.CAPACITY
+        for name in scale_tables.CAPACITY
         for method, values in {"base": base, "lst": guard}.items()
         for metric, value in values.items()
     ]
