@@ -55,8 +55,8 @@ def serve(
     if engine_name == "vllm":
         adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
         return _serve_vllm({**at, **adapters, "more": vllm_flag or ()}, strength, print_command)
-    files = {"policy": policy, "keys": keys, "audit": audit, "adapter_roots": tuple(adapter_root or ())}
-    files["add_genes"] = _add_genes
+    files: dict[str, object] = {"policy": policy, "keys": keys, "audit": audit, "add_genes": _add_genes}
+    files["adapter_roots"] = tuple(adapter_root or ())
     engine = {"max_rows": max_rows, "max_waiting": max_waiting, "guard_timeout_s": guard_timeout}
     service = {"default_max_tokens": max_tokens, "deadline_s": deadline, "max_body_bytes": max_body}
     options = {**at, **files, "origins": tuple(origin or ()), "drain_s": drain, "device": device}
