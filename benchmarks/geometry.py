@@ -79,10 +79,10 @@ def side_cache_bytes(adapter: Adapter) -> int:
 
 
 def config_of(base: Base, method: str) -> AdapterConfig:
-    """A guard of a method: ``lst`` as wide as the dial allows on all layers, ``lst_8`` on eight, others as they are."""
+    """A guard of a method: ``lst`` as wide as the dial allows on all layers, ``lst_8`` on eight or fewer."""
     kind, _, n_taps = method.partition("_")
     if kind == "lst":
-        return sized_config(base, SIZE, int(n_taps) if n_taps else None, name=method)
+        return sized_config(base, SIZE, min(int(n_taps), base.n_layers + 1) if n_taps else None, name=method)
     return make_config(base, kind=method, name=method)
 
 

@@ -121,7 +121,7 @@ def test_the_recorded_revision_is_loaded(
     commands = (["info", tmp_path / "harm"], ["guard", tmp_path / "harm", "/dev/null"])
     for words in (*commands, ["chat", "hi", "--guard", tmp_path / "harm", "--max-new-tokens", 2]):
         assert run(*words).code == 0
-    assert asked == [("org/base", "v7")] * 3
+    assert asked == [("org/base", "v7", "cpu")] * 3
 
 
 def test_a_broken_provenance_is_one_line(run: Callable[..., Ran], adapters: Path, tmp_path: Path) -> None:
@@ -200,4 +200,4 @@ def test_a_patch_and_a_port_read_the_recorded_revision(
     monkeypatch.setattr("safeside.artifact.load_base", load)
     for words in patch_and_port(tmp_path / "adapters", tiny_base, tmp_path):
         assert run(*words, tmp_path / str(words[0])).code == 0
-    assert asked == [("org/base", "v7")] * 2
+    assert asked == [("org/base", "v7", "cpu")] * 2

@@ -124,7 +124,9 @@ def test_results_have_the_agreed_keys_and_labels(bench: Callable[..., dict[str, 
     assert [{**row, "task": "geometry", "seed": 0} for row in alone["rows"]] == [
         row for row in rows if row["task"] == "geometry"
     ]
-    assert {(row["base"], row["method"]) for row in alone["rows"]} == {("Small", m) for m in ("plr", "rtb", "lst")}
+    assert {(row["base"], row["method"]) for row in alone["rows"]} == {
+        ("Small", m) for m in ("base", *geometry.METHODS)
+    }
 
 
 def test_a_second_run_trains_nothing(

@@ -17,7 +17,7 @@ from safeside.errors import InputError, MissingExtraError
 
 def test_every_pair_and_method_gets_its_figures(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
     bases = ["--bases", str(tiny_folder("llama")), "--also", str(tiny_folder("gpt2"))]
-    small = ["--rows", "40", "--test-rows", "80", "--threads", "1"]
+    small = ["--rows", "24", "--test-rows", "40", "--threads", "1"]
     result = read_parts(port.main([*bases, *small, "--output", str(tmp_path)]))["port"]
     kept = [row for row in result["rows"] if row["metric"] == "kept_auroc"]
     assert [(row["source"], row["target"], row["method"]) for row in kept] == [
