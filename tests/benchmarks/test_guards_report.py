@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     """Results of all parts, and the cells behind the methods."""
     cells = {
         Cell("hate", "builtin", method, seed): cell_values(seed, gain)
-        for method, gain in (("lst_distilled", 2.0), ("standalone", 1.0))
+        for method, gain in zip(("lst_distilled", *guards.RIVALS), (2.0, 1.0, 0.9, 0.8), strict=True)
         for seed in (0, 1)
     }
     (tmp_path / "cells").mkdir()
@@ -116,6 +116,14 @@ def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
     assert path.stat().st_size < 2_000_000
 
 
+def test_the_best_of_some_standalones_is_no_win() -> None:
+    cells = {
+        Cell("hate", "builtin", method, 0): cell_values(0, gain)
+        for method, gain in (("lst_distilled", 2.0), ("standalone", 1.0), ("standalone_pruned", 0.9))
+    }
+    assert guards.wins_of("hate", "builtin", cells) == []
+
+
 def test_what_is_missing_is_said_and_left_out(folder: Path) -> None:
     found = read_parts(folder / "guards.json")
     (folder / "guards.json").unlink()
@@ -129,7 +137,7 @@ def test_what_is_missing_is_said_and_left_out(folder: Path) -> None:
     for path in (folder / "cells").iterdir():
         path.unlink()
     text = guards_report.write_page(folder, folder / "cells").read_text()
-    assert "4 cells are gone" in text
+    assert "8 cells are gone" in text
     assert text.split("Hate speech")[1].split("<h2>")[0].count("<svg") == 1  # figures without curves
 
 
