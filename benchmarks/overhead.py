@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from overhead_variants import VARIANTS, Alone, Guarded, Plan, build
 from safeside.provenance import config_hash
 from safeside.terminal import note
 from tidy import RESULTS, Row, figure_row, result_of, write_json
+from workers import numbers_alone
 
 GOALS = {
     "flops_share": 0.01,
@@ -146,8 +146,7 @@ def peak_rows(plan: Plan, batch: int, settings: Settings) -> list[Row]:
 
 def _peaks(plan: Plan, name: str, batch: int, settings: Settings) -> list[int]:
     job = {"geometry": plan.geometry, "name": name, "batch": batch, "settings": asdict(settings)}
-    command = [sys.executable, str(Path(__file__)), "--peak", json.dumps(job)]
-    return [int(line) for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+    return numbers_alone(Path(__file__), job)
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ import argparse
 import copy
 import gc
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +42,7 @@ from safeside.train.losses import guard_loss
 from safeside.train.memory import PeakMemory
 from safeside.train.taps import Batch, Forward, LiveTaps, Source, StoredTaps, TapStore, make_batch
 from tidy import RESULTS, Row, figure_row, result_of
+from workers import numbers_alone
 
 METHODS = ("lst_stored", "lst", "lora_full", "full")
 
@@ -172,9 +172,8 @@ def measure(bench: Bench) -> tuple[dict[str, list[float]], dict[str, Student]]:
 
 def peak_of(settings: Settings, method: str, folder: Path) -> int:
     """Most bytes that a process held which took two steps of one method and nothing else."""
-    job = json.dumps({"method": method, "folder": str(folder), "settings": asdict(settings)})
-    command = [sys.executable, str(Path(__file__)), "--peak", job]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    job = {"method": method, "folder": str(folder), "settings": asdict(settings)}
+    return numbers_alone(Path(__file__), job)[0]
 
 
 def print_peak(job: dict[str, object]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Self, TypeVar
 
 import torch
@@ -45,6 +49,12 @@ class Workers:
         futures = {self.pool.submit(function, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+
+def numbers_alone(script: Path, job: Mapping[str, object]) -> list[int]:
+    """What ``script --peak JOB`` prints in a process of its own, such as the most memory that it held."""
+    command = [sys.executable, str(script), "--peak", json.dumps(job)]
+    return [int(line) for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
 
 
 def _start(parent: int, n_threads: int) -> None:

@@ -141,7 +141,10 @@ def test_a_shard_whose_rows_are_gone_is_an_error(tiny_base: Base, tmp_path: Path
 def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "hi"}])
     for more, problem in (
-        ([adapters / "harm", "--engine", "vllm"], "pip install 'safeside[vllm]', or choose --engine hf"),
+        (
+            [adapters / "harm", "--engine", "vllm"],
+            "Engine 'vllm' does not score in bulk yet; expected one of hf. Choose --engine hf",
+        ),
         ([adapters / "refuse"], "is an aligner and gives no scores"),
         ([adapters / "harm", "--workers", 3], "3 workers need a CPU each; Ray has 2"),
         ([adapters / "harm", "--device", "cuda"], "1 workers need a GPU each; Ray has 0"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from safeside.artifact import base_of, load_adapter
-from safeside.errors import MissingExtraError
+from safeside.errors import InputError
 from safeside.guards.lines import BaseScorer, Scorer
 from safeside.registry import Registry
 from safeside.types import Preset
@@ -46,9 +46,9 @@ ENGINES.register("hf", base_scorer)
 
 
 def require_engine(name: str) -> None:
-    """Raise a MissingExtraError that says what to install, unless an engine of this name is here."""
+    """Raise an InputError unless an engine of this name scores in bulk."""
     if name not in ENGINES:
-        raise MissingExtraError(
-            f"Engine {name!r} is not here; expected one of {', '.join(ENGINES)}. "
-            f"Run: pip install 'safeside[{name}]', or choose --engine hf."
+        raise InputError(
+            f"Engine {name!r} does not score in bulk yet; expected one of {', '.join(ENGINES)}. Choose --engine hf, or "
+            "register an engine in safeside.scale.engines."
         )
