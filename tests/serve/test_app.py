@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from openai import OpenAI
 
 from safeside import Adapter, Base, Message
 from safeside.artifact import save_adapter
+from safeside.guards.score import Scores
+from safeside.serve import service as service_module
 from safeside.serve.app import AppOptions, create_app
 from safeside.serve.audit import AuditLog
 from safeside.serve.engine import Engine, EngineLimits
@@ -486,6 +488,26 @@ def test_an_answer_whose_client_left_is_audited(running: Running) -> None:
     while len(found := audited(running, trace_id)) < 2 and time.monotonic() < end:
         time.sleep(0.01)
     assert found == [("prompt", "allow"), ("answer", "abandoned")]
+
+
+def test_texts_whose_client_left_are_not_judged(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+    score = service_module.score_conversations
+
+    def slow(base: Base, guards: Sequence[Adapter], conversations: Sequence[object], **options: object) -> list[Scores]:
+        judged.append(len(conversations))
+        time.sleep(0.3)
+        return score(base, guards, conversations, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(service_module, "score_conversations", slow)
+    headers = {"Authorization": f"Bearer {running.keys['user']}"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{running.url}/v1/moderations", json={"input": ["x"] * 200}, headers=headers, timeout=0.5)
+    end = time.monotonic() + 30
+    while running.service.engine.n_waiting and time.monotonic() < end:
+        time.sleep(0.01)
+    assert running.service.engine.n_waiting == 0
+    assert 8 <= sum(judged) < 100
 
 
 def test_an_error_of_the_servers_own_is_counted(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

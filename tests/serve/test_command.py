@@ -185,6 +185,21 @@ def test_a_port_that_is_taken_is_told(policy: Path, run: Callable[..., Ran], tmp
     assert not (tmp_path / "audit.db").exists(), "nothing was loaded"
 
 
+def test_a_reload_loads_no_adapter_and_says_so(policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = ServeOptions("builtin", policy, audit=f"sqlite:///{tmp_path}/audit.db")
+    service = make_service(options)
+    try:
+        before = service.fingerprints
+        reload(service, options)
+        assert "adapters stay" not in caplog.text
+        policy.write_text(POLICY.replace("builtin:harm", "elsewhere"))
+        reload(service, options)
+        assert "adapters stay as loaded; POST /v1/adapters/load or a restart changes harm" in caplog.text
+        assert service.fingerprints == before
+    finally:
+        service.close(0.0)
+
+
 @pytest.mark.parametrize("broken", ["policy", "keys"])
 def test_a_reload_that_fails_keeps_policies_and_keys(policy: Path, tmp_path: Path, broken: str) -> None:
     make_key(keys := tmp_path / "keys.yaml", "shop", {"tenant": "shop"})

@@ -93,7 +93,11 @@ def serve_command(options: ServeOptions) -> None:
 
 
 def reload(service: Service, options: ServeOptions) -> None:
-    """Read policies and keys again; what is broken is logged and counted, and what held before stays."""
+    """Read policies and keys again; what is broken is logged and counted, and what held before stays.
+
+    Adapters stay those that are loaded: where their places in the file changed it is logged.
+    """
+    places = service.book.adapters
     try:
         keys = Keys.load(options.keys) if options.keys is not None else None
         version = service.book.reload()
@@ -104,6 +108,8 @@ def reload(service: Service, options: ServeOptions) -> None:
     service.keys = keys
     service.metrics.policy_reloads.labels("loaded").inc()
     _log.warning("policies reloaded: version %s", version)
+    if moved := sorted(name for name, place in service.book.adapters.items() if places.get(name) != place):
+        _log.warning("adapters stay as loaded; POST /v1/adapters/load or a restart changes %s", ", ".join(moved))
 
 
 def _started(service: Service, options: ServeOptions, place: socket.socket) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from safeside.adapters.adapter import Adapter
@@ -20,8 +20,13 @@ from safeside.serve.service import Service
 from safeside.serve.wire import DryRunRequest, ModerationRequest
 from safeside.types import Message, Verdict
 
+IsGone = Callable[[], Awaitable[bool]]
+"""Whether the client has left: nobody reads what is judged from then on, so the rest is not."""
 
-async def moderate(service: Service, caller: Caller, asked: ModerationRequest) -> dict[str, object]:
+
+async def moderate(
+    service: Service, caller: Caller, asked: ModerationRequest, is_gone: IsGone
+) -> dict[str, object] | None:
     """OpenAI's moderation of one or many texts by one loaded guard or all of them; each text has an audit record."""
     policy = service.book.resolve(caller)
     guards = dict(policy.adapters)
@@ -31,7 +36,9 @@ async def moderate(service: Service, caller: Caller, asked: ModerationRequest) -
         raise UnknownNameError(did_you_mean("guard", asked.model, [*guards, service.model]))
     if asked.model in guards:
         guards = {asked.model: guards[asked.model]}
-    found = await service.score(caller, [[Message("user", text)] for text in asked.texts], guards)
+    found = await service.score(caller, [[Message("user", text)] for text in asked.texts], guards, is_gone)
+    if found is None:
+        return None
     verdicts = [_verdicts(policy, guards, scores) for scores in found]
     trace_id = secrets.token_hex(12)
     record = AuditRecord(
@@ -57,14 +64,16 @@ async def moderate(service: Service, caller: Caller, asked: ModerationRequest) -
     }
 
 
-async def dry_run(service: Service, caller: Caller, asked: DryRunRequest) -> dict[str, object]:
+async def dry_run(service: Service, caller: Caller, asked: DryRunRequest, is_gone: IsGone) -> dict[str, object] | None:
     """The decision on a prompt and, where the conversation ends with one, on its answer; nothing is audited."""
     messages = [turn.message() for turn in asked.messages]
     policy = service.book.resolve(caller, asked.safety)
     has_answer = messages[-1].role == "assistant" and len(messages) > 1
     texts = [messages[:-1], messages] if has_answer else [messages]
     guards = {name: policy.adapters[name] for name in policy.guards}
-    found = await service.score(caller, texts, guards) if guards else [Scores({})] * len(texts)
+    found = await service.score(caller, texts, guards, is_gone) if guards else [Scores({})] * len(texts)
+    if found is None:
+        return None
     stages = []
     for scores in found:
         verdicts = _verdicts(policy, guards, scores)

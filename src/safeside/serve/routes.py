@@ -122,10 +122,10 @@ async def _answered(answer: Answer, request: Request) -> Response | Object:
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-@router.post("/moderations")
-async def moderations(asked: ModerationRequest, service: Served, caller: Known) -> Object:
+@router.post("/moderations", response_model=Object)
+async def moderations(asked: ModerationRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Judge texts, by the same path as ``safeside guard``."""
-    return await moderate(service, caller, asked)
+    return await moderate(service, caller, asked, request.is_disconnected) or Response(status_code=_CLIENT_LEFT)
 
 
 @router.get("/policies")
@@ -145,10 +145,10 @@ async def policies(service: Served, caller: Known) -> Object:
     return {"object": "list", "version": service.book.version, "data": data}
 
 
-@router.post("/policies/dry-run")
-async def dry(asked: DryRunRequest, service: Served, caller: Known) -> Object:
+@router.post("/policies/dry-run", response_model=Object)
+async def dry(asked: DryRunRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """What the caller's policy would decide on a conversation, without an answer."""
-    return await dry_run(service, caller, asked)
+    return await dry_run(service, caller, asked, request.is_disconnected) or Response(status_code=_CLIENT_LEFT)
 
 
 @router.get("/adapters")

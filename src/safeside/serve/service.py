@@ -288,18 +288,22 @@ class Service:
             raise
 
     async def score(
-        self, caller: Caller, conversations: Sequence[Sequence[Message]], guards: Mapping[str, Adapter]
-    ) -> list[Scores]:
+        self,
+        caller: Caller,
+        conversations: Sequence[Sequence[Message]],
+        guards: Mapping[str, Adapter],
+        is_gone: Callable[[], Awaitable[bool]],
+    ) -> list[Scores] | None:
         """Scores of whole texts by the path of ``safeside guard``, a few at a time between steps of answers.
 
         It counts by the caller's limits, and holds a place in the engine's queue; what takes too long is a
-        DeadlineError, and a guard that is no longer the one given a ServingError.
+        DeadlineError, and a guard that is no longer the one given a ServingError.  None once the client has left.
         """
         try:
             async with asyncio.timeout(self.limits.deadline_s):
                 with self.engine.place():
                     await self._admit(caller, conversations)
-                    return await self._scored(conversations, guards)
+                    return await self._scored(conversations, guards, is_gone)
         except TimeoutError as error:
             raise DeadlineError("The texts were not judged in time. Ask for fewer, or later.") from error
 
@@ -311,7 +315,12 @@ class Service:
 
         self.limiter.admit(caller.key or caller.tenant, caller.limits, await asyncio.to_thread(count), 0)
 
-    async def _scored(self, conversations: Sequence[Sequence[Message]], guards: Mapping[str, Adapter]) -> list[Scores]:
+    async def _scored(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        guards: Mapping[str, Adapter],
+        is_gone: Callable[[], Awaitable[bool]],
+    ) -> list[Scores] | None:
         found: list[Scores] = []
 
         def run(runner: Runner, part: Sequence[Sequence[Message]]) -> list[Scores]:
@@ -322,6 +331,8 @@ class Service:
             return score_conversations(runner.base, own, part, batch_size=_SCORED_AT_ONCE, attachment=runner.attachment)
 
         for start in range(0, len(conversations), _SCORED_AT_ONCE):
+            if await is_gone():
+                return None
             part = conversations[start : start + _SCORED_AT_ONCE]
             found += await asyncio.wrap_future(self.engine.call(lambda runner, part=part: run(runner, part)))  # type: ignore[misc]
         return found
