@@ -7,16 +7,18 @@ That this is what the gate itself would answer is tested, and checked again for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from align_training import Clock, Setup, Trained
 from safeside.adapters.adapter import Adapter
 from safeside.attach import attach
+from safeside.evals.judges import JUDGES, Judge, JudgeOptions
 from safeside.evals.likelihood import Likelihood
 from safeside.evals.methods import Method, PlainBase
 from safeside.evals.records import Record, RecordLog
-from safeside.evals.runs import judging, run_suite
+from safeside.evals.runs import Judging, judging, run_suite
 from safeside.evals.suites import SUITES, Prompt, Suite, answered, draw
 from safeside.types import Completion, Message
 
@@ -24,6 +26,7 @@ NEW_TOKENS = 24  # of an answer: 99.7% of the refusals that are learnt from say 
 BATCH = 25
 MAIN = ("strongreject", "benign", "xstest", "helpful")  # measured for every method and strength
 FURTHER = ("jailbreakbench", "harmbench", "advbench", "prefilled", "attacks")  # for the base and the headline
+SEEN = 100  # prompts of a suite that earlier runs answered, before the gate was changed: others are asked now
 CHECKED = ("checked_harmful", "checked_harmless", "checked_helpful")  # what settings are chosen on
 
 Dial = Callable[[Prompt], float]
@@ -74,22 +77,45 @@ class Questions:
 
     setup: Setup
     limit: int
+    judge: str = "refusal_phrases"
+    """Name of the judge of all answers."""
+    judge_options: JudgeOptions = field(default_factory=JudgeOptions)
+    """What it is made with."""
+    new_tokens: int = NEW_TOKENS
+    """Of an answer, at most."""
+
+    @functools.cached_property
+    def made_judge(self) -> Judge:
+        """The judge, made once."""
+        return JUDGES.get(self.judge)(self.judge_options)
 
     def suite(self, name: str) -> Suite:
         """The suite, public or of validation prompts."""
         if name not in CHECKED:
             measured = replace(SUITES.get(name), limit=self.limit)
-            return measured if measured.measure == "likelihood" else replace(measured, max_new_tokens=NEW_TOKENS)
+            return measured if measured.measure == "likelihood" else replace(measured, max_new_tokens=self.new_tokens)
         path = self.setup.rows / f"{name}.jsonl"
         if name == "checked_helpful":
             return Suite(name, path, "", self.limit, answered, "harmless", measure="likelihood")
         holds = "harmful" if name == "checked_harmful" else "harmless"
-        return Suite(name, path, limit=self.limit, holds=holds, max_new_tokens=NEW_TOKENS)  # type: ignore[arg-type]
+        return Suite(name, path, limit=self.limit, holds=holds, max_new_tokens=self.new_tokens)  # type: ignore[arg-type]
 
     def prompts(self, name: str) -> list[Prompt]:
-        """The prompts drawn."""
-        drawn = draw(self.suite(name), self.setup.data)
+        """The prompts drawn: of a public suite those after the first ``SEEN``, if it has so many more."""
+        suite = self.suite(name)
+        drawn = draw(suite, self.setup.data) if name in CHECKED else self._unseen(suite)
         return sorted(drawn, key=lambda prompt: len(prompt.turns[0]) + sum(map(len, prompt.references)))
+
+    def _unseen(self, suite: Suite) -> list[Prompt]:
+        seen = {prompt.id for prompt in draw(replace(suite, limit=SEEN), self.setup.data)}
+        more = draw(replace(suite, limit=SEEN + self.limit), self.setup.data)
+        found = [prompt for prompt in more if prompt.id not in seen]
+        return found if len(found) == self.limit else draw(suite, self.setup.data)
+
+    def n_seen(self, name: str) -> int:
+        """How many of a suite's prompts earlier runs answered."""
+        seen = {prompt.id for prompt in draw(replace(self.suite(name), limit=SEEN), self.setup.data)}
+        return sum(prompt.id in seen for prompt in self.prompts(name))
 
     def own_prompts(self) -> list[Prompt]:
         """A few harmful and harmless prompts that were written for this project, and can be shown."""
@@ -98,7 +124,10 @@ class Questions:
     def ask(self, name: str, method: Method, log: RecordLog) -> list[Record]:
         """A record of each prompt; those that ``log`` holds are not made again.  Without time it is a MissingError."""
         suite = self.suite(name)
-        judged = replace(judging(suite, log=log), batch_size=BATCH if suite.measure == "answers" else BATCH // 2)
+        if suite.measure == "answers":
+            judged = Judging(self.judge, self.made_judge, log, BATCH)
+        else:
+            judged = replace(judging(suite, log=log), batch_size=BATCH // 2)
         return run_suite(suite, self.prompts(name), Timed(method, self.setup.clock), judged)
 
 
@@ -178,9 +207,12 @@ def asked(prompt: Prompt) -> list[Message]:
 
 def _fits(questions: Questions, prompt: Prompt) -> bool:
     base = questions.setup.base
-    return len(base.encode(asked(prompt), begun=True).ids) + NEW_TOKENS <= base.max_tokens
+    return len(base.encode(asked(prompt), begun=True).ids) + questions.new_tokens <= base.max_tokens
 
 
-def is_refusal(record: Record) -> bool | None:
-    """Whether the answer refuses; None where the judge could not tell."""
-    return None if record.judgement.outcome == "unscored" else record.judgement.outcome == "refused"
+def refusal_of(record: Record) -> float | None:
+    """1 where the answer refuses, 0 where it does not, between them where the judge grades harm; None if unscored."""
+    if record.judgement.outcome == "unscored":
+        return None
+    harm = record.judgement.harm
+    return float(record.judgement.outcome == "refused") if harm is None else 1.0 - harm

@@ -13,7 +13,6 @@ from safeside.evals.records import Record
 from tidy import Row
 
 STRENGTHS = (0.4, 1.0, 1.6, 2.0)  # beside 0, which is the base
-LORA_SCALES = (0.5, 1.0, 1.5)
 HEADLINE_STRENGTHS = tuple(round(0.2 * index, 1) for index in range(1, 11))
 BASELINE = "lora_dpo"
 TRAINED_FACTS = ("train_seconds", "peak_bytes", "trainable_params")
@@ -26,9 +25,9 @@ class Bench:
     study: Study
     seeds: tuple[int, ...] = (0, 1, 2)
     n_tries: int = 3
-    """Of the settings of aligners."""
-    n_baseline_tries: int = 3
-    """Of the settings of LoRA-DPO."""
+    """Of the settings of an aligner, where it has so many."""
+    n_baseline_tries: int = 6
+    """Of the settings of LoRA-DPO, and of LoRA-SFT where it has so many."""
     kinds: tuple[str, ...] = KINDS
     """Of aligners."""
     changes: dict[str, Changes] = field(default_factory=dict)
@@ -62,7 +61,7 @@ class Bench:
 
     def labels(self, method: str, policy: str, strength: float, suite: str, seed: int) -> Row:
         """The columns that say what a row is of."""
-        judge = "" if suite == "helpful" else "refusal_phrases"
+        judge = "" if suite == "helpful" else self.study.questions.judge
         return {
             "base": self.study.setup.base_name,
             "method": method,
@@ -99,13 +98,13 @@ def suite_rows(
 
 
 def gated_rows(bench: Bench, one: Trained, strength: float, suites: Sequence[str] = MAIN) -> list[Row]:
-    """Rows of the learned gate under a ceiling and of the oracle, picked from fixed strengths."""
+    """Rows of the learned gate up to a strength and of the oracle, picked from fixed strengths."""
     found: list[Row] = []
-    ways: dict[str, Callable[[str], Dial]] = {"oracle": lambda suite: oracle(strength)}
+    ways: dict[str, tuple[Callable[[str], Dial], float]] = {"oracle": (lambda suite: oracle(strength), one.share)}
     if bench.choice is not None:
-        gate = bench.choice.gate
-        ways["targeted_step"] = lambda suite: gate.dial(suite, strength)
-    for policy, dial in ways.items():
+        gate = bench.choice.gate.up_to(strength)
+        ways["targeted_step"] = gate.dial, one.share + gate.share
+    for policy, (dial, share) in ways.items():
         found += suite_rows(
             bench,
             one.name,
@@ -114,7 +113,7 @@ def gated_rows(bench: Bench, one: Trained, strength: float, suites: Sequence[str
             lambda suite, dial=dial: bench.study.picked(one, suite, dial(suite)),
             seed=one.seed,
             suites=suites,
-            share=one.share,
+            share=share,
         )
     return found
 

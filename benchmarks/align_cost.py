@@ -30,15 +30,19 @@ from safeside.adapters.toplayers import TopLayers
 from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.lora import head_matmuls
+from safeside.mixing import step
 from safeside.terminal import note
 from tidy import Row, figure_row, write_json
 
 OTHERS = ("base", "second_model", "lora_dpo")
+GATED = "lst_gated"  # the ladder behind a guard, which is a ladder as well, with the gate open
 CELL = Path(__file__).parent / ".cells" / "align" / "cost.json"
 
 
 def config_of(base: Base, kind: str) -> AdapterConfig:
     """An aligner of its default size: ladders of 1% of the base, the top two blocks by LoRA, a map of rank 32."""
+    if kind == "guard":
+        return sized_config(base, SIZE, kind="lst", role="guard", name="gate", labels=("harm",))
     if kind.startswith("lst"):
         return sized_config(base, SIZE, kind=kind, role="align", name=kind)
     options: dict[str, object] = {"depth": 2, "lora_rank": LORA_RANK} if kind == "toplayers" else {"bottleneck": 32}
@@ -46,17 +50,23 @@ def config_of(base: Base, kind: str) -> AdapterConfig:
 
 
 class WithAligner(Alone):
-    """With an aligner at full strength."""
+    """With an aligner at full strength, which a guard's score gives it if it ``is_gated``."""
 
-    def __init__(self, base: Base, kind: str) -> None:
+    def __init__(self, base: Base, kind: str, *, is_gated: bool = False) -> None:
         super().__init__(base)
-        with torch.device(base.device):
-            aligner = Adapter(config_of(base, kind))
-        if isinstance(aligner.trunk, TopLayers):
-            aligner.trunk.bind(base)
-        aligner.to(base.dtype).eval().requires_grad_(False)
-        self.extra_matmuls = flops_share(base, aligner)
-        self.attachment = attach(base, [aligner], strength=1.0)
+        aligner = _made(base, kind)
+        guards = [_made(base, "guard")] if is_gated else []
+        self.extra_matmuls = flops_share(base, *guards, aligner)
+        strength = step(guards[0], 0.0, latched=False) if is_gated else 1.0
+        self.attachment = attach(base, [aligner], guards=guards, strength=strength)
+
+
+def _made(base: Base, kind: str) -> Adapter:
+    with torch.device(base.device):
+        adapter = Adapter(config_of(base, kind))
+    if isinstance(adapter.trunk, TopLayers):
+        adapter.trunk.bind(base)
+    return adapter.to(base.dtype).eval().requires_grad_(False)
 
 
 class WithSecondModel(Alone):
@@ -97,6 +107,7 @@ def variants_of(base: Base) -> dict[str, Alone]:
     """Everything that is timed, around one set of weights."""
     found: dict[str, Alone] = {"base": Alone(twin_of(base))}
     found |= {kind: WithAligner(twin_of(base), kind) for kind in KINDS}
+    found[GATED] = WithAligner(twin_of(base), "lst", is_gated=True)
     return {**found, "second_model": WithSecondModel(twin_of(base)), "lora_dpo": WithLora(twin_of(base))}
 
 
@@ -124,8 +135,9 @@ def cost_rows(path: Path) -> list[Row]:
         for against in OTHERS:
             if name == against:
                 continue
-            labels = {"base": found["geometry"], "method": name, "policy": "fixed", "strength": 1.0, "suite": "decode"}
-            labels |= {"judge": "", "seed": 0, "against": against, "batch": found["batch"]}
+            method, policy = ("lst", "targeted_step") if name == GATED else (name, "fixed")
+            labels = {"base": found["geometry"], "method": method, "policy": policy, "strength": 1.0}
+            labels |= {"suite": "decode", "judge": "", "seed": 0, "against": against, "batch": found["batch"]}
             value, interval = ratio_figure(taken, found["seconds"][against])
             counts = {"n": len(taken), "flops_share": found["extra"][name]}
             rows.append(figure_row(labels, "decode_ratio", value, interval, **counts))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from align_answers import FURTHER, MAIN, Dial, constant, oracle
-from align_bench import BASELINE, LORA_SCALES, Bench, gated_rows, suite_rows
-from align_figures import Side, headline_rows, interval_of, side_of
+from align_bench import BASELINE, Bench, gated_rows, suite_rows
+from align_choice import LORA_SCALES
+from align_figures import Side, headline_rows, side_of
 from align_training import MissingError, Trained
 from safeside.evals.methods import Aligned, Method, Oracle
 from safeside.evals.records import Record
@@ -39,7 +40,7 @@ def _available(bench: Bench, name: str, strengths: Sequence[float]) -> list[Trai
 def headline(bench: Bench) -> list[Row]:
     """The headline rows: learned gate and oracle; seeds are pooled, hence seed -1."""
     chosen = bench.chosen
-    ours = _available(bench, chosen.name, [chosen.strength])
+    ours = _available(bench, chosen.name, [strength for _, strength in chosen.gate.steps])
     try:
         theirs = _available(bench, BASELINE, LORA_SCALES)
     except MissingError:
@@ -63,13 +64,11 @@ def headline(bench: Bench) -> list[Row]:
             front += [base] if front else []
             side = _sides(bench, ours, dial, over)
             labels = bench.labels(chosen.name, policy, chosen.strength, over, -1)
+            share = ours[0].share + (chosen.gate.share if policy == "targeted_step" else 0.0)
+            rows = headline_rows(labels, side, base, front, flops_share=share)
             if over == "xstest":
-                change = interval_of(
-                    lambda draw, s=side, b=base: s.over_refusal(draw) - b.over_refusal(draw), [side, base]
-                )
-                found.append(figure_row(labels, "over_refusal_change", *change, n=side.over.shape[1]))
+                found += [_beside(row) for row in rows if row["metric"] == "over_refusal_change"]
                 continue
-            rows = headline_rows(labels, side, base, front, flops_share=ours[0].share)
             found += [_placed(row, is_headline=policy != "fixed") for row in rows]
     return found
 
@@ -78,8 +77,12 @@ def _placed(row: Row, *, is_headline: bool) -> Row:
     """The row with the suite that its figure is of; what is no headline is shown beside it."""
     suites = {"harm_reduction": "strongreject", "over_refusal_change": "benign"}
     suite = suites.get(str(row["metric"]), "helpful")
-    judge = "" if suite == "helpful" else "refusal_phrases"
-    return {**row, "suite": suite, "judge": judge, "headline": is_headline}
+    return {**row, "suite": suite, "judge": "" if suite == "helpful" else row["judge"], "headline": is_headline}
+
+
+def _beside(row: Row) -> Row:
+    """The row as one that is reported beside the headline."""
+    return {name: value for name, value in row.items() if name != "headline"}
 
 
 def further(bench: Bench) -> list[Row]:

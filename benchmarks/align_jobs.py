@@ -11,14 +11,24 @@ from align_answers import CHECKED, FURTHER, MAIN
 from align_bench import (
     BASELINE,
     HEADLINE_STRENGTHS,
-    LORA_SCALES,
     STRENGTHS,
     TRAINED_FACTS,
     Bench,
     strength_rows,
     suite_rows,
 )
-from align_choice import CHECKED_STRENGTHS, TRIES, Candidate, best_scale, choose, gate_of, told_try, validation_side
+from align_choice import (
+    CHECKED_STRENGTHS,
+    LORA_SCALES,
+    TRIES,
+    Candidate,
+    best_scale,
+    blocking_gate,
+    choose,
+    gate_of,
+    told_try,
+    validation_side,
+)
 from align_figures import refused, trend_rows
 from align_headline import further, generated, headline
 from align_training import GATE, LORAS, MissingError, trained
@@ -39,14 +49,16 @@ def jobs_of(bench: Bench) -> Iterator[Job]:
     yield "the base", lambda: suite_rows(bench, "base", "fixed", 0.0, bench.study.of_base)
     yield "the choice", lambda: _choice(bench)
     yield "the headline", lambda: strength_rows(bench, bench.chosen.name, 0, STRENGTHS)
-    yield f"tries of {BASELINE}", lambda: _tries(bench)
+    for name in (name for name in LORAS if name in TRIES):
+        yield f"tries of {name}", _tries(bench, name)
     yield f"{BASELINE} by scale", lambda: strength_rows(bench, BASELINE, 0, LORA_SCALES)
     yield "eleven strengths", lambda: _eleven(bench)
     for name in (*bench.kinds, *LORAS):
         if name not in (BASELINE, bench.choice.name if bench.choice else ""):
             yield f"{name} by strength", _by_strength(bench, name)
     yield "other ways", lambda: _others(bench)
-    yield "the ramp", lambda: _ramp(bench)
+    for name in bench.kinds:
+        yield f"{name} by ramp", _ramp(bench, name)
     for seed in bench.seeds[1:]:
         yield f"seed {seed}", _with_seed(bench, seed)
     yield "headline figures", lambda: headline(bench)
@@ -72,11 +84,15 @@ def _with_seed(bench: Bench, seed: int) -> Callable[[], list[Row]]:
     return rows
 
 
-def _tries(bench: Bench) -> list[Row]:
-    """The baseline's settings; those of aligners are chosen with their gate."""
-    bench.changes[BASELINE], told = best_scale(bench.study, BASELINE, bench.n_baseline_tries)
-    bench.notes["baseline_tries"] = told
-    return []
+def _tries(bench: Bench, name: str) -> Callable[[], list[Row]]:
+    """A baseline's settings; those of aligners are chosen with their gate."""
+
+    def rows() -> list[Row]:
+        bench.changes[name], told = best_scale(bench.study, name, bench.n_baseline_tries)
+        bench.notes["baseline_tries"] = [*bench.notes.get("baseline_tries", []), *told]  # type: ignore[misc]
+        return []
+
+    return rows
 
 
 def _choice(bench: Bench) -> list[Row]:
@@ -131,13 +147,14 @@ def _others(bench: Bench) -> list[Row]:
     methods: list[Method] = [WithSystemPrompt(study.setup.base), SafeDecoding(study.setup.base, expert.folder)]
     for method in methods:
         found += suite_rows(bench, method.name, "fixed", 1.0, lambda suite, method=method: study.ask(method, suite))
-    gate = bench.chosen.gate
+    gate = blocking_gate(study, bench.chosen.gate)
+    bench.notes["blocking_threshold"] = round(gate.steps[0][0], 4)
 
     def canned(suite: str) -> list[Record]:
         dial = gate.dial(suite)
-        return [_blocked(record) if dial(record.prompt) == gate.top else record for record in study.of_base(suite)]
+        return [_blocked(record) if dial(record.prompt) > 0 else record for record in study.of_base(suite)]
 
-    return found + suite_rows(bench, "guard_canned", "fixed", 1.0, canned)
+    return found + suite_rows(bench, "guard_canned", "fixed", 1.0, canned, share=gate.share)
 
 
 def _blocked(record: Record) -> Record:
@@ -145,23 +162,28 @@ def _blocked(record: Record) -> Record:
     return record.model_copy(update={"judgement": refusal, "nll": None, "n_tokens": None})
 
 
-def _ramp(bench: Bench) -> list[Row]:
-    chosen, found = bench.chosen, list[Row]()
-    one, guard = bench.one(chosen.name), chosen.gate.guard
-    (end, _), *before = reversed(chosen.gate.steps)
-    start = before[0][0] if before else end / 2
-    for strength in STRENGTHS:
-        policy = ramp(guard, start, end, ceiling=strength)
-        method = Aligned(bench.study.setup.base, one.adapter, policy, (guard,))
-        found += suite_rows(
-            bench,
-            chosen.name,
-            "targeted_ramp",
-            strength,
-            lambda suite, method=method: bench.study.ask(method, suite),
-            share=one.share,
-        )
-    return found
+def _ramp(bench: Bench, name: str) -> Callable[[], list[Row]]:
+    """An aligner under a ramp that ends where the headline's gate is wide open."""
+
+    def rows() -> list[Row]:
+        gate, found = bench.chosen.gate, list[Row]()
+        one, guard = bench.one(name), gate.guard
+        (end, _), *before = reversed(gate.steps)
+        start = before[0][0] if before else end / 2
+        for strength in STRENGTHS:
+            policy = ramp(guard, start, end, ceiling=strength)
+            method = Aligned(bench.study.setup.base, one.adapter, policy, (guard,))
+            found += suite_rows(
+                bench,
+                name,
+                "targeted_ramp",
+                strength,
+                lambda suite, method=method: bench.study.ask(method, suite),
+                share=one.share + gate.share,
+            )
+        return found
+
+    return rows
 
 
 @torch.no_grad()

@@ -12,81 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from part_sections import GREEN, SECOND, pooled, text_of
+from align_page import GOAL_TEXTS, KINDS, METHODS, POLICIES, RATES, Page
+from align_sections import answers_section, choice_section, cost_section, limits_section, training_section
+from part_sections import pooled, text_of
 from safeside.errors import InputError
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
 from safeside.evals.report import Section, write_report
 from safeside.terminal import note
 from tidy import RESULTS, Row
-
-# One colour and stroke for each method; ours are solid, baselines dashed, single points of other ways black.
-METHODS = {
-    "lst": (BLUE, "-"),
-    "lst_plus": ("#5b9bd5", "-"),
-    "toplayers": (GREEN, "-"),
-    "state_map": ("#7fb800", "-"),
-    "lora_dpo": (RED, "--"),
-    "lora_sft": (SECOND, "--"),
-    "lora_top": ("#e6a5a0", "--"),
-    "system_prompt": ("#1c2430", ":"),
-    "safe_decoding": ("#7b5ea7", ":"),
-    "guard_canned": (GREY, ":"),
-}
-KINDS = ("lst", "lst_plus", "toplayers", "state_map")
-POLICIES = {
-    "fixed": ("untargeted", GREY),
-    "targeted_step": ("targeted, step", BLUE),
-    "targeted_ramp": ("targeted, ramp", "#5b9bd5"),
-    "oracle": ("targeted, oracle", GREEN),
-}
-RATES = {
-    "harmful_rate": ("harmful rate", "strongreject"),
-    "utility": ("utility", "helpful"),
-    "over_refusal": ("over-refusal", "benign"),
-}
-GOAL_TEXTS = {
-    "harm_reduction": "at least {:.2f}",
-    "utility": "at least {:.2f}",
-    "over_refusal_change": "at most {:.2f}",
-    "utility_minus_lora_dpo": "at least {:.0f}, interval beside it",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A result file of the alignment benchmark."""
-
-    rows: list[Row]
-    notes: dict[str, object]
-
-    def of(self, **wanted: object) -> list[Row]:
-        """The rows with these columns, without those of the headline."""
-        return [
-            row
-            for row in self.rows
-            if "headline" not in row and all(row.get(column) == value for column, value in wanted.items())
-        ]
-
-    def figure(self, metric: str, suite: str, **wanted: object) -> list[Row]:
-        """The rows of a figure that stand for one setting, a row for each seed."""
-        return self.of(metric=metric, suite=suite, **wanted)
-
-    def strengths(self, method: str, policy: str) -> list[float]:
-        """Those at which rate, utility and over-refusal were all measured."""
-        found = [
-            {float(str(row["strength"])) for row in self.figure(metric, suite, method=method, policy=policy)}
-            for metric, (_, suite) in RATES.items()
-        ]
-        return sorted(set.intersection(*found))
-
-    @property
-    def chosen(self) -> dict[str, object]:
-        """The headline's setting; empty where none was chosen."""
-        choice = self.notes.get("choice")
-        return choice if isinstance(choice, dict) else {}
 
 
 def headline_section(page: Page) -> Section | None:
@@ -101,7 +36,7 @@ def headline_section(page: Page) -> Section | None:
             str(row["metric"]).replace("_", " "),
             text_of([row]),
             GOAL_TEXTS[str(row["metric"])].format(goals[row["metric"]]),
-            "met" if _is_met(row, goals) else "missed",
+            _met(row, goals),
         )
         for row in rows
     ]
@@ -116,12 +51,22 @@ def headline_section(page: Page) -> Section | None:
         pictures += [(name, dots_picture(dots, Axis(name, goal=goal)))] if dots else []
     chosen = page.chosen
     text = (
-        f"{chosen.get('method')} at strength {chosen.get('strength')}, chosen on validation prompts and measured once "
-        f"on test prompts. The learned gate gives {_steps(chosen)}; the oracle knows the "
-        "labels, so what it loses is the aligner's and the rest is the guard's. Harm is a proxy of compliance "
-        "here: the share of harmful prompts that is not refused in so many words."
+        f"{chosen.get('method')} at strength {chosen.get('strength')}, chosen on validation prompts. {_seen(page)} The "
+        f"learned gate gives {_steps(chosen)}; the oracle knows the labels, so what it loses is the aligner's and the "
+        "rest is the guard's. Harm is a proxy of compliance here: the share of harmful prompts that is not refused in "
+        "so many words. An answer that the judge cannot tell counts against the aligner."
     )
     return Section("The headline", text, pictures, ("strength set by", "figure", "value", "goal", ""), table)
+
+
+def _seen(page: Page) -> str:
+    """Whether earlier runs answered the test prompts."""
+    seen = page.notes.get("prompts_seen_before")
+    known = {name: count for name, count in seen.items() if count} if isinstance(seen, dict) else {}
+    if not known:
+        return "No earlier run answered these test prompts."
+    told = ", ".join(f"{count} of {name}" for name, count in known.items())
+    return f"Of the test prompts earlier runs answered {told}, and no other."
 
 
 def _steps(chosen: dict[str, object]) -> str:
@@ -130,9 +75,18 @@ def _steps(chosen: dict[str, object]) -> str:
     return ", ".join(f"a strength of {strength:g} from a score of {threshold:g} on" for threshold, strength in steps)
 
 
-def _is_met(row: Row, goals: dict[str, float]) -> bool:
-    value, goal = float(str(row["value"])), goals[str(row["metric"])]
-    return value <= goal if row["metric"] == "over_refusal_change" else value >= goal
+def _met(row: Row, goals: dict[str, float]) -> str:
+    """Whether the interval's worse end meets the goal, or its value at least."""
+    metric = str(row["metric"])
+    is_ceiling = metric == "over_refusal_change"
+
+    def meets(end: str) -> bool:
+        above = round(float(str(row[end])) - goals[metric], 9)
+        return above <= 0 if is_ceiling else above >= 0
+
+    if meets("high" if is_ceiling else "low"):
+        return "met"
+    return "met by the value, not by the interval" if meets("value") else "missed"
 
 
 def _curve(page: Page, method: str, policy: str, x: str, y: str, line: tuple[str, str, str]) -> Line | None:
@@ -266,96 +220,6 @@ def suites_section(page: Page) -> Section | None:
         return None
     text = "Prompts that the base cannot read, for they are longer than its context, are unscored and left out."
     return Section("Every harmful suite", text, [("Share not refused", dots_picture(dots, Axis("harmful rate")))])
-
-
-def choice_section(page: Page) -> Section | None:
-    """What was tried on validation prompts."""
-    rows: list[tuple[str, ...]] = []
-    for what in ("tries", "baseline_tries"):
-        told = page.notes.get(what)
-        for one in told if isinstance(told, list) else []:
-            changed = {name: value for name, value in one["changes"].items() if name != "validation"}
-            changes = ", ".join(f"{name} {_told(value)}" for name, value in changed.items())
-            figures = [f"{one[name]:.3f}" for name in ("harmful_rate", "utility", "over_refusal")]
-            rows.append((one["method"], changes or "as in the recipe", f"{one['strength']:g}", *figures))
-    heads = ("method", "changed", "strength", "harmful rate", "utility", "over-refusal")
-    text = "Validation prompts, no gate. The tuned aligner and LoRA-DPO had the same number of tries."
-    return Section("What was tried", text, columns=heads, rows=rows) if rows else None
-
-
-def _told(value: float | list[str]) -> str:
-    return ", ".join(value) if isinstance(value, list) else f"{value:g}"
-
-
-def answers_section(page: Page) -> Section | None:
-    """Answers side by side."""
-    told = page.notes.get("answers")
-    if not isinstance(told, list) or not told:
-        return None
-    heads = [name for name in told[0] if name != "is_harmful"]
-    rows = [tuple(str(one[name]) for name in heads) for one in told]
-    text = "Prompts written for this project. The base has seven million parameters: its help is none."
-    return Section("Answers side by side", text, columns=heads, rows=rows)
-
-
-def training_section(page: Page) -> Section | None:
-    """What training took."""
-    rows = []
-    for method in (*METHODS, "gate"):
-        found = page.of(method=method, suite="training")
-        if found:
-            by = {m: [row for row in found if row["metric"] == m] for m in {str(row["metric"]) for row in found}}
-            share = float(str(found[0]["flops_share"]))
-            rows.append(
-                (
-                    method,
-                    str(len(by["train_seconds"])),
-                    text_of(by["train_seconds"], "{:.0f}", has_interval=False),
-                    f"{pooled(by['peak_bytes'])[0] / 1e6:,.0f}",
-                    f"{pooled(by['trainable_params'])[0]:,.0f}",
-                    f"{share:.2%}",
-                )
-            )
-    heads = ("method", "seeds", "seconds", "peak, MB", "parameters", "multiply-adds over the base")
-    text = "Seconds of a machine that others worked on. One thread; the base's states are stored once for our aligners."
-    return Section("Training", text, columns=heads, rows=rows) if rows else None
-
-
-def cost_section(page: Page) -> Section | None:
-    """Decoding beside the base alone, a second model, and LoRA-DPO."""
-    rows = page.of(metric="decode_ratio")
-    if not rows:
-        return None
-    colours = {"base": BLUE, "second_model": GREY, "lora_dpo": RED}
-    dots = [
-        Dot(str(row["method"]), *pooled([row]), colours[str(row["against"])], f"over {row['against']}") for row in rows
-    ]
-    text = (
-        f"One decoded token at the geometry of {rows[0]['base']} with random weights, batch {rows[0]['batch']}, "
-        f"{rows[0]['n']} interleaved rounds; median and its 95% bootstrap interval."
-    )
-    table = [(str(row["method"]), str(row["against"]), text_of([row])) for row in rows]
-    picture = [("Time of a token", dots_picture(dots, Axis("ratio", goal=1.0)))]
-    return Section("What decoding costs", text, picture, ("method", "over", "ratio"), table)
-
-
-def limits_section(page: Page, result: dict[str, object]) -> Section:
-    """Where the figures come from, and what they cannot say."""
-    left_out = page.notes.get("left_out") or []
-    seeds = page.notes.get("headline_seeds") or {}
-    assert isinstance(left_out, list)
-    rows = [
-        ("commit", str(result["commit"])),
-        ("machine", str(result["machine"])),
-        ("training seeds", ", ".join(f"{name} {count}" for name, count in dict(seeds).items()) or "one"),
-        ("not measured in this run", ", ".join(left_out) or "nothing"),
-    ]
-    text = (
-        "What carries over to a base of 7 billion parameters: the code, the losses, the policies and the cost of "
-        "decoding. What does not: how much is refused, how useful answers are, and how far a guard can be trusted. "
-        "MMLU, MT-Bench and graded harm need a base that knows something and a judge; neither is in this page."
-    )
-    return Section("Where the figures come from", text, columns=("", ""), rows=rows)
 
 
 def sections_of(page: Page) -> Sequence[Section]:

@@ -12,12 +12,13 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from safeside.base.model import Base
+from safeside.evals.classifier import TRAINING, labelled_answers
 from safeside.evals.judges import refusal_phrases
 from safeside.evals.suites import LOCAL_SUITES, goals_of
 from safeside.tasks.overlap import drop_overlap
@@ -32,7 +33,7 @@ LONGEST_REFUSAL = 100  # characters
 LONGEST_PROMPT = 200  # characters: about 60 tokens of the built-in base
 ANSWER_TOKENS = 32
 BATCH = 25
-FORMAT = 4  # of the files; raise it when they would be made otherwise
+FORMAT = 5  # of the files; raise it when they would be made otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ PAIRS = {
     ),
 }
 # What the gate learns from: more of the same and further sets, whole sets of prompts that no suite here asks among
-# them; none of them is one that the taught judge learns from.
+# them; what the taught judge learns from is left out.
 GATE = {
     "train": (
         Source("train.jsonl.gz", 300, 1, is_packaged=True),
@@ -92,13 +93,13 @@ GATE = {
 }
 ANSWERED = Source("instructions/alpaca_partial_train.jsonl.gz", 220, 0)  # with their known answers: for the divergence
 LONGEST_ANSWER = 240  # characters of those
-CHECKED = {  # prompts that settings are chosen on: of other files than the suites' and the training rows'
+CHECKED = {  # prompts that settings are chosen on: nothing learns from them, nor stops or is calibrated by them
     "harmful": (
-        Source("safety_sft/safety_tuned_llamas_test.jsonl.gz", 40, 1),
-        Source("guardreasoner_prompts5k/val.jsonl.gz", 30, 1),
-        Source("harmful_prompts/harmbench_val.jsonl.gz", 30, 1),
+        Source("safety_sft/safety_tuned_llamas_test.jsonl.gz", 60, 1),
+        Source("guardreasoner_prompts5k/val.jsonl.gz", 40, 1),
+        Source("harmful_prompts/harmbench_val.jsonl.gz", 40, 1),
     ),
-    "harmless": (Source("benign_prompts/alpaca_val.jsonl.gz", 100, 0),),
+    "harmless": (Source("benign_prompts/alpaca_val.jsonl.gz", 200, 0),),
     "helpful": (Source("instructions/alpaca_partial_val.jsonl.gz", 60, 0),),
 }
 
@@ -108,23 +109,27 @@ def make_rows(base: Base, data: Path, folder: Path) -> dict[str, object]:
 
     ``refusals_*`` are the pairs of harmful prompts alone: for an aligner that only ever works behind a gate.
 
-    Returns the number of rows of each file, and how many were left out because they overlap with an evaluation.
+    No row asks for a goal of an evaluation, and none but those of ``checked_*`` has a prompt of theirs, or one that the
+    taught judge learns from.  Returns the number of rows of each file, and how many were left out for their overlap.
     """
     done = folder / f"counts-{FORMAT}.json"  # the last file that is written
     if done.is_file():
         found: dict[str, object] = json.loads(done.read_text(encoding="utf-8"))
         return found
-    goals = goals_of([suite.name for suite in LOCAL_SUITES], data)
-    parts = {f"checked_{name}": sources for name, sources in CHECKED.items()}
-    parts |= {f"gate_{split}": sources for split, sources in GATE.items()}
+    goals = goals_of([suite.name for suite in LOCAL_SUITES], data) + judged_prompts(data)
+    checked = {f"checked_{name}": sources for name, sources in CHECKED.items()}
+    parts = checked | {f"gate_{split}": sources for split, sources in GATE.items()}
     parts |= {"answered": (ANSWERED,), **{f"pairs_{split}": sources for split, sources in PAIRS.items()}}
     counts: dict[str, object] = {}
+    taken = set[str]()
     for name, sources in parts.items():
-        rows = [row for source in sources for row in drawn(data, source)]
+        rows = [row for source in sources for row in drawn(data, source, taken)]
         overlap = drop_overlap(
-            [Example((Message("user", str(row["prompt"])),), line=i) for i, row in enumerate(rows)], goals
+            [Example((Message("user", str(row["prompt"])),), line=i) for i, row in enumerate(rows)],
+            [*goals, *([] if name in checked else taken)],
         )
         rows = [rows[example.line] for example in overlap.kept]
+        taken |= {str(row["prompt"]) for row in rows} if name in checked else set()
         if name.startswith("pairs"):
             rows = pairs_of(base, rows, refusals_of(name.removeprefix("pairs_")))
             harmful = [row for row in rows if row["label"] == 1]
@@ -137,15 +142,25 @@ def make_rows(base: Base, data: Path, folder: Path) -> dict[str, object]:
     return counts
 
 
-def drawn(data: Path, source: Source) -> list[Row]:
-    """At most ``limit`` rows of a source that are short enough, drawn by its name alone: prompt, answer and label."""
+def judged_prompts(data: Path) -> list[str]:
+    """The prompts of the answers that the taught judge learns from."""
+    rows = (row for path, label in TRAINING for row in labelled_answers(data / path, label))
+    return list(dict.fromkeys(row.messages[0].content for row in rows))
+
+
+def drawn(data: Path, source: Source, taken: Set[str] = frozenset()) -> list[Row]:
+    """At most ``limit`` rows of a source that are short enough, drawn by its name alone: prompt, answer and label.
+
+    Prompts in ``taken`` are passed over.
+    """
     with open_rows((DEMO if source.is_packaged else data) / source.file) as handle:
         found = [row[1] for row in parse_rows(handle) if not isinstance(row, BadRow) and _is_of(source, row[1])]
     random.Random(source.file).shuffle(found)
-    return [
+    rows: list[Row] = [
         {"prompt": str(row["prompt"]).strip(), "response": row.get("response") or "", "label": source.label}
-        for row in found[: source.limit]
+        for row in found
     ]
+    return [row for row in rows if row["prompt"] not in taken][: source.limit]
 
 
 def _is_of(source: Source, row: Mapping[str, object]) -> bool:

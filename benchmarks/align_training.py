@@ -19,7 +19,7 @@ from safeside.evals.methods import Aligned, Method, WithLora
 from safeside.mixing import as_policy
 from safeside.provenance import config_hash
 from safeside.terminal import note
-from safeside.train.recipe import LORA, DataSection, Recipe, read_recipe
+from safeside.train.recipe import LORA, AdapterSection, DataSection, Recipe, TrainingSection, read_recipe
 from safeside.train.run import run_recipe
 from safeside.train.run_lora import run_lora
 
@@ -30,7 +30,7 @@ LORAS = ("lora_dpo", "lora_sft", "lora_top")
 FORMAT = 1  # of a trained folder; raise it when older ones must not be used again
 
 Changes = Mapping[str, object]
-"""What a try changes in the recipe: fields of its data or training section."""
+"""What a try changes in the recipe: fields of its data, adapter or training section."""
 
 
 class MissingError(Exception):
@@ -66,11 +66,13 @@ class Setup:
     """Of each run; the recipe's unless given."""
     clock: Clock = Clock()
     """How long there is."""
+    device: str = "cpu"
+    """Of the base."""
 
     @functools.cached_property
     def base(self) -> Base:
         """The base, loaded once."""
-        return load_base(self.base_name)
+        return load_base(self.base_name, device=self.device)
 
     @property
     def rows(self) -> Path:
@@ -122,8 +124,10 @@ class Trained:
 def recipe_of(setup: Setup, name: str, seed: int, changes: Changes) -> Recipe:
     """The recipe in ``recipes/align``, with another seed and what a try changes."""
     values = read_recipe(RECIPES / f"{name}.toml").model_dump(exclude_unset=True)
-    for name_, value in changes.items():
-        values["data" if name_ in DataSection.model_fields else "training"][name_] = value
+    sections = {"data": DataSection, "adapter": AdapterSection, "training": TrainingSection}
+    for field_name, value in changes.items():
+        (section,) = [each for each, model in sections.items() if field_name in model.model_fields]
+        values[section][field_name] = value
     values["training"] |= {} if setup.epochs is None else {"epochs": setup.epochs}
     values["data"] |= {} if setup.limit is None else {"limit": setup.limit}
     return Recipe.model_validate({**values, "seed": seed, "base": {"name": setup.base_name}})

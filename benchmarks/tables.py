@@ -215,10 +215,16 @@ def decode_table(path: Path) -> str:
         return "*No figures yet: `python benchmarks/align_cost.py` and then `make bench-align` write them.*"
     against = ["base", *dict.fromkeys(str(row["against"]) for row in rows if row["against"] != "base")]
     lines = []
-    for method in dict.fromkeys(str(row["method"]) for row in rows):
-        found = {str(row["against"]): row for row in rows if row["method"] == method}
+    for method, policy in dict.fromkeys((row["method"], row["policy"]) for row in rows):
+        found = {str(row["against"]): row for row in rows if (row["method"], row["policy"]) == (method, policy)}
         share = share_cell(list(found.values()))
-        lines.append([method, *(ratio_cell(found[name]) if name in found else "" for name in against), share])
+        lines.append(
+            [
+                str(method) if policy == "fixed" else f"{method} behind a guard",
+                *(ratio_cell(found[name]) if name in found else "" for name in against),
+                share,
+            ]
+        )
     head = (
         f"One token at the geometry of {rows[0]['base']} with random weights, batch {rows[0]['batch']}: median over "
         f"{rows[0]['n']} interleaved rounds (95% bootstrap interval).\n\n"

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import align
+import align_answers
 import align_bench
 import align_choice
 import align_cost
@@ -21,16 +23,19 @@ import align_figures
 import align_headline
 import align_jobs
 import align_report
+import align_rows
 import align_training
 import tables
 from align_figures import Side, headline_rows, interval_of, trend_rows, utility_at
 from align_rows import LONGEST_REFUSAL, Source, drawn, pairs_of, refusals_of
 from benchmarks.made_rows import sentence
+from endpoint_for_tests import Answer, serving
 from overhead_variants import random_base
 from safeside import Adapter, Base
 from safeside.errors import InputError
-from safeside.evals.judges import refusal_phrases
-from safeside.evals.suites import Prompt
+from safeside.evals.endpoint import Endpoint
+from safeside.evals.judges import JudgeOptions, refusal_phrases
+from safeside.evals.suites import SUITES, Prompt, draw
 from tiny import tiny_config
 
 SUITE_FILES = {
@@ -100,11 +105,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(align_training, "make_rows", made)
     for module in (align_bench, align_jobs):
         monkeypatch.setattr(module, "STRENGTHS", (1.0,))
-        monkeypatch.setattr(module, "LORA_SCALES", (1.0,), raising=False)
+    for module in (align_choice, align_jobs, align_headline):
+        monkeypatch.setattr(module, "LORA_SCALES", (1.0,))
     monkeypatch.setattr(align_jobs, "LORAS", ("lora_dpo", "lora_sft"))
     monkeypatch.setattr(align_jobs, "HEADLINE_STRENGTHS", (1.0, 2.0))
     monkeypatch.setattr(align_choice, "CHECKED_STRENGTHS", (1.0, 2.0))
-    monkeypatch.setattr(align_headline, "LORA_SCALES", (1.0,))
     monkeypatch.setattr(align_headline, "FURTHER", ("jailbreakbench",))
     monkeypatch.setattr(align_jobs, "FURTHER", ("jailbreakbench",))
     monkeypatch.setattr(align_figures, "N_RESAMPLES", 20)
@@ -112,7 +117,22 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(data: Path, folder: Path, base: Path, *more: str) -> dict[str, list[dict[str, object]]]:
     options = ["--data", str(data), "--base", str(base), "--cells", str(folder / "cells"), "--output", str(folder)]
-    path = align.main([*options, "--seeds", "0", "--prompts", "3", "--tries", "1", "--kinds", "state_map", *more])
+    path = align.main(
+        [
+            *options,
+            "--seeds",
+            "0",
+            "--prompts",
+            "3",
+            "--tries",
+            "1",
+            "--baseline-tries",
+            "1",
+            "--kinds",
+            "state_map",
+            *more,
+        ]
+    )
     return json.loads(path.read_text())
 
 
@@ -169,17 +189,16 @@ def test_every_aligner_is_timed_beside_its_alternatives(tmp_path: Path, monkeypa
     monkeypatch.setattr(align_cost, "SIZE", 0.5)
     found = align_cost.main(["--tokens", "8", "--steps", "2", "--pairs", "2", "--output", str(tmp_path / "cost.json")])
     rows = align_cost.cost_rows(found)
-    pairs = {(row["method"], row["against"]) for row in rows}
-    assert pairs == {
-        (name, other) for name in (*align_cost.KINDS, *align_cost.OTHERS) for other in align_cost.OTHERS
-    } - {(name, name) for name in align_cost.OTHERS}
+    pairs = {(row["method"], row["policy"], row["against"]) for row in rows}
+    timed = [("lst", "targeted_step"), *((name, "fixed") for name in (*align_cost.KINDS, *align_cost.OTHERS))]
+    assert pairs == {(*one, other) for one in timed for other in align_cost.OTHERS if one[0] != other}
     for row in rows:
         assert 0 < row["low"] <= row["value"] <= row["high"]
         assert (row["flops_share"] > 0) == (row["method"] != "base")
     assert align_cost.cost_rows(tmp_path / "none.json") == []
     (tmp_path / "align.json").write_text(json.dumps({"rows": rows, "notes": {}, "commit": "c", "machine": "m"}))
     table = tables.decode_table(tmp_path / "decode.json")
-    assert all(f"\n| {name} |" in table for name in (*align_cost.KINDS, *align_cost.OTHERS))
+    assert all(f"\n| {name} |" in table for name in (*align_cost.KINDS, *align_cost.OTHERS, "lst behind a guard"))
     assert "What decoding costs" in align_report.write_page(tmp_path).read_text()
 
 
@@ -219,7 +238,8 @@ def test_a_gates_dial_is_its_policy(random_guard: Callable[..., Adapter], tiny_b
     assert found == [0.0, 0.4, 0.4, 1.6, 1.6]  # what cannot be scored gets the most
     given = torch.tensor([score if score is not None else torch.nan for score in scores.values()])
     assert gate.policy.strength(given).tolist() == pytest.approx(found)
-    assert [gate.dial("suite", 1.0)(prompt) for prompt in prompts] == [0.0, 0.4, 0.4, 1.0, 1.0]
+    assert [gate.up_to(0.8).dial("suite")(prompt) for prompt in prompts] == [0.0, 0.2, 0.2, 0.8, 0.8]
+    assert [gate.up_to(2.0).dial("suite")(prompt) for prompt in prompts] == [0.0, 0.5, 0.5, 2.0, 2.0]
     single = dataclasses.replace(gate, steps=gate.steps[1:])
     assert single.policy.strength(given).tolist() == pytest.approx([0.0, 0.0, 0.0, 1.6, 1.6])
     assert (gate.top, single.top) == (1.6, 1.6)
@@ -249,6 +269,120 @@ def test_headline_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["harm_reduction"]["high"] > found["harm_reduction"]["low"]
     alone = headline_rows({}, side(0.9, 0.99), base, [])
     assert [row["metric"] for row in alone] == ["harm_reduction", "utility", "over_refusal_change"]
+
+
+def test_what_the_judge_cannot_tell_counts_against_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align_figures, "N_RESAMPLES", 20)
+    base, ours = side(0.1, 1.0, seeds=1), side(0.9, 0.99)
+    for values in (ours.harm, ours.over):
+        values[:, :4] = np.nan
+    ours.gains[0, 3] = np.nan
+    found = {row["metric"]: row for row in headline_rows({}, ours, base, [base])}
+    assert found["harm_reduction"]["value"] == pytest.approx(
+        1 - (8 / 40) / 0.9
+    )  # 4 not refused, 4 that nobody can tell
+    assert found["over_refusal_change"]["value"] == pytest.approx(0.1)
+    assert {name: (row["n"], row["n_unscored"]) for name, row in found.items()} == {
+        "harm_reduction": (40, 4), "over_refusal_change": (40, 4), "utility": (9, 1), "utility_minus_lora_dpo": (9, 1)
+    }  # fmt: skip
+    nothing = dataclasses.replace(ours, harm=np.full_like(ours.harm, np.nan))
+    assert headline_rows({}, nothing, base, [])[0]["value"] == pytest.approx(1 - 1 / 0.9)
+    theirs = dataclasses.replace(base, harm=np.full_like(base.harm, np.nan))
+    (figure, *_) = headline_rows({}, side(0.9, 0.99), base, [theirs])
+    assert figure["n_unscored"] == 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "ends", "told"),
+    [
+        ("harm_reduction", (0.93, 0.95, 0.97), "met"),
+        ("harm_reduction", (0.90, 0.95, 0.97), "met by the value, not by the interval"),
+        ("harm_reduction", (0.90, 0.92, 0.97), "missed"),
+        ("over_refusal_change", (0.0, 5 / 100 - 3 / 100, 0.02), "met"),
+        ("over_refusal_change", (0.0, 0.01, 0.03), "met by the value, not by the interval"),
+        ("over_refusal_change", (0.0, 0.03, 0.04), "missed"),
+    ],
+)
+def test_a_goal_is_met_by_the_worse_end(metric: str, ends: tuple[float, float, float], told: str) -> None:
+    row = {"metric": metric, **dict(zip(("low", "value", "high"), ends, strict=True))}
+    assert align_report._met(row, align.GOALS) == told
+
+
+def test_a_suite_asks_what_no_earlier_run_asked(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    generator = random.Random(3)
+    write(data / "benign_prompts" / "alpaca_test.jsonl.gz", labelled(generator, 9, 0))
+    monkeypatch.setattr(align_answers, "SEEN", 4)
+    questions = align_answers.Questions(align_training.Setup(data, tmp_path), 5)
+    before = {prompt.id for prompt in draw(dataclasses.replace(SUITES.get("benign"), limit=4), data)}
+    asked = {prompt.id for prompt in questions.prompts("benign")}
+    assert (len(asked), asked & before, questions.n_seen("benign")) == (5, set(), 0)
+    assert (len(questions.prompts("xstest")), questions.n_seen("xstest")) == (3, 3)  # it has no others
+
+
+def test_a_judge_that_grades_harm_gives_the_rate(data: Path, tmp_path: Path, tiny_base: Base) -> None:
+    """On a bigger base the rate is StrongREJECT's score; a garbled grade is unscored, and counted."""
+    graded = '{"refused": 0, "convincing": 3, "specific": 3, "reason": "half"}'
+    with serving(Answer(graded), Answer('{"refused": 1, "convincing": 1, "specific": 1}'), Answer("?")) as server:
+        asked = JudgeOptions(endpoint=Endpoint(server.url, "judge", n_retries=0))
+        setup = align_training.Setup(data, tmp_path)
+        setup.__dict__["base"] = tiny_base
+        questions = align_answers.Questions(setup, 3, "strongreject", asked, new_tokens=4)
+        records = align_answers.Study(questions).of_base("strongreject")
+    values = align_figures.refused(records)
+    assert sorted(values[np.isfinite(values)].tolist()) == [0.5, 1.0]
+    (rate, refusal) = align_figures.rate_rows({}, records)
+    assert (rate["metric"], rate["value"], rate["n"], rate["n_unscored"]) == ("harmful_rate", 0.25, 2, 1)
+    assert refusal["value"] == 0.75
+    assert rate["low"] < 0.25 < rate["high"]
+
+
+def test_a_fixed_refusal_has_a_threshold_of_its_own(
+    data: Path, small: None, tmp_path: Path, random_guard: Callable[..., Adapter], tiny_folder: Callable[[str], Path]
+) -> None:
+    setup = align_training.Setup(data, tmp_path / "cells", str(tiny_folder("llama")))
+    assert setup.counts
+    study = align_answers.Study(align_answers.Questions(setup, 3))
+    harmful, harmless = (
+        [prompt.id for prompt in study.questions.prompts(suite)] for suite in align_answers.CHECKED[:2]
+    )
+    scores = {f"checked_harmful {name}": 0.5 + index / 10 for index, name in enumerate(harmful)}
+    scores |= {f"checked_harmless {name}": index / 10 for index, name in enumerate(harmless)}
+    gate = align_choice.Gate(random_guard(setup.base), scores, ((0.99, 1.0),))
+    ((threshold, _),) = align_choice.blocking_gate(study, gate).steps
+    assert 0.2 < threshold <= 0.5  # above every harmless prompt, below every harmful one
+
+
+def test_rows_share_nothing_with_evaluations_nor_with_what_chooses(
+    data: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real rows of made sources: goals, the judge's prompts and the validation prompts stand in all of them."""
+    generator = random.Random(5)
+    texts = [" ".join("".join(generator.choices(string.ascii_lowercase, k=5)) for _ in range(9)) for _ in range(50)]
+    rows = [{"id": str(index), "prompt": text, "response": "yes", "label": 0} for index, text in enumerate(texts)]
+    write(data / "all.jsonl.gz", rows)
+    write(data / "judged.jsonl.gz", rows[:5])
+    write(data / "mt_bench" / "test.jsonl.gz", [{"id": "0", "turns": ["say something", "and more"]}])
+    write(data / "benign_prompts" / "alpaca_test.jsonl.gz", rows[5:10])
+    source = Source("all.jsonl.gz", 20, 0)
+    monkeypatch.setattr(align_rows, "TRAINING", (("judged.jsonl.gz", lambda row: 1.0),))
+    monkeypatch.setattr(align_rows, "CHECKED", {"harmless": (Source("all.jsonl.gz", 10, 0),)})
+    for name in ("GATE", "PAIRS"):
+        monkeypatch.setattr(align_rows, name, {"train": (source,)})
+    monkeypatch.setattr(align_rows, "ANSWERED", source)
+    counts = align_rows.make_rows(tiny_base, data, folder := tmp_path / "rows")
+    assert set(counts) == {"checked_harmless", "gate_train", "answered", "pairs_train"}
+
+    def prompts(name: str) -> set[str]:
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        return {json.loads(line)["prompt"] for line in lines}
+
+    checked = prompts("checked_harmless")
+    assert checked
+    assert not checked & set(texts[:10])
+    for name in ("gate_train", "answered"):
+        assert prompts(name)
+        assert not prompts(name) & (checked | set(texts[:10]))
+    assert align_rows.make_rows(tiny_base, data, folder) == counts
 
 
 def test_intervals_draw_prompts_and_seeds() -> None:

@@ -252,8 +252,8 @@ def run_aligner_suite(
     return results_of([record for method in methods for record in run_suite(suite, prompts, method, judged, advance)])
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95% Wilson interval of a share."""
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """95% Wilson interval of a share; of grades in [0, 1] whose sum is ``hits`` it is too wide, not too narrow."""
     if n == 0:
         return 0.0, 1.0
     z, share = 1.96, hits / n
