@@ -56,19 +56,11 @@ def serve(
     if engine_name == "vllm":
         adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
         return _serve_vllm({**at, **adapters, "more": vllm_flag or ()}, strength, print_command)
-    files: dict[str, object] = {
-        "policy": policy,
-        "keys": keys,
-        "audit": audit,
-        "add_genes": _add_genes,
-        "device": device,
-    }
+    files: dict[str, object] = {"policy": policy, "keys": keys, "audit": audit, "device": device, "drain_s": drain}
     engine = {"max_rows": max_rows, "max_waiting": max_waiting, "guard_timeout_s": guard_timeout}
     service = {"deadline_s": deadline, "max_body_bytes": max_body, "max_judged_tokens": max_judged}
     lists = {"adapter_roots": tuple(adapter_root or ()), "origins": tuple(origin or ())}
-    return _serve_embedded(
-        {**at, **files, **lists, "drain_s": drain}, engine, {**service, "default_max_tokens": max_tokens}
-    )
+    return _serve_embedded({**at, **files, **lists}, engine, {**service, "default_max_tokens": max_tokens})
 
 
 def _serve_embedded(options: dict[str, object], engine: dict[str, Any], service: dict[str, Any]) -> None:
@@ -77,7 +69,7 @@ def _serve_embedded(options: dict[str, object], engine: dict[str, Any], service:
         from safeside.serve.engine import EngineLimits
         from safeside.serve.service import ServiceLimits
     limits = {"engine": EngineLimits(**engine), "service": ServiceLimits(**service)}
-    serve_command(ServeOptions(**options, **limits))  # type: ignore[arg-type]
+    serve_command(ServeOptions(**options, **limits, add_genes=_add_genes))  # type: ignore[arg-type]
 
 
 def _check_engine(engine: Engine, policy: Path | None, of_hf: Sequence[object], of_vllm: Sequence[object]) -> None:
