@@ -38,6 +38,7 @@ def serve(
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that one answer may take.")] = 120.0,
     guard_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a guard is too late.")] = 10.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 1 << 20,
+    max_judged: Annotated[int, typer.Option(min=1, help="Most tokens that one moderation reads.")] = 65_536,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request says nothing.")] = 256,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on after SIGTERM.")] = 30.0,
     engine_name: Annotated[Engine, typer.Option("--engine", help="'vllm' becomes vLLM's own server.")] = "hf",
@@ -55,12 +56,11 @@ def serve(
     if engine_name == "vllm":
         adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
         return _serve_vllm({**at, **adapters, "more": vllm_flag or ()}, strength, print_command)
-    files: dict[str, object] = {"policy": policy, "keys": keys, "audit": audit, "add_genes": _add_genes}
-    files["adapter_roots"] = tuple(adapter_root or ())
+    files: dict[str, object] = {"policy": policy, "keys": keys, "audit": audit, "device": device, "drain_s": drain}
     engine = {"max_rows": max_rows, "max_waiting": max_waiting, "guard_timeout_s": guard_timeout}
-    service = {"default_max_tokens": max_tokens, "deadline_s": deadline, "max_body_bytes": max_body}
-    options = {**at, **files, "origins": tuple(origin or ()), "drain_s": drain, "device": device}
-    return _serve_embedded(options, engine, service)
+    service = {"deadline_s": deadline, "max_body_bytes": max_body, "max_judged_tokens": max_judged}
+    lists = {"adapter_roots": tuple(adapter_root or ()), "origins": tuple(origin or ())}
+    return _serve_embedded({**at, **files, **lists}, engine, {**service, "default_max_tokens": max_tokens})
 
 
 def _serve_embedded(options: dict[str, object], engine: dict[str, Any], service: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def _serve_embedded(options: dict[str, object], engine: dict[str, Any], service:
         from safeside.serve.engine import EngineLimits
         from safeside.serve.service import ServiceLimits
     limits = {"engine": EngineLimits(**engine), "service": ServiceLimits(**service)}
-    serve_command(ServeOptions(**options, **limits))  # type: ignore[arg-type]
+    serve_command(ServeOptions(**options, **limits, add_genes=_add_genes))  # type: ignore[arg-type]
 
 
 def _check_engine(engine: Engine, policy: Path | None, of_hf: Sequence[object], of_vllm: Sequence[object]) -> None:

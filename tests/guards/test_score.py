@@ -11,7 +11,7 @@ import torch
 from safeside import Adapter, Base, Message, attach
 from safeside.adapters.config import Calibration
 from safeside.errors import AttachmentError, InputError
-from safeside.guards.score import judge, score_conversations
+from safeside.guards.score import Scoring, judge, score_conversations
 from safeside.guards.windows import windows
 from twin import run_by_hand
 
@@ -236,6 +236,31 @@ def test_progress_counts_every_conversation_once(tiny_base: Base, guards: list[A
     conversations = [*user(LONG, *TEXTS, LONG), []]
     score_conversations(tiny_base, guards, conversations, batch_size=2, advance=told.append)
     assert sum(told) == len(conversations)
+
+
+def test_batches_hold_every_window_within_their_bounds(tiny_base: Base, guards: list[Adapter]) -> None:
+    """One that is longer than the bound is alone; a text is finished with its last window, whatever is read between."""
+    conversations = [*user(LONG, *TEXTS), []]
+    scoring = Scoring(tiny_base, guards, conversations)
+    whole = [window for batch in scoring.batches() for window in batch]
+    assert scoring.n_tokens == sum(len(window.ids) for window in whole)
+    for batch_size, max_tokens in ((2, None), (32, 40), (3, 1)):
+        batches = list(scoring.batches(batch_size, max_tokens))
+        assert [window for batch in batches for window in batch] == whole
+        for batch in batches:
+            assert len(batch) <= batch_size
+            assert len(batch) == 1 or max_tokens is None or len(batch[-1].ids) * len(batch) <= max_tokens
+    assert scoring.n_finished == 1
+    with attach(tiny_base, guards=guards) as attachment:
+        for batch in scoring.batches(1):
+            with torch.no_grad():
+                tiny_base.model(torch.tensor([[1, 2, 3]]))
+            scoring.read(batch, attachment)
+    assert scoring.n_finished == len(conversations)
+    for row, expected in zip(scoring.scores(), score_conversations(tiny_base, guards, conversations), strict=True):
+        assert row.windows_of == expected.windows_of
+        for name, values in expected.by_guard.items():
+            assert row.by_guard[name] == pytest.approx(values, abs=SAME_SCORE, nan_ok=True)
 
 
 def test_no_conversation_is_no_score(tiny_base: Base, guards: list[Adapter]) -> None:

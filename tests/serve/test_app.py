@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
@@ -17,12 +18,15 @@ from openai import OpenAI
 
 from safeside import Adapter, Base, Message
 from safeside.artifact import save_adapter
-from safeside.guards.score import Scores
-from safeside.serve import service as service_module
+from safeside.attach import Attachment
+from safeside.guards.score import Scoring, Window
+from safeside.serve import admin, routes
+from safeside.serve import scoring as scoring_module
 from safeside.serve.app import AppOptions, create_app
 from safeside.serve.audit import AuditLog
 from safeside.serve.engine import Engine, EngineLimits
 from safeside.serve.keys import Keys, make_key
+from safeside.serve.loading import allowed_folder
 from safeside.serve.moderation import OPENAI_CATEGORIES
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
@@ -437,10 +441,43 @@ def test_adapters_are_loaded_from_allowed_folders_by_administrators(running: Run
     assert replaced.status_code == 200
     needed = running.post("/v1/adapters/unload", {"name": "harm"}, "admin")
     assert (needed.status_code, "harm" in running.service.engine.adapters) == (400, True)
+    assert needed.json()["error"]["message"] == (
+        "Adapter 'harm' is in use by policy 'house', policy 'strict'. Take it out of the policy file, reload (SIGHUP), "
+        "and unload it then."
+    )
     assert ask(running.client()).choices[0].finish_reason
     assert running.post("/v1/adapters/unload", {"name": "calm"}, "admin").status_code == 200
     assert running.post("/v1/adapters/unload", {"name": "calm"}, "admin").status_code == 404
     assert ask(running.client()).choices[0].finish_reason
+
+
+@pytest.mark.parametrize("field", ["floor: 0.3", "prompt: [{action: steer, guard: harm, low: 0.2, high: 0.8}]"])
+def test_an_aligner_that_a_policy_needs_says_which(running: Running, field: str) -> None:
+    running.policy.write_text(POLICY.replace("none: {}", f"none: {{{field}}}"))
+    running.service.book.reload()
+    try:
+        refused = running.post("/v1/adapters/unload", {"name": "refuse"}, "admin")
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].startswith("Adapter 'refuse' is in use by policy 'none'. Take it out")
+    finally:
+        running.policy.write_text(POLICY)
+        running.service.book.reload()
+
+
+def test_folders_are_looked_through_beside_the_event_loop(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may be large, and other requests go on meanwhile."""
+    looked: list[bool] = []
+
+    def allowed(path: str, roots: Sequence[Path]) -> Path:
+        try:
+            looked.append(bool(asyncio.get_running_loop()))
+        except RuntimeError:
+            looked.append(False)
+        return allowed_folder(path, roots)
+
+    monkeypatch.setattr(admin, "allowed_folder", allowed)
+    assert running.post("/v1/adapters/load", {"name": "calm", "path": "/etc"}, "admin").status_code == 403
+    assert looked == [False]
 
 
 def test_no_other_folder_is_ever_opened(running: Running) -> None:
@@ -491,15 +528,7 @@ def test_an_answer_whose_client_left_is_audited(running: Running) -> None:
 
 
 def test_texts_whose_client_left_are_not_judged(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged: list[int] = []
-    score = service_module.score_conversations
-
-    def slow(base: Base, guards: Sequence[Adapter], conversations: Sequence[object], **options: object) -> list[Scores]:
-        judged.append(len(conversations))
-        time.sleep(0.3)
-        return score(base, guards, conversations, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(service_module, "score_conversations", slow)
+    judged = slow_scoring(running, monkeypatch)
     headers = {"Authorization": f"Bearer {running.keys['user']}"}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{running.url}/v1/moderations", json={"input": ["x"] * 200}, headers=headers, timeout=0.5)
@@ -507,7 +536,85 @@ def test_texts_whose_client_left_are_not_judged(running: Running, monkeypatch: p
     while running.service.engine.n_waiting and time.monotonic() < end:
         time.sleep(0.01)
     assert running.service.engine.n_waiting == 0
-    assert 8 <= sum(judged) < 100
+    assert 1 <= sum(judged) < 100
+
+
+def slow_scoring(running: Running, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let texts be judged in parts of 80 tokens that take 0.2 s each; gives the windows of every part."""
+    judged: list[int] = []
+    read = Scoring.read
+
+    def slow(self: Scoring, batch: Sequence[Window], attachment: Attachment) -> int:
+        judged.append(len(batch))
+        time.sleep(0.2)
+        return read(self, batch, attachment)
+
+    monkeypatch.setattr(Scoring, "read", slow)
+    monkeypatch.setattr(running.service.engine, "limits", EngineLimits(judged_tokens=80))
+    return judged
+
+
+def test_texts_whose_time_is_over_are_not_judged(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And answers are given again at once."""
+    judged = slow_scoring(running, monkeypatch)
+    monkeypatch.setattr(running.service, "limits", replace(running.service.limits, deadline_s=0.5))
+    late = running.post("/v1/moderations", {"input": "the cat " * 2000})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    running.service.engine.call(lambda runner: None).result(timeout=60)
+    assert len(judged) <= 5
+
+
+def test_more_text_than_one_request_may_take_is_refused_before_it_is_cut(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.service, "limits", replace(running.service.limits, max_judged_tokens=100))
+    monkeypatch.setattr(scoring_module, "Scoring", None)
+    for path, body in (
+        ("/v1/moderations", {"input": ["the cat " * 20] * 4}),
+        ("/v1/policies/dry-run", {"messages": [{"role": "user", "content": "the cat " * 100}]}),
+    ):
+        refused = running.post(path, body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
+        assert "tokens to judge; one request may take 100. Send them in several." in refused.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}),
+        ("/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 1}),
+        ("/v1/moderations", {"input": "x"}),
+    ],
+)
+def test_a_key_that_is_used_up_costs_no_tokenising(
+    running: Running, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, object]
+) -> None:
+    running.post(path, body, "slow")  # its one request of this minute, in one of these tests
+    monkeypatch.setattr(running.service.base, "encode", None)
+    monkeypatch.setattr(routes, "encode_text", None)
+    refused = running.post(path, body, "slow")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert int(refused.headers["Retry-After"]) >= 1
+
+
+def test_an_engine_that_hangs_is_told_and_its_answers_end_in_time(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    monkeypatch.setattr(running.service, "limits", replace(running.service.limits, deadline_s=0.3))
+    running.service.engine.call(lambda runner: free.wait(30))
+    try:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+        for stream in (False, True):
+            late = running.post("/v1/chat/completions", {**body, "stream": stream})
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        for path, told in (("/healthz", "the engine has been in one pass for"), ("/readyz", "not ready")):
+            found = running.get(path, None)
+            assert (found.status_code, told in found.json()["status"]) == (503, True)
+    finally:
+        free.set()
+    running.service.engine.call(lambda runner: None).result(timeout=60)
+    assert running.get("/healthz", None).status_code == 200
 
 
 def test_an_error_of_the_servers_own_is_counted(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -47,20 +49,27 @@ def policy(tmp_path: Path) -> Path:
 @pytest.fixture
 def process(policy: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server in its own process, ready, and its address."""
+    with served(policy, tmp_path) as found:
+        yield found
+
+
+@contextmanager
+def served(policy: Path, folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server of the policy in its own process, ready, and its address; ``folder`` holds its log and audit log."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = "from safeside.cli import main; main()"
-    arguments = ["serve", "--policy", str(policy), "--port", str(port), "--audit", f"sqlite:///{tmp_path}/audit.db"]
-    with (tmp_path / "log").open("wb") as log:
+    arguments = ["serve", "--policy", str(policy), "--port", str(port), "--audit", f"sqlite:///{folder}/audit.db"]
+    with (folder / "log").open("wb") as log:
         started = subprocess.Popen(
-            [sys.executable, "-c", command, *arguments],
+            [sys.executable, "-c", command, *arguments, *options],
             stdout=log,
             stderr=log,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_ready(started, url, tmp_path / "log")
+        wait_until_ready(started, url, folder / "log")
         yield started, url
     finally:
         started.kill()
@@ -123,6 +132,46 @@ def test_signals_under_load(process: tuple[subprocess.Popen[bytes], str], policy
     assert told
     assert set(told) <= kept
     assert others == []
+
+
+def test_answers_that_outlast_the_drain_end_with_an_error_in_openais_shape(policy: Path, tmp_path: Path) -> None:
+    """Whole ones and streams, each with a record; nothing is torn, and the log has no traceback."""
+    bodies: dict[bool, list[str]] = {False: [], True: []}
+
+    def ask(url: str, is_stream: bool, seed: int) -> None:
+        talk = [{"role": "user", "content": "Tell me a story about a cat."}]
+        body = {"model": "builtin", "messages": talk, "max_tokens": 400, "temperature": 2, "seed": seed}
+        answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": is_stream}, timeout=60)
+        bodies[is_stream].append(f"{answer.status_code} {answer.text}")
+
+    with served(policy, tmp_path, "--drain", "0.2") as (started, url):
+        threads = [threading.Thread(target=ask, args=(url, number % 2 == 0, number)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 60
+        while "safeside_time_to_first_token_seconds_count 12.0" not in httpx.get(f"{url}/metrics").text:
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        started.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert started.wait(60) == -signal.SIGTERM
+    message = "The server was stopped before this answer was complete. Ask again."
+    told = {"message": message, "type": "server_error", "param": None, "code": "unavailable"}
+    cut = [body for body in bodies[False] if body != f"503 {json.dumps({'error': told}, separators=(',', ':'))}"]
+    assert all(body.startswith("200 {") for body in cut), cut
+    assert all(body.endswith((f"{json.dumps({'error': told})}\n\n", "data: [DONE]\n\n")) for body in bodies[True])
+    n_failed = sum(message in body for own in bodies.values() for body in own)
+    assert n_failed
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert "Cancel" not in log
+    with sqlite3.connect(tmp_path / "audit.db") as database:
+        kept = dict(
+            database.execute("SELECT action, count(*) FROM safeside_decisions WHERE stage = 'answer' GROUP BY 1")
+        )
+    assert sum(kept.values()) == 12
+    assert (kept["failed"], "abandoned" in kept) == (n_failed, False)
 
 
 def wait_for(log: Path, text: str) -> None:

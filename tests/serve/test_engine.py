@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -274,6 +275,24 @@ def test_a_pass_that_fails_ends_its_answers_and_the_engine_goes_on(tiny_base: Ba
         assert ask(engine, prompt(tiny_base, "?"), effective()).wait().text
 
 
+def test_rows_that_cannot_be_joined_end_and_the_engine_goes_on(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*rows: object) -> object:
+        raise RuntimeError("out of memory")
+
+    with engine_of(tiny_base) as engine:
+        running = ask(engine, prompt(tiny_base, "?"), effective(), LONG)
+        wait_for(lambda: bool(running.tokens))
+        with monkeypatch.context() as patch:
+            patch.setattr("safeside.serve.engine.joined", failing)
+            joining = ask(engine, prompt(tiny_base, "?"), effective(), LONG)
+            assert isinstance(joining.wait().error, ServingError)
+        assert isinstance(running.wait().error, ServingError)
+        assert engine.n_cached_tokens == 0
+        assert ask(engine, prompt(tiny_base, "?"), effective()).wait().text
+
+
 def test_a_full_queue_is_told_when_to_come_back(tiny_base: Base) -> None:
     ids = prompt(tiny_base, "?")
     with engine_of(tiny_base, max_rows=1, max_waiting=2) as engine:
@@ -409,6 +428,23 @@ def test_closing_at_once_tells_everybody(tiny_base: Base) -> None:
     wait_for(lambda: engine.n_running == 1)
     engine.close()
     assert isinstance(running.wait().error, ServingError)
+
+
+def test_a_pass_that_never_ends_does_not_hold_up_the_end(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("safeside.serve.engine._LAST_PASS_S", 0.05)
+    free = threading.Event()
+    engine = Engine(tiny_base)
+    engine.call(lambda runner: free.wait(30))
+    wait_for(lambda: engine.turn_s > 0)
+    engine.close()
+    assert engine.is_alive
+    assert engine.has_ended
+    assert "is left behind" in caplog.text
+    free.set()
+    wait_for(lambda: not engine.is_alive)
+    assert engine.turn_s == 0
 
 
 def test_a_fixed_strength_is_the_policys(tiny_base: Base, aligner: Adapter) -> None:

@@ -57,6 +57,19 @@ def test_a_request_that_is_refused_costs_nothing(clock: Clock) -> None:
     limiter.admit("alice", limits, 40, 0)
 
 
+def test_a_key_with_nothing_left_is_refused_before_its_size_is_known(clock: Clock) -> None:
+    for limits in (Limits(requests_per_minute=1), Limits(tokens_per_minute=60)):
+        limiter = Limiter(clock)
+        for _ in range(3):
+            limiter.refuse_used_up("alice", limits)  # it takes nothing
+        limiter.admit("alice", limits, 60, 0)
+        with pytest.raises(LimitError, match="used up its share") as told:
+            limiter.refuse_used_up("alice", limits)
+        clock.now += told.value.retry_after_s
+        limiter.refuse_used_up("alice", limits)
+    Limiter(clock).refuse_used_up("alice", Limits())
+
+
 @pytest.mark.parametrize(
     ("limits", "problem"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -20,9 +22,11 @@ from safeside.serve.service import Answering, Service
 ALLOW, BLOCK = Decision("allow"), Decision("block")
 
 
-def listening(records: list[AuditRecord], events: Sequence[Event], *, leaves: bool = False) -> Service:
+def listening(
+    records: list[AuditRecord], events: Sequence[Event], *, leaves: bool = False, has_ended: bool = False
+) -> Service:
     """A service that has heard these events of an answer, until the client left or an error ended it."""
-    engine = SimpleNamespace(base=SimpleNamespace(name="tiny"), adapters={}, metrics=Metrics())
+    engine = SimpleNamespace(base=SimpleNamespace(name="tiny"), adapters={}, metrics=Metrics(), has_ended=has_ended)
 
     def append(new: Sequence[AuditRecord]) -> None:
         if any(record.text == "full" for record in new):
@@ -32,7 +36,7 @@ def listening(records: list[AuditRecord], events: Sequence[Event], *, leaves: bo
     service = Service(engine, None, SimpleNamespace(append_all=append))  # type: ignore[arg-type]
     service.fingerprints = {"harm": "old"}
     policy = SimpleNamespace(name="p", version="1", audit_text=False)
-    job = SimpleNamespace(ids=(1,), cancelled=threading.Event())
+    job = SimpleNamespace(ids=(1,), cancelled=threading.Event(), deadline=math.inf)
 
     async def listen() -> None:
         admission = SimpleNamespace(settle=lambda n_used: None)
@@ -83,3 +87,13 @@ def test_a_log_that_refuses_is_asked_once_and_its_error_is_told() -> None:
     with pytest.raises(AuditError, match="full"):
         listening(records, [Judged((), ALLOW), Ended("stop", 1, (), ALLOW, 0.0, "full")])
     assert len(records) == 1
+
+
+def test_an_answer_that_the_servers_end_cut_off_is_recorded_as_failed() -> None:
+    """By its engine, which is stuck, or by uvicorn, which cancels what a slow client still reads."""
+    for leaves in (False, True):
+        records: list[AuditRecord] = []
+        with contextlib.nullcontext() if leaves else pytest.raises(ServingError, match="server was stopped"):
+            listening(records, [Judged((), ALLOW), Piece("the ")], leaves=leaves, has_ended=True)
+        assert [(record.stage, record.action) for record in records] == [("prompt", "allow"), ("answer", "failed")]
+        assert "server was stopped" in records[1].reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -51,7 +51,6 @@ class Scores:
         return "windowed" if self.windows_of.get(guard.name, self.n_windows) > 1 else self.place
 
 
-@torch.no_grad()
 def score_conversations(
     base: Base,
     guards: Sequence[Adapter],
@@ -68,32 +67,90 @@ def score_conversations(
     ``advance`` is told how many conversations were finished, for a progress bar.  ``attachment`` holds these guards
     already, aligners at strength 0 beside them perhaps; without it they are attached for the call.
     """
-    modes = {guard.name: guard.config.windows for guard in guards}
-    cuts = [_cuts(base, messages, sorted(set(modes.values()))) for messages in conversations]
-    windows_of = [(row, ids, wanted) for row, cut in enumerate(cuts) for ids, wanted in cut.windows]
-    windows_of.sort(key=lambda window: len(window[1]))
-    waiting = [len(cut.windows) for cut in cuts]
-    found: list[dict[str, torch.Tensor]] = [{} for _ in cuts]
-    advance(waiting.count(0))
+    scoring = Scoring(base, guards, conversations)
+    advance(scoring.n_finished)
     with nullcontext(attachment) if attachment is not None else attach(base, guards=guards) as attached:
-        for start in range(0, len(windows_of), batch_size):
-            batch = windows_of[start : start + batch_size]
-            ids, keep = pad_batch([encoded for _, encoded, _ in batch], base.tokenizer.pad_token_id or 0)
-            base.decoder(input_ids=ids.to(base.device), attention_mask=keep.to(base.device), use_cache=False)
-            last = keep.sum(1) - 1
-            for name in modes:
-                scores = attached.record.scores[name]
-                ends = scores[torch.arange(len(batch)), last].float().cpu()  # (B, K)
-                for (row, _, wanted), value in zip(batch, ends, strict=True):
-                    if modes[name] in wanted:
-                        found[row][name] = _COMBINE[modes[name]](found[row].get(name, value), value)
-            for row, _, _ in batch:
-                waiting[row] -= 1
-                advance(int(waiting[row] == 0))
-    return [
-        replace(_scores(guards, by_guard, cut), place=place_of(messages))
-        for by_guard, cut, messages in zip(found, cuts, conversations, strict=True)
-    ]
+        for batch in scoring.batches(batch_size):
+            advance(scoring.read(batch, attached))
+    return scoring.scores()
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A conversation, or a part of it that fits the base's context."""
+
+    row: int
+    """Which conversation."""
+    ids: tuple[int, ...]
+    wanted: list[Combine]
+    """The ways of combining that it was cut for."""
+
+
+class Scoring:
+    """The one way from conversations to scores: cut into windows at once, read a batch at a time, then combined.
+
+    Batches may be read one by one with other passes between them, and every one of them before ``scores``.
+    """
+
+    def __init__(self, base: Base, guards: Sequence[Adapter], conversations: Sequence[Conversation]) -> None:
+        self._base, self._guards, self._conversations = base, guards, conversations
+        self._modes = {guard.name: guard.config.windows for guard in guards}
+        self._cuts = [_cuts(base, messages, sorted(set(self._modes.values()))) for messages in conversations]
+        windows_of = [Window(row, *window) for row, cut in enumerate(self._cuts) for window in cut.windows]
+        self._windows = sorted(windows_of, key=lambda window: len(window.ids))
+        self._n_unread = [len(cut.windows) for cut in self._cuts]
+        self._found: list[dict[str, torch.Tensor]] = [{} for _ in self._cuts]
+
+    @property
+    def n_finished(self) -> int:
+        """Conversations of which every window was read, or that have none because they cannot be scored."""
+        return self._n_unread.count(0)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all windows: what they share is read again, and counts again."""
+        return sum(len(window.ids) for window in self._windows)
+
+    def batches(self, batch_size: int = 32, max_tokens: int | None = None) -> Iterator[list[Window]]:
+        """The windows, shortest first, at most ``batch_size`` together and ``max_tokens`` of them, padding included.
+
+        A window that is longer than ``max_tokens`` is a batch of its own.
+        """
+        batch: list[Window] = []
+        for window in self._windows:
+            is_over = max_tokens is not None and len(window.ids) * (len(batch) + 1) > max_tokens
+            if batch and (is_over or len(batch) == batch_size):
+                yield batch
+                batch = []
+            batch.append(window)
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def read(self, batch: Sequence[Window], attachment: Attachment) -> int:
+        """Score one of the ``batches`` in a pass of the attachment's base; how many conversations that finished."""
+        n_before, device = self.n_finished, self._base.device
+        ids, keep = pad_batch([window.ids for window in batch], self._base.tokenizer.pad_token_id or 0)
+        self._base.decoder(input_ids=ids.to(device), attention_mask=keep.to(device), use_cache=False)
+        last = keep.sum(1) - 1
+        for name, mode in self._modes.items():
+            scores = attachment.record.scores[name]
+            ends = scores[torch.arange(len(batch)), last].float().cpu()  # (B, K)
+            for window, value in zip(batch, ends, strict=True):
+                if mode in window.wanted:
+                    found = self._found[window.row]
+                    found[name] = _COMBINE[mode](found.get(name, value), value)
+        for window in batch:
+            self._n_unread[window.row] -= 1
+        return self.n_finished - n_before
+
+    def scores(self) -> list[Scores]:
+        """Of each conversation in the order given."""
+        assert not any(self._n_unread), "a batch was not read"
+        return [
+            replace(_scores(self._guards, by_guard, cut), place=place_of(messages))
+            for by_guard, cut, messages in zip(self._found, self._cuts, self._conversations, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from safeside.errors import ConfigError, InputError, UnknownNameError
 from safeside.registry import did_you_mean
 from safeside.serve.fingerprints import fingerprint_of
 from safeside.serve.loading import allowed_folder, load_for
+from safeside.serve.rules import SteerRule
 from safeside.serve.service import Service
 
 
@@ -57,7 +58,7 @@ class AdapterDesk:
             loaded = self._service.engine.adapters
             if (name in loaded and not in_place) or name in self._service.genes:
                 raise InputError(f"An adapter called {name!r} is loaded already. Unload it, or set load_inplace.")
-            folder = allowed_folder(path, self._roots)
+            folder = await asyncio.to_thread(allowed_folder, path, self._roots)
             allow = self._service.book.allow_mismatch
             adapter = await asyncio.to_thread(load_for, folder, self._service.base, allow)
             if adapter.name != name:
@@ -72,8 +73,27 @@ class AdapterDesk:
             loaded = self._service.engine.adapters
             if name not in loaded:
                 raise UnknownNameError(did_you_mean("adapter", name, list(loaded)))
-            await self._change([other for key, other in loaded.items() if key != name])
+            try:
+                await self._change([other for key, other in loaded.items() if key != name])
+            except ConfigError as error:
+                raise ConfigError(
+                    f"Adapter {name!r} is in use by {', '.join(self._users_of(name)) or 'a policy'}. Take it out of "
+                    "the policy file, reload (SIGHUP), and unload it then."
+                ) from error
             self._places.pop(name, None)
+
+    def _users_of(self, name: str) -> list[str]:
+        """The policies that need an adapter: whose rules name it or, of an aligner, which set a strength by any."""
+        is_aligner = self._service.engine.adapters[name].config.role == "align"
+        found = []
+        for policy_name, policy in self._service.book.policies.items():
+            rules = [*policy.prompt, *policy.answer]
+            steers = [rule for rule in rules if isinstance(rule, SteerRule)]
+            needs_any = bool(policy.floor) or any(rule.aligner is None for rule in steers)
+            is_named = any(rule.guard == name for rule in rules) or any(rule.aligner == name for rule in steers)
+            if is_named or (is_aligner and needs_any):
+                found.append(f"policy {policy_name!r}")
+        return found
 
     async def _change(self, adapters: Sequence[Adapter]) -> None:
         """Exchange all adapters, unless a policy would then ask for one that is missing."""

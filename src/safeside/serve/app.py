@@ -64,20 +64,28 @@ def create_app(service: Service, options: AppOptions = AppOptions()) -> FastAPI:
     return app
 
 
-@router.get("/healthz", responses={503: {"description": "Its engine has ended: start the server anew."}})
+@router.get("/healthz", responses={503: {"description": "Its engine has ended or hangs: start the server anew."}})
 async def healthz(service: Served) -> Response:
     """Whether the process is alive, or still ends what was begun."""
-    if service.engine.is_alive:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "the engine has ended"}, HTTPStatus.SERVICE_UNAVAILABLE)
+    if not service.engine.is_alive:
+        return JSONResponse({"status": "the engine has ended"}, HTTPStatus.SERVICE_UNAVAILABLE)
+    if _hangs(service):
+        told = f"the engine has been in one pass for {service.engine.turn_s:.0f} s, more than a whole answer may take"
+        return JSONResponse({"status": told}, HTTPStatus.SERVICE_UNAVAILABLE)
+    return JSONResponse({"status": "ok"})
 
 
-@router.get("/readyz", responses={503: {"description": "It is shutting down, or its engine has ended."}})
+@router.get("/readyz", responses={503: {"description": "It is shutting down, or its engine has ended or hangs."}})
 async def readyz(service: Served) -> Response:
     """Whether it takes requests."""
-    if service.engine.is_ready:
+    if service.engine.is_ready and not _hangs(service):
         return JSONResponse({"status": "ready", "policy_version": service.book.version})
     return JSONResponse({"status": "not ready"}, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def _hangs(service: Service) -> bool:
+    """Whether the engine's pass takes so long that every answer in it is overdue."""
+    return service.engine.turn_s > service.limits.deadline_s
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

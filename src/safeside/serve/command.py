@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from safeside.terminal import note
 
 _log = logging.getLogger("safeside.serve")
 _AUDIT_KEY = "SAFESIDE_AUDIT_KEY"
+_LAST_WORDS_S = 5  # for clients to be told that their answers were cut off
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +80,30 @@ def serve_command(options: ServeOptions) -> None:
             app_options = AppOptions(
                 options.adapter_roots, options.origins, options.drain_s, lambda: _started(service, options, place)
             )
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    create_app(service, app_options),
-                    access_log=False,  # it would hold what users ask for
-                    server_header=False,
-                    timeout_graceful_shutdown=max(1, round(options.drain_s)),
-                )
+            config = uvicorn.Config(
+                create_app(service, app_options),
+                access_log=False,  # it would hold what users ask for
+                server_header=False,
+                timeout_graceful_shutdown=math.ceil(options.drain_s) + _LAST_WORDS_S,
             )
-            server.run([place])
+            _Server(config, lambda: service.engine.stop(options.drain_s)).run([place])
         except OSError as error:  # another one was faster
             raise _cannot_listen(options.host, options.port, error) from error
         finally:
             service.close(0.0)
+
+
+class _Server(uvicorn.Server):
+    """Tells the engine to end as soon as a signal came; uvicorn's lifespan would only once all answers have ended."""
+
+    def __init__(self, config: uvicorn.Config, stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._stop = stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close listeners, and connections once their answers have ended."""
+        self._stop()
+        await super().shutdown(sockets)
 
 
 def reload(service: Service, options: ServeOptions) -> None:

@@ -25,6 +25,7 @@ from safeside.serve.row import Failed, Job, Row
 from safeside.serve.watch import Watch, WatchedGuard
 
 Answer = TypeVar("Answer")
+_LAST_PASS_S = 10.0  # that a pass may take after the engine's end before its thread is left behind
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +39,8 @@ class EngineLimits:
     """Requests that wait for a place; one more is refused."""
     prefill_tokens: int = 4096
     """Tokens of prompts that one pass reads, padding included, so that answers in progress do not wait for long."""
+    judged_tokens: int = 1024
+    """Tokens of texts to judge that one call reads between two steps, padding included; one window may be longer."""
     guard_timeout_s: float = 10.0
     """Seconds of one pass from which on a guard's scores are too late."""
 
@@ -58,6 +61,16 @@ class _Task(Generic[Answer]):
             self.answer.set_result(self.run())
         except Exception as error:  # handed to whoever asked
             self.answer.set_exception(error)
+
+
+def overdue() -> DeadlineError:
+    """What is told of an answer whose time is over."""
+    return DeadlineError("The answer was not ready in time. Ask for fewer tokens, or later.")
+
+
+def stopped() -> ServingError:
+    """What is told of an answer that the server's end cut off."""
+    return ServingError("The server was stopped before this answer was complete. Ask again.")
 
 
 class Engine:
@@ -83,6 +96,8 @@ class Engine:
         self._running: list[Row] = []
         self._rows: Rows | None = None
         self._ends_at = math.inf  # no answer goes on after this
+        self._tasks_from = -math.inf  # while answers are written, the next task waits until then
+        self._turn_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="safeside-engine", daemon=True)
         self._thread.start()
 
@@ -116,6 +131,17 @@ class Engine:
     def is_ready(self) -> bool:
         """Whether it takes jobs."""
         return self._thread.is_alive() and math.isinf(self._ends_at)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the time that answers had to end in is over, be its thread still in a pass."""
+        return time.monotonic() > self._ends_at
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds since its thread began what it does now, which is at most one pass of each kind; 0 while idle."""
+        began = self._turn_began
+        return time.monotonic() - began if began is not None else 0.0
 
     def submit(self, job: Job) -> None:
         """Queue ``job``.  A full queue is a LimitError that says when to come back, a closed engine a ServingError."""
@@ -158,12 +184,18 @@ class Engine:
 
         return self.call(swap, exclusive=True)
 
-    def close(self, drain_s: float = 0.0) -> None:
-        """Take no more jobs, let the others go on for at most ``drain_s`` seconds, and detach."""
+    def stop(self, drain_s: float) -> None:
+        """Take no more jobs, and let the others go on for at most ``drain_s`` seconds from now."""
         with self._wake:
             self._ends_at = min(self._ends_at, time.monotonic() + drain_s)
             self._wake.notify()
-        self._thread.join()
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Stop, wait for the end and detach; a pass that goes on long after it is left behind, and logged."""
+        self.stop(drain_s)
+        self._thread.join(max(0.0, self._ends_at - time.monotonic()) + _LAST_PASS_S)
+        if self._thread.is_alive():
+            _log.error("a pass has taken %.0f s and is left behind", self.turn_s)
 
     def _made(self, adapters: Sequence[Adapter]) -> Runner:
         watch = Watch(
@@ -188,13 +220,22 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait():
-                self._run_task()
-                self._drop_gone()
-                self._admit()
-                self._step()
+                self._turn()
         finally:
             self._runner.detach()
             self._refuse_rest()
+
+    def _turn(self) -> None:
+        self._turn_began = time.monotonic()
+        try:
+            self._run_task()
+            self._drop_gone()
+            self._admit()
+            self._step()
+        except Exception as error:  # the edge of the server: whatever it was, the thread goes on
+            self._fail_running(error)
+        finally:
+            self._turn_began = None
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; whether the engine goes on."""
@@ -206,11 +247,15 @@ class Engine:
         return time.monotonic() < self._ends_at
 
     def _run_task(self) -> None:
+        """Run the next task, where it may; while answers are written they get as much time as tasks."""
+        began = time.monotonic()
         with self._wake:
-            if not self._tasks or (self._tasks[0].is_exclusive and self._running):
+            if not self._tasks or (self._running and (self._tasks[0].is_exclusive or began < self._tasks_from)):
                 return
             task = self._tasks.popleft()
         task.do()
+        ended = time.monotonic()
+        self._tasks_from = ended + (ended - began)
 
     def _drop_gone(self) -> None:
         """Let go of rows and waiting jobs that nobody listens to any more, or whose time is over."""
@@ -222,7 +267,7 @@ class Engine:
         if job.cancelled.is_set():
             return False
         if job.is_overdue:
-            job.listen(Failed(DeadlineError("The answer was not ready in time. Ask for fewer tokens, or later.")))
+            job.listen(Failed(overdue()))
             return False
         return True
 
@@ -277,9 +322,9 @@ class Engine:
         stays = [self._advance(row, row.begin, found, index) for index, row in enumerate(rows)]
         kept = [index for index, stay in enumerate(stays) if stay]
         if kept:
+            self._running += [rows[index] for index in kept]  # from here on an error is theirs too
             begun = found.rows if all(stays) else selected(found.rows, kept)
             self._rows = begun if self._rows is None else joined(self._rows, begun)
-            self._running += [rows[index] for index in kept]
         self.metrics.running.set(len(self._running))
         return True
 
@@ -301,13 +346,18 @@ class Engine:
         rows = self._running
         try:
             found = self._runner.step(self._rows, [row.newest for row in rows], [row.setting for row in rows])
-        except Exception as error:  # as above; nothing on this cache can be trusted
-            self._running, self._rows = [], None
-            self._fail([row.job for row in rows], error)
+        except Exception as error:  # as above
+            self._fail_running(error)
             return
         self._rows = found.rows
         self._keep([self._advance(row, row.hear, found, index) for index, row in enumerate(rows)])
         self.metrics.running.set(len(self._running))
+
+    def _fail_running(self, error: Exception) -> None:
+        """End all answers in progress: nothing on their cache can be trusted."""
+        rows, self._running, self._rows = self._running, [], None
+        self.metrics.running.set(0)
+        self._fail([row.job for row in rows], error)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         _log.error("a pass failed: %s", type(error).__name__, exc_info=error)
@@ -317,7 +367,7 @@ class Engine:
 
     def _refuse_rest(self) -> None:
         """Tell everybody who still waits."""
-        error = ServingError("The server was stopped before this answer was complete. Ask again.")
+        error = stopped()
         with self._wake:
             self._ends_at = min(self._ends_at, time.monotonic())
             jobs = [*(row.job for row in self._running), *self._waiting]

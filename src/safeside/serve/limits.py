@@ -82,17 +82,26 @@ class Limiter:
         _check_sizes(limits, n_prompt_tokens, max_new_tokens)
         n_tokens = n_prompt_tokens + max_new_tokens
         with self._lock:
-            wanted = [
-                (self._bucket(self._requests, key, limits.requests_per_minute), 1),
-                (self._bucket(self._tokens, key, limits.tokens_per_minute), n_tokens),
-            ]
-            wait_s = max((bucket.wait_s(amount) for bucket, amount in wanted if bucket is not None), default=0.0)
-            if wait_s > 0:
-                raise LimitError(f"This key has used up its share for now. Come back in {wait_s:.1f} s.", wait_s)
-            for bucket, amount in wanted:
-                if bucket is not None:
-                    bucket.left -= amount
+            for bucket, amount in self._open(key, limits, n_tokens):
+                bucket.left -= amount
         return Admission(self, key, n_tokens)
+
+    def refuse_used_up(self, key: str, limits: Limits) -> None:
+        """Raise the LimitError of ``admit`` where not even the smallest request could be let in; it takes nothing."""
+        with self._lock:
+            self._open(key, limits, 1)
+
+    def _open(self, key: str, limits: Limits, n_tokens: int) -> list[tuple[_Bucket, int]]:
+        """The key's buckets with what one request takes from each; too little in one is a LimitError."""
+        wanted = [
+            (self._bucket(self._requests, key, limits.requests_per_minute), 1),
+            (self._bucket(self._tokens, key, limits.tokens_per_minute), n_tokens),
+        ]
+        found = [(bucket, amount) for bucket, amount in wanted if bucket is not None]
+        wait_s = max((bucket.wait_s(amount) for bucket, amount in found), default=0.0)
+        if wait_s > 0:
+            raise LimitError(f"This key has used up its share for now. Come back in {wait_s:.1f} s.", wait_s)
+        return found
 
     def give_back(self, key: str, n_tokens: int) -> None:
         """Return tokens that were set aside for a request of ``key``."""

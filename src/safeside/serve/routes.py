@@ -71,6 +71,14 @@ def administrator(caller: Known) -> Caller:
 Allowed = Annotated[Caller, Depends(administrator)]
 
 
+def in_share(service: Served, caller: Known) -> None:
+    """Refuse a caller who has used up its share before its text is tokenised."""
+    service.refuse_used_up(caller)
+
+
+InShare = Depends(in_share)
+
+
 @router.get("/models")
 async def models(service: Served, caller: Known) -> Object:
     """The one model that is served."""
@@ -84,7 +92,7 @@ async def model(model: str, service: Served, caller: Known) -> Object:
     return _model(service)
 
 
-@router.post("/chat/completions", response_model=None, responses=_STREAMS)
+@router.post("/chat/completions", response_model=None, responses=_STREAMS, dependencies=[InShare])
 async def chat(asked: ChatRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Answer a conversation."""
     messages = [turn.message() for turn in asked.messages]
@@ -93,7 +101,7 @@ async def chat(asked: ChatRequest, service: Served, caller: Known, request: Requ
     return await _answered(Answer(service, asked, answering, "chat"), request)
 
 
-@router.post("/completions", response_model=None, responses=_STREAMS)
+@router.post("/completions", response_model=None, responses=_STREAMS, dependencies=[InShare])
 async def completions(asked: CompletionRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Go on with a text."""
     ids = (await asyncio.to_thread(encode_text, service.base.tokenizer, asked.text)).ids

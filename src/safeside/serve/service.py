@@ -17,28 +17,25 @@ from safeside.errors import (
     DeadlineError,
     InputError,
     SafesideError,
-    ServingError,
     UnknownNameError,
 )
-from safeside.guards.score import Scores, score_conversations
+from safeside.guards.score import Scores
 from safeside.registry import did_you_mean
 from safeside.serve.audit import AuditLog, AuditRecord, Outcome
 from safeside.serve.effective import EffectivePolicy
-from safeside.serve.engine import Engine
+from safeside.serve.engine import Engine, overdue, stopped
 from safeside.serve.fingerprints import fingerprint_of
 from safeside.serve.keys import Caller, Keys
 from safeside.serve.limits import Admission, Limiter
 from safeside.serve.metrics import Metrics
-from safeside.serve.passes import Runner
 from safeside.serve.policy import PolicyBook
 from safeside.serve.row import Ended, Event, Failed, Job, Judged, Piece
 from safeside.serve.rules import Stage
 from safeside.serve.sampling import Sampling
+from safeside.serve.scoring import POLL_S, refuse_too_many, score_in_parts
 from safeside.serve.wire import Asked
 from safeside.types import Message, Verdict
 
-_POLL_S = 0.25  # how often a silent client is looked at
-_SCORED_AT_ONCE = 8  # texts between two steps of the answers in progress
 _AUDIT_THREADS = 32
 
 
@@ -50,6 +47,8 @@ class ServiceLimits:
     """Tokens of an answer whose request names no number."""
     deadline_s: float = 120.0
     """Seconds from arrival to the last token."""
+    max_judged_tokens: int = 65_536
+    """Tokens that guards read for one request of moderation or dry run; what windows share counts in each."""
     max_body_bytes: int = 1 << 20
     """Of a request."""
     body_timeout_s: float = 30.0
@@ -226,17 +225,25 @@ class Service:
             answering.job.cancelled.set()
             answering.admission.settle(len(answering.job.ids) + n_used)
             if answering.ended is None and not isinstance(problem, AuditError):
-                await self._note_unfinished(answering, problem)
+                await self._note_unfinished(answering, problem or (stopped() if self.engine.has_ended else None))
 
     async def _next(self, answering: Answering, is_gone: Callable[[], Awaitable[bool]]) -> Event | None:
-        """The next event; None once the client has left."""
+        """The next event; None once the client has left.
+
+        The engine says itself when the time is over; where it is stuck in a pass, this does.
+        """
         while True:
-            if (now := time.monotonic()) - answering.polled > _POLL_S:
+            now, has_ended = time.monotonic(), self.engine.has_ended
+            if now - answering.polled > POLL_S:
                 answering.polled = now
                 if await is_gone():
                     return None
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(answering.inbox.get(), _POLL_S)
+                return await asyncio.wait_for(answering.inbox.get(), POLL_S)
+            if now > answering.job.deadline:
+                raise overdue()
+            if has_ended:
+                raise stopped()
 
     def _observe(self, answering: Answering, piece: Piece, before: float, now: float) -> None:
         if before == answering.started:
@@ -294,18 +301,26 @@ class Service:
         guards: Mapping[str, Adapter],
         is_gone: Callable[[], Awaitable[bool]],
     ) -> list[Scores] | None:
-        """Scores of whole texts by the path of ``safeside guard``, a few at a time between steps of answers.
+        """Scores of whole texts by the path of ``safeside guard``, a few windows at a time between steps of answers.
 
-        It counts by the caller's limits, and holds a place in the engine's queue; what takes too long is a
-        DeadlineError, and a guard that is no longer the one given a ServingError.  None once the client has left.
+        It counts by the caller's limits, and holds a place in the engine's queue; more than ``max_judged_tokens`` are
+        an InputError, what takes too long is a DeadlineError, and a guard that is no longer the one given a
+        ServingError.  None once the client has left.
         """
+        self.refuse_used_up(caller)
         try:
             async with asyncio.timeout(self.limits.deadline_s):
                 with self.engine.place():
                     await self._admit(caller, conversations)
-                    return await self._scored(conversations, guards, is_gone)
+                    return await score_in_parts(
+                        self.engine, guards, conversations, self.limits.max_judged_tokens, is_gone
+                    )
         except TimeoutError as error:
             raise DeadlineError("The texts were not judged in time. Ask for fewer, or later.") from error
+
+    def refuse_used_up(self, caller: Caller) -> None:
+        """Raise a LimitError where the caller has nothing left, before its text costs anything."""
+        self.limiter.refuse_used_up(caller.key or caller.tenant, caller.limits)
 
     async def _admit(self, caller: Caller, conversations: Sequence[Sequence[Message]]) -> None:
         """Count the texts by the caller's limits, off the event loop: many of them take a while to encode."""
@@ -313,29 +328,9 @@ class Service:
         def count() -> int:
             return sum(len(self.base.encode(messages).ids) for messages in conversations)
 
-        self.limiter.admit(caller.key or caller.tenant, caller.limits, await asyncio.to_thread(count), 0)
-
-    async def _scored(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        guards: Mapping[str, Adapter],
-        is_gone: Callable[[], Awaitable[bool]],
-    ) -> list[Scores] | None:
-        found: list[Scores] = []
-
-        def run(runner: Runner, part: Sequence[Sequence[Message]]) -> list[Scores]:
-            heads = {name: guard.head for name, guard in guards.items()}
-            own = [guard for guard in runner.guards if heads.get(guard.name) is guard.head]
-            if len(own) < len(guards) or runner.attachment is None or not runner.is_attached:
-                raise ServingError("A guard was exchanged while this text waited for it. Ask again.")
-            return score_conversations(runner.base, own, part, batch_size=_SCORED_AT_ONCE, attachment=runner.attachment)
-
-        for start in range(0, len(conversations), _SCORED_AT_ONCE):
-            if await is_gone():
-                return None
-            part = conversations[start : start + _SCORED_AT_ONCE]
-            found += await asyncio.wrap_future(self.engine.call(lambda runner, part=part: run(runner, part)))  # type: ignore[misc]
-        return found
+        n_tokens = await asyncio.to_thread(count)
+        refuse_too_many(n_tokens, self.limits.max_judged_tokens)
+        self.limiter.admit(caller.key or caller.tenant, caller.limits, n_tokens, 0)
 
     def close(self, drain_s: float) -> None:
         """Let answers end, then close engine and audit log."""
