@@ -18,9 +18,9 @@ from safeside import Adapter, Base
 from safeside.serve.effective import EffectivePolicy
 from safeside.serve.engine import Engine, EngineLimits
 from safeside.serve.merging import strictest
-from safeside.serve.row import Ended, Event, Failed, Job, Judged, Piece
+from safeside.serve.row import Ended, Event, Failed, Job, Judged, Piece, Row
 from safeside.serve.rules import Policy
-from safeside.serve.sampling import Sampling
+from safeside.serve.sampling import Sampling, Token
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 
@@ -71,6 +71,28 @@ class Listener:
     def error(self) -> Exception:
         (event,) = (event for event in self.events if isinstance(event, Failed))
         return event.error
+
+
+class Script:
+    """A row that is fed tokens and scores by hand."""
+
+    def __init__(self, base: Base, policy: EffectivePolicy, max_tokens: int, *, is_streamed: bool = True) -> None:
+        self.heard = Listener()
+        sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
+        self.row = Row(Job((1,), sampling, policy, self.heard, is_streamed=is_streamed), base.tokenizer, set())
+        self.ids = base.tokenizer("the cat sat on the mat", add_special_tokens=False)["input_ids"]
+
+    def run(self, *scores: float | tuple[float, ...]) -> Listener:
+        """Each of ``scores`` is the guard's of one more token, until the answer ends."""
+        for number, score in enumerate(scores):
+            self.row.tokens.append(token := Token(self.ids[number]))
+            self.row._strengths.append(0.0)
+            self.row._text.add(token.id)
+            if len(self.row.tokens) == self.row.job.sampling.max_tokens:
+                self.row._ending = "length"
+            if not self.row.hear({"harm": score if isinstance(score, tuple) else (score,)}):
+                break
+        return self.heard
 
 
 @contextmanager

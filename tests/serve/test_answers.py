@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
 import pytest
 
+from safeside.serve import replies
 from safeside.serve.answers import Answer
 from safeside.serve.effective import Decision
 from safeside.serve.row import Ended, Event, Judged, Piece, Trace
@@ -32,17 +34,34 @@ class Told:
         yield self.ended
 
 
-def whole(ended: Ended) -> dict:
+def answer_of(ended: Ended, *, stream: bool = False) -> Answer:
     sampling = Sampling(max_tokens=9, n_logprobs=0)
     answering = SimpleNamespace(
         trace_id="1", job=SimpleNamespace(ids=(1,), sampling=sampling), policy=SimpleNamespace(name="p"), verdicts=[]
     )
     asked = ChatRequest.model_validate(
-        {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "safety": {"tokens": True}}
+        {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "safety": {"tokens": True}, "stream": stream}
     )
-    found = asyncio.run(Answer(Told(ended), asked, answering, "chat").whole(lambda: None))  # type: ignore[arg-type]
+    return Answer(Told(ended), asked, answering, "chat")  # type: ignore[arg-type]
+
+
+def whole(ended: Ended) -> dict:
+    found = asyncio.run(answer_of(ended).whole(lambda: None))  # type: ignore[arg-type]
     assert found is not None
     return found
+
+
+def test_the_chunks_of_a_stream_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100, 200))
+    monkeypatch.setattr(replies.time, "time", lambda: next(clock))
+
+    async def read() -> list[str]:
+        found = answer_of(Ended("stop", 1, (), Decision("allow"), 0.0, "the recipe"), stream=True)
+        return [chunk async for chunk in found.stream(lambda: None)]  # type: ignore[arg-type]
+
+    chunks = [json.loads(chunk.removeprefix("data: ")) for chunk in asyncio.run(read())[:-1]]
+    assert len(chunks) == 3
+    assert {(chunk["id"], chunk["created"]) for chunk in chunks} == {("chatcmpl-1", 100)}
 
 
 @pytest.mark.parametrize("stop", [None, Stop("harm", 4, 2, 0.9)])

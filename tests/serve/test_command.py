@@ -249,6 +249,25 @@ def test_a_reload_loads_no_adapter_and_says_so(policy: Path, tmp_path: Path, cap
         service.close(0.0)
 
 
+def test_keys_of_tenants_that_the_policy_file_does_not_name_are_told(
+    policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A misspelled tenant has the deployment's policies alone."""
+    for name, tenant in (("web", "shcool"), ("app", "school")):
+        make_key(keys := tmp_path / "keys.yaml", name, {"tenant": tenant})
+    options = ServeOptions("builtin", policy, keys, audit=f"sqlite:///{tmp_path}/audit.db")
+    service = make_service(options)
+    try:
+        assert "does not name" not in caplog.text, "a file without tenants means everybody"
+        policy.write_text(POLICY + "tenants: {school: house}")
+        reload(service, options)
+        assert "does not name the tenants of these keys" in caplog.text
+        assert "web (shcool)" in caplog.text
+        assert "app (school)" not in caplog.text
+    finally:
+        service.close(0.0)
+
+
 @pytest.mark.parametrize("broken", ["policy", "keys"])
 def test_a_reload_that_fails_keeps_policies_and_keys(policy: Path, tmp_path: Path, broken: str) -> None:
     make_key(keys := tmp_path / "keys.yaml", "shop", {"tenant": "shop"})

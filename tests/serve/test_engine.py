@@ -68,7 +68,7 @@ def test_an_answer_is_that_of_chat(tiny_base: Base, guard: Adapter, aligner: Ada
         found = ask(
             engine,
             tiny_base.encode(messages).ids,
-            effective([guard, aligner], 0.6, answer=[{**BLOCK, "action": "annotate"}]),
+            effective([guard, aligner], 0.6, answer=[{**BLOCK, "action": "annotate", "threshold": 1.0}]),
         ).wait()
     assert found.text.strip() == expected.text
     assert found.ended.finish == expected.finish_reason

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,13 +13,15 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import ignored_auth, positive_data_acceptance
 
 from safeside import Adapter, Base
+from safeside.artifact import save_adapter
 from safeside.errors import SafesideError
-from safeside.serve.app import create_app
+from safeside.serve.app import AppOptions, create_app
 from safeside.serve.audit import AuditLog
 from safeside.serve.engine import Engine
+from safeside.serve.keys import Keys, make_key
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
 from safeside.serve.wire import ChatRequest, CompletionRequest, ModerationRequest
@@ -30,16 +34,37 @@ policies:
     answer: [{action: block, guard: harm, threshold: 0.9, n_consecutive: 2}]
 deployment: [house]
 """
-FEW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+
+_EXCLUDED = [positive_data_acceptance, ignored_auth]  # some rules no schema can say; most requests here have no key
+RIGHTS: dict[str, dict[str, object]] = {"user": {"tenant": "shop"}, "admin": {"tenant": "ops", "is_admin": True}}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server, where adapters may come from, and its keys."""
+
+    service: Service
+    url: str
+    root: Path
+    keys: dict[str, str]
+
+    def headers(self, name: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.keys[name]}"}
+
+    def post(self, path: str, body: object, key: str) -> httpx.Response:
+        headers = {"Content-Type": "application/json", **self.headers(key)}
+        return httpx.post(f"{self.url}{path}", content=json.dumps(body), headers=headers, timeout=60)
 
 
 @pytest.fixture(scope="module")
-def service(
+def running(
     session_base: Base,
     random_guard: Callable[..., Adapter],
     random_aligner: Callable[..., Adapter],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Service:
+) -> Iterator[Running]:
+    """A server with a key for a user and one for an administrator, who may load two adapters."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "policy.yaml").write_text(POLICY)
     guard, aligner = random_guard(session_base), random_aligner(session_base)
@@ -47,25 +72,27 @@ def service(
     book.bind({"harm": guard}, [aligner.name])
     engine = Engine(session_base, [guard, aligner])
     limits = ServiceLimits(default_max_tokens=2)
-    return Service(engine, book, AuditLog(f"sqlite:///{folder}/audit.db"), model="tiny", limits=limits)
+    (folder / "adapters").mkdir()
+    for name in ("calm", "kind"):
+        save_adapter(random_aligner(session_base, name), folder / "adapters" / name)
+    audit = AuditLog(f"sqlite:///{folder}/audit.db")
+    keys = {name: make_key(folder / "keys.yaml", name, rights) for name, rights in RIGHTS.items()}
+    service = Service(engine, book, audit, keys=Keys.load(folder / "keys.yaml"), model="tiny", limits=limits)
+    with running_at(create_app(service, AppOptions((folder / "adapters",)))) as url:
+        yield Running(service, url, folder / "adapters", keys)
 
 
-@pytest.fixture(scope="module")
-def url(service: Service) -> Iterator[str]:
-    with running_at(create_app(service)) as url:
-        yield url
-
-
-def test_the_openapi_document_holds(url: str) -> None:
-    """Status codes, content types and schemas are those of the document, and none is a 5xx."""
+def test_the_openapi_document_holds(running: Running) -> None:
+    """Status codes, content types and schemas are those of the document, and none is a 5xx: with each key, and none."""
     seen = set()
+    url, asks = running.url, [{}, *(running.headers(name) for name in RIGHTS)]
     for result in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations():
         operation = result.ok()
 
-        @given(case=operation.as_strategy())
+        @given(case=operation.as_strategy(), headers=st.sampled_from(asks))
         @FEW
-        def check(case: schemathesis.Case) -> None:
-            case.call_and_validate(excluded_checks=[positive_data_acceptance])  # some rules no schema can say
+        def check(case: schemathesis.Case, headers: dict[str, str]) -> None:
+            case.call_and_validate(headers=headers, excluded_checks=_EXCLUDED)
 
         check()
         seen.add(operation.path)
@@ -99,13 +126,45 @@ CHATS = st.fixed_dictionaries(
 
 @given(CHATS)
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_chat_is_answered_or_refused(service: Service, url: str, body: dict[str, object]) -> None:
-    headers = {"Content-Type": "application/json"}
-    found = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
+def test_any_chat_is_answered_or_refused(running: Running, body: dict[str, object]) -> None:
+    found = running.post("/v1/chat/completions", body, "user")
     assert found.status_code in (200, 400, 403, 404), found.text
     if found.status_code != 200:
         assert set(found.json()["error"]) == {"message", "type", "param", "code"}
-    assert service.engine.is_ready
+    assert running.service.engine.is_ready
+
+
+NAMES = st.sampled_from(["calm", "kind", "harm", "refuse", "gone", "", "\ud800", "a/b"])
+PATHS = st.sampled_from(["{root}/calm", "{root}/kind", "{root}/gone", "{root}", "{root}/../keys.yaml", "{root}/calm/..",
+                         "/", "", ".", "builtin:refuse", "a\0b", "\udc80", "x" * 5000])  # fmt: skip
+ACTS = st.lists(
+    st.fixed_dictionaries({"path": PATHS, "name": NAMES, "in_place": st.booleans(), "loads": st.booleans()}),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(ACTS, st.integers(0, 1))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_adapters_come_and_go_or_stay(running: Running, acts: list[dict[str, object]], vllm: int) -> None:
+    """What an administrator may do in any order: none is a server's error, and what policies need stays."""
+    load, unload, name, path = (("load", "unload", "name", "path"), ("load", "unload", "lora_name", "lora_path"))[vllm]
+    for act in acts:
+        before = dict(running.service.fingerprints)
+        body = {name: act["name"]}
+        if act["loads"]:
+            body |= {path: str(act["path"]).replace("{root}", str(running.root)), "load_inplace": act["in_place"]}
+        found = running.post(f"/v1/adapters/{load if act['loads'] else unload}", body, "admin")
+        assert found.status_code in (200, 400, 403, 404), found.text
+        after = running.service.engine.adapters
+        assert {"harm", "refuse"} <= set(after) <= {"harm", "refuse", "calm", "kind"}
+        assert running.post(f"/v1/adapters/{load}", body, "user").status_code in (400, 403)
+        if found.status_code == 200:
+            assert (act["name"] in after) == act["loads"]
+        else:
+            assert running.service.fingerprints == before
+            assert set(after) == set(before)
+            assert set(found.json()["error"]) == {"message", "type", "param", "code"}
 
 
 @given(st.recursive(

@@ -69,6 +69,17 @@ def test_deployment_tenant_and_request_hold_together(book: PolicyBook) -> None:
     assert (asked.version, asked.policy.floor, asked.hold_back) == (book.version, 0.5, 16)
 
 
+def test_a_caller_knows_its_own_policies_and_those_of_no_tenant(book: PolicyBook) -> None:
+    assert book.known_to(Caller("school", "web")) == ("standard", "minors", "quiet", "other")
+    assert book.known_to(Caller("stranger", "web")) == ("standard", "other")
+    for operator in (
+        Caller("local"),
+        Caller("stranger", "web", is_admin=True),
+        Caller("stranger", "web", may_loosen=True),
+    ):
+        assert book.known_to(operator) == tuple(book.policies)
+
+
 def test_a_request_may_ask_for_more_strength(book: PolicyBook, guard: Adapter) -> None:
     bound(book, guard)
     assert book.resolve(SCHOOL, Wish(strength=0.75)).strengths()["refuse"].floor == 0.75

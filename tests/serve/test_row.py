@@ -9,10 +9,7 @@ import pytest
 
 from safeside import Adapter, Base
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
-from safeside.serve.effective import EffectivePolicy
-from safeside.serve.row import Job, Row
-from safeside.serve.sampling import Sampling, Token
-from serving_for_tests import Listener, effective
+from serving_for_tests import Script, effective
 
 ANNOTATE = {"action": "annotate", "guard": "harm", "threshold": 0.9}
 BLOCK = {"action": "block", "guard": "harm"}
@@ -28,28 +25,6 @@ def guard(tiny_base: Base, random_guard: Callable[..., Adapter]) -> Adapter:
         ModeCalibration(n_harmless=320, presets={"strict": Promise(threshold=(0.9,), false_positive_rate=0.05)}),
     )
     return guard
-
-
-class Script:
-    """A row that is fed tokens and scores by hand."""
-
-    def __init__(self, base: Base, policy: EffectivePolicy, max_tokens: int, *, is_streamed: bool = True) -> None:
-        self.heard = Listener()
-        sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
-        self.row = Row(Job((1,), sampling, policy, self.heard, is_streamed=is_streamed), base.tokenizer, set())
-        self.ids = base.tokenizer("the cat sat on the mat", add_special_tokens=False)["input_ids"]
-
-    def run(self, *scores: float | tuple[float, ...]) -> Listener:
-        """Each of ``scores`` is the guard's of one more token, until the answer ends."""
-        for number, score in enumerate(scores):
-            self.row.tokens.append(token := Token(self.ids[number]))
-            self.row._strengths.append(0.0)
-            self.row._text.add(token.id)
-            if len(self.row.tokens) == self.row.job.sampling.max_tokens:
-                self.row._ending = "length"
-            if not self.row.hear({"harm": score if isinstance(score, tuple) else (score,)}):
-                break
-        return self.heard
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client.samples import Sample
 
 from safeside.errors import AuditError, DeadlineError, ServingError
 from safeside.serve.audit import AuditRecord
@@ -17,16 +18,24 @@ from safeside.serve.effective import Decision
 from safeside.serve.keys import Caller
 from safeside.serve.metrics import Metrics
 from safeside.serve.row import Ended, Event, Failed, Judged, Piece
+from safeside.serve.sampling import Token
 from safeside.serve.service import Answering, Service
+from safeside.types import Verdict
 
 ALLOW, BLOCK = Decision("allow"), Decision("block")
 
 
 def listening(
-    records: list[AuditRecord], events: Sequence[Event], *, leaves: bool = False, has_ended: bool = False
+    records: list[AuditRecord],
+    events: Sequence[Event],
+    *,
+    leaves: bool = False,
+    has_ended: bool = False,
+    metrics: Metrics | None = None,
 ) -> Service:
     """A service that has heard these events of an answer, until the client left or an error ended it."""
-    engine = SimpleNamespace(base=SimpleNamespace(name="tiny"), adapters={}, metrics=Metrics(), has_ended=has_ended)
+    base = SimpleNamespace(name="tiny")
+    engine = SimpleNamespace(base=base, adapters={}, metrics=metrics or Metrics(), has_ended=has_ended)
 
     def append(new: Sequence[AuditRecord]) -> None:
         if any(record.text == "full" for record in new):
@@ -74,6 +83,38 @@ def test_an_answer_whose_client_left_is_recorded() -> None:
     assert [(record.stage, record.action) for record in records] == [("prompt", "allow"), ("answer", "abandoned")]
     assert (records[1].text, records[1].adapters) == ("the ", {"harm": "old"})
     assert "client left" in records[1].reason
+
+
+@pytest.mark.parametrize("ends", ["left", "failed", "whole"])
+def test_the_tokens_of_every_answer_are_counted(ends: str) -> None:
+    heard: list[Event] = [Judged((), ALLOW), Piece("the ", (Token(5), Token(6))), Piece("cat", (Token(7),))]
+    last = {"left": [], "failed": [Failed(RuntimeError("SECRET"))], "whole": [Ended("stop", 4, (), ALLOW, 0.0)]}
+    with pytest.raises(RuntimeError) if ends == "failed" else contextlib.nullcontext():
+        listening([], [*heard, *last[ends]], leaves=ends == "left", metrics=(metrics := Metrics()))
+    told = metrics.exposition().decode()
+    assert f'safeside_tokens_total{{kind="answer"}} {4 if ends == "whole" else 3}.0' in told
+    assert 'safeside_tokens_total{kind="prompt"} 1.0' in told
+
+
+def test_a_prompt_that_nobody_read_is_not_counted() -> None:
+    with pytest.raises(DeadlineError):
+        listening([], [Failed(DeadlineError("too late"))], metrics=(metrics := Metrics()))
+    assert 'safeside_tokens_total{kind="prompt"} 0.0' in metrics.exposition().decode()
+
+
+def test_a_text_is_counted_once_for_each_guard_by_what_its_own_rules_did() -> None:
+    verdicts = tuple(Verdict(guard, 0.9, 0.5, label, True) for guard in ("harm", "calm") for label in ("hate", "theft"))
+    decision = Decision("block", guard="harm", by_guard={"harm": "block"})
+    listening([], [Judged(verdicts, decision)], leaves=True, metrics=(metrics := Metrics()))
+    counted = {sample.labels["guard"]: sample for sample in samples(metrics, "safeside_verdicts_total")}
+    assert {name: (each.labels["action"], each.value) for name, each in counted.items()} == {
+        "harm": ("block", 1.0),
+        "calm": ("allow", 1.0),
+    }
+
+
+def samples(metrics: Metrics, name: str) -> list[Sample]:
+    return [each for family in metrics.registry.collect() for each in family.samples if each.name == name]
 
 
 def test_a_refused_prompt_has_one_record_whoever_listens() -> None:

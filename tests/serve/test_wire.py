@@ -39,6 +39,18 @@ def test_a_null_is_as_if_it_were_left_out(kind: type[Record], body: dict[str, ob
             kind.model_validate({**body, name: None})
 
 
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [(["a", "b"], "expected one prompt; got a list of 2"), ([], "got a list of 0"), ([5], "token ids are not taken")],
+)
+def test_one_request_has_one_prompt(prompt: list[object], told: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        CompletionRequest.model_validate({"model": "tiny", "prompt": prompt})
+    (error,) = raised.value.errors()
+    assert (error["loc"], told in error["msg"]) == (("prompt",), True)
+    assert CompletionRequest.model_validate({"model": "tiny", "prompt": ["a"]}).text == "a"
+
+
 def test_nulls_deeper_down_are_left_out_too() -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi", "tool_calls": None}], "stream": True}
     nulls = {"safety": {"tokens": None, "policy": None}, "stream_options": {"include_usage": None}}

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from safeside.serve.moderation import inline
+from safeside.serve.moderation import chosen, inline
 from safeside.serve.problems import problem_of
 from safeside.serve.replies import DONE, Kind, Reply, SafetyTold, TokenTold, Usage, VerdictTold, event, logprobs_of
 from safeside.serve.row import Ended, Event, Judged, Piece, Trace
@@ -27,10 +27,11 @@ class Answer:
     answering: Answering
     kind: Kind
     traces: list[Trace] = field(default_factory=list)
+    reply: Reply = field(init=False)
+    """One for all chunks, which share their ``id`` and ``created``."""
 
-    @property
-    def reply(self) -> Reply:
-        return Reply(self.kind, self.service.model, self.answering.trace_id)
+    def __post_init__(self) -> None:
+        self.reply = Reply(self.kind, self.service.model, self.answering.trace_id)
 
     async def whole(self, is_gone: IsGone) -> dict[str, object] | None:
         """The complete answer; None when the client left."""
@@ -130,6 +131,8 @@ class Answer:
     def _moderation(self) -> dict[str, object]:
         if self.asked.moderation is None:
             return {}
+        model = self.asked.moderation.model or self.service.model
+        guards = chosen(model, self.answering.policy.guards, self.service.model)
         prompt = [verdict for stage, verdict in self.answering.verdicts if stage == "prompt"]
         answer = [verdict for stage, verdict in self.answering.verdicts if stage == "answer"]
-        return {"moderation": inline(self.asked.moderation.model or self.service.model, prompt, answer)}
+        return {"moderation": inline(model, guards, prompt, answer)}

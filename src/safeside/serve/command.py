@@ -64,6 +64,7 @@ def make_service(options: ServeOptions) -> Service:
     key = os.environ.get(_AUDIT_KEY)
     audit = AuditLog(options.audit, key=key.encode() if key else None)
     engine = Engine(base, [*guards.values(), *aligners.values()], limits=options.engine)
+    _warn_of_tenants(keys, book)
     model = options.model or (Path(base.name).resolve().name if Path(base.name).is_dir() else base.name)
     return Service(engine, book, audit, keys=keys, model=model, genes=genes, limits=options.service)
 
@@ -122,8 +123,21 @@ def reload(service: Service, options: ServeOptions) -> None:
     service.keys = keys
     service.metrics.policy_reloads.labels("loaded").inc()
     _log.warning("policies reloaded: version %s", version)
+    _warn_of_tenants(keys, service.book)
     if moved := sorted(name for name, place in service.book.adapters.items() if places.get(name) != place):
         _log.warning("adapters stay as loaded; POST /v1/adapters/load or a restart changes %s", ", ".join(moved))
+
+
+def _warn_of_tenants(keys: Keys | None, book: PolicyBook) -> None:
+    """Say which keys' tenants a policy file with tenants does not name: a name may be misspelled in either file."""
+    tenants = keys.tenants if keys is not None else {}
+    told = sorted(f"{name} ({tenant})" for name, tenant in tenants.items() if tenant not in book.tenants)
+    if book.tenants and told:
+        _log.warning(
+            "the policy file does not name the tenants of these keys, so only its deployment's policies hold "
+            "for them: %s",
+            ", ".join(told),
+        )
 
 
 def _started(service: Service, options: ServeOptions, place: socket.socket) -> None:

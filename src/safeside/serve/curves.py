@@ -6,6 +6,7 @@ Rules that meet on one aligner become the mildest curve of their shape that is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,13 @@ class Curve:
     """Strength in [0, 2]."""
     ceiling: float
     """Strength in [0, 2], not below ``floor``."""
+
+    @property
+    def starts_at(self) -> float:
+        """The lowest score with a strength above 0."""
+        if self.floor > 0:
+            return 0.0
+        return self.low if self.low == self.high else math.nextafter(self.low, 1.0)
 
     def joined(self, other: Curve) -> Curve:
         """The mildest curve that is nowhere below either of the two."""
@@ -106,6 +114,14 @@ def _curves_of(rule: SteerRule, stage: Stage, guards: Mapping[str, Adapter]) -> 
         label: Curve(thresholds[label], thresholds[label], rule.floor, rule.ceiling)
         for label in rule.labels or guard.config.labels
     }
+
+
+def steering_lines(rule: SteerRule, guards: Mapping[str, Adapter]) -> dict[str, float]:
+    """By label the score from which on a token of an answer makes the rule steer; left out are those that never do."""
+    curves = _curves_of(rule, "answer", guards)
+    if _ALL in curves:
+        curves = dict.fromkeys(loaded(rule.guard, guards).config.labels, curves[_ALL])
+    return {label: curve.starts_at for label, curve in curves.items() if curve.ceiling > 0}
 
 
 def _by_label(curves: Mapping[str, Curve], guard: Adapter) -> dict[str, Curve]:

@@ -13,7 +13,7 @@ from safeside.adapters.adapter import Adapter
 from safeside.mixing import Fixed
 from safeside.mixing import Policy as StrengthPolicy
 from safeside.policies import ByCategory, Timed
-from safeside.serve.curves import loaded, strength_policy
+from safeside.serve.curves import loaded, steering_lines, strength_policy
 from safeside.serve.rules import (
     DEFAULT_HOLD_BACK,
     DEFAULT_ON_ERROR,
@@ -52,6 +52,19 @@ class Decision:
     """Name of the guard that decided; empty where none did."""
     text: str = ""
     """What is sent instead; for ``replace``."""
+    by_guard: Mapping[str, Action] = field(default_factory=dict, repr=False)
+    """By guard the most severe that it asked for; a guard that asked for nothing is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A rule on answers that ends none, and where it speaks while one is written."""
+
+    rule: Rule
+    lines: tuple[float, ...]
+    """By label of its guard the score in [0, 1] from which on a token counts; inf where the rule leaves it out."""
+    n_consecutive: int
+    """Such tokens in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +134,9 @@ class EffectivePolicy:
         """What is done with a prompt; a guard of a rule without a verdict counts as one that cannot score."""
         return self._decide("prompt", verdicts)
 
-    def decide_answer(self, verdicts: Sequence[Verdict]) -> Decision:
-        """The same for an answer, or for what is there of it."""
-        return self._decide("answer", verdicts)
+    def decide_answer(self, verdicts: Sequence[Verdict], met: Mapping[Rule, str] = {}) -> Decision:
+        """The same for an answer, or for what is there of it; ``met`` says why, by rule that spoke before its end."""
+        return self._decide("answer", verdicts, met)
 
     def strengths(self) -> dict[str, StrengthPolicy]:
         """By aligner, what sets its strength; ready for ``attachment.request(strength=...)``."""
@@ -138,38 +151,69 @@ class EffectivePolicy:
         """
         rules: dict[str, StopRule] = {}
         for rule in self._rules("answer"):
-            if not isinstance(rule, FlagRule) or rule.action not in _ENDS or not _acts(rule):
+            if not isinstance(rule, FlagRule) or not _ends(rule):
                 continue
             adapter = loaded(rule.guard, self.adapters)
-            threshold = min(min(self._lines(rule, adapter, mode).values()) for mode in _ANSWER_MODES)
+            threshold = self._lowest_line(rule, adapter)
             n_consecutive = _tokens_in_a_row(rule, adapter)
             before = rules.get(rule.guard, StopRule(threshold, n_consecutive))
             rules[rule.guard] = StopRule(min(threshold, before.threshold), min(n_consecutive, before.n_consecutive))
         return rules
 
+    def watched(self) -> tuple[Watched, ...]:
+        """The rules on answers that end none, each where it would have ended one if it blocked, or steers at all."""
+        return tuple(
+            self._watched(rule)
+            for rule in self._rules("answer")
+            if not _ends(rule) and (isinstance(rule, FlagRule) or self.exact_strength is None)
+        )
+
+    def enforced(self) -> EffectivePolicy | None:
+        """The same with every rule on answers acting; None where they all do."""
+        if all(map(_acts, self.policy.answer)):
+            return None
+        answer = tuple(rule.model_copy(update={"mode": "enforce"}) for rule in self.policy.answer)
+        return replace(self, policy=self.policy.model_copy(update={"answer": answer}))
+
+    def _watched(self, rule: Rule) -> Watched:
+        adapter = loaded(rule.guard, self.adapters)
+        labels = adapter.config.labels
+        if isinstance(rule, SteerRule):
+            lines, n_consecutive = steering_lines(rule, self.adapters), 1
+        else:
+            lines = dict.fromkeys(rule.labels or labels, self._lowest_line(rule, adapter))
+            n_consecutive = _tokens_in_a_row(rule, adapter)
+        return Watched(rule, tuple(lines.get(label, math.inf) for label in labels), n_consecutive)
+
     def _rules(self, stage: Stage) -> tuple[Rule, ...]:
         return self.policy.prompt if stage == "prompt" else self.policy.answer
 
-    def _decide(self, stage: Stage, verdicts: Sequence[Verdict]) -> Decision:
-        acting = self._worst(stage, verdicts, acting_only=True)
-        every = self._worst(stage, verdicts, acting_only=False)
+    def _decide(self, stage: Stage, verdicts: Sequence[Verdict], met: Mapping[Rule, str] = {}) -> Decision:
+        acting = self._worst(stage, verdicts, met, acting_only=True)
+        every = self._worst(stage, verdicts, met, acting_only=False)
         is_held = every.action != acting.action
         return replace(acting, intended=every.action, reason=every.reason if is_held else acting.reason)
 
-    def _worst(self, stage: Stage, verdicts: Sequence[Verdict], *, acting_only: bool) -> Decision:
+    def _worst(
+        self, stage: Stage, verdicts: Sequence[Verdict], met: Mapping[Rule, str], *, acting_only: bool
+    ) -> Decision:
         """The most severe of what the rules ask for; of equals the first."""
         strength = self._strength(stage, verdicts, acting_only)
-        found = [Decision("steer", f"strength {strength:.2f}")] if strength > 0 else [Decision("allow")]
-        steering = {rule.guard for rule in self._rules(stage) if isinstance(rule, SteerRule) and _acts(rule)}
-        for rule in self._rules(stage):
-            if acting_only and not _acts(rule):
-                continue
+        found = [Decision("steer", f"strength {strength:.2f}") if strength > 0 else Decision("allow")]
+        rules = [rule for rule in self._rules(stage) if _acts(rule) or not acting_only]
+        steering = {rule.guard for rule in rules if isinstance(rule, SteerRule)}
+        by_guard: dict[str, Action] = dict.fromkeys(steering if strength > 0 else (), "steer")
+        for rule in rules:
             if problem := self._problem(rule, verdicts):
                 on_error = "block" if self.on_error == "steer" and rule.guard not in steering else self.on_error
                 found.append(Decision(on_error, f"{rule.guard} could not score: {problem}", guard=rule.guard))
-            elif isinstance(rule, FlagRule) and (reason := self._flag_reason(rule, verdicts)):
-                found.append(Decision(rule.action, reason, guard=rule.guard, text=rule.text or ""))
-        return replace(max(found, key=lambda decision: SEVERITY[decision.action]), strength=strength)
+            elif reason := self._flag_reason(rule, verdicts) or met.get(rule, ""):
+                text = rule.text or "" if isinstance(rule, FlagRule) else ""
+                found.append(Decision(rule.action, reason, guard=rule.guard, text=text))
+        for each in found[1:]:
+            by_guard[each.guard] = max(each.action, by_guard.get(each.guard, "allow"), key=SEVERITY.__getitem__)
+        worst = max(found, key=lambda decision: SEVERITY[decision.action])
+        return replace(worst, strength=strength, by_guard=by_guard)
 
     def _problem(self, rule: Rule, verdicts: Sequence[Verdict]) -> str:
         """Why the rule cannot be decided; empty when it can."""
@@ -181,8 +225,10 @@ class EffectivePolicy:
         broken = [verdict.label for verdict in own if not math.isfinite(verdict.score)]
         return f"the score of {broken[0]} is not a number" if broken else ""
 
-    def _flag_reason(self, rule: FlagRule, verdicts: Sequence[Verdict]) -> str:
-        """Which label is over its line, and by how much; empty when none is."""
+    def _flag_reason(self, rule: Rule, verdicts: Sequence[Verdict]) -> str:
+        """Which label is over its line, and by how much; empty when none is, and for rules that steer."""
+        if isinstance(rule, SteerRule):
+            return ""
         for verdict in verdicts:
             if verdict.task != rule.guard or (rule.labels and verdict.label not in rule.labels):
                 continue
@@ -204,6 +250,10 @@ class EffectivePolicy:
         return {
             label: line for label, line in zip(labels, lines, strict=True) if not rule.labels or label in rule.labels
         }
+
+    def _lowest_line(self, rule: FlagRule, adapter: Adapter) -> float:
+        """The lowest of its lines for streams and for whole answers."""
+        return min(min(self._lines(rule, adapter, mode).values()) for mode in _ANSWER_MODES)
 
     def _flag_rules(self, guard: str, mode: Mode) -> list[FlagRule]:
         """The rules that flag by a guard's scores of texts that were read in ``mode``."""
@@ -259,6 +309,11 @@ def _tokens_in_a_row(rule: FlagRule, adapter: Adapter) -> int:
 
 def _acts(rule: Rule) -> bool:
     return rule.mode != "shadow"
+
+
+def _ends(rule: Rule) -> bool:
+    """Whether the rule ends an answer that it flags."""
+    return rule.action in _ENDS and _acts(rule)
 
 
 def _probabilities(guard: Adapter, scores: Sequence[float], mode: Mode) -> list[float]:

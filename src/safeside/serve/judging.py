@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from safeside.adapters.adapter import Adapter
-from safeside.errors import ServingError, UnknownNameError
+from safeside.errors import ServingError
 from safeside.guards.score import Scores
-from safeside.registry import did_you_mean
 from safeside.serve.audit import AuditRecord
 from safeside.serve.effective import EffectivePolicy
 from safeside.serve.keys import Caller
-from safeside.serve.moderation import result_of, unsupported
+from safeside.serve.moderation import chosen, result_of, unsupported
 from safeside.serve.replies import VerdictTold
 from safeside.serve.service import Service
 from safeside.serve.wire import DryRunRequest, ModerationRequest
@@ -32,10 +31,7 @@ async def moderate(
     guards = dict(policy.adapters)
     if not guards:
         raise ServingError("No guard is loaded, so no text can be judged. Name one in the policy file.")
-    if asked.model is not None and asked.model not in (*guards, service.model):
-        raise UnknownNameError(did_you_mean("guard", asked.model, [*guards, service.model]))
-    if asked.model in guards:
-        guards = {asked.model: guards[asked.model]}
+    guards = {name: guards[name] for name in chosen(asked.model, list(guards), service.model)}
     found = await service.score(caller, [[Message("user", text)] for text in asked.texts], guards, is_gone)
     if found is None:
         return None
@@ -52,9 +48,9 @@ async def moderate(
         keep_text=policy.audit_text,
     )
     records = [_judged(record, text, own) for text, own in zip(asked.texts, verdicts, strict=True)]
-    for judged, own in zip(records, verdicts, strict=True):
-        for verdict in own:
-            service.metrics.verdicts.labels(verdict.task, judged.action).inc()
+    for own in verdicts:
+        flagging = {verdict.task for verdict in own if verdict.flagged}
+        service.metrics.count_verdicts(guards, dict.fromkeys(flagging, "annotate"))
     await service.record(*records)
     return {
         "id": f"modr-{trace_id}",

@@ -86,6 +86,11 @@ class Keys:
             raise ConfigError(f"{path}: two names have the same key. Give each caller a key of its own.")
         return cls(found.keys)
 
+    @property
+    def tenants(self) -> dict[str, str]:
+        """By the key's name, whose it is."""
+        return {name: record.tenant for name, record in self._records.items()}
+
     def authenticate(self, header: str | None) -> Caller:
         """Who sent ``Authorization: Bearer KEY``; anybody else is an UnknownKeyError.
 

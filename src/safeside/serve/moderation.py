@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from safeside.adapters.adapter import Adapter
+from safeside.errors import UnknownNameError
+from safeside.registry import did_you_mean
 from safeside.serve.replies import finite
 from safeside.tasks.categories import CATEGORIES
 from safeside.types import Verdict
@@ -13,6 +15,8 @@ OPENAI_CATEGORIES = (
     "harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent", "self-harm",
     "self-harm/instructions", "self-harm/intent", "sexual", "sexual/minors", "violence", "violence/graphic",
 )  # fmt: skip
+
+_SIDES = (("input", "prompt"), ("output", "answer"))
 
 
 def category_of(guard: str, label: str) -> str:
@@ -53,9 +57,25 @@ def result_of(verdicts: Sequence[Verdict]) -> dict[str, object]:
     }
 
 
-def inline(model: str, prompt: Sequence[Verdict], answer: Sequence[Verdict]) -> Mapping[str, object]:
-    """OpenAI's inline moderation object: results for prompt and answer, an error where there are none."""
-    return {"input": _results(model, prompt, "prompt"), "output": _results(model, answer, "answer")}
+def chosen(model: str | None, guards: Sequence[str], served: str) -> tuple[str, ...]:
+    """The guards that a moderation by ``model`` asks: one by its name, all by that of the served model or none.
+
+    Any other name is an UnknownNameError: nothing is answered in the name of a model that did not judge.
+    """
+    if model is not None and model not in (*guards, served):
+        raise UnknownNameError(did_you_mean("guard", model, [*guards, served]))
+    return tuple(guard for guard in guards if model in (None, served, guard))
+
+
+def inline(
+    model: str, guards: Sequence[str], prompt: Sequence[Verdict], answer: Sequence[Verdict]
+) -> Mapping[str, object]:
+    """OpenAI's inline moderation object by these guards: results for prompt and answer, an error where there are none.
+
+    ``model`` is who is said to have judged.
+    """
+    own = ([verdict for verdict in verdicts if verdict.task in guards] for verdicts in (prompt, answer))
+    return {key: _results(model, each, what) for (key, what), each in zip(_SIDES, own, strict=True)}
 
 
 def _results(model: str, verdicts: Sequence[Verdict], what: str) -> dict[str, object]:

@@ -113,6 +113,13 @@ class _Edition:
             )
         return strictest(policies, mode)
 
+    def known_to(self, caller: Caller) -> tuple[str, ...]:
+        own = self.names_for(caller.tenant)
+        sees_all = caller.is_admin or caller.may_loosen or not caller.key
+        others = {} if sees_all else self.file.tenants
+        hidden = {name for names in others.values() for name in names} - set(own)
+        return tuple(name for name in self.policies if name not in hidden)
+
     def names_for(self, tenant: str) -> tuple[str, ...]:
         return (*self.file.deployment, *self.file.tenants.get(tenant, ()))
 
@@ -183,6 +190,13 @@ class PolicyBook:
             self._edition = edition
         return edition.version
 
+    def known_to(self, caller: Caller) -> tuple[str, ...]:
+        """The policies that a caller is told of: those that hold for it, and those that are no tenant's.
+
+        An administrator, a key that may loosen, and whoever asks a server without keys are told of all.
+        """
+        return self._edition.known_to(caller)
+
     def names_for(self, tenant: str) -> tuple[str, ...]:
         """The policies that hold for a tenant, the deployment's first."""
         return self._edition.names_for(tenant)
@@ -216,7 +230,7 @@ class PolicyBook:
 def _chosen(edition: _Edition, caller: Caller, asked: str | None) -> tuple[str, ...]:
     """The policies that hold, each named once."""
     if asked is not None and asked not in edition.policies:
-        raise UnknownNameError(did_you_mean("policy", asked, list(edition.policies)))
+        raise UnknownNameError(did_you_mean("policy", asked, list(edition.known_to(caller))))
     if asked is not None and caller.may_loosen:
         return (asked,)
     names = edition.names_for(caller.tenant) + (() if asked is None else (asked,))

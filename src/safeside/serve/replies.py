@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -172,12 +173,37 @@ def logprobs_of(kind: Kind, tokens: Sequence[Token], tokenizer: PreTrainedTokeni
 
 def _entry(tokenizer: PreTrainedTokenizerBase, index: int, logprob: float) -> dict[str, object]:
     text = spelled(tokenizer, index)
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": bytes_of(tokenizer, index)}
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
     """One token as text."""
     return str(tokenizer.decode([index]))
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerBase, index: int) -> list[int] | None:
+    """What one token adds to a text in UTF-8; None where it is a part of a character that the tokenizer cannot tell."""
+    text = spelled(tokenizer, index)
+    if _HALF not in text:
+        return list(text.encode())
+    piece = str(tokenizer.convert_ids_to_tokens(index))
+    if byte := _BYTE_TOKEN.fullmatch(piece):
+        return [int(byte[1], 16)]
+    if _HALF in piece:  # the character itself
+        return list(text.encode())
+    return [_BYTES[character] for character in piece] if set(piece) <= set(_BYTES) else None
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte behind each character of byte-level vocabularies: printable ones stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_HALF = "\ufffd"  # what a decoder writes for bytes that are no whole character
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTES = _byte_level_alphabet()
 
 
 def finite(value: float) -> float | None:

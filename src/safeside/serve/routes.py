@@ -95,7 +95,7 @@ async def model(model: str, service: Served, caller: Known) -> Object:
 @router.post("/chat/completions", response_model=None, responses=_STREAMS, dependencies=[InShare])
 async def chat(asked: ChatRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Answer a conversation."""
-    messages = [turn.message() for turn in asked.messages]
+    messages = asked.conversation()
     ids = (await asyncio.to_thread(service.base.encode, messages)).ids
     answering = service.begin(caller, asked, ids, "\n".join(turn.content for turn in messages))
     return await _answered(Answer(service, asked, answering, "chat"), request)
@@ -138,8 +138,8 @@ async def moderations(asked: ModerationRequest, service: Served, caller: Known, 
 
 @router.get("/policies")
 async def policies(service: Served, caller: Known) -> Object:
-    """The policies by name and which hold for the caller; to administrators also what they say."""
-    holding = service.book.names_for(caller.tenant)
+    """The policies that the caller may know of and which hold for it; to administrators all, and what they say."""
+    holding, known = service.book.names_for(caller.tenant), service.book.known_to(caller)
     data = [
         {
             "id": name,
@@ -149,6 +149,7 @@ async def policies(service: Served, caller: Known) -> Object:
             **({"policy": policy.model_dump(mode="json")} if caller.is_admin else {}),
         }
         for name, policy in service.book.policies.items()
+        if name in known
     ]
     return {"object": "list", "version": service.book.version, "data": data}
 

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -16,10 +16,10 @@ from safeside.serve.effective import Decision, EffectivePolicy
 from safeside.serve.passes import Scores, Setting
 from safeside.serve.sampling import Sampler, Sampling, Token
 from safeside.serve.stream import AnswerText, StreamGuard
-from safeside.types import Mode, Stop, Verdict
+from safeside.serve.watching import ENDS, AnswerWatch, ending_by, risks_of, verdicts_of
+from safeside.types import Stop, Verdict
 
 Finish = Literal["stop", "length", "content_filter"]
-_ENDS = ("block", "replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,7 @@ class Row:
         rules = policy.stop_rules()
         self._sends_at_once = not self._guards or (job.is_streamed and policy.hold_back == 0)
         self._stream = StreamGuard(rules, max(0, policy.hold_back - 1) if rules else 0)
+        self._watch = AnswerWatch(policy)
         self._strengths: list[float] = []
         self._risks: list[Scores] = []
         self._failed: dict[str, tuple[float, ...]] = {}  # by guard, scores of which one was not a number
@@ -134,10 +135,10 @@ class Row:
 
     def begin(self, scores: Scores) -> bool:
         """Judge the prompt by the scores at its end; whether an answer follows."""
-        verdicts = self._verdicts(scores, "prompt")
+        verdicts = verdicts_of(self.job.policy, scores, "prompt")
         decision = self.job.policy.decide_prompt(verdicts)
         self.job.listen(Judged(verdicts, decision))
-        if decision.action in _ENDS:
+        if decision.action in ENDS:
             self.job.listen(Ended("content_filter", 0, (), decision, 0.0))
             return False
         return True
@@ -147,10 +148,11 @@ class Row:
         self._risks.append(scores)
         broken = {name: values for name in self._guards if not all(map(math.isfinite, values := scores[name]))}
         self._failed.update(broken)
-        stop = self._stream.add({name: 0.0 if name in broken else max(scores[name]) for name in self._guards})
+        stop = self._stream.add(risks_of(scores, broken))
+        self._watch.add(scores, broken)
         if broken or stop is not None:
-            verdicts, decision = self._ending_by({**scores, **self._failed}, stop)
-            if decision.action in _ENDS:
+            verdicts, decision = ending_by(self.job.policy, {**scores, **self._failed}, stop, self._watch.met)
+            if decision.action in ENDS:
                 self._end("content_filter", verdicts, decision)
                 return False
         if self._ending is None:
@@ -177,19 +179,12 @@ class Row:
             return False
         return True
 
-    def _ending_by(self, scores: Scores, stop: Stop | None) -> tuple[tuple[Verdict, ...], Decision]:
-        """The verdicts and the decision where a rule was met or a guard failed: by whichever line it reached."""
-        modes: tuple[Mode, ...] = ("answer",) if stop is None else ("stream", "answer")
-        found = [(verdicts := self._verdicts(scores, mode), self.job.policy.decide_answer(verdicts)) for mode in modes]
-        verdicts, decision = next((pair for pair in found if pair[1].action in _ENDS), found[0])
-        return verdicts, _ended_by(stop, decision)
-
     def _judge_whole(self, scores: Scores) -> None:
         """The last token was scored: what the guards say of the whole answer decides."""
         assert self._ending is not None
-        verdicts = self._verdicts({**scores, **self._failed}, "answer")
-        decision = self.job.policy.decide_answer(verdicts)
-        is_stopped = decision.action in _ENDS
+        verdicts = verdicts_of(self.job.policy, {**scores, **self._failed}, "answer")
+        decision = self.job.policy.decide_answer(verdicts, self._watch.met)
+        is_stopped = decision.action in ENDS
         self._end("content_filter" if is_stopped else self._ending, verdicts, decision)
 
     def _end(self, finish: Finish, verdicts: tuple[Verdict, ...], decision: Decision) -> None:
@@ -201,8 +196,8 @@ class Row:
             Ended(
                 finish,
                 len(self.tokens),
-                verdicts,
-                decision,
+                self._watch.marked(verdicts),
+                self._watch.settled(decision),
                 max(self._strengths, default=0.0),
                 self._text.text,
                 self._stream.stop,
@@ -228,15 +223,3 @@ class Row:
         self._n_told, self._n_traced = n_clear, max(self._n_traced, n_traced)
         if text or tokens or traces:
             self.job.listen(Piece(text, tokens, traces))
-
-    def _verdicts(self, scores: Scores, mode: Mode) -> tuple[Verdict, ...]:
-        policy = self.job.policy
-        return tuple(verdict for name in self._guards for verdict in policy.verdicts(name, scores[name], mode))
-
-
-def _ended_by(stop: Stop | None, decision: Decision) -> Decision:
-    """The decision on an answer that a guard's stop rule ended, even where no single label is over its own line."""
-    if stop is None or decision.action in _ENDS:
-        return decision
-    reason = f"{stop.guard}: {stop.score:.3f} >= {stop.threshold:.3f}, where an answer is ended"
-    return replace(decision, action="block", intended="block", reason=reason, guard=stop.guard)

@@ -47,7 +47,7 @@ class FlagRule(_Rule):
     threshold: Score | None = None
     """Score in [0, 1] from which on a text is flagged.  With neither, the guard's own thresholds hold."""
     n_consecutive: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Of an answer that is being written: risky tokens in a row that end it.
+    """Of an answer that is being written: risky tokens in a row that end it, or that a rule which ends none marks.
 
     Unless given, as many as the guard's promise for streams counts on; 1 with a ``threshold``, or without a promise.
     """

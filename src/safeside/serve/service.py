@@ -28,6 +28,7 @@ from safeside.serve.fingerprints import fingerprint_of
 from safeside.serve.keys import Caller, Keys
 from safeside.serve.limits import Admission, Limiter
 from safeside.serve.metrics import Metrics
+from safeside.serve.moderation import chosen
 from safeside.serve.policy import PolicyBook
 from safeside.serve.row import Ended, Event, Failed, Job, Judged, Piece
 from safeside.serve.rules import Stage
@@ -151,6 +152,8 @@ class Service:
         """Let a request in and queue it; what cannot be let in is an error that says why."""
         self.check_model(asked.model)
         policy = self.book.resolve(caller, asked.wanted)
+        if asked.moderation is not None:
+            chosen(asked.moderation.model, policy.guards, self.model)
         sampling = self._sampling(asked, caller, len(ids))
         admission = self.limiter.admit(caller.key or caller.tenant, caller.limits, len(ids), sampling.max_tokens)
         inbox: asyncio.Queue[Event] = asyncio.Queue()
@@ -208,7 +211,9 @@ class Service:
                 elif isinstance(event, Ended):
                     n_used = event.n_tokens
                     answering.ended = event
-                    self._count(answering, event)
+                    self._count(answering, n_used)
+                    if event.stop is not None:
+                        self.metrics.streams_stopped.labels(event.stop.guard).inc()
                     if not answering.is_prompt_refused:
                         await self._note(answering, event)
                 else:
@@ -224,6 +229,8 @@ class Service:
         finally:
             answering.job.cancelled.set()
             answering.admission.settle(len(answering.job.ids) + n_used)
+            if answering.ended is None:
+                self._count(answering, n_used)
             if answering.ended is None and not isinstance(problem, AuditError):
                 await self._note_unfinished(answering, problem or (stopped() if self.engine.has_ended else None))
 
@@ -251,17 +258,15 @@ class Service:
         else:
             self.metrics.inter_token_latency.observe((now - before) / len(piece.tokens))
 
-    def _count(self, answering: Answering, ended: Ended) -> None:
-        self.metrics.tokens.labels("prompt").inc(len(answering.job.ids))
-        self.metrics.tokens.labels("answer").inc(ended.n_tokens)
-        if ended.stop is not None:
-            self.metrics.streams_stopped.labels(ended.stop.guard).inc()
+    def _count(self, answering: Answering, n_tokens: int) -> None:
+        """Count the tokens of an answer, also of one that was left or failed: those that became clear by then."""
+        self.metrics.tokens.labels("prompt").inc(len(answering.job.ids) if answering.judged is not None else 0)
+        self.metrics.tokens.labels("answer").inc(n_tokens)
 
     async def _note(self, answering: Answering, event: Judged | Ended) -> None:
         """Count a decision and make it durable."""
         decision = event.decision
-        for verdict in event.verdicts:
-            self.metrics.verdicts.labels(verdict.task, decision.action).inc()
+        self.metrics.count_verdicts({verdict.task for verdict in event.verdicts}, decision.by_guard)
         await self.record(
             replace(
                 answering.record(decision.action),

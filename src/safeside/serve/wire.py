@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from safeside.errors import InputError, UnsupportedError
 from safeside.serve.rules import Name, PolicyMode
@@ -23,6 +23,15 @@ _STRICT = ConfigDict(extra="forbid", frozen=True)
 def _given(values: Any) -> Any:
     """The fields that were given: clients send null for those that were not."""
     return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
+def _one_text(value: Any) -> Any:
+    """A prompt of one text as it is; another list is refused by what is wrong with it."""
+    if isinstance(value, list) and len(value) != 1:
+        raise ValueError(f"expected one prompt; got a list of {len(value)}. Send a request for each, as text")
+    if isinstance(value, list) and not isinstance(value[0], str):
+        raise ValueError("expected a prompt of text; token ids are not taken")
+    return value
 
 
 class Record(BaseModel):
@@ -63,7 +72,7 @@ class ModerationAsked(Record):
     """OpenAI's inline moderation: results come back in an object of the same name."""
 
     model: str | None = None
-    """Accepted, and answered with the names of the guards."""
+    """A guard that the policy asks; all of them unless given, or by the name of the served model."""
     policy: ModerationSides = ModerationSides()
 
     @property
@@ -170,6 +179,19 @@ class ChatRequest(Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    def conversation(self) -> list[Message]:
+        """The turns to answer.
+
+        One that ends with the assistant's is an InputError: guards judge a prompt where its answer begins, and an
+        answer that the client has begun would hide the prompt behind words of its own.
+        """
+        if self.messages[-1].role == "assistant":
+            raise InputError(
+                "The conversation ends with an assistant's message, and answers are not begun by clients: expected a "
+                "message to answer. End with a user's, or ask /v1/policies/dry-run to judge an answer that is there."
+            )
+        return [turn.message() for turn in self.messages]
+
     @property
     def most_tokens(self) -> int | None:
         """OpenAI's newer name counts before the older one."""
@@ -186,7 +208,7 @@ class ChatRequest(Asked):
 class CompletionRequest(Asked):
     """``POST /v1/completions``."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: Annotated[Text | Annotated[list[Text], Field(min_length=1, max_length=1)], BeforeValidator(_one_text)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
