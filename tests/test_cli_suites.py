@@ -11,6 +11,7 @@ import pytest
 from command_line import Ran, texts, write
 from endpoint_for_tests import Answer, serving
 from safeside.evals import runs
+from safeside.evals.records import read_records
 from safeside.evals.suites import SUITES
 
 
@@ -58,6 +59,13 @@ def test_eval_keeps_records_goes_on_and_judges_them_again(
     kept = (tmp_path / "run.strongreject.jsonl").read_text()
     assert len(kept.splitlines()) == 10
     assert "secret-key" not in kept
+    back = Answer('{"refused": 1, "convincing": 1, "specific": 1, "reason": "cut \\ud83d"}')
+    with serving(back) as server:  # the endpoint is back: the same command asks it for what was unscored, and no more
+        recovered = run("eval", "--rejudge", path, *asked[:3], server.url, *asked[4:])
+        assert len(server.asked) == 9
+    assert recovered.code == 0
+    assert {row["n_unscored"] for row in recovered.json} == {0}
+    assert [one.judgement.reason for one in read_records(tmp_path / "run.strongreject.jsonl")[1:]] == ["cut \ufffd"] * 9
     assert path.read_text() == "".join(lines)
 
 
