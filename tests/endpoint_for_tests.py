@@ -27,6 +27,8 @@ class Answer:
     """Before anything is sent."""
     drip_s: float = 0.0
     """Between the bytes of the body."""
+    header_drip_s: float = 0.0
+    """Between 110 lines of further headers, more than clients take."""
     hangs_up: bool = False
     """Closes the connection instead."""
 
@@ -75,6 +77,10 @@ def serving(*answers: Answer) -> Iterator[Server]:
             self.send_response(answer.status)
             for name, value in answer.headers.items():
                 self.send_header(name, value)
+            for number in range(110 if answer.header_drip_s else 0):
+                self.send_header(f"X-{number}", "1")
+                self.flush_headers()
+                time.sleep(answer.header_drip_s)
             self.send_header("Content-Length", str(len(answer.content)))
             self.end_headers()
             if not answer.drip_s:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from command_line import Ran, texts, write
 from endpoint_for_tests import Answer, serving
 from safeside.evals import runs
+from safeside.evals.records import read_records
 from safeside.evals.suites import SUITES
 
 
@@ -58,6 +60,13 @@ def test_eval_keeps_records_goes_on_and_judges_them_again(
     kept = (tmp_path / "run.strongreject.jsonl").read_text()
     assert len(kept.splitlines()) == 10
     assert "secret-key" not in kept
+    back = Answer('{"refused": 1, "convincing": 1, "specific": 1, "reason": "cut \\ud83d"}')
+    with serving(back) as server:  # the endpoint is back: the same command asks it for what was unscored, and no more
+        recovered = run("eval", "--rejudge", path, *asked[:3], server.url, *asked[4:])
+        assert len(server.asked) == 9
+    assert recovered.code == 0
+    assert {row["n_unscored"] for row in recovered.json} == {0}
+    assert [one.judgement.reason for one in read_records(tmp_path / "run.strongreject.jsonl")[1:]] == ["cut \ufffd"] * 9
     assert path.read_text() == "".join(lines)
 
 
@@ -70,6 +79,35 @@ def test_eval_of_talks_offline_is_unscored(run: Callable[..., Ran], adapters: Pa
         graded = run(*words, "--endpoint", server.url, "--judge-model", "grader")
     assert graded.code == 0
     assert [(row["metric"], row["value"], row["n"]) for row in graded.json] == [("rating", 6.0, 1)]
+
+
+def test_eval_counts_wins_and_ties_against_records(
+    run: Callable[..., Ran], adapters: Path, suite_folder: Path, tmp_path: Path
+) -> None:
+    talks = [{"id": name, "turns": ["the cat"], "reference": None} for name in "abc"]
+    write(suite_folder / SUITES.get("mt_bench").path, talks)
+    words = ("eval", adapters / "refuse", "--suite", "mt_bench", "--data", suite_folder, "--json")
+    base, path = tmp_path / "base.jsonl", tmp_path / "run.jsonl"
+    offline = run(*words, "--strengths", "0", "--records", base)
+    assert offline.code == 1
+    unscored = run(*words, "--strengths", "1", "--compare", base)
+    rates = [row for row in unscored.json if row["metric"] == "win_rate"]
+    assert [(row["value"], row["n"], row["n_unscored"]) for row in rates] == [(None, 0, 3)]
+    assert unscored.code == 1
+    with serving(*(Answer(json.dumps({"rating": grade})) for grade in (5, 5, 5, 6, 5, 4))) as server:
+        asked = ("--endpoint", server.url, "--judge-model", "grader")
+        graded = run(*words, "--strengths", "1", "--records", path, "--compare", base, *asked)
+        assert len(server.asked) == 6
+        assert graded.code == 0
+        again = run(*words, "--strengths", "1", "--records", path, "--compare", base, *asked)
+        later = run("eval", "--rejudge", path, "--judge", "mt_bench", "--compare", base, *asked, "--json")
+        assert len(server.asked) == 6  # every grade is kept
+    assert graded.json == again.json == later.json
+    rates = {row["metric"]: (row["value"], row["n"], row["n_unscored"], row["against"]) for row in graded.json[-3:]}
+    assert rates == dict.fromkeys(("win_rate", "tie_rate", "loss_rate"), (1 / 3, 3, 0, "refuse at 0"))
+    path.write_text(path.read_text() + (tmp_path / "base.mt_bench.jsonl").read_text())  # a run of several strengths
+    alone = run("eval", "--rejudge", path, "--judge", "mt_bench", "--compare", path, "--json")
+    assert alone.json[-3:] == graded.json[-3:]
 
 
 def test_eval_of_likelihoods_compares_with_strength_zero(
@@ -99,6 +137,8 @@ def test_eval_of_likelihoods_compares_with_strength_zero(
         (["eval", "ADAPTERS/refuse", "--suite", "demo", "--endpoint", "x", "--judge-model", "y"], "is an address such"),
         (["eval", "ADAPTERS/harm", "--suite", "demo", "--judge", "refusal_phrases"], "--judge is for aligners"),
         (["eval", "ADAPTERS/harm", "--suite", "demo", "--records", "x.jsonl"], "--records is for aligners"),
+        (["eval", "ADAPTERS/harm", "--suite", "demo", "--compare", "x.jsonl"], "--compare is for aligners"),
+        (["eval", "ADAPTERS/refuse", "--suite", "demo", "--compare", "x.jsonl"], "Cannot read records from x.jsonl"),
         (["eval", "ADAPTERS/harm", "--suite", "xstest", "--data", "x"], "suite 'xstest' is for aligners"),
         (["eval", "ADAPTERS/refuse", "--suite", "demo", "--limit", "0"], "Invalid value for '--limit'"),
     ],

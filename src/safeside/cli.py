@@ -126,6 +126,7 @@ def evaluate(
     judge_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to spend on the endpoint.")] = 2_000_000,
     records: Annotated[Path | None, typer.Option(help="Keep every answer here; a killed run goes on.")] = None,
     rejudge: Annotated[Path | None, typer.Option(help="Judge the records of this file again: no adapter.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Count wins and ties against these records.")] = None,
     base: BaseName = None,
     allow_mismatch: Mismatch = None,
     as_json: Json = False,
@@ -137,7 +138,7 @@ def evaluate(
         from safeside.evals.endpoint import endpoint_of
         from safeside.evals.judges import JudgeOptions
     asked = JudgeOptions(data, endpoint_of(endpoint, judge_model, judge_key, judge_tokens))
-    choice = JudgeChoice(judge, asked, records)
+    choice = JudgeChoice(judge, asked, records, compare)
     if rejudge is not None:
         rows, failed = rejudge_command(rejudge, choice)
     else:

@@ -16,6 +16,7 @@ from safeside.evals.classifier import (
     TRAINING,
     Classifier,
     agreement,
+    agreement_rows,
     fit_classifier,
     labelled_answers,
     xstest_label,
@@ -125,6 +126,35 @@ def test_agreement_of_a_judge_with_rows_it_did_not_see(judge: Classifier, tmp_pa
     found = agreement(judge, labelled_answers(path, lambda row: float(row["label"] == 1)))
     assert (found.n, found.n_unscored) == (40, 0)
     assert found.share > 0.9
+
+
+def test_agreement_is_told_by_judge_and_set_for_answers_that_nothing_learnt_from(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def label(row: dict[str, object]) -> float:
+        return float(row["label"] == 1)
+
+    write(data / "new.jsonl", [*rows(20, start=500), *rows(3)])  # of the latter all answers were learnt from
+    write(data / "odd.jsonl", [{"prompt": "How?", "response": "Hm, well.", "label": 1}])
+    monkeypatch.setattr(module, "HELD_OUT", (("new.jsonl", label), ("odd.jsonl", label)))
+    judges = {"yes": lambda exchange: Judgement("complied"), "away": lambda exchange: Judgement("unscored", "away")}
+    found = agreement_rows(judges, data)
+    assert [(row["judge"], row["set"]) for row in found] == [
+        ("yes", "new.jsonl"), ("away", "new.jsonl"), ("yes", "odd.jsonl"), ("away", "odd.jsonl"),
+    ]  # fmt: skip
+    assert found[0] == {
+        "judge": "yes", "set": "new.jsonl", "agreement": 0.5, "kappa": 0.0, "n": 40, "n_unscored": 0, "n_seen": 6,
+    }  # fmt: skip
+    assert (found[1]["agreement"], found[1]["kappa"], found[1]["n"], found[1]["n_unscored"]) == (None, None, 0, 40)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_judge_says_where_its_agreement_is(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCAL_SUITES", ())
+    JUDGES.get("classifier")(JudgeOptions(data=data))
+    assert "agreement_rows" in " ".join(capsys.readouterr().err.split())
 
 
 def test_labels_of_the_sets() -> None:

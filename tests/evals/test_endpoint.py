@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 
 import pytest
 
@@ -56,10 +57,10 @@ def test_what_may_pass_is_tried_again_and_waited_for_longer(status: int) -> None
 
 def test_the_endpoint_says_how_long_to_wait_within_reason() -> None:
     waited: list[float] = []
-    busy = [Answer(status=429, headers={"Retry-After": text}) for text in ("7", "100000", "Wed, 21 Oct 2015")]
+    busy = [Answer(status=429, headers={"Retry-After": text}) for text in ("7", "100000", "Wed, 21 Oct 2015", "\u00b2")]
     with serving(*busy, Answer("fine")) as server:
-        client(server.url, waited).ask("x")
-    assert waited == [7.0, 60.0, 4.0]
+        client(server.url, waited, n_retries=4).ask("x")
+    assert waited == [7.0, 60.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,36 @@ def test_what_stays_wrong_is_an_error_with_its_reason(answer: Answer, problem: s
     assert "secret-key" not in str(caught.value)
 
 
-@pytest.mark.parametrize("answer", [Answer("fine", wait_s=20.0), Answer("fine", drip_s=0.1)])
+@pytest.mark.parametrize(
+    "answer", [Answer("fine", wait_s=20.0), Answer("fine", drip_s=0.1), Answer("fine", header_drip_s=0.05)]
+)
 def test_a_server_that_is_silent_or_drips_is_given_up(answer: Answer) -> None:
     with (
         serving(answer) as server,
         pytest.raises(EndpointError, match=r"2 attempts failed, the last: no reply within 0.4 s"),
     ):
         client(server.url, timeout_s=QUICK, n_retries=1).ask("x")
+
+
+def test_a_host_whose_name_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def silent(*_: object, **__: object) -> None:
+        asked.wait(20.0)
+        raise OSError("given up long ago")
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    with pytest.raises(EndpointError, match=r"the last: no reply within 0.4 s"):
+        client("http://somewhere/v1", timeout_s=QUICK, n_retries=0).ask("x")
+    asked.set()
+
+
+@pytest.mark.parametrize("n_tokens", [7, None])
+def test_lone_surrogates_of_a_reply_are_replaced(n_tokens: int | None) -> None:
+    with serving(Answer("so \ud83d good \udc00", n_tokens=n_tokens)) as server:
+        reply = client(server.url).ask("x")
+    assert reply.text == "so \ufffd good \ufffd"
+    assert reply.n_tokens == (n_tokens or estimated_tokens("x") + estimated_tokens(reply.text))
 
 
 def test_nobody_there_is_an_error() -> None:
@@ -112,6 +136,10 @@ def test_what_will_not_pass_is_not_tried_again(status: int) -> None:
         with pytest.raises(EndpointError, match=f"status {status}; check the endpoint's address, key and model"):
             client(server.url).ask("x")
         assert len(server.asked) == 1
+    with serving(Answer(status=500), Answer(status=status)) as server:
+        with pytest.raises(EndpointError, match=f"status {status}") as caught:
+            client(server.url).ask("x")
+        assert caught.value.n_tokens == estimated_tokens("x")  # the first attempt may be charged
 
 
 def test_a_redirect_is_refused_so_that_the_key_stays_here() -> None:

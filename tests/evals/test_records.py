@@ -111,11 +111,41 @@ def test_records_are_judged_again_without_losing_the_old(tmp_path: Path) -> None
     assert [one.answers for one in judged] == [one.answers for one in read_records(old)]
     assert [one.model_dump_json() for one in read_records(new)] == [one.model_dump_json() for one in judged]
     again = Asked()
-    assert len(rejudge(read_records(old), ("other", again), RecordLog(new))) == 3
-    assert again.prompts == []  # they are there
     mended = rejudge(read_records(new), ("other", again), RecordLog(newer))
     assert again.prompts == ["Do b"]  # only what was unscored is asked, and paid, again
     assert [one.judgement.outcome for one in mended] == ["complied"] * 3
+
+
+def test_the_same_command_judges_what_it_left_unscored_and_the_last_line_counts(tmp_path: Path) -> None:
+    records, path = [record(name) for name in "abc"], tmp_path / "new.jsonl"
+    rejudge(records, ("other", Asked("Do a", "Do b")), RecordLog(path))
+    still, told = Asked("Do b"), list[str]()
+    judged = rejudge(records, ("other", still), RecordLog(path, told.append))
+    assert still.prompts == ["Do a", "Do b"]
+    assert [one.judgement.outcome for one in judged] == ["complied", "unscored", "complied"]
+    assert told == [f"{path} holds 3 records, 2 of them unscored: they are judged again"]
+    assert len(path.read_text().splitlines()) == 4  # what is unscored for the same reason is there already
+    assert [one.model_dump_json() for one in read_records(path)] == [one.model_dump_json() for one in judged]
+    rejudge(records, ("other", Asked()), RecordLog(path))
+    done = Asked()
+    judged = rejudge(records, ("other", done), RecordLog(path))
+    assert (done.prompts, [one.judgement.outcome for one in judged]) == ([], ["complied"] * 3)
+    path.write_text(path.read_text() + judged[0].model_dump_json() + "\n")
+    with pytest.raises(InputError, match="prompt 'a' is there already"):  # it was scored
+        read_records(path)
+
+
+def test_a_judge_that_fails_leaves_its_record_unscored_and_the_others_are_kept(tmp_path: Path) -> None:
+    def fails(exchange: Exchange) -> Judgement:
+        if exchange.turns == ("Do b",):
+            raise ZeroDivisionError("by \ud83d")
+        return Judgement("complied", "so \ud83d")
+
+    path = tmp_path / "new.jsonl"
+    rejudge([record(name) for name in "abc"], ("other", fails), RecordLog(path))
+    said = [(one.judgement.outcome, one.judgement.reason) for one in read_records(path)]
+    right = ("complied", "so \ufffd")
+    assert said == [right, ("unscored", "the judge failed: ZeroDivisionError: by \ufffd"), right]
 
 
 def test_judging_that_is_killed_keeps_what_was_paid_for(tmp_path: Path) -> None:

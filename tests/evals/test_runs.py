@@ -15,7 +15,7 @@ from safeside import Adapter, Base, Message, attach, ramp
 from safeside.adapters.config import Calibration
 from safeside.errors import InputError, NotFiniteError
 from safeside.evals import runs as module
-from safeside.evals.judges import JUDGES, Judgement, by_refusal
+from safeside.evals.judges import JUDGES, Exchange, Judgement, by_refusal, unscored
 from safeside.evals.likelihood import Likelihood
 from safeside.evals.methods import Aligned, aligned
 from safeside.evals.records import Record, RecordLog, read_records
@@ -164,11 +164,41 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny_base: Base, aligner: Adapter
     found = run_suite(suite, prompts, resumed, alone(log=RecordLog(path, told.append)), advanced.append)
     assert resumed.asked == [prompt.turns[0] for prompt in prompts[4:]]
     assert found == whole == read_records(path)
-    assert advanced == [4, 1, 1]
+    assert advanced == [1] * len(prompts)
     assert any("cut off" in text for text in told)
     again = Counting(method)
     assert run_suite(suite, prompts, again, alone(log=RecordLog(path))) == whole
     assert again.asked == []
+
+
+def test_answers_that_a_judge_left_unscored_are_judged_again_and_not_made_again(
+    tiny_base: Base, aligner: Adapter, suite: Suite, tmp_path: Path
+) -> None:
+    path, prompts = tmp_path / "records.jsonl", draw(suite)
+    away = Judging("grader", lambda exchange: unscored("away"), RecordLog(path))
+    first = run_suite(suite, prompts, aligned(tiny_base, aligner, 1.0), away)
+    method, advanced = Counting(aligned(tiny_base, aligner, 1.0)), list[int]()
+    back = Judging("grader", lambda exchange: Judgement("complied"), RecordLog(path))
+    found = run_suite(suite, prompts, method, back, advanced.append)
+    assert (method.asked, sum(advanced)) == ([], len(prompts))
+    assert answers(found) == answers(first)
+    assert {record.judgement.outcome for record in found} == {"complied"}
+    assert read_records(path) == found
+
+
+def test_what_was_judged_before_a_run_was_killed_in_a_batch_is_kept(
+    tiny_base: Base, aligner: Adapter, suite: Suite, tmp_path: Path
+) -> None:
+    path, prompts = tmp_path / "records.jsonl", draw(suite)
+
+    def dies(exchange: Exchange) -> Judgement:
+        if exchange.turns == prompts[2].turns:
+            raise KeyboardInterrupt
+        return Judgement("complied")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite, prompts, aligned(tiny_base, aligner, 1.0), Judging("grader", dies, RecordLog(path)))
+    assert len(read_records(path)) == 2
 
 
 def test_answers_of_another_setting_are_not_taken(

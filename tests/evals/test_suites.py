@@ -95,7 +95,11 @@ def test_a_talk_has_turns_and_answers_to_compare_with(tmp_path: Path) -> None:
     ]
     prompts = draw(local("mt_bench", tmp_path, rows), tmp_path)
     assert prompts == [Prompt("a", ("One?", "Two?"), False, references=("1", "2")), Prompt("b", ("Three?",), False)]
-    for bad, problem in (({"turns": []}, "'turns' is empty"), ({"turns": "One?"}, "'turns' must be a list of texts")):
+    for bad, problem in (
+        ({"turns": []}, "'turns' is empty"),
+        ({"turns": "One?"}, "'turns' must be a list of texts"),
+        ({"turns": ["One \ud83d"]}, "line 1: text that is not valid Unicode"),
+    ):
         with pytest.raises(InputError, match=problem):
             draw(local("mt_bench", tmp_path, [bad]), tmp_path)
 

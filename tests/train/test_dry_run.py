@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import socket
 from pathlib import Path
@@ -19,6 +18,7 @@ from safeside.adapters.sizing import geometry_base
 from safeside.adapters.toplayers import TopLayers
 from safeside.base.taps import Tape
 from safeside.errors import ConfigError
+from safeside.evals.suites import LOCAL_SUITES, SUITES
 from safeside.lora import add_lora
 from safeside.tasks.task import TASKS
 from safeside.train.dry_run import check_shapes, dry_run, meta_adapter, meta_base
@@ -81,10 +81,16 @@ def write_files(of: Recipe, root: Path) -> None:
             rows = [{**row, "label": dict.fromkeys(labels, row["label"]), "soft": None} for row in rows]
         if name in of.calibration.benign or name in of.data.benign:
             rows = [{"prompt": row["prompt"], "label": 0} for row in rows]
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(map(json.dumps, rows)).encode()
-        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+        write_place(name, rows, root)
+    for name in of.data.leave_out:
+        write_suite(name, root)
+
+
+def write_suite(name: str, root: Path) -> None:
+    """One prompt of a suite, as its reader wants it."""
+    harmful = SUITES.get(name).holds == "harmful"
+    row = {"id": "a", "prompt": "how be they?", "label": int(harmful), "orig": {"goal": "how"}, "turns": ["how?"]}
+    write_place(str(SUITES.get(name).path), [row if harmful else {**row, "response": "so they said"}], root)
 
 
 @pytest.mark.usefixtures("shapes_once")
@@ -109,8 +115,25 @@ def test_the_papers_bases_and_tasks_are_all_there() -> None:
     for base in bases:
         tasks = {read_recipe(path).data.task for path in PAPER.glob(f"{base}_guard_*.toml")}
         assert tasks == {"hub_toxigen", "hub_aegis2", "hub_beavertails", "hub_summedits"}
-        objectives = {read_recipe(path).training.objective for path in PAPER.glob(f"{base}_align_*.toml")}
-        assert objectives == {"sft", "dpo"}
+        for kind in ("align", "lora"):
+            recipes = [read_recipe(path) for path in PAPER.glob(f"{base}_{kind}_*.toml")]
+            assert {of.training.objective for of in recipes} == {"sft", "dpo"}
+            assert {of.adapter.kind == LORA for of in recipes} == {kind == "lora"}
+
+
+def test_aligners_of_the_paper_and_their_baselines_differ_in_nothing_else() -> None:
+    """The same rows, none of which any suite asks for, the same pull to the base, rows a step and epochs."""
+    for base in (path.stem for path in (PAPER / "bases").glob("*.json")):
+        for objective in ("sft", "dpo"):
+            ours, lora = (read_recipe(PAPER / f"{base}_{kind}_{objective}.toml") for kind in ("align", "lora"))
+            assert (ours.base, ours.data, ours.seed) == (lora.base, lora.data, lora.seed)
+            assert set(ours.data.leave_out) == {suite.name for suite in LOCAL_SUITES}
+            assert ours.data.benign
+            for of in (ours, lora):
+                assert of.training.kl_weight == {"sft": 0.5, "dpo": 1.0}[objective]
+                assert of.training.batch_size * of.training.accumulation == 32
+            own = {"batch_size", "accumulation", "learning_rate"}
+            assert ours.training.model_dump(exclude=own) == lora.training.model_dump(exclude=own)
 
 
 def test_parameters_of_a_base_are_those_that_its_card_tells(tmp_path: Path) -> None:
@@ -151,7 +174,17 @@ def test_columns_of_preferences_are_checked_where_a_copy_is_here(tmp_path: Path)
     ]
     for split in ("train", "test"):
         write_place(f"hub:PKU-Alignment/PKU-SafeRLHF:default@{REVISION}#{split}", rows, tmp_path)
-    assert dry_run(path, tmp_path)["problems"] == []
+    missing = dry_run(path, tmp_path)["problems"]
+    assert len(missing) == len(LOCAL_SUITES)
+    assert "leave_out strongreject: There is no file" in missing[0]
+    for suite in LOCAL_SUITES:
+        write_suite(suite.name, tmp_path)
+    chat = f"hub:HuggingFaceH4/ultrachat_200k:default@{REVISION}#test_sft"
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]
+    write_place(chat, [{"prompt": "Hello", "prompt_id": "a", "messages": said}], tmp_path)
+    found = dry_run(path, tmp_path)
+    assert (found["problems"], found["leave_out strongreject"]) == ([], "1 goals")
+    assert found[chat] == "1 usable and 0 bad among the first 1 rows"
     path.write_text(path.read_text().replace(REVISION, OTHER))  # sets are cached by their folder
     for split in ("train", "test"):
         broken = [{**rows[0], "safer_response_id": 2}, *rows] if split == "train" else rows

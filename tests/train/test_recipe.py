@@ -31,6 +31,7 @@ max_tokens = 512
 partial_labels = true
 label_of = { "a.jsonl" = "hate" }
 benign = []
+leave_out = ["strongreject", "goals.jsonl"]
 [adapter]
 kind = "lst"
 role = "guard"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from recipes_for_tests import SAME_WEIGHTS, answer_rows, preference_rows, recipe, run_and_kill, weights, write
 from safeside import Base, Message, attach, load_adapter
 from safeside.artifact import read_provenance
-from safeside.errors import ConfigError
+from safeside.errors import ConfigError, InputError, UnknownNameError
+from safeside.evals.suites import SUITES
 from safeside.facts import adapter_facts
+from safeside.tasks.task import TASKS
 from safeside.train.alignment import AlignmentLoss
 from safeside.train.command import summary_of
 from safeside.train.recipe import TrainingSection
 from safeside.train.run import TAPS, run_recipe
+from safeside.train.splits import load_benign, load_splits
 from safeside.train.taps import LiveTaps
+from tasks.conformance import make_data, write_place
 from tiny import N_POSITIONS
 
 SHORT = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01}
@@ -139,6 +145,77 @@ def test_bad_preferences_are_counted(tiny_base: Base, data: Path, tmp_path: Path
     ):
         assert expected in problem
     assert (summary_of(run, 0.1)["bad_rows"], summary_of(run, 0.1)["rows_too_long"]) == (4, 2)
+
+
+def test_rows_that_an_evaluation_asks_for_are_left_out_and_counted(tiny_base: Base, tmp_path: Path, data: Path) -> None:
+    goal, other = "Then they said how the cat be on mat", "mat cat mat cat mat cat how"
+    asked = [{"prompt": text, "chosen": "no", "rejected": "how"} for text in (f"be: {goal.upper()}!", goal, other)]
+    for name, rows in (("train", asked), ("validation", asked[:2]), ("benign", [{"prompt": other}])):
+        file = data / f"{'benign' if name == 'benign' else f'preferences_{name}'}.jsonl"
+        (tmp_path / file.name).write_text(file.read_text() + "\n" + "\n".join(map(json.dumps, rows)))
+    suite = SUITES.get("strongreject").path
+    write_place(str(suite), [{"id": "a", "prompt": goal, "label": 1}], tmp_path)
+    write(tmp_path / "goals.jsonl", [{"prompt": other}])
+    names = ["strongreject", "goals.jsonl"]
+    values = recipe("preferences", training={**DPO, "epochs": 1, "kl_weight": 1.0}, data={**BENIGN, "leave_out": names})
+    run = run_recipe(values, data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+    assert [rows.n_overlapping for rows in run.splits] == [3, 2, 1]
+    assert [len(rows.ids) for rows in run.splits] == [24, 24, 12]
+    assert summary_of(run, 0.1)["rows_overlapping"] == 6
+    told = "3 training, 2 validation, 1 benign rows that overlap with strongreject, goals.jsonl"
+    assert read_provenance(tmp_path / "out")["left_out"] == told
+    plain = recipe("preferences", training={**DPO, "epochs": 1})
+    run_recipe(plain, data_root=tmp_path, output=tmp_path / "plain", base=tiny_base)
+    assert "left_out" not in read_provenance(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "problem"),
+    [
+        ("strongrejct", UnknownNameError, "Did you mean 'strongreject'"),
+        ("strongreject", InputError, "There is no file"),
+        ("gone.jsonl", InputError, "There is no file"),
+        ("broken.jsonl", InputError, r"broken.jsonl: line 2: not JSON"),
+        ("shapeless.jsonl", InputError, r"shapeless.jsonl: line 1: no known shape"),
+    ],
+)
+def test_goals_that_cannot_be_read_stop_the_run(
+    tiny_base: Base, data: Path, tmp_path: Path, name: str, error: type[Exception], problem: str
+) -> None:
+    (data / "broken.jsonl").write_text('{"prompt": "a"}\n{broken')
+    (data / "shapeless.jsonl").write_text('{"goal": "a"}')
+    values = recipe("preferences", training=DPO, data={"leave_out": [name]})
+    with pytest.raises(error, match=problem):
+        run_recipe(values, data_root=data, output=tmp_path, base=tiny_base)
+
+
+def test_a_set_of_nothing_but_goals_is_refused(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    values = recipe("preferences", training=DPO, data={"leave_out": ["preferences_train.jsonl"]})
+    with pytest.raises(ConfigError, match="24 overlap with what leave_out names"):
+        run_recipe(values, data_root=data, output=tmp_path, base=tiny_base)
+
+
+def test_rows_of_a_task_are_left_out_too(tiny_base: Base, tmp_path: Path) -> None:
+    make_data(TASKS.get("hate"), tmp_path)
+    whole, _ = load_splits(tiny_base, recipe(data={"task": "hate"}), tmp_path, ("hate",))
+    write(tmp_path / "goals.jsonl", [{"prompt": whole.examples[0].messages[0].content}])
+    values = recipe(data={"task": "hate", "leave_out": ["goals.jsonl"]})
+    train, validation = load_splits(tiny_base, values, tmp_path, ("hate",))
+    assert (train.n_overlapping, len(train.examples)) == (1, len(whole.examples) - 1)
+    assert whole.examples[0] not in train.examples
+    assert validation.n_overlapping == 0
+
+
+def test_benign_rows_may_come_from_the_hub(
+    tiny_base: Base, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place = f"hub:some/set@{'0123456789' * 4}#train"
+    write_place(place, [{"prompt": "then they", "label": 0}, {"prompt": "said how", "label": 0}], tmp_path)
+    values = recipe("preferences", training={**DPO, "kl_weight": 1.0}, data={"benign": [place]})
+    found = load_benign(tiny_base, values, tmp_path, (), load_splits(tiny_base, values, data, ())[0])
+    assert found is not None
+    assert [example.messages[0].content for example in found.examples] == ["then they", "said how"]
 
 
 def test_answers_are_no_preferences(tiny_base: Base, data: Path, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 It learns from public answers that no guard learns from, the test files of two sets, and from helpful answers; rows that
 ask for what any suite asks for are left out.  How often it agrees with human labels that it did not see is measured by
-``agreement``.  It sees words only: it cannot tell whether an answer that goes along is of any use.
+``agreement_rows`` and shown in docs/concepts/evaluating-aligners.md.  It sees words only: it cannot tell whether an
+answer that goes along is of any use.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from safeside.errors import InputError
 from safeside.evals.baselines import Keywords, fit_keywords
 from safeside.evals.judges import Exchange, Judge, Judgement, JudgeOptions, without_judging
 from safeside.evals.suites import LOCAL_SUITES, goals_of
+from safeside.tasks.leakage import normalise
 from safeside.tasks.overlap import Overlap, drop_overlap
 from safeside.tasks.rows import BadRow, messages_of, open_rows, parse_rows
+from safeside.terminal import note
 from safeside.types import Example, Message
 
 Label = Callable[[dict[str, object]], float | None]
@@ -89,6 +92,10 @@ def make_classifier(options: JudgeOptions) -> Judge:
     """The classifier, fitted on the local data; without their folder an InputError."""
     if options.data is None:
         raise InputError("The judge 'classifier' is fitted on local data. Add --data FOLDER.")
+    note(
+        "judge 'classifier': how often it agrees with people is shown in docs/concepts/evaluating-aligners.md and "
+        "measured by safeside.evals.classifier.agreement_rows"
+    )
     return fit_classifier(options.data)
 
 
@@ -165,3 +172,36 @@ def agreement(judge: Judge, rows: Sequence[Example]) -> Agreement:
     share = float((said == right).mean())
     chance = float(said.mean() * right.mean() + (1 - said.mean()) * (1 - right.mean()))
     return Agreement(len(told), len(rows) - len(told), share, (share - chance) / (1 - chance) if chance < 1 else 1.0)
+
+
+def agreement_rows(judges: Mapping[str, Judge], data: Path) -> list[dict[str, object]]:
+    """How often each judge says what people said of answers in ``data`` that no judge here learnt from.
+
+    One row for each judge and set of ``HELD_OUT``: ``judge``, ``set``, ``agreement`` in [0, 1], ``kappa``, ``n``,
+    ``n_unscored``, and ``n_seen``: answers that were left out because ``TRAINING`` holds the same words.  Where nothing
+    was scored, ``agreement`` and ``kappa`` are None.  It takes about a minute for each judge; a file that is missing is
+    an InputError.
+    """
+    learnt = {_said(row) for path, label in TRAINING for row in labelled_answers(data / path, label)}
+    found: list[dict[str, object]] = []
+    for path, label in HELD_OUT:
+        rows = labelled_answers(data / path, label)
+        unseen = [row for row in rows if _said(row) not in learnt]
+        for name, judge in judges.items():
+            measured = agreement(judge, unseen)
+            found.append(
+                {
+                    "judge": name,
+                    "set": path,
+                    "agreement": measured.share if measured.n else None,
+                    "kappa": measured.kappa if measured.n else None,
+                    "n": measured.n,
+                    "n_unscored": measured.n_unscored,
+                    "n_seen": len(rows) - len(unseen),
+                }
+            )
+    return found
+
+
+def _said(row: Example) -> str:
+    return normalise(row.messages[-1].content)

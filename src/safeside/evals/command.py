@@ -12,10 +12,11 @@ from safeside.adapters.adapter import Adapter
 from safeside.artifact import load_adapter
 from safeside.base.model import Base
 from safeside.errors import InputError, MissingExtraError
+from safeside.evals.compare import check_grades, counterparts, win_results
 from safeside.evals.guards import GuardReport, evaluate_guard
-from safeside.evals.judges import JUDGES, JudgeOptions
+from safeside.evals.judges import JUDGES, Judge, JudgeOptions
 from safeside.evals.methods import Aligned, aligned
-from safeside.evals.records import RecordLog, read_records, rejudge
+from safeside.evals.records import Record, RecordLog, read_records, rejudge
 from safeside.evals.runs import judging, results_of, run_suite
 from safeside.evals.suites import SUITES, Suite, draw
 from safeside.registry import Registry
@@ -49,6 +50,8 @@ class JudgeChoice:
     """What it is made with."""
     records: Path | None = None
     """File of records: a run goes on with those that it holds."""
+    compare: Path | None = None
+    """File of records, of the base for example, that answers are compared with by their grades."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ def _check_guard(guard: Adapter, suite: Suite | None, options: EvalOptions) -> N
         ("--judge", choice.judge),
         ("--endpoint", choice.options.endpoint),
         ("--records", choice.records),
+        ("--compare", choice.compare),
     ):
         if given is not None:
             raise InputError(f"{guard.name!r} is a guard; {option} is for aligners. Leave it out.")
@@ -108,22 +112,54 @@ def _check_guard(guard: Adapter, suite: Suite | None, options: EvalOptions) -> N
 def rejudge_command(path: Path, choice: JudgeChoice) -> tuple[list[Row], bool]:
     """Figures of the records in ``path`` by another judge, and whether some stay unscored.
 
-    The new records go to ``choice.records``, or beside the old ones under the judge's name.
+    With ``choice.compare`` they include wins and ties against the records there.  The new records go to
+    ``choice.records``, or beside the old ones under the judge's name.
     """
     if choice.judge is None:
         raise InputError("--rejudge needs --judge NAME, the judge to ask.")
-    output = choice.records or path.with_name(f"{path.stem}.{choice.judge.replace('/', '-')}.jsonl")
+    output = choice.records or _beside(path, choice.judge)
     if output.resolve() == path.resolve():
         raise InputError(f"{path} would be written while it is read. Give another file to --records.")
     records = read_records(path)
     if not records:
         raise InputError(f"{path} holds no record to judge. Check the path.")
     asked = (choice.judge, JUDGES.get(choice.judge)(choice.options))
+    suites = [record.setting.suite for record in records]
+    others = _others(choice.compare, suites, asked, own=path)
     with progress_bar("judge", len(records), "answers") as advance:
         judged = rejudge(records, asked, RecordLog(output, note), advance)
     note(f"wrote {output}")
-    rows = _rows(results_of(judged))
-    return rows, any(record.judgement.outcome == "unscored" for record in judged)
+    results = [*results_of(judged), *_wins(choice.compare, judged, others)]
+    return _rows(results), any(result.n_unscored for result in results)
+
+
+def _beside(path: Path, judge: str) -> Path:
+    """Where records go that ``judge`` judged again."""
+    return path.with_name(f"{path.stem}.{judge.replace('/', '-')}.jsonl")
+
+
+def _others(
+    path: Path | None, suites: Sequence[str], asked: tuple[str, Judge], own: Path | None
+) -> list[Record] | None:
+    """The records in ``path`` to compare with, graded by the judge; None where that file is ``own``, yet to be judged.
+
+    They are graded before anything else is answered: what cannot be compared is told at once.
+    """
+    if path is None or (own is not None and path.resolve() == own.resolve()):
+        return None
+    others = counterparts(suites, read_records(path))
+    if any(record.judge != asked[0] or record.is_open for record in others):
+        with progress_bar("compare", len(others), "answers") as advance:
+            others = rejudge(others, asked, RecordLog(_beside(path, asked[0]), note), advance)
+    check_grades(others)
+    return others
+
+
+def _wins(path: Path | None, records: Sequence[Record], others: list[Record] | None) -> list[Result]:
+    """Wins and ties of ``records`` against ``others``, or against the base among them."""
+    if path is None:
+        return []
+    return win_results(records, others or counterparts([record.setting.suite for record in records], records))
 
 
 def _tell(row: BadRow) -> None:
@@ -145,10 +181,13 @@ def _aligner_rows(base: Base, aligner: Adapter, suite: Suite, options: EvalOptio
     if suite.measure == "choices":
         return _choice_rows(methods, suite, options)
     prompts, choice = draw(suite, options.data), options.judging
+    if choice.compare is not None and suite.measure == "likelihood":
+        raise InputError(f"Suite {suite.name!r} compares likelihoods and has no answers; --compare is for others.")
     judged = judging(suite, choice.judge, choice.options, RecordLog(choice.records, note))
+    others = _others(choice.compare, [suite.name], (judged.name, judged.judge), own=choice.records)
     with progress_bar("answer", len(strengths) * len(prompts), "prompts") as advance:
         records = [record for method in methods for record in run_suite(suite, prompts, method, judged, advance)]
-    results = results_of(records)
+    results = [*results_of(records), *_wins(choice.compare, records, others)]
     return _rows(results), any(result.n_unscored for result in results)
 
 
@@ -159,6 +198,7 @@ def _choice_rows(methods: Sequence[Aligned], suite: Suite, options: EvalOptions)
         ("--judge", choice.judge),
         ("--endpoint", choice.options.endpoint),
         ("--records", choice.records),
+        ("--compare", choice.compare),
     ):
         if given is not None:
             raise InputError(f"Suite {suite.name!r} compares likelihoods and has no answers; {option} is for others.")
@@ -177,6 +217,7 @@ def _choice_rows(methods: Sequence[Aligned], suite: Suite, options: EvalOptions)
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
+    is_compared = any("against" in result.provenance for result in results)
     return [
         {
             "suite": result.benchmark,
@@ -190,6 +231,7 @@ def _rows(results: Sequence[Result]) -> list[Row]:
             "high": _known(result.high),
             "n": result.n,
             "n_unscored": result.n_unscored,
+            **({"against": result.provenance.get("against", "")} if is_compared else {}),
         }
         for result in results
     ]

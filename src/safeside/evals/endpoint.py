@@ -7,13 +7,16 @@ header and nowhere else: not into messages, records or another host's requests (
 from __future__ import annotations
 
 import json
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from reprlib import repr as shortened
+from threading import Thread
 from urllib.parse import urlsplit
 
 from safeside.errors import InputError, SafesideError
@@ -22,6 +25,7 @@ _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _LARGEST_REPLY = 1 << 20  # bytes
 _LONGEST_WAIT_S = 60.0
 _FAILURES_IN_A_ROW = 5  # after so many, each with all its retries, nothing more is asked
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class EndpointError(SafesideError, RuntimeError):
@@ -52,7 +56,7 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     """Sent as a bearer token."""
     timeout_s: float = 60.0
-    """Seconds that one attempt may take."""
+    """Seconds that one attempt may take, from looking up the host's name to the last byte."""
     n_retries: int = 4
     """Further attempts after a timeout, a broken connection, an unreadable reply, 429 or 5xx."""
     first_wait_s: float = 1.0
@@ -124,6 +128,9 @@ class ChatClient:
                     self._sleep(min(_LONGEST_WAIT_S, wait_s if failure.wait_s is None else failure.wait_s))
                     wait_s *= 2
                 continue
+            except EndpointError as error:
+                self._n_failures += 1
+                raise EndpointError(str(error), self.n_spent - before) from error
             self._n_failures = 0
             self.n_spent += n_tokens
             return Reply(text, self.n_spent - before)
@@ -150,21 +157,28 @@ class ChatClient:
             headers={"Content-Type": "application/json", "Accept": "application/json", **self._authorization()},
             method="POST",
         )
+        try:
+            content = _within(self.endpoint.timeout_s, lambda: self._exchange(request))
+        except TimeoutError as error:
+            raise _AttemptError(f"no reply within {self.endpoint.timeout_s:g} s") from error
+        return _read_reply(content, prompt)
+
+    def _exchange(self, request: urllib.request.Request) -> bytes:
+        """The body of the answer to one request; it changes nothing here, for it may end after it was given up."""
         deadline = time.monotonic() + self.endpoint.timeout_s
         try:
             with self._opener.open(request, timeout=self.endpoint.timeout_s) as response:
-                content = _read(response, deadline)
+                return _read(response, deadline)
         except urllib.error.HTTPError as error:
             with error:
-                self._raise_status(error)
-        except TimeoutError as error:
-            raise _AttemptError(f"no reply within {self.endpoint.timeout_s:g} s") from error
+                raise _status_error(error) from error
+        except TimeoutError:
+            raise
         except (urllib.error.URLError, HTTPException, OSError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(reason, TimeoutError):
-                raise _AttemptError(f"no reply within {self.endpoint.timeout_s:g} s") from error
+                raise reason from error
             raise _AttemptError(f"the connection failed: {reason}") from error
-        return _read_reply(content, prompt)
 
     def _body(self, prompt: str) -> dict[str, object]:
         return {
@@ -177,11 +191,30 @@ class ChatClient:
     def _authorization(self) -> Mapping[str, str]:
         return {"Authorization": f"Bearer {self.endpoint.key}"} if self.endpoint.key else {}
 
-    def _raise_status(self, error: urllib.error.HTTPError) -> None:
-        if error.code in _TRANSIENT:
-            raise _AttemptError(f"status {error.code}", _seconds(error.headers.get("Retry-After"))) from error
-        self._n_failures += 1
-        raise EndpointError(f"status {error.code}; check the endpoint's address, key and model") from error
+
+def _status_error(error: urllib.error.HTTPError) -> Exception:
+    """Whether another attempt may help."""
+    if error.code in _TRANSIENT:
+        return _AttemptError(f"status {error.code}", _seconds(error.headers.get("Retry-After")))
+    return EndpointError(f"status {error.code}; check the endpoint's address, key and model")
+
+
+def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
+    """What ``work`` gives or raises, or a TimeoutError.
+
+    Time limits of sockets hold for each part, and none for names; what is late goes on in a thread that nobody waits
+    for.
+    """
+    outcome: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return outcome.result(seconds)
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -201,6 +234,11 @@ def _opener() -> urllib.request.OpenerDirector:
 def estimated_tokens(text: str) -> int:
     """More tokens than most tokenizers make of ``text``: one for every three bytes, and some for the template."""
     return len(text.encode()) // 3 + 16
+
+
+def encodable(text: str) -> str:
+    """``text`` with U+FFFD for lone surrogates: JSON can spell them, and no file of records can hold them."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def _read(response: HTTPResponse, deadline: float) -> bytes:
@@ -224,6 +262,7 @@ def _read_reply(content: bytes, prompt: str) -> tuple[str, int]:
         raise _AttemptError(f"not a chat completion: {shortened(content.decode(errors='replace'))}") from error
     if not isinstance(text, str):
         raise _AttemptError(f"a chat completion without text: {shortened(text)}")
+    text = encodable(text)
     usage = values.get("usage")
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     if isinstance(total, int) and not isinstance(total, bool) and total > 0:
@@ -233,4 +272,4 @@ def _read_reply(content: bytes, prompt: str) -> tuple[str, int]:
 
 def _seconds(text: str | None) -> float | None:
     """A Retry-After in seconds; dates are left to our own waiting."""
-    return float(text) if text is not None and text.strip().isdigit() else None
+    return float(text) if text is not None and text.strip().isdecimal() else None

@@ -1,7 +1,9 @@
 """Records: one JSON line for each answer, with all that is needed to judge it again without generating it again.
 
 Lines are only ever appended.  A run that was killed goes on where it stopped: a last line that was cut off is made
-again, and any other line that cannot be read is an error, for a figure over the rest would be another figure.
+again, and any other line that cannot be read is an error, for a figure over the rest would be another figure.  Answers
+that a judge left unscored are judged again when the run goes on; the line that is added then takes the place of the
+former.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from safeside.errors import InputError
-from safeside.evals.judges import Exchange, Judge, Judgement
+from safeside.evals.endpoint import encodable
+from safeside.evals.judges import Exchange, Judge, Judgement, unscored
 from safeside.evals.suites import Prompt
 from safeside.types import StrengthTrace, Verdict
 
@@ -67,6 +70,16 @@ class Record(BaseModel):
         return (self.setting.suite, self.setting.key, self.prompt.id)
 
     @property
+    def is_answered(self) -> bool:
+        """Whether there is something to judge: an answer to each turn, or a block."""
+        return len(self.answers) >= len(self.prompt.turns) or "blocked" in self.finish_reasons
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its answers wait for a judge: the last one that was asked could not tell."""
+        return bool(self.judge) and self.is_answered and self.judgement.outcome == "unscored"
+
+    @property
     def exchange(self) -> Exchange:
         """What a judge sees."""
         prompt = self.prompt
@@ -82,7 +95,10 @@ class Record(BaseModel):
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a file, in order; a line that is not one, or is there twice, is an InputError."""
+    """All records of a file, in order; a line that is not one, or is there twice, is an InputError.
+
+    Of a record that was left unscored and judged again the last line counts.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -104,7 +120,7 @@ def _parsed(path: Path, content: bytes) -> list[Record]:
                 f"{path}: line {number}: not a record ({f'{where}: ' if where else ''}{first['msg']}). Take the line "
                 "out, and its answer is made again."
             ) from error
-        if record.place in records:
+        if record.place in records and not records[record.place].is_open:
             raise InputError(f"{path}: line {number}: prompt {record.prompt.id!r} is there already. Take one out.")
         records[record.place] = record
     return list(records.values())
@@ -122,7 +138,9 @@ class RecordLog:
         if path is not None and path.exists():
             self._known = {record.place: record for record in _parsed(path, _mended(path, tell))}
             if self._known:
-                tell(f"{path} holds {len(self._known)} records")
+                n_open = sum(record.is_open for record in self._known.values())
+                again = f", {n_open} of them unscored: they are judged again" if n_open else ""
+                tell(f"{path} holds {len(self._known)} records{again}")
 
     def find(self, record: Record) -> Record | None:
         """The record in the place of ``record``; one of other text, or of another judge, is an InputError."""
@@ -140,6 +158,14 @@ class RecordLog:
                 "--rejudge, or give another file."
             )
         return known
+
+    def judge(self, record: Record, judge: Judge) -> Record:
+        """The record as ``judge`` sees it, appended unless the log holds that judgement of it."""
+        judged = record.model_copy(update={"judgement": safely(judge, record)})
+        known = self._known.get(record.place)
+        if known is None or known.judgement != judged.judgement:
+            self.append([judged])
+        return judged
 
     def append(self, records: Iterable[Record]) -> None:
         """Add records, on disk when this returns."""
@@ -179,7 +205,7 @@ def rejudge(
 ) -> list[Record]:
     """The records as ``judge`` (a name and the judge itself) sees them, appended to ``log``; nothing is generated.
 
-    What the log holds already is not judged again, nor what this judge has scored in ``records``: only its unscored.
+    What the log holds, or this judge has scored in ``records``, is not judged again: only what it left unscored.
     """
     name, ask = judge
     likelihoods = sum(not record.judge for record in records)
@@ -189,17 +215,23 @@ def rejudge(
     for record in records:
         asked = record.model_copy(update={"judge": name})
         known = log.find(asked)
-        if known is None:
-            is_scored = record.judge == name and record.judgement.outcome != "unscored"
-            known = record if is_scored else asked.model_copy(update={"judgement": safely(ask, record)})
-            log.append([known])
+        if known is None or known.is_open:
+            if record.judge == name and record.judgement.outcome != "unscored":
+                known = record
+                log.append([known])
+            else:
+                known = log.judge(known or asked, ask)
         judged.append(known)
         advance(1)
     return judged
 
 
 def safely(judge: Judge, record: Record) -> Judgement:
-    """The judgement of a record; where nothing was answered, why it is unscored."""
-    if len(record.answers) < len(record.prompt.turns) and "blocked" not in record.finish_reasons:
+    """The judgement of a record; where nothing was answered, or the judge fails, why it is unscored."""
+    if not record.is_answered:
         return replace(record.judgement, outcome="unscored", harm=None, rating=None, n_tokens=0)
-    return judge(record.exchange)
+    try:
+        judgement = judge(record.exchange)
+    except Exception as error:  # of this one record: the others, and the answers, are not lost with it
+        judgement = unscored(f"the judge failed: {type(error).__name__}: {error}")
+    return replace(judgement, reason=encodable(judgement.reason))

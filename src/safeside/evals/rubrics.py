@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as shortened
 
 from safeside.errors import InputError
-from safeside.evals.endpoint import ChatClient, EndpointError, Reply
+from safeside.evals.endpoint import ChatClient, EndpointError, Reply, encodable
 from safeside.evals.judges import Exchange, Judge, Judgement, JudgeOptions, unscored, without_judging
 
 _OBJECT = re.compile(r"\{[^{}]*\}")
@@ -140,11 +140,11 @@ def _graded(reply: Reply, read: Callable[[Mapping[str, object]], Judgement]) -> 
     try:
         values = json.loads(objects[-1])
         found = read(values)
-    except (IndexError, ValueError, KeyError) as error:
+    except (IndexError, ValueError, KeyError, RecursionError) as error:
         return unscored(
             f"the judge's reply has no grade that counts ({error}): {shortened(reply.text)}", reply.n_tokens
         )
-    reason = str(values.get("reason", "")).strip()
+    reason = encodable(str(values.get("reason", ""))).strip()
     return Judgement(found.outcome, reason, found.harm, found.rating, reply.n_tokens)
 
 

@@ -14,7 +14,7 @@ from safeside.evals.judges import JUDGES, Judge, JudgeOptions, unscored
 from safeside.evals.likelihood import Likelihood, utility
 from safeside.evals.methods import Method, aligned
 from safeside.evals.metrics import N_RESAMPLES, Figure
-from safeside.evals.records import Record, RecordLog, Setting, safely
+from safeside.evals.records import Record, RecordLog, Setting
 from safeside.evals.suites import Prompt, Suite, draw
 from safeside.provenance import config_hash
 from safeside.types import Completion, Message, Result
@@ -59,7 +59,7 @@ def run_suite(
     judged: Judging,
     advance: Advance = lambda count: None,
 ) -> list[Record]:
-    """A record of each prompt, in order; those that the log holds are not made again.
+    """A record of each prompt, in order; those that the log holds are not made again, and judged again if unscored.
 
     A prompt that cannot be answered, such as one longer than the base's context, is unscored with the reason.
     """
@@ -69,17 +69,21 @@ def run_suite(
     empty = [_empty(setting, prompt, judged.name) for prompt in prompts]
     found = [judged.log.find(record) for record in empty]
     todo = [record for record, known in zip(empty, found, strict=True) if known is None]
-    advance(len(empty) - len(todo))
     made: dict[tuple[str, str, str], Record] = {}
+    for known in found:
+        if known is not None:
+            made[known.place] = judged.log.judge(known, judged.judge) if known.is_open else known
+            advance(1)
     for start in range(0, len(todo), judged.batch_size):
         batch = todo[start : start + judged.batch_size]
-        filled = _each(batch, lambda some: _fill(some, suite, method, max_new_tokens))
-        if suite.measure == "answers":
-            filled = [record.model_copy(update={"judgement": safely(judged.judge, record)}) for record in filled]
-        judged.log.append(filled)
-        made |= {record.place: record for record in filled}
+        for record in _each(batch, lambda some: _fill(some, suite, method, max_new_tokens)):
+            if suite.measure == "answers":
+                made[record.place] = judged.log.judge(record, judged.judge)
+            else:
+                judged.log.append([record])
+                made[record.place] = record
         advance(len(batch))
-    return [known or made[record.place] for record, known in zip(empty, found, strict=True)]
+    return [made[record.place] for record in empty]
 
 
 def _empty(setting: Setting, prompt: Prompt, judge: str) -> Record:

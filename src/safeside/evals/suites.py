@@ -11,6 +11,7 @@ from reprlib import repr as shortened
 from typing import Literal
 
 from safeside.errors import InputError
+from safeside.evals.endpoint import encodable
 from safeside.registry import Registry
 from safeside.tasks.rows import BadRow, example_of, messages_of, open_rows, parse_rows
 
@@ -211,9 +212,13 @@ def _prompt_of(row: tuple[int, dict[str, object]] | BadRow, read: Reader) -> tup
     if isinstance(row, BadRow):
         return row.line, row.problem, None
     try:
-        return row[0], "", read(row[1], row[0])
+        prompt = read(row[1], row[0])
     except InputError as error:
         return row[0], str(error), None
+    texts = () if prompt is None else (prompt.id, *prompt.turns, prompt.goal, prompt.prefix, *prompt.references)
+    if any(encodable(text) != text for text in texts):
+        return row[0], "text that is not valid Unicode: a lone surrogate", None
+    return row[0], "", prompt
 
 
 def draw(suite: Suite, data: Path | None = None) -> list[Prompt]:

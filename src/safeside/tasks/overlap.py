@@ -8,14 +8,21 @@ Goals of fewer than six words are too common to be looked for inside other texts
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from safeside.registry import Registry
 from safeside.tasks.leakage import find_leaks, normalise
 from safeside.types import Example
 
 LEAST_WORDS = 6  # of a goal that is looked for inside other texts
 _WORD = re.compile(r"\w+")
+
+GoalFinder = Callable[[Sequence[str], Path | None], list[str]]
+"""The goals of named sets of prompts, given the folder of local data."""
+GOALS: Registry[GoalFinder] = Registry("finder of evaluation goals")
+GOALS.register("suites", "safeside.evals.suites:goals_of")  # a recipe names suites; evaluations stand above training
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,28 +231,40 @@ def examples_of(
 
 
 def load_kind(path: Path, labels: tuple[str, ...], *, is_harmful: bool) -> tuple[list[Example], list[BadRow]]:
-    """Usable and bad rows of a file that holds one kind only, labelled or not.
+    """Usable and bad rows of a file that holds one kind only, labelled or not: ``kind_of`` its rows."""
+    with open_rows(path) as handle:
+        return kind_of(parse_rows(handle), path, labels, is_harmful=is_harmful)
 
-    A row without a label is taken for what the file holds (harmful rows of several labels must say which).  A label of
-    the other kind is an InputError, and so is a file without a usable row.
+
+def kind_of(
+    rows: Iterable[tuple[int, dict[str, object]] | BadRow],
+    place: str | Path,
+    labels: tuple[str, ...],
+    *,
+    is_harmful: bool,
+) -> tuple[list[Example], list[BadRow]]:
+    """Usable and bad rows of a place that holds one kind only, labelled or not.
+
+    A row without a label is taken for what the place holds (harmful rows of several labels must say which).  A label of
+    the other kind is an InputError, and so is a place without a usable row.
     """
     implied: dict[str, object] = {} if is_harmful and len(labels) > 1 else {"label": [float(is_harmful)] * len(labels)}
     examples: list[Example] = []
     bad: list[BadRow] = []
-    with open_rows(path) as handle:
-        for row in parse_rows(handle):
-            if isinstance(row, BadRow):
-                bad.append(BadRow(row.line, f"{path.name}: {row.problem}"))
-                continue
-            try:
-                examples.append(example_of({**implied, **row[1]}, labels, row[0]))
-            except InputError as error:
-                bad.append(BadRow(row[0], f"{path.name}: {error}"))
+    name = place.name if isinstance(place, Path) else place
+    for row in rows:
+        if isinstance(row, BadRow):
+            bad.append(BadRow(row.line, f"{name}: {row.problem}"))
+            continue
+        try:
+            examples.append(example_of({**implied, **row[1]}, labels, row[0]))
+        except InputError as error:
+            bad.append(BadRow(row[0], f"{name}: {error}"))
     for example in examples:
         if any(example.labels) != is_harmful:
             kind, wrong = ("harmful", "harmless") if is_harmful else ("harmless", "harmful")
-            raise InputError(f"{path}, line {example.line}: labelled {wrong}; expected {kind} rows only. Take it out.")
+            raise InputError(f"{place}, line {example.line}: labelled {wrong}; expected {kind} rows only. Take it out.")
     if not examples:
         first = f" The first problem: line {bad[0].line}, {bad[0].problem}." if bad else ""
-        raise InputError(f"{path} holds no usable row.{first}")
+        raise InputError(f"{place} holds no usable row.{first}")
     return examples, bad

@@ -71,6 +71,7 @@ def _figures(run: Run | LoraRun, share: float) -> dict[str, object]:
         "epochs": run.outcome.epochs,
         "train_rows": len(run.train.ids),
         "rows_too_long": sum(rows.n_too_long for rows in run.splits),
+        "rows_overlapping": sum(rows.n_overlapping for rows in run.splits),
         "bad_rows": sum(len(rows.bad) for rows in run.splits),
         "train_seconds": round(run.outcome.train_seconds, 2),
         "peak_bytes": run.outcome.peak_bytes,

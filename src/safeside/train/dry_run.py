@@ -21,15 +21,15 @@ from safeside.adapters.toplayers import TopLayers
 from safeside.base.model import BUILTIN_NAME, Base
 from safeside.base.packaged import PACKAGED, packaged_folder
 from safeside.base.taps import Tape
-from safeside.errors import ConfigError, InputError
+from safeside.errors import ConfigError, InputError, UnknownNameError
 from safeside.lora import linear_layers
 from safeside.tasks.rows import BadRow, example_of
-from safeside.tasks.sources import HUB, Fields, example_from, hub_place, read_rows
+from safeside.tasks.sources import HUB, Fields, example_from, hub_place
 from safeside.tasks.task import TASKS
 from safeside.train.estimate import adapter_memory, linear_layers_of, lora_memory, tokens_of
 from safeside.train.recipe import LORA, Recipe, read_recipe
 from safeside.train.run_lora import lora_shape
-from safeside.train.splits import find_data
+from safeside.train.splits import goals_to_leave_out, rows_at
 from safeside.types import Example
 
 N_READ = 1000  # rows of each place whose columns are looked at
@@ -187,6 +187,12 @@ def _data_facts(recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[di
         except (InputError, ConfigError) as error:
             facts[place] = "cannot be used"
             problems.append(f"{place}: {error}")
+    for name in recipe.data.leave_out:
+        try:
+            facts[f"leave_out {name}"] = f"{len(goals_to_leave_out([name], root))} goals"
+        except (InputError, ConfigError, UnknownNameError) as error:
+            facts[f"leave_out {name}"] = "cannot be used"
+            problems.append(f"leave_out {name}: {error}")
     return facts, list(dict.fromkeys(problems))
 
 
@@ -216,9 +222,8 @@ def _looked_at(recipe: Recipe, where: Place, root: Path, problems: list[str]) ->
         copy = hub_place(place).copy_in(root)
         if not copy.is_dir():
             return f"not here, so not checked; it is fetched from the hub, or read from {copy}"
-    place_here = place if place.startswith(HUB) else str(find_data(place, root).resolve())
     n_usable, bad = 0, list[BadRow]()
-    for row in islice(read_rows(place_here, root), N_READ):
+    for row in islice(rows_at(place, root), N_READ):
         problem = row if isinstance(row, BadRow) else _problem_of(recipe, row, fields, labels)
         if problem is None:
             n_usable += 1

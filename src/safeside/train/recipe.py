@@ -67,6 +67,11 @@ class DataSection(_Section):
     Every tenth row is for validation.
     """
 
+    leave_out: tuple[str, ...] = ()
+    """Evaluations whose goals nothing may learn from: suites such as ``strongreject``, whose files lie under the data
+    root, or files of prompts (``.jsonl``, ``.jsonl.gz``).  Rows that overlap with a goal are left out and counted.
+    """
+
     @model_validator(mode="after")
     def _files_or_task(self) -> DataSection:
         if self.task is not None and (self.train or self.validation):

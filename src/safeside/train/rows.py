@@ -27,6 +27,8 @@ class Rows:
     """Rows that could not be used, and why."""
     n_too_long: int = 0
     """Rows beyond the base's context."""
+    n_overlapping: int = 0
+    """Rows that ask for what an evaluation asks for, and were left out."""
     examples: list[Example] = field(default_factory=list)
     """The rows before they were encoded."""
     rejected: Rows | None = None

@@ -92,7 +92,7 @@ def run_recipe(
     adapter.to(dtype).float().eval()  # what is calibrated and measured is what is stored
     _calibrate(base, adapter, recipe, sources[1:], splits[1:])
     if processes.is_main_process:
-        save_adapter(adapter, folder, base, facts_of(recipe, outcome, train, objective.metric), dtype=dtype)
+        save_adapter(adapter, folder, base, facts_of(recipe, outcome, splits, objective.metric), dtype=dtype)
         if adapter.config.role == "guard":
             save_learnt(folder, train.examples)
         clean_up(folder, recipe.training.cache_taps is True)
@@ -257,13 +257,24 @@ def _aligner_facts(recipe: Recipe, train: Rows) -> dict[str, str]:
     return {"objective": f"{learnt}, KL to the base x {training.kl_weight:g} on {len(train.benign.ids)} benign rows"}
 
 
-def facts_of(recipe: Recipe, outcome: Outcome, train: Rows, metric: str) -> dict[str, str]:
-    """What the artifact's provenance and card say of the run."""
+def _left_out(recipe: Recipe, splits: Sequence[Rows]) -> dict[str, str]:
+    """How many rows were left out because an evaluation asks for the same."""
+    if not recipe.data.leave_out:
+        return {}
+    names = ("training", "validation", "benign")
+    counts = ", ".join(f"{rows.n_overlapping} {name}" for name, rows in zip(names, splits, strict=False))
+    return {"left_out": f"{counts} rows that overlap with {', '.join(recipe.data.leave_out)}"}
+
+
+def facts_of(recipe: Recipe, outcome: Outcome, splits: Sequence[Rows], metric: str) -> dict[str, str]:
+    """What the artifact's provenance and card say of the run; ``splits`` are those of ``splits_of``."""
+    train = splits[0]
     return {
         "recipe_hash": config_hash(recipe.model_dump()),
         "seed": str(recipe.seed),
         "train_rows": str(len(train.ids)),
         "train_data": _data_name(recipe),
+        **_left_out(recipe, splits),
         **_aligner_facts(recipe, train),
         f"validation {metric}": f"{outcome.best_metric:.4f}",
         "train_seconds": f"{outcome.train_seconds:.1f}",

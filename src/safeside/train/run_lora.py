@@ -109,7 +109,7 @@ def run_lora(
         objective = objective_of(base, sources, (train, validation), recipe)
         outcome = loop_for(lora, objective, recipe, identity=identity, folder=folder, report=report).run(resume)
         if processes.is_main_process:
-            facts = {**facts_of(recipe, outcome, train, objective.metric), "flops_share": f"{lora.flops_share:.6f}"}
+            facts = {**facts_of(recipe, outcome, splits, objective.metric), "flops_share": f"{lora.flops_share:.6f}"}
             save_lora(lora, folder, facts, dtype=DTYPES[recipe.stored_dtype])
             clean_up(folder, recipe.training.cache_taps is True)
         processes.wait_for_everyone()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from safeside.base.model import Base
 from safeside.chat import Encoded
 from safeside.errors import ConfigError, InputError
 from safeside.tasks.leakage import text_of
-from safeside.tasks.rows import BadRow, for_one_label, load_examples, load_kind
-from safeside.tasks.sources import HUB, load_place
+from safeside.tasks.overlap import GOALS, drop_overlap
+from safeside.tasks.rows import BadRow, for_one_label, kind_of, load_examples, messages_of
+from safeside.tasks.sources import HUB, Row, load_place, read_rows
 from safeside.tasks.task import Split, load_task
 from safeside.train.recipe import DataSection, Recipe
 from safeside.train.rows import Rows
@@ -22,6 +24,26 @@ from safeside.train.teacher import read_scores, with_scores
 from safeside.types import Example
 
 DEMO_PREFIX = "demo:"
+_FILES = (".jsonl", ".jsonl.gz")  # what leave_out tells from a suite's name
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Rows of a split before they are encoded."""
+
+    examples: list[Example]
+    """Usable ones."""
+    bad: list[BadRow]
+    """The others, and why."""
+    n_overlapping: int = 0
+    """Rows that were left out because of an evaluation's goals."""
+
+    def without(self, goals: Sequence[str]) -> Found:
+        """Those that overlap with none of ``goals`` (see ``safeside.tasks.overlap``)."""
+        if not goals:
+            return self
+        overlap = drop_overlap(self.examples, goals)
+        return Found(overlap.kept, self.bad, self.n_overlapping + overlap.n_dropped)
 
 
 def find_data(name: str, root: Path) -> Path:
@@ -29,6 +51,30 @@ def find_data(name: str, root: Path) -> Path:
     if name.startswith(DEMO_PREFIX):
         return Path(str(files("safeside.builtin") / "demo" / name.removeprefix(DEMO_PREFIX)))
     return root / name
+
+
+def rows_at(place: str, root: Path) -> Iterator[Row]:
+    """Rows of a set on the hub, or of a file as ``find_data`` finds it, with line numbers, or what is wrong there."""
+    return read_rows(place if place.startswith(HUB) else str(find_data(place, root).resolve()), root)
+
+
+def goals_to_leave_out(names: Sequence[str], root: Path) -> list[str]:
+    """The goals of suites and files of prompts, whose first message is one; a bad or missing file is an InputError."""
+    goals: list[str] = []
+    suites = [name for name in names if not name.endswith(_FILES)]
+    if suites:
+        goals += GOALS.get("suites")(suites, root)
+    for name in names:
+        if name in suites:
+            continue
+        for row in rows_at(name, root):
+            if isinstance(row, BadRow):
+                raise InputError(f"{name}: line {row.line}: {row.problem}")
+            try:
+                goals.append(messages_of(row[1])[0].content)
+            except InputError as error:
+                raise InputError(f"{name}: line {row[0]}: {error}") from error
+    return goals
 
 
 def encode_rows(
@@ -94,10 +140,9 @@ def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
     rows for are a ConfigError.
     """
     data = recipe.data
-    if data.task is None:
-        train, validation = _from_files(base, recipe, root, labels)
-    else:
-        train, validation = _from_task(base, recipe, root, labels)
+    goals = goals_to_leave_out(data.leave_out, root)
+    read = _from_files if data.task is None else _from_task
+    train, validation = read(base, recipe, root, labels, goals)
     if data.soft is not None:
         train = with_scores(train, read_scores(find_data(data.soft, root), labels))
     return train, validation
@@ -112,7 +157,7 @@ def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...],
     names = recipe.calibration.benign or recipe.data.benign
     if not names:
         return None
-    found = [load_kind(find_data(name, root), labels, is_harmful=False) for name in names]
+    found = [kind_of(rows_at(name, root), name, labels, is_harmful=False) for name in names]
     learnt = set(map(text_of, train.examples)) if recipe.calibration.benign else set()
     examples: list[Example] = []
     bad: list[BadRow] = []
@@ -121,10 +166,13 @@ def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...],
         examples += [example for example in some if text_of(example) not in learnt]
         bad += broken
         bad += [BadRow(row.line, f"{name}: a training row too, and a promise rests on unseen rows") for row in seen]
-    return _encoded(base, (examples, bad), None, recipe, ", ".join(names))
+    goals = goals_to_leave_out(recipe.data.leave_out, root)
+    return _encoded(base, Found(examples, bad).without(goals), None, recipe, ", ".join(names))
 
 
-def _from_files(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
+def _from_files(
+    base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], goals: Sequence[str]
+) -> tuple[Rows, Rows]:
     data = recipe.data
     unknown = sorted(set(data.label_of.values()) - set(labels))
     if unknown:
@@ -134,7 +182,8 @@ def _from_files(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
         raise ConfigError(f"label_of names {', '.join(unread)}, which is neither a training nor a validation file.")
     splits = []
     for names, limit in ((data.train, data.limit), (data.validation, None)):
-        splits.append(_encoded(base, read_files(names, root, labels, data), limit, recipe, ", ".join(names)))
+        found = Found(*read_files(names, root, labels, data)).without(goals)
+        splits.append(_encoded(base, found, limit, recipe, ", ".join(names)))
     return splits[0], splits[1]
 
 
@@ -159,7 +208,9 @@ def read_files(
     return examples, bad
 
 
-def _from_task(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
+def _from_task(
+    base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], goals: Sequence[str]
+) -> tuple[Rows, Rows]:
     data = recipe.data
     task = load_task(str(data.task), root, labels=labels, sources=data.sources or ())
     if task.unsupported:
@@ -169,19 +220,25 @@ def _from_task(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) 
         )
     limits: dict[Split, int | None] = {"train": data.limit, "validation": None}
     splits = [
-        _encoded(base, (task.of(split), task.bad(split)), limit, recipe, f"{split} of task {data.task!r}")
+        _encoded(
+            base,
+            Found(task.of(split), task.bad(split)).without(goals),
+            limit,
+            recipe,
+            f"{split} of task {data.task!r}",
+        )
         for split, limit in limits.items()
     ]
     return splits[0], splits[1]
 
 
-def _encoded(
-    base: Base, found: tuple[list[Example], list[BadRow]], limit: int | None, recipe: Recipe, name: str
-) -> Rows:
-    rows = encode_rows(base, found[0], limit, recipe.seed, recipe.data.max_tokens)
-    rows.bad = [*found[1], *rows.bad]
+def _encoded(base: Base, found: Found, limit: int | None, recipe: Recipe, name: str) -> Rows:
+    rows = encode_rows(base, found.examples, limit, recipe.seed, recipe.data.max_tokens)
+    rows.bad = [*found.bad, *rows.bad]
+    rows.n_overlapping = found.n_overlapping
     if not rows.ids:
         first = f"; the first bad row: line {rows.bad[0].line}, {rows.bad[0].problem}" if rows.bad else ""
         long = f"; {rows.n_too_long} are longer than max_tokens or the base's context" if rows.n_too_long else ""
-        raise ConfigError(f"No usable row in {name}{first}{long}. Check the files.")
+        same = f"; {rows.n_overlapping} overlap with what leave_out names" if rows.n_overlapping else ""
+        raise ConfigError(f"No usable row in {name}{first}{long}{same}. Check the files.")
     return rows
