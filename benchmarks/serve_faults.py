@@ -33,7 +33,8 @@ STEERED = POLICY.replace("{harm:", "{calm: FOLDER, harm:").replace("house:\n", "
 STEERED_TOKENS = 64  # few answers that are steered are longer
 _TIMES = 10
 _SLOW, _UNLOADED, _SEEDS = 4, 3, 200
-_RECEIVED = 2048  # bytes that a slow reader's machine takes
+_RECEIVED, _SEGMENT = 2048, 536  # bytes that a slow reader takes; small segments keep the server's buffer small
+_WORDY: Json = {"safety": {"tokens": True}, "logprobs": True, "top_logprobs": 20}
 _TOO_LATE_S = 1  # to drain: the long answers take several seconds
 
 
@@ -162,7 +163,7 @@ def _expect(process: Process, body: bytes, status: int) -> None:
 def _slow_readers(process: Process, crowd: Crowd) -> int:
     """Long streams that nobody reads until a later one has ended; counts those whose answer waited for its reader."""
     numbers = range(min(_SLOW, crowd.n_clients))
-    asked = [crowd.asked(number, LONG, is_stream=True, safety={"tokens": True}) for number in numbers]
+    asked = [crowd.asked(number, LONG, is_stream=True, **_WORDY) for number in numbers]
     with ExitStack() as stack:
         readers = [stack.enter_context(_opened(process, each)) for each in asked]
         begun = [_first_lines(reader) for reader in readers]
@@ -183,6 +184,7 @@ def _opened(process: Process, asked: Asked) -> Iterator[BufferedReader]:
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVED)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT)
         connection.settimeout(ASK_S)
         connection.connect((place.hostname, place.port))
         connection.sendall(f"POST {CHATS} HTTP/1.1\r\n{head}\r\n".encode() + body)
@@ -281,6 +283,18 @@ def _sigterm(process: Process, crowd: Crowd) -> int:
     return 1
 
 
+def _sigterm_amid(process: Process, crowd: Crowd) -> int:
+    """SIGTERM while an answer of every client is being written."""
+    known = process.decisions()
+
+    def are_all_begun() -> bool:
+        new = [steps for key, steps in process.decisions().items() if key not in known]
+        return sum(steps[-1].stage == "prompt" for steps in new) >= crowd.n_clients
+
+    crowd.wait(are_all_begun)
+    return _sigterm(process, crowd)
+
+
 def _sigkill(process: Process, crowd: Crowd) -> int:
     process.stop(signal.SIGKILL)
     return 1
@@ -296,6 +310,6 @@ FAULTS = {
     "broken_policy": Fault(_broken_policy),
     "audit_disk_full": Fault(_disk_full, Right(frozenset({"audit_unavailable"}), may_cut=True, can_log=False)),
     "sigterm": Fault(_sigterm, Right(_STOPPED)),
-    "sigterm_past_drain": Fault(_sigterm, Right(_STOPPED, may_cut=True), _TOO_LATE_S, LONG),
+    "sigterm_past_drain": Fault(_sigterm_amid, Right(_STOPPED, may_cut=True), _TOO_LATE_S, LONG),
     "sigkill": Fault(_sigkill, Right(is_kill=True)),
 }
