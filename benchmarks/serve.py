@@ -6,8 +6,14 @@
 
 Every round loads all variants once, in an order that rotates.  ``throughput_ratio`` is the median over rounds of a
 variant's tokens a second to the base's of the same round, with a bootstrap interval over rounds.  The time to the first
-token begins before the second model's look at the prompt, and the guarded server's includes what it holds back.  Server
-and clients share the machine.  Faults, rows and soak are those of ``safeside`` in processes of its own.
+token begins before the second model's look at the prompt, and the guarded server's includes what it holds back.  The
+inter-token latency is the time between two chunks with text.  Of fewer than 100 samples there is
+no 99th percentile.
+
+Clients are in a process of their own; the three servers and the second model share another and one set of weights, and
+only one of the servers is loaded at a time; both processes share the machine's cores.  Every answer of a geometry has
+the same number of tokens, and the second model reads as many.  Faults, rows and soak are those of ``safeside`` in
+processes of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,31 +31,43 @@ import torch
 from overhead import ratio_figure
 from safeside.provenance import config_hash
 from safeside.terminal import note
-from serve_batch import batch_rows, soak
+from serve_batch import batch_rows
+from serve_clients import Load, Timing, run_clients
 from serve_faults import fault_rows
-from serve_load import VARIANTS, Load, Served, Timing, all_served, run_load
+from serve_load import VARIANTS, Served, all_served
+from serve_soak import soak
 from tidy import RESULTS, Row, figure_row, result_of, write_json
 
 GOAL = 0.95  # guarded throughput on the 0.5B geometry
 GEOMETRIES = ("Qwen2.5-0.5B", "builtin")
 CLIENTS = (1, 8, 32)
+REQUESTS, TOKENS = {"builtin": 24}, {"builtin": 48}  # of a round, of an answer; of other geometries
+FEW_REQUESTS, FEW_TOKENS = 3, 12
+N_FOR_P99 = 100
+NOTE = (
+    "Clients in a process of their own; base, guarded, second_model and the second model itself in another, on the "
+    "same cores. itl is the time between two chunks with text; guarded holds 8 tokens back, which come in one chunk at "
+    "the end. No p99 where there are fewer than 100 samples."
+)
 QUICK = {
     "geometries": ["builtin"], "clients": [2], "rounds": 1, "requests": 2, "tokens": 12,
     "faults": 2, "rows": 300, "soak": 0.1,
 }  # fmt: skip
 
 
-def measure(servers: dict[str, Served], load: Load, rounds: int) -> dict[str, list[Timing]]:
-    """Timings by variant, one for each round; one round before is thrown away."""
+def measure(servers: Mapping[str, Served], load: Load, rounds: int) -> dict[str, list[Timing]]:
+    """Timings by variant, one for each round; the first round tells how long the others take."""
     names = list(VARIANTS)
     found: dict[str, list[Timing]] = {name: [] for name in names}
-    for round_ in range(-1, rounds):
-        shift = round_ % len(names)
+    for round_ in range(rounds):
+        started, shift = time.perf_counter(), round_ % len(names)
         for name in [*names[shift:], *names[:shift]]:
-            timing = run_load(servers[name], load)
-            if round_ >= 0:
-                found[name].append(timing)
-                note(f"{load.clients} clients, {name}: {timing.n_tokens / timing.seconds:.1f} tokens/s")
+            timing = run_clients(replace(load, url=servers[name].url, judge=servers[name].judge))
+            found[name].append(timing)
+            note(f"{load.clients} clients, {name}: {timing.n_tokens / timing.seconds:.1f} tokens/s")
+        if not round_:
+            minutes = (time.perf_counter() - started) * (rounds - 1) / 60
+            note(f"{load.clients} clients: {rounds - 1} more rounds will take about {minutes:.1f} minutes")
     return found
 
 
@@ -63,7 +82,7 @@ def rows_of(labels: dict[str, object], found: dict[str, list[Timing]]) -> list[R
         rows.append(figure_row(mine, "tokens_per_s", float(np.median(rates[name])), spread, **counts))
         waits = {"ttft": [t for each in timings for t in each.ttft], "itl": [t for each in timings for t in each.itl]}
         for metric, values in waits.items():
-            for share in (50, 99) if values else ():
+            for share in (50, 99) if len(values) >= N_FOR_P99 else (50,) if values else ():
                 value = float(np.percentile(values, share))
                 rows.append(figure_row(mine, f"{metric}_p{share}", value, **{**counts, "n": len(values)}))
         value, interval = ratio_figure(rates[name], rates["base"])
@@ -71,15 +90,29 @@ def rows_of(labels: dict[str, object], found: dict[str, list[Timing]]) -> list[R
     return rows
 
 
-def load_rows(geometry: str, options: argparse.Namespace) -> list[Row]:
-    """All figures of one geometry."""
+def without_p99(rows: Sequence[Row]) -> list[Row]:
+    """Where a 99th percentile is left out, and how many samples there were."""
+    names = ("geometry", "clients", "variant", "metric", "n")
+    return [
+        {name: row[name] for name in names} | {"metric": f"{str(row['metric'])[:-3]}p99"}
+        for row in rows
+        if str(row["metric"]).endswith("_p50") and int(str(row["n"])) < N_FOR_P99
+    ]
+
+
+def load_rows(geometry: str, options: argparse.Namespace) -> tuple[list[Row], Row]:
+    """All figures of one geometry, and what was asked of it."""
     rows = []
+    n_requests = options.requests or REQUESTS.get(geometry, FEW_REQUESTS)
+    n_tokens = options.tokens or TOKENS.get(geometry, FEW_TOKENS)
     with all_served(geometry, options.device) as servers:
+        for server in servers.values():  # what is done once is done before
+            run_clients(Load(server.url, server.judge, 1, 1, n_tokens))
         for clients in options.clients:
-            load = Load(clients, max(1, options.requests // clients), options.tokens)
+            load = Load("", "", clients, max(1, n_requests // clients), n_tokens)
             labels = {"geometry": geometry, "clients": clients}
             rows += rows_of(labels, measure(servers, load, options.rounds))
-    return rows
+    return rows, {"requests": n_requests, "tokens": n_tokens, "rounds": options.rounds}
 
 
 def goals_of(rows: Sequence[Row]) -> list[Row]:
@@ -97,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--geometries", nargs="*", default=list(GEOMETRIES))
     parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=8, help="of a round, and at least one of each client")
-    parser.add_argument("--tokens", type=int, default=48, help="of each answer")
+    parser.add_argument("--requests", type=int, help="of a round (3; builtin 24), at least one of each client")
+    parser.add_argument("--tokens", type=int, help="of each answer (12; builtin 48); the guard holds 8 back")
     parser.add_argument("--faults", type=int, default=8, help="clients beside each fault; 0 leaves faults out")
     parser.add_argument("--rows", type=int, default=10_000, help="through safeside guard; 0 leaves them out")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes; 0 leaves it out")
@@ -110,17 +143,20 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if options.quick:
         vars(options).update(QUICK, output=Path(tempfile.mkdtemp(prefix="serve_quick_")))
     torch.set_num_threads(options.threads)
-    started, rows, notes = time.perf_counter(), [], {}
+    started, rows = time.perf_counter(), []
+    notes: dict[str, object] = {"load": NOTE, "asked": (asked := {})}
     for geometry in options.geometries:
-        rows += load_rows(geometry, options)
+        found, asked[geometry] = load_rows(geometry, options)
+        rows += found
+    notes |= {"goals": goals_of(rows), "without_p99": without_p99(rows)}
     if options.faults:
-        rows += fault_rows(options.faults)
+        found, notes["faults"] = fault_rows(options.faults)
+        rows += found
     if options.rows:
         found, notes["guard"] = batch_rows(options.rows)
         rows += found
     if options.soak:
         notes["soak"] = soak(options.soak)
-    notes["goals"] = goals_of(rows)
     result = result_of("serve", time.perf_counter() - started, rows, notes)
     return write_json(options.output / "serve.json", result)
 

@@ -1,4 +1,4 @@
-"""Two long runs: many rows through ``safeside guard``, killed half-way, and load while a server's memory is read.
+"""Many rows through ``safeside guard``, killed half-way.
 
 Of the rows, ``injected`` counts kills, ``lost`` rows that are missing or doubled in the output, ``leaked`` those with
 another score than the row has alone.
@@ -13,20 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import psutil
 
 from safeside.artifact import load_adapter
 from safeside.base.model import load_base
 from safeside.guards.score import judge
-from safeside.terminal import note
 from safeside.types import Message
-from serve_process import SAFESIDE, Crowd, process_of
+from serve_process import SAFESIDE
 from tidy import Row, figure_row
 
 _SAMPLE = 50  # rows that are scored alone as well
-_CLIENTS = 8
-_PARTS = 10  # of the soak; the first is for warming up
-_GOAL = 0.02
 
 
 def batch_rows(n_rows: int) -> tuple[list[Row], dict[str, object]]:
@@ -64,24 +59,3 @@ def _n_other(prompts: list[str], found: dict[int, float]) -> int:
     chosen = np.random.default_rng(0).permutation(len(prompts))[:_SAMPLE]
     alone = {int(row) + 1: judge(base, [guard], [[Message("user", prompts[row])]])[0][0].score for row in chosen}
     return sum(abs(found.get(line, float("nan")) - score) > 1e-4 for line, score in alone.items())
-
-
-def soak(minutes: float) -> dict[str, object]:
-    """How much the resident memory of a server grew under load, from the second tenth of the time to the last."""
-    sizes: list[tuple[float, int]] = []
-    with process_of() as process:
-        crowd, server = Crowd(process, _CLIENTS), psutil.Process(process.running.pid)
-        with crowd.asking():
-            started = time.monotonic()
-            while (passed := time.monotonic() - started) < 60 * minutes:
-                sizes.append((passed / (60 * minutes), server.memory_info().rss))
-                time.sleep(min(1.0, minutes))
-        n_bad = sum(outcome.answer is None for outcome in crowd.outcomes)
-    first, last = (
-        float(np.median([size for share, size in sizes if part <= share * _PARTS < part + 1]))
-        for part in (1, _PARTS - 1)
-    )
-    growth = last / first - 1
-    note(f"soak: {minutes:g} minutes, {len(crowd.outcomes)} answers, memory {growth:+.2%}")
-    facts = {"minutes": minutes, "clients": _CLIENTS, "answers": len(crowd.outcomes) - n_bad, "failed": n_bad}
-    return {**facts, "growth": growth, "goal": _GOAL, "met": abs(growth) <= _GOAL, "bytes": last}

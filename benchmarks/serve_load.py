@@ -1,4 +1,4 @@
-"""Servers to load, clients that load them, and what the clients measure."""
+"""Servers to load, one for each variant, and the second model: all in this process, around one set of weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import torch
 import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from overhead_variants import SIZE, SecondPass, open_base, twin_of
 from safeside.adapters.adapter import Adapter
@@ -38,40 +41,23 @@ policies:
     answer: [{action: block, guard: harm, threshold: 1.0}]
 deployment: [house]
 """
-PROMPT = "Tell me how a small boat is built, in a few plain sentences. " * 3
 ALONE = "{policies: {none: {}}, deployment: [none]}"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Served:
     """One variant behind HTTP."""
 
     url: str
-    service: Service
-    judge: SecondPass | None = None
-    """The second model, called before and after an answer."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    judge: str = ""
+    """Where the second model is called; empty without one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How a server is loaded."""
+class Judged(BaseModel):
+    """What the second model is asked to read: a prompt, and an answer of so many tokens."""
 
-    clients: int
-    n_requests: int
-    """Of each client, one after the other."""
-    n_tokens: int
-    """Of each answer."""
-
-
-@dataclass(slots=True)
-class Timing:
-    """What the clients of one round saw."""
-
-    seconds: float = 0.0
-    n_tokens: int = 0
-    ttft: list[float] = field(default_factory=list)
-    itl: list[float] = field(default_factory=list)
+    text: str
+    n_answer: int
 
 
 def adapters_of(base: Base) -> list[Adapter]:
@@ -81,9 +67,48 @@ def adapters_of(base: Base) -> list[Adapter]:
         return [Adapter(config).to(base.dtype).eval().requires_grad_(False) for config in configs]
 
 
+def base_of(geometry: str, device: str) -> Base:
+    """A base whose answers end only where they were told to, so that all variants write the same number of tokens.
+
+    A geometry has no tokenizer: it gets the built-in one, with a word of its own for every id that this does not know.
+    """
+    base = open_base(geometry, device)
+    if geometry != "builtin":
+        base.tokenizer = spelling(load_base("builtin").tokenizer, base.model.config.get_text_config().vocab_size)
+    base.tokenizer.eos_token = None
+    if base.model.generation_config is not None:
+        base.model.generation_config.eos_token_id = None
+    return base
+
+
+def spelling(tokenizer: PreTrainedTokenizerFast, n_tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that reads texts as ``tokenizer`` does, and spells ``n_tokens`` ids at least."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] |= {f"\u0120w{token}": token for token in range(len(tokenizer), n_tokens)}
+    words = Tokenizer.from_str(json.dumps(state))
+    begin, template = tokenizer.bos_token, tokenizer.chat_template
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=begin, chat_template=template)
+
+
 @contextlib.contextmanager
-def served(base: Base, adapters: Sequence[Adapter], policy: str) -> Iterator[Served]:
-    """A server of ``base`` on a free port."""
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address of an application, in a thread of its own."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{place.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def served(base: Base, adapters: Sequence[Adapter], policy: str) -> Iterator[str]:
+    """The address of a server of ``base``."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "policy.yaml").write_text(policy, encoding="utf-8")
@@ -93,27 +118,40 @@ def served(base: Base, adapters: Sequence[Adapter], policy: str) -> Iterator[Ser
         engine = Engine(base, adapters)
         audit = AuditLog(f"sqlite:///{folder}/audit.db")
         service = Service(engine, book, audit, model="base", limits=ServiceLimits(deadline_s=3600))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="critical"))
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-            thread.start()
-            while not server.started:
-                time.sleep(0.01)
-            try:
-                yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service)
-            finally:
-                server.should_exit = True
-                thread.join()
+        with listening(create_app(service)) as url:
+            yield url
+
+
+def judge_app(base: Base) -> FastAPI:
+    """The second model behind HTTP, which reads one text at a time as one more model on the same machine."""
+    judge, lock, app = SecondPass(base), threading.Lock(), FastAPI()
+
+    @torch.no_grad()
+    def read(ids: torch.Tensor) -> None:
+        with lock:
+            judge.judge(ids)
+
+    @app.post("/")
+    async def judged(asked: Judged) -> dict[str, int]:
+        ids = judged_ids(base, asked)
+        await asyncio.to_thread(read, ids)
+        return {"n_tokens": ids.shape[1]}
+
+    return app
+
+
+def judged_ids(base: Base, asked: Judged) -> torch.Tensor:
+    """The ids (1, T) that the second model reads: the prompt's, and one for each token of the answer."""
+    prompt = base.encode([Message("user", asked.text)]).ids
+    return torch.tensor([[*prompt, *prompt[:1] * asked.n_answer]], device=base.device)
 
 
 @contextlib.contextmanager
 def all_served(geometry: str, device: str) -> Iterator[dict[str, Served]]:
     """Every variant around one set of weights."""
-    base = open_base(geometry, device)
-    if geometry != "builtin":  # a geometry has no tokenizer; ids that this one does not know spell nothing
-        base.tokenizer = load_base("builtin").tokenizer
+    base = base_of(geometry, device)
     with contextlib.ExitStack() as stack:
-        made = {
+        urls = {
             name: stack.enter_context(
                 served(twin := twin_of(base), adapters_of(twin), GUARDED)
                 if name == "guarded"
@@ -121,75 +159,5 @@ def all_served(geometry: str, device: str) -> Iterator[dict[str, Served]]:
             )
             for name in VARIANTS
         }
-        made["second_model"].judge = SecondPass(twin_of(base))
-        yield made
-
-
-def run_load(server: Served, load: Load) -> Timing:
-    """One round."""
-    timing = Timing()
-    started = time.perf_counter()
-    asyncio.run(_clients(server, load, timing))
-    timing.seconds = time.perf_counter() - started
-    return timing
-
-
-async def _clients(server: Served, load: Load, timing: Timing) -> None:
-    limits = httpx.Limits(max_connections=load.clients)
-    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
-
-        async def one(number: int) -> None:
-            for _ in range(load.n_requests):
-                await _ask(server, client, load, number, timing)
-
-        await asyncio.gather(*(one(number) for number in range(load.clients)))
-
-
-async def _ask(server: Served, client: httpx.AsyncClient, load: Load, number: int, timing: Timing) -> None:
-    """One stream: when its first token came, and the time between tokens."""
-    text = f"{number}: {PROMPT}"
-    body = {
-        "model": "base", "stream": True, "max_tokens": load.n_tokens, "temperature": 0,
-        "messages": [{"role": "user", "content": text}], "stream_options": {"include_usage": True},
-        "logprobs": True,
-    }  # fmt: skip
-    started = before = time.perf_counter()
-    await _judged(server, [Message("user", text)])
-    answer, is_first = "", True
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise RuntimeError(chunk["error"]["message"])
-            if usage := chunk.get("usage"):
-                timing.n_tokens += usage["completion_tokens"]
-            choice = (chunk["choices"] or [{}])[0]
-            n_told = len((choice.get("logprobs") or {}).get("content") or ())
-            if not n_told:
-                continue
-            now = time.perf_counter()
-            if is_first:
-                timing.ttft.append(now - started)
-            else:
-                timing.itl += [(now - before) / n_told] * n_told
-            is_first, before = False, now
-            answer += choice["delta"].get("content") or ""
-    await _judged(server, [Message("user", text), Message("assistant", answer)])
-
-
-async def _judged(server: Served, messages: Sequence[Message]) -> None:
-    """Let the second model read the conversation, one at a time, as one more model on the same machine."""
-    if server.judge is None:
-        return
-    ids = torch.tensor([server.service.base.encode(messages).ids], device=server.service.base.device)
-    await asyncio.to_thread(_judge, server, ids)
-
-
-@torch.no_grad()
-def _judge(server: Served, ids: torch.Tensor) -> None:
-    assert server.judge is not None
-    with server.lock:
-        server.judge.judge(ids)
+        judge = stack.enter_context(listening(judge_app(twin_of(base))))
+        yield {name: Served(url, judge if name == "second_model" else "") for name, url in urls.items()}

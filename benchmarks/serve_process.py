@@ -1,4 +1,4 @@
-"""``safeside serve`` in a process of its own, and clients of two tenants that ask it."""
+"""``safeside serve`` in a process of its own, with two tenants and an audit log that keeps texts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -25,8 +24,7 @@ from safeside.serve.keys import make_key
 
 SAFESIDE = (sys.executable, "-c", "from safeside.cli import main; main()")
 TENANTS = ("even", "odd")
-N_TOKENS = 16
-START_S, ASK_S = 300, 120
+START_S, ASK_S = 300, 300  # longer than the server's own deadline
 # The tenants' own lines, which nothing is done by, tell whose verdict it is; the guard watches every token.
 POLICY = """
 adapters: {harm: builtin:harm, refuse: builtin:refuse}
@@ -34,13 +32,28 @@ deployment: house
 tenants: {even: even, odd: odd}
 policies:
   house:
+    audit_text: true
     prompt: [{action: steer, guard: harm, aligner: refuse, low: 0.5, high: 0.9}]
     answer: [{action: block, guard: harm, threshold: 1.0}]
   even: {prompt: [{action: annotate, guard: harm, threshold: 0.25}]}
   odd: {prompt: [{action: annotate, guard: harm, threshold: 0.75}]}
 """
 LINES = {"even": 0.25, "odd": 0.75}
+DRAIN_S = 30
 Json = dict[str, Any]
+
+
+class Decision(NamedTuple):
+    """One record of the audit log."""
+
+    tenant: str
+    stage: str
+    action: str
+    text: str
+
+
+Decisions = Mapping[str, list[Decision]]
+"""By trace id."""
 
 
 @dataclass
@@ -51,6 +64,10 @@ class Process:
     keys: dict[str, str]
     port: int
     running: subprocess.Popen[bytes]
+    drain_s: float = DRAIN_S
+    """How long answers may go on after SIGTERM."""
+    is_ending: bool = False
+    """Whether it was sent a signal to end: what it refuses then it does not take later."""
 
     @property
     def url(self) -> str:
@@ -79,22 +96,34 @@ class Process:
 
     def stop(self, how: signal.Signals) -> None:
         """Send a signal and wait for the process to end."""
+        self.is_ending = True
         self.running.send_signal(how)
         self.running.wait(ASK_S)
 
-    def restart(self) -> None:
-        """Start it again at the same port, with the same audit log, if it is down."""
+    def restart(self, drain_s: float = DRAIN_S) -> None:
+        """Have it run with this time to drain, at the same port and with the same audit log."""
+        if self.is_up and drain_s != self.drain_s:
+            self.stop(signal.SIGKILL)
         if not self.is_up:
-            self.running = _started(self.folder, self.port)
+            self.running, self.drain_s, self.is_ending = _started(self.folder, self.port, drain_s), drain_s, False
 
-    def decisions(self) -> dict[str, list[tuple[str, str, str]]]:
-        """By trace id the tenant, stage and action of every record in the audit log."""
-        found: dict[str, list[tuple[str, str, str]]] = {}
+    def decisions(self) -> dict[str, list[Decision]]:
+        """Every record in the audit log, in order."""
+        found: dict[str, list[Decision]] = {}
         with sqlite3.connect(self.folder / "audit.db", timeout=60) as database:
-            query = "SELECT trace_id, tenant, stage, action FROM safeside_decisions ORDER BY number"
+            query = "SELECT trace_id, tenant, stage, action, text FROM safeside_decisions ORDER BY number"
             for trace_id, *rest in database.execute(query):
-                found.setdefault(trace_id, []).append(tuple(rest))
+                found.setdefault(trace_id, []).append(Decision(*rest))
         return found
+
+    def settled(self, known: Decisions, seconds: float = 20.0) -> dict[str, list[Decision]]:
+        """The decisions that are not ``known``, once each answer has one, or after so many seconds."""
+        end = time.monotonic() + seconds
+        while True:
+            found = {trace_id: steps for trace_id, steps in self.decisions().items() if trace_id not in known}
+            if all(steps[-1].stage == "answer" for steps in found.values()) or time.monotonic() > end:
+                return found
+            time.sleep(0.2)
 
 
 @contextmanager
@@ -110,7 +139,7 @@ def process_of() -> Iterator[Process]:
         save_adapter(calm, folder / "adapters" / "calm")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        process = Process(folder, keys, port, _started(folder, port))
+        process = Process(folder, keys, port, _started(folder, port, DRAIN_S))
         try:
             yield process
         finally:
@@ -118,10 +147,11 @@ def process_of() -> Iterator[Process]:
             process.running.wait()
 
 
-def _started(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def _started(folder: Path, port: int, drain_s: float) -> subprocess.Popen[bytes]:
     """The process, once it is ready."""
     options = {"policy": folder / "policy.yaml", "keys": folder / "keys.yaml", "adapter-root": folder / "adapters"}
     options |= {"port": port, "audit": f"sqlite:///{folder}/audit.db", "max-rows": 8, "max-body": 1 << 16}
+    options["drain"] = drain_s
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     with (folder / "log").open("ab") as log:
         running = subprocess.Popen([*SAFESIDE, "serve", *words], stdout=log, stderr=log, env=os.environ)
@@ -134,84 +164,3 @@ def _started(folder: Path, port: int) -> subprocess.Popen[bytes]:
             time.sleep(0.1)
     running.kill()
     raise RuntimeError((folder / "log").read_text(encoding="utf-8"))
-
-
-def tenant_of(number: int) -> str:
-    """Whose the request of this number is."""
-    return TENANTS[number % 2]
-
-
-def body_of(number: int, **more: object) -> Json:
-    """The chat of this number: no other asks the same."""
-    messages = [{"role": "user", "content": f"What is {number} and {number + 1}, and how are {number} eggs boiled?"}]
-    return {"model": "builtin", "messages": messages, "max_tokens": N_TOKENS, "temperature": 0, **more}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one request."""
-
-    number: int
-    answer: Json | None = None
-    """The whole answer."""
-    refusal: str = ""
-    """The code of the error that it was refused with, ``unreachable`` where nobody listened."""
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether neither an answer nor a refusal came."""
-        return self.answer is None and not self.refusal
-
-
-def ask(process: Process, number: int) -> Outcome:
-    """Ask until it is answered, as long as the server says to come back."""
-    while True:
-        try:
-            found = process.post("/v1/chat/completions", body_of(number), tenant_of(number))
-        except httpx.ConnectError:
-            return Outcome(number, refusal="unreachable")
-        except httpx.TransportError:
-            return Outcome(number)
-        if found.status_code == httpx.codes.OK:
-            return Outcome(number, found.json())
-        code = found.json()["error"]["code"]
-        if code not in ("rate_limit_exceeded", "unavailable") or not process.is_up:
-            return Outcome(number, refusal=str(code))
-        time.sleep(0.05)
-
-
-@dataclass
-class Crowd:
-    """Clients that ask one thing after the other, each the same, until they are told to stop or nobody listens."""
-
-    process: Process
-    n_clients: int
-    outcomes: list[Outcome] = field(default_factory=list)
-    is_over: threading.Event = field(default_factory=threading.Event)
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Let them ask; each has begun before, and has its last answer after."""
-        threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(self.n_clients)]
-        for thread in threads:
-            thread.start()
-        try:
-            self.wait(lambda: len(self.outcomes) >= self.n_clients)
-            yield
-        finally:
-            self.is_over.set()
-            for thread in threads:
-                thread.join()
-
-    def wait(self, condition: Callable[[], bool]) -> None:
-        """Return once ``condition`` holds, or the server is down."""
-        end = time.monotonic() + ASK_S
-        while not condition() and self.process.is_up and time.monotonic() < end:
-            time.sleep(0.01)
-
-    def _ask(self, number: int) -> None:
-        while not self.is_over.is_set():
-            outcome = ask(self.process, number)
-            self.outcomes.append(outcome)
-            if outcome.refusal == "unreachable" or outcome.is_broken:
-                return

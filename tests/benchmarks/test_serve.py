@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 
 import serve
-import serve_faults
+import serve_clients
 import serve_load
 from safeside import Base, load_base
+from safeside.types import Message
 from serve import rows_of
-from serve_load import VARIANTS, Timing
-from serve_process import Outcome
+from serve_clients import Timing
+from serve_counts import is_foreign, is_own, lost
+from serve_crowd import Asked, Outcome, heard
+from serve_faults import FAULTS
+from serve_load import VARIANTS, Judged, judged_ids, spelling
+from serve_process import Decision
 
 METRICS = {"tokens_per_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "throughput_ratio"}
 
@@ -31,19 +36,20 @@ def test_it_writes_every_row(
     monkeypatch.setattr(serve_load, "SIZE", 0.2)
     small = ["--clients", "2", "--rounds", "1", "--tokens", "12", "--threads", "1"]
     small += ["--requests", "1", "--faults", "0", "--rows", "0"]
-    monkeypatch.setattr(serve_load, "PROMPT", "x")
+    monkeypatch.setattr(serve_clients, "QUESTION", "x")
     path = serve.main([*small, "--geometries", "tiny", "--output", str(tmp_path)])
     result = json.loads(path.read_text())
     found = {(row["clients"], row["variant"], row["metric"]) for row in result["rows"]}
-    assert {(2, name, metric) for name in VARIANTS for metric in METRICS - {"itl_p50", "itl_p99"}} <= found
-    assert {metric for _, _, metric in found} <= METRICS
+    assert {(2, name, metric) for name in VARIANTS for metric in METRICS - {"ttft_p99", "itl_p99"}} == found
+    left_out = {(row["variant"], row["metric"]) for row in result["notes"]["without_p99"]}
+    assert left_out == {(name, metric) for name in VARIANTS for metric in ("ttft_p99", "itl_p99")}
     assert [goal["clients"] for goal in result["notes"]["goals"]] == [2]
 
 
 def test_a_ratio_is_to_the_base_of_the_same_round() -> None:
     rounds = {"base": [(1.0, 10), (2.0, 10)], "guarded": [(1.0, 9), (2.0, 9)], "second_model": [(1.0, 5), (2.0, 6)]}
     timings = {
-        name: [Timing(seconds, n_tokens, ttft=[0.1, 0.3], itl=[0.01]) for seconds, n_tokens in values]
+        name: [Timing(seconds, n_tokens, ttft=[0.1, 0.3], itl=[0.01] * 50) for seconds, n_tokens in values]
         for name, values in rounds.items()
     }
     rows = {(row["variant"], row["metric"]): row for row in rows_of({"clients": 1}, timings)}
@@ -51,48 +57,137 @@ def test_a_ratio_is_to_the_base_of_the_same_round() -> None:
     assert rows["second_model", "throughput_ratio"]["value"] == pytest.approx(0.55)
     assert rows["base", "tokens_per_s"]["value"] == pytest.approx(7.5)
     assert rows["base", "ttft_p50"]["value"] == pytest.approx(0.2)
-    assert {metric for _, metric in rows} == METRICS
+    assert {metric for _, metric in rows} == METRICS - {"ttft_p99"}, "2 rounds of 50 are enough, 2 of 2 are not"
 
 
-def outcome(
+def test_the_second_model_reads_as_many_tokens_as_the_answer_has(tiny_folder: Callable[[str], Path]) -> None:
+    base = load_base(tiny_folder("llama"))
+    prompt = base.encode([Message("user", "x")]).ids
+    assert judged_ids(base, Judged(text="x", n_answer=0)).shape == (1, len(prompt))
+    assert judged_ids(base, Judged(text="x", n_answer=7)).shape == (1, len(prompt) + 7)
+
+
+def test_a_tokenizer_that_spells_every_id_reads_as_before() -> None:
+    base = load_base("builtin")
+    messages = [Message("user", "How is a boat built?")]
+    before = base.encode(messages).ids
+    base.tokenizer = spelling(base.tokenizer, 10_000)
+    assert base.encode(messages).ids == before
+    assert base.tokenizer.decode([4096, 9999]) == " w4096 w9999"
+
+
+def answer_of(
     number: int, trace_id: str, *, policy: str = "house+even", line: float = 0.25, score: float = 0.5
-) -> Outcome:
+) -> dict[str, object]:
     verdict = {"stage": "prompt", "score": score, "threshold": line}
     safety = {"trace_id": trace_id, "policy": policy, "verdicts": [verdict]}
-    return Outcome(number, {"choices": [{"message": {"content": f"answer {number}"}}], "safety": safety})
+    choices = [{"message": {"content": f"answer {number}"}}]
+    return {"choices": choices, "safety": safety, "usage": {"completion_tokens": 16}}
 
 
-def test_what_is_lost() -> None:
-    whole = [("even", "prompt", "allow"), ("even", "answer", "allow")]
-    told, unlogged, half = outcome(0, "a"), outcome(0, "b"), outcome(0, "c")
-    decisions = {"a": whole, "c": whole[:1], "d": whole}
-    outcomes = [
-        told,
-        unlogged,
-        half,
-        Outcome(0),
-        Outcome(0, refusal="audit_unavailable"),
-        Outcome(0, refusal="timeout"),
-    ]
-    lost = {fault: serve_faults.lost(fault, outcomes, decisions) for fault in serve_faults.FAULTS}
-    assert lost["sigkill"] == 2, "a client was told of two decisions that are not in the log"
-    assert lost["sigterm"] == 3, "besides them one was begun that nobody was told of"
-    assert lost["audit_disk_full"] == 4, "refusing is right then, but not for another reason"
-    assert lost["disconnect"] == 5
+def told(number: int, trace_id: str, **more: object) -> Outcome:
+    return Outcome(Asked(number), answer_of(number, trace_id, **more))
+
+
+EXPECTED = {("plain", 0): answer_of(0, ""), ("plain", 1): answer_of(1, "", policy="house+odd", line=0.75, score=0.7)}
+
+
+def steps(*actions: str, number: int = 0) -> list[Decision]:
+    made = [Decision("even", "prompt", "allow", Asked(number).text)]
+    return made + [Decision("even", "answer", action, "") for action in actions]
+
+
+def refused(code: str) -> Outcome:
+    return Outcome(Asked(0), refusal=code)
+
+
+def n_lost(fault: str, outcomes: list[Outcome], decisions: dict[str, list[Decision]]) -> int:
+    return lost(FAULTS[fault].right, outcomes, decisions, EXPECTED)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_answer_is_lost_whose_decisions_are_not_in_the_log(fault: str) -> None:
+    outcomes = [told(0, "a"), told(0, "b"), told(0, "c"), told(0, "d")]
+    assert n_lost(fault, outcomes, {"a": steps("allow"), "c": steps(), "d": steps("failed")}) == 3
+
+
+def test_an_answer_is_lost_that_broke_without_an_error_that_says_so() -> None:
+    broken = Outcome(Asked(0))
+    for fault in set(FAULTS) - {"sigkill"}:
+        assert n_lost(fault, [broken], {}) == 1, fault
+        assert n_lost(fault, [broken], {"a": steps("abandoned")}) == 1, "the same request, as the log tells it"
+        assert n_lost(fault, [broken], {"a": steps("failed")}) == 1
+    assert n_lost("sigkill", [broken], {"a": steps()}) == 0
+    assert n_lost("sigkill", [replace(broken, trace_id="a")], {}) == 1, "it was told of the decision on its prompt"
+
+
+def test_a_server_that_stops_may_refuse_and_past_its_drain_may_cut() -> None:
+    assert n_lost("sigterm", [refused("unreachable"), refused("unavailable")], {}) == 0
+    assert n_lost("disconnect", [refused("unreachable"), refused("unavailable")], {}) == 2
+    cut = [refused("unavailable")], {"a": steps("failed")}
+    assert n_lost("sigterm", *cut) == 1, "there was time to end it"
+    assert n_lost("sigterm_past_drain", *cut) == 0
+    assert n_lost("sigterm_past_drain", [refused("unavailable")], {"a": steps("abandoned")}) == 1
+    assert n_lost("sigterm_past_drain", [refused("unreachable")], {"a": steps("failed")}) == 1
+    assert n_lost("sigterm_past_drain", [refused("internal_error")], {"a": steps("failed")}) == 1
+
+
+def test_a_full_disk_may_refuse_for_that_reason_only() -> None:
+    assert n_lost("audit_disk_full", [refused("audit_unavailable")], {"a": steps()}) == 0
+    assert n_lost("audit_disk_full", [refused("timeout")], {}) == 1
+
+
+def test_who_left_is_in_the_log_as_such() -> None:
+    left = Outcome(Asked(0), trace_id="a", is_left=True)
+    assert n_lost("disconnect", [left], {"a": steps("abandoned")}) == 0
+    assert n_lost("disconnect", [left], {"a": steps()}) == 1, "it never came to an end"
+    assert n_lost("disconnect", [left], {}) == 1
+    assert n_lost("disconnect", [left], {"a": steps("abandoned"), "b": steps("abandoned")}) == 1, "who left there?"
+
+
+def test_who_was_put_off_and_came_back_lost_nothing() -> None:
+    again = replace(told(0, "b"), n_put_off=1)
+    assert n_lost("adapter_unloaded", [again], {"a": steps("failed"), "b": steps("allow")}) == 0
+    assert n_lost("adapter_unloaded", [told(0, "b")], {"a": steps("failed"), "b": steps("allow")}) == 1
+
+
+def test_another_text_than_alone_is_lost() -> None:
+    text, tokens = answer_of(0, "a"), answer_of(0, "a")
+    text["choices"] = [{"message": {"content": "answer 0 changed midway"}}]
+    tokens["usage"] = {"completion_tokens": 15}
+    for answer in (text, tokens):
+        assert not is_own(Outcome(Asked(0), answer), EXPECTED)
+        assert n_lost("adapter_unloaded", [Outcome(Asked(0), answer)], {"a": steps("allow")}) == 1
+    assert is_own(Outcome(Asked(0), answer_of(0, "a")), EXPECTED)
+
+
+def test_what_a_stream_says() -> None:
+    def line(**values: object) -> str:
+        return f"data: {json.dumps({'id': 'chatcmpl-t1', 'choices': [], **values})}"
+
+    safety = {"trace_id": "t1", "verdicts": []}
+    words = [line(choices=[{"delta": {"content": word}}]) for word in ("a", "b")]
+    lines = [*words, line(safety=safety), line(usage={"completion_tokens": 2}), "data: [DONE]"]
+    whole = heard(Asked(0), lines).answer
+    assert whole == {"choices": [{"message": {"content": "ab"}}], "safety": safety, "usage": {"completion_tokens": 2}}
+    cut = heard(Asked(0), lines[:-1])
+    assert (cut.is_broken, cut.trace_id) == (True, "t1")
+    ended = heard(Asked(0), [words[0], 'data: {"error": {"code": "unavailable"}}'])
+    assert (ended.is_broken, ended.refusal) == (False, "unavailable")
+    assert heard(Asked(0), lines, 1).is_left
 
 
 def test_what_is_foreign() -> None:
-    expected = {0: outcome(0, "a").answer, 1: outcome(1, "b", policy="house+odd", line=0.75, score=0.7).answer}
-    log = {"a": [("even", "prompt", "allow")], "b": [("odd", "prompt", "allow")]}
+    log = {"a": steps("allow"), "b": [Decision("odd", "prompt", "allow", Asked(0).text)], "c": steps(number=2)}
 
-    def is_foreign(found: Outcome) -> bool:
-        return serve_faults.is_foreign(found, expected, log)
+    def found(outcome: Outcome) -> bool:
+        return is_foreign(outcome, EXPECTED, log)
 
-    assert not is_foreign(outcome(0, "a"))
-    assert not is_foreign(Outcome(0, refusal="timeout"))
-    assert is_foreign(outcome(0, "b")), "another tenant's record"
-    assert is_foreign(outcome(0, "a", score=0.7))
-    assert is_foreign(outcome(0, "a", line=0.75))
-    assert is_foreign(outcome(0, "a", policy="house+odd"))
-    text = replace(outcome(0, "a"), answer={**outcome(1, "a").answer, "safety": outcome(0, "a").answer["safety"]})
-    assert is_foreign(text)
+    assert not found(told(0, "a"))
+    assert not found(refused("timeout"))
+    assert found(told(0, "b")), "another tenant's record"
+    assert found(told(0, "c")), "another prompt's record"
+    assert found(told(0, "a", score=0.7))
+    assert found(told(0, "a", line=0.75))
+    assert found(told(0, "a", policy="house+odd"))
+    assert found(Outcome(Asked(0), {**answer_of(1, "a"), "safety": answer_of(0, "a")["safety"]}))
