@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from parts import SERVE, read_parts
 from table_cells import Row, absent, markdown, ratio_cell, read_result, share_cell
 
 CAPACITY = ("Qwen2.5-7B", "Llama-3.1-70B")
@@ -68,8 +69,9 @@ def serve_table(path: Path) -> str:
     result = read_result(path)
     if result is None:
         return absent(path)
-    rows, notes = result["rows"], result["notes"]
-    lines = []
+    rows, lines = result["rows"], []
+    parts = read_parts(path, SERVE)
+    notes = {name: value for part in parts.values() for name, value in part["notes"].items()}
     load = [row for row in rows if "variant" in row]
     for place in dict.fromkeys((row["geometry"], row["clients"], row["variant"]) for row in load):
         mine = {row["metric"]: row for row in load if (row["geometry"], row["clients"], row["variant"]) == place}
@@ -79,11 +81,12 @@ def serve_table(path: Path) -> str:
         ]
         name = f"{place[0]}, {place[1]} clients, {place[2]}"
         lines.append([name, _times(mine, "tokens_per_s", 1.0), ratio_cell(mine["throughput_ratio"]), *waits])
-    met = [bool(goal["met"]) for goal in notes["goals"]]
+    met = [bool(goal["met"]) for goal in notes.get("goals", [])]
+    measured = "; ".join(f"{name} at commit `{part['commit']}`, {part['machine']}" for name, part in parts.items())
     head = (
         "Median over interleaved rounds (95% bootstrap interval of the ratio); the goal, at least 0.95 of the base's "
         f"throughput for `guarded` on the 0.5B geometry, is met at the interval's lower end: {sum(met)} of {len(met)} "
-        f"are. Waits are p50 (p99). Commit `{result['commit']}`, {result['machine']}.\n\n"
+        f"are. Waits are p50 (p99). Measured: {measured}.\n\n"
     )
     columns = ("server", "tokens a second", "over the base", "first token, s", "between tokens, ms")
     return head + "\n\n".join([markdown(columns, lines), *_fault_parts(rows), *_long_parts(notes)])

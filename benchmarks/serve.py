@@ -13,7 +13,7 @@ no 99th percentile.
 Clients are in a process of their own; the three servers and the second model share another and one set of weights, and
 only one of the servers is loaded at a time; both processes share the machine's cores.  Every answer of a geometry has
 the same number of tokens, and the second model reads as many.  Faults, rows and soak are those of ``safeside`` in
-processes of its own.
+processes of its own.  All are parts of serve.json: what a run leaves out stays there as it was measured before.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from overhead import ratio_figure
+from parts import SERVE, write_part
 from safeside.provenance import config_hash
 from safeside.terminal import note
 from serve_batch import batch_rows
@@ -36,7 +37,7 @@ from serve_clients import Load, Timing, run_clients
 from serve_faults import fault_rows
 from serve_load import VARIANTS, Served, all_served
 from serve_soak import soak
-from tidy import RESULTS, Row, figure_row, result_of, write_json
+from tidy import RESULTS, Row, figure_row, result_of
 
 GOAL = 0.95  # guarded throughput on the 0.5B geometry
 GEOMETRIES = ("Qwen2.5-0.5B", "builtin")
@@ -143,22 +144,43 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if options.quick:
         vars(options).update(QUICK, output=Path(tempfile.mkdtemp(prefix="serve_quick_")))
     torch.set_num_threads(options.threads)
-    started, rows = time.perf_counter(), []
-    notes: dict[str, object] = {"load": NOTE, "asked": (asked := {})}
+    path = options.output / SERVE.file
+    for name, measured in (("load", _load), ("faults", _faults), ("batch", _batch), ("soak", _soak)):
+        started = time.perf_counter()
+        if found := measured(options):
+            path = write_part(options.output, result_of(name, time.perf_counter() - started, *found), SERVE)
+    return path
+
+
+Found = tuple[list[Row], Row]
+"""The rows of a part, and its notes."""
+
+
+def _load(options: argparse.Namespace) -> Found | None:
+    rows, asked = list[Row](), {}
     for geometry in options.geometries:
         found, asked[geometry] = load_rows(geometry, options)
         rows += found
-    notes |= {"goals": goals_of(rows), "without_p99": without_p99(rows)}
-    if options.faults:
-        found, notes["faults"] = fault_rows(options.faults)
-        rows += found
-    if options.rows:
-        found, notes["guard"] = batch_rows(options.rows)
-        rows += found
-    if options.soak:
-        notes["soak"] = soak(options.soak)
-    result = result_of("serve", time.perf_counter() - started, rows, notes)
-    return write_json(options.output / "serve.json", result)
+    notes = {"load": NOTE, "asked": asked, "goals": goals_of(rows), "without_p99": without_p99(rows)}
+    return (rows, notes) if rows else None
+
+
+def _faults(options: argparse.Namespace) -> Found | None:
+    if not options.faults:
+        return None
+    rows, notes = fault_rows(options.faults)
+    return rows, {"faults": notes}
+
+
+def _batch(options: argparse.Namespace) -> Found | None:
+    if not options.rows:
+        return None
+    rows, notes = batch_rows(options.rows)
+    return rows, {"guard": notes}
+
+
+def _soak(options: argparse.Namespace) -> Found | None:
+    return ([], {"soak": soak(options.soak)}) if options.soak else None
 
 
 if __name__ == "__main__":

@@ -62,6 +62,6 @@ def test_a_row_of_an_unknown_part_is_an_error(tmp_path: Path) -> None:
 def test_every_bench_of_the_makefile_is_a_part_and_the_other_way_round() -> None:
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     recipe = makefile.split("\nbench-guards: setup $(SMALL)/config.json\n")[1].split("\n\n")[0]
-    named = {name for name in parts.PARTS if f"benchmarks/{name}.py" in recipe}
-    assert named == {*parts.PARTS} - {"methods"}
+    named = {name for name in parts.GUARDS.parts if f"benchmarks/{name}.py" in recipe}
+    assert named == {*parts.GUARDS.parts} - {"methods"}
     assert "benchmarks/guards.py" in recipe

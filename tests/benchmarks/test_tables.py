@@ -10,8 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import parts
 import scale_tables
 import tables
+from tidy import result_of
 
 PAGE = "# Title\n\n<!-- table:core -->\nold\n<!-- /table:core -->\n\nThe end.\n"
 
@@ -109,16 +111,16 @@ def test_overhead_table_tells_ratios_goals_and_shares(results: Path) -> None:
 
 def test_serve_table_tells_load_faults_and_the_soak(results: Path) -> None:
     place = {"geometry": "Small", "clients": 8, "variant": "guarded"}
+    counts = {"injected": 1, "lost": 0, "leaked": 0}
     values = {"tokens_per_s": 41.23, "ttft_p50": 0.5, "ttft_p99": 1.5, "itl_p50": 0.0201, "throughput_ratio": 0.96}
-    rows = [figure(metric, value, **place) for metric, value in values.items()]
-    rows += [figure(metric, value, fault="sigkill") for metric, value in (("injected", 1), ("lost", 0), ("leaked", 0))]
-    notes = {
-        "goals": [{"clients": 8, "met": True}],
-        "guard": {"rows": 10_000, "rows_per_s": 123.4},
-        "soak": {"minutes": 10, "clients": 8, "answers": 5000, "growth": 0.004, "met": True},
-    }
-    path = results / "serve.json"
-    path.write_text(json.dumps({"commit": "abc", "machine": "a CPU", "rows": rows, "notes": notes}))
+    soak = {"minutes": 10, "clients": 8, "answers": 5000, "growth": 0.004, "met": True}
+    for name, found, notes in (
+        ("load", [figure(metric, value, **place) for metric, value in values.items()], {"goals": [{"met": True}]}),
+        ("faults", [figure(name, value, fault="sigkill") for name, value in counts.items()], {}),
+        ("batch", [], {"guard": {"rows": 10_000, "rows_per_s": 123.4}}),
+        ("soak", [], {"soak": soak}),
+    ):
+        path = parts.write_part(results, result_of(name, 1.0, found, notes), parts.SERVE)
     table = tables.serve_table(path)
     assert "| Small, 8 clients, guarded | 41.2 | 0.960 (0.860 to 1.060) | 0.5 (1.5) | 20.1 () |" in table
     assert "1 of 1 are" in table
