@@ -85,7 +85,7 @@ def serve_table(path: Path) -> str:
     measured = "; ".join(f"{name} at commit `{part['commit']}`, {part['machine']}" for name, part in parts.items())
     head = (
         "Median over interleaved rounds (95% bootstrap interval of the ratio); the goal, at least 0.95 of the base's "
-        f"throughput for `guarded` on the 0.5B geometry, is met at the interval's lower end: {sum(met)} of {len(met)} "
+        f"throughput for both guarded ones on the 0.5B geometry, is met at the interval's lower end: {sum(met)} of {len(met)} "
         f"are. Waits are p50 (p99). Measured: {measured}.\n\n"
     )
     columns = ("server", "tokens a second", "over the base", "first token, s", "between tokens, ms")

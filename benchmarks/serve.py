@@ -10,8 +10,8 @@ token begins before the second model's look at the prompt, and the guarded serve
 inter-token latency is the time between two chunks with text.  Of fewer than 100 samples there is
 no 99th percentile.
 
-Clients are in a process of their own; the three servers and the second model share another and one set of weights, and
-only one of the servers is loaded at a time; both processes share the machine's cores.  Every answer of a geometry has
+Clients, the three servers and the second model are each in a process of their own with weights of its own, on the same
+cores; only one of the servers is loaded at a time.  Every answer of a geometry has
 the same number of tokens, and the second model reads as many.  Faults, rows and soak are those of ``safeside`` in
 processes of its own.  All are parts of serve.json: what a run leaves out stays there as it was measured before.
 """
@@ -26,7 +26,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from overhead import ratio_figure
 from parts import SERVE, write_part
@@ -46,8 +45,8 @@ REQUESTS, TOKENS = {"builtin": 24}, {"builtin": 48}  # of a round, of an answer;
 FEW_REQUESTS, FEW_TOKENS = 3, 12
 N_FOR_P99 = 100
 NOTE = (
-    "Clients in a process of their own; base, guarded, second_model and the second model itself in another, on the "
-    "same cores. itl is the time between two chunks with text; guarded holds 8 tokens back, which come in one chunk at "
+    "Clients, base, guarded, second_model and the second model itself each in a process of their own, on the same "
+    "cores. itl is the time between two chunks with text; guarded holds 8 tokens back, which come in one chunk at "
     "the end. No p99 where there are fewer than 100 samples."
 )
 QUICK = {
@@ -106,7 +105,7 @@ def load_rows(geometry: str, options: argparse.Namespace) -> tuple[list[Row], Ro
     rows = []
     n_requests = options.requests or REQUESTS.get(geometry, FEW_REQUESTS)
     n_tokens = options.tokens or TOKENS.get(geometry, FEW_TOKENS)
-    with all_served(geometry, options.device) as servers:
+    with all_served(geometry, options.device, options.threads) as servers:
         for server in servers.values():  # what is done once is done before
             run_clients(Load(server.url, server.judge, 1, 1, n_tokens))
         for clients in options.clients:
@@ -119,9 +118,11 @@ def load_rows(geometry: str, options: argparse.Namespace) -> tuple[list[Row], Ro
 def goals_of(rows: Sequence[Row]) -> list[Row]:
     """Whether the guarded server keeps its share of the throughput: at the lower end of the interval."""
     return [
-        {"clients": row["clients"], "goal": GOAL, "value": row["value"], "met": bool(row["low"] >= GOAL)}
+        {name: row[name] for name in ("clients", "variant", "value")} | {"goal": GOAL, "met": bool(row["low"] >= GOAL)}
         for row in rows
-        if row["metric"] == "throughput_ratio" and row["variant"] == "guarded" and row["geometry"] != "builtin"
+        if row["metric"] == "throughput_ratio"
+        and str(row["variant"]).startswith("guarded")
+        and row["geometry"] != "builtin"
     ]
 
 
@@ -143,7 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK, output=Path(tempfile.mkdtemp(prefix="serve_quick_")))
-    torch.set_num_threads(options.threads)
     path = options.output / SERVE.file
     for name, measured in (("load", _load), ("faults", _faults), ("batch", _batch), ("soak", _soak)):
         started = time.perf_counter()

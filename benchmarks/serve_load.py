@@ -1,4 +1,7 @@
-"""Servers to load, one for each variant, and the second model: all in this process, around one set of weights."""
+"""Servers to load, one for each variant, and the second model: each in a process of its own.
+
+As a program it serves the Job that its argument is as JSON, prints the address, and ends with its standard input.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,12 +33,14 @@ from safeside.adapters.sizing import sized_config
 from safeside.base.model import Base, load_base
 from safeside.serve.app import create_app
 from safeside.serve.audit import AuditLog
-from safeside.serve.engine import Engine
+from safeside.serve.engine import Engine, EngineLimits
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
 from safeside.types import Message
 
-VARIANTS = ("base", "guarded", "second_model")
+# guarded: guard and aligner read every layer; guarded_3_taps: three layers, with as many multiply-adds.
+VARIANTS = ("base", "guarded", "guarded_3_taps", "second_model")
+JUDGE = "judge"  # the second model itself
 # The aligner acts in the upper half of the scores; the guard watches every token and, so that all variants write the
 # same number of tokens, would stop only at a score of 1.
 GUARDED = """
@@ -53,6 +62,18 @@ class Served:
     """Where the second model is called; empty without one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a process serves."""
+
+    name: str
+    """A variant, or ``JUDGE``."""
+    geometry: str
+    device: str
+    threads: int
+    """That it computes with."""
+
+
 class Judged(BaseModel):
     """What the second model is asked to read: a prompt, and an answer of so many tokens."""
 
@@ -60,9 +81,15 @@ class Judged(BaseModel):
     n_answer: int
 
 
-def adapters_of(base: Base) -> list[Adapter]:
-    """A guard and an aligner of the default size, untrained: what they cost does not depend on what they know."""
-    configs = [sized_config(base, SIZE, name="harm"), sized_config(base, SIZE, role="align", name="refuse")]
+def adapters_of(base: Base, n_taps: int | None = None) -> list[Adapter]:
+    """A guard and an aligner of the default size, untrained: what they cost does not depend on what they know.
+
+    They read all layers, or ``n_taps`` that are spread evenly and end at the top.
+    """
+    configs = [
+        sized_config(base, SIZE, n_taps, name="harm"),
+        sized_config(base, SIZE, n_taps, role="align", name="refuse"),
+    ]
     with torch.device(base.device):
         return [Adapter(config).to(base.dtype).eval().requires_grad_(False) for config in configs]
 
@@ -107,7 +134,7 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def served(base: Base, adapters: Sequence[Adapter], policy: str) -> Iterator[str]:
+def served(base: Base, adapters: Sequence[Adapter], policy: str, threads: int) -> Iterator[str]:
     """The address of a server of ``base``."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -115,26 +142,26 @@ def served(base: Base, adapters: Sequence[Adapter], policy: str) -> Iterator[str
         book = PolicyBook.load(folder / "policy.yaml")
         guards = {adapter.name: adapter for adapter in adapters if adapter.config.role == "guard"}
         book.bind(guards, [adapter.name for adapter in adapters if adapter.config.role == "align"])
-        engine = Engine(base, adapters)
+        engine = Engine(base, adapters, limits=EngineLimits(threads=threads))
         audit = AuditLog(f"sqlite:///{folder}/audit.db")
         service = Service(engine, book, audit, model="base", limits=ServiceLimits(deadline_s=3600))
         with listening(create_app(service)) as url:
             yield url
 
 
-def judge_app(base: Base) -> FastAPI:
+def judge_app(base: Base, threads: int) -> FastAPI:
     """The second model behind HTTP, which reads one text at a time as one more model on the same machine."""
-    judge, lock, app = SecondPass(base), threading.Lock(), FastAPI()
+    judge, app = SecondPass(base), FastAPI()
+    reader = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
 
     @torch.no_grad()
     def read(ids: torch.Tensor) -> None:
-        with lock:
-            judge.judge(ids)
+        judge.judge(ids)
 
     @app.post("/")
     async def judged(asked: Judged) -> dict[str, int]:
         ids = judged_ids(base, asked)
-        await asyncio.to_thread(read, ids)
+        await asyncio.get_running_loop().run_in_executor(reader, read, ids)
         return {"n_tokens": ids.shape[1]}
 
     return app
@@ -146,18 +173,43 @@ def judged_ids(base: Base, asked: Judged) -> torch.Tensor:
     return torch.tensor([[*prompt, *prompt[:1] * asked.n_answer]], device=base.device)
 
 
+def served_here(job: Job) -> AbstractContextManager[str]:
+    """The address of one variant, or of the second model, served by this process."""
+    base = twin_of(base_of(job.geometry, job.device))
+    if job.name == JUDGE:
+        return listening(judge_app(base, job.threads))
+    if job.name.startswith("guarded"):
+        return served(base, adapters_of(base, None if job.name == "guarded" else 3), GUARDED, job.threads)
+    return served(base, [], ALONE, job.threads)
+
+
 @contextlib.contextmanager
-def all_served(geometry: str, device: str) -> Iterator[dict[str, Served]]:
-    """Every variant around one set of weights."""
-    base = base_of(geometry, device)
+def served_apart(job: Job) -> Iterator[str]:
+    """The same by a process of its own, which ends with the context."""
+    command = [sys.executable, __file__, json.dumps(asdict(job))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if not (url := process.stdout.readline().strip()):
+            raise RuntimeError(f"The server of {job.name} did not start; its error stands above.")
+        try:
+            yield url
+        finally:
+            process.stdin.close()  # what it waits for
+
+
+@contextlib.contextmanager
+def all_served(geometry: str, device: str, threads: int) -> Iterator[dict[str, Served]]:
+    """Every variant, each in a process of its own with weights of its own."""
     with contextlib.ExitStack() as stack:
         urls = {
-            name: stack.enter_context(
-                served(twin := twin_of(base), adapters_of(twin), GUARDED)
-                if name == "guarded"
-                else served(twin_of(base), [], ALONE)
-            )
-            for name in VARIANTS
+            name: stack.enter_context(served_apart(Job(name, geometry, device, threads))) for name in (*VARIANTS, JUDGE)
         }
-        judge = stack.enter_context(listening(judge_app(twin_of(base))))
-        yield {name: Served(url, judge if name == "second_model" else "") for name, url in urls.items()}
+        yield {name: Served(urls[name], urls[JUDGE] if name == "second_model" else "") for name in VARIANTS}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the threads that compute set their own number
+    with served_here(Job(**json.loads(sys.argv[1]))) as address:
+        print(address, flush=True)
+        sys.stdin.read()

@@ -14,7 +14,7 @@ import guards_report
 import part_sections
 from guard_cells import Cell
 from guards_report import METHODS, Page, split_of
-from parts import PARTS, read_parts, write_part
+from parts import GUARDS, read_parts, write_part
 from tidy import figure_row, result_of
 
 
@@ -153,7 +153,7 @@ def test_unscored_rows_are_in_no_curve(folder: Path) -> None:
 def test_every_method_and_part_is_drawn() -> None:
     assert set(METHODS) == set(guards.METHODS)
     assert len({colour for colour, _ in METHODS.values()}) == len(METHODS)
-    assert {*part_sections.SECTIONS, "methods"} == set(PARTS)
+    assert {*part_sections.SECTIONS, "methods"} == set(GUARDS.parts)
 
 
 def test_figures_are_means_over_seeds_with_the_widest_interval() -> None:

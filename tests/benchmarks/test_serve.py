@@ -34,6 +34,7 @@ def test_it_writes_every_row(
     monkeypatch.setattr(serve_load, "open_base", opened)
     monkeypatch.setattr(serve_load, "load_base", lambda name: opened(name, "cpu"))
     monkeypatch.setattr(serve_load, "SIZE", 0.2)
+    monkeypatch.setattr(serve_load, "served_apart", serve_load.served_here)  # a process would not know of the tiny base
     small = ["--clients", "2", "--rounds", "1", "--tokens", "12", "--threads", "1"]
     small += ["--requests", "1", "--faults", "0", "--rows", "0"]
     monkeypatch.setattr(serve_clients, "QUESTION", "x")
@@ -44,7 +45,7 @@ def test_it_writes_every_row(
     notes = result["notes"]["parts"]["load"]["notes"]
     left_out = {(row["variant"], row["metric"]) for row in notes["without_p99"]}
     assert left_out == {(name, metric) for name in VARIANTS for metric in ("ttft_p99", "itl_p99")}
-    assert [goal["clients"] for goal in notes["goals"]] == [2]
+    assert [goal["clients"] for goal in notes["goals"]] == [2, 2]
 
 
 def test_a_ratio_is_to_the_base_of_the_same_round() -> None:

@@ -293,6 +293,14 @@ def test_rows_that_cannot_be_joined_end_and_the_engine_goes_on(
         assert ask(engine, prompt(tiny_base, "?"), effective()).wait().text
 
 
+def test_passes_compute_with_the_threads_that_they_are_given(tiny_base: Base) -> None:
+    with engine_of(tiny_base, threads=1) as engine:
+        assert engine.call(lambda runner: torch.get_num_threads()).result() == 1
+    before = torch.get_num_threads()
+    with engine_of(tiny_base) as engine:
+        assert engine.call(lambda runner: torch.get_num_threads()).result() == before
+
+
 def test_a_full_queue_is_told_when_to_come_back(tiny_base: Base) -> None:
     ids = prompt(tiny_base, "?")
     with engine_of(tiny_base, max_rows=1, max_waiting=2) as engine:

@@ -8,10 +8,12 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 import uvicorn
 
 from safeside.base.model import load_base
@@ -75,8 +77,8 @@ def serve_command(options: ServeOptions) -> None:
     An address that cannot be listened at is a ConfigError, before anything is loaded.
     """
     _check(options)
-    with _bound(options.host, options.port) as place:
-        service = make_service(options)
+    with _bound(options.host, options.port) as place, _cores_for_the_engine(options) as own:
+        service = make_service(own)
         try:
             app_options = AppOptions(
                 options.adapter_roots, options.origins, options.drain_s, lambda: _started(service, options, place)
@@ -105,6 +107,17 @@ class _Server(uvicorn.Server):
         """Close listeners, and connections once their answers have ended."""
         self._stop()
         await super().shutdown(sockets)
+
+
+@contextmanager
+def _cores_for_the_engine(options: ServeOptions) -> Iterator[ServeOptions]:
+    """Options with which the engine's thread alone computes with more than one thread: see ``EngineLimits.threads``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield replace(options, engine=replace(options.engine, threads=options.engine.threads or threads))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def reload(service: Service, options: ServeOptions) -> None:

@@ -43,6 +43,9 @@ class EngineLimits:
     """Tokens of texts to judge that one call reads between two steps, padding included; one window may be longer."""
     guard_timeout_s: float = 10.0
     """Seconds of one pass from which on a guard's scores are too late."""
+    threads: int | None = None
+    """Threads that a pass computes with on CPUs; torch's own number unless given.  In a process where other threads
+    compute with several as well OpenMP puts idle ones to sleep between operations, and decoding takes twice as long."""
 
 
 @dataclass(slots=True)
@@ -218,6 +221,8 @@ class Engine:
 
     @torch.no_grad()
     def _run(self) -> None:
+        if self.limits.threads is not None:
+            torch.set_num_threads(self.limits.threads)
         try:
             while self._wait():
                 self._turn()
