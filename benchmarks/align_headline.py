@@ -9,8 +9,10 @@ from align_bench import BASELINE, Bench, gated_rows, suite_rows
 from align_choice import LORA_SCALES
 from align_figures import Side, headline_rows, side_of
 from align_training import MissingError, Trained
+from safeside.evals.compare import win_results
+from safeside.evals.judges import JUDGES, Judge
 from safeside.evals.methods import Aligned, Method, Oracle
-from safeside.evals.records import Record
+from safeside.evals.records import Record, Setting, safely
 from tidy import Row, figure_row
 
 
@@ -106,6 +108,32 @@ def further(bench: Bench) -> list[Row]:
         except MissingError:
             continue
     return found
+
+
+def wins(bench: Bench) -> list[Row]:
+    """How often the headline's answers to benign prompts are graded above the base's, like them, or below.
+
+    MT-Bench's grades by the endpoint; without one nothing is graded, and the notes say so.
+    """
+    chosen, study = bench.chosen, bench.study
+    options = study.questions.judge_options
+    if options.endpoint is None:
+        bench.notes["win_rate"] = "not graded: no endpoint was given"
+        return []
+    judge = JUDGES.get("mt_bench")(options)
+    setting = Setting("benign", chosen.name, "targeted_step", chosen.strength, "")
+    answers = study.picked(bench.one(chosen.name), "benign", chosen.gate.dial("benign"))
+    ours = [_graded(record.model_copy(update={"setting": setting}), judge) for record in answers]
+    theirs = [_graded(record, judge) for record in study.of_base("benign")]
+    labels = bench.labels(chosen.name, "targeted_step", chosen.strength, "benign", 0) | {"judge": "mt_bench"}
+    return [
+        figure_row(labels, found.metric, found.value, (found.low, found.high), n=found.n, n_unscored=found.n_unscored)
+        for found in win_results(ours, theirs)
+    ]
+
+
+def _graded(record: Record, judge: Judge) -> Record:
+    return record.model_copy(update={"judge": "mt_bench", "judgement": safely(judge, record)})
 
 
 def generated(bench: Bench) -> list[Row]:

@@ -30,10 +30,11 @@ from align_choice import (
     validation_side,
 )
 from align_figures import refused, trend_rows
-from align_headline import further, generated, headline
+from align_headline import further, generated, headline, wins
 from align_training import GATE, LORAS, MissingError, trained
 from safeside.attach import attach
-from safeside.evals.judges import Judgement
+from safeside.evals.classifier import agreement_rows
+from safeside.evals.judges import JUDGES, Judgement
 from safeside.evals.methods import Aligned, Method, WithSystemPrompt
 from safeside.evals.records import Record
 from safeside.evals.safe_decoding import SafeDecoding
@@ -41,6 +42,7 @@ from safeside.mixing import ramp
 from safeside.types import Message
 from tidy import Row, figure_row
 
+OFFLINE_JUDGES = ("refusal_phrases", "classifier")
 Job = tuple[str, Callable[[], list[Row]]]
 
 
@@ -64,6 +66,8 @@ def jobs_of(bench: Bench) -> Iterator[Job]:
     yield "headline figures", lambda: headline(bench)
     yield "further suites", lambda: further(bench)
     yield "the gate itself", lambda: generated(bench)
+    yield "wins and ties", lambda: wins(bench)
+    yield "judges beside people", lambda: _agreement(bench)
     yield "strength 0", lambda: _identical(bench)
     yield "training", lambda: _training(bench)
     yield "answers", lambda: _answers(bench)
@@ -220,6 +224,14 @@ def _training(bench: Bench) -> list[Row]:
             labels = bench.labels(method, "fixed", 1.0, "training", one.seed)
             found += [figure_row(labels, fact, float(one.facts[fact]), flops_share=one.share) for fact in TRAINED_FACTS]
     return found
+
+
+def _agreement(bench: Bench) -> list[Row]:
+    """How often judges that need no endpoint say what people said of answers that none of them learnt from."""
+    questions = bench.study.questions
+    judges = {name: JUDGES.get(name)(questions.judge_options) for name in OFFLINE_JUDGES}
+    bench.notes["judges"] = agreement_rows(judges, questions.setup.data)
+    return []
 
 
 def _answers(bench: Bench) -> list[Row]:

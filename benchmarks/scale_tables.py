@@ -85,8 +85,8 @@ def serve_table(path: Path) -> str:
     measured = "; ".join(f"{name} at commit `{part['commit']}`, {part['machine']}" for name, part in parts.items())
     head = (
         "Median over interleaved rounds (95% bootstrap interval of the ratio); the goal, at least 0.95 of the base's "
-        f"throughput for both guarded ones on the 0.5B geometry, is met at the interval's lower end: {sum(met)} of {len(met)} "
-        f"are. Waits are p50 (p99). Measured: {measured}.\n\n"
+        "throughput for both guarded ones on the 0.5B geometry, is met at the interval's lower end: "
+        f"{sum(met)} of {len(met)} are. Waits are p50 (p99). Measured: {measured}.\n\n"
     )
     columns = ("server", "tokens a second", "over the base", "first token, s", "between tokens, ms")
     return head + "\n\n".join([markdown(columns, lines), *_fault_parts(rows), *_long_parts(notes)])

@@ -33,6 +33,7 @@ from endpoint_for_tests import Answer, serving
 from overhead_variants import random_base
 from safeside import Adapter, Base
 from safeside.errors import InputError
+from safeside.evals import classifier
 from safeside.evals.endpoint import Endpoint
 from safeside.evals.judges import JudgeOptions, refusal_phrases
 from safeside.evals.suites import SUITES, Prompt, draw
@@ -107,6 +108,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "STRENGTHS", (1.0,))
     for module in (align_choice, align_jobs, align_headline):
         monkeypatch.setattr(module, "LORA_SCALES", (1.0,))
+    monkeypatch.setattr(align_jobs, "OFFLINE_JUDGES", ("refusal_phrases",))
+    monkeypatch.setattr(classifier, "TRAINING", ())
+    monkeypatch.setattr(classifier, "HELD_OUT", (("benign_prompts/alpaca_test.jsonl.gz", lambda row: 1.0),))
     monkeypatch.setattr(align_jobs, "LORAS", ("lora_dpo", "lora_sft"))
     monkeypatch.setattr(align_jobs, "HEADLINE_STRENGTHS", (1.0, 2.0))
     monkeypatch.setattr(align_choice, "CHECKED_STRENGTHS", (1.0, 2.0))
@@ -143,8 +147,12 @@ def test_a_run_and_one_without_time(
     nothing = run(data, tmp_path / "other", tiny_folder("llama"), "--minutes", "0")
     assert {row["suite"] for row in nothing["rows"]} == {"training"}  # what needs none
     assert "the base" in nothing["notes"]["left_out"]
-    found = run(data, tmp_path, tiny_folder("llama"))
+    with serving(Answer('{"rating": 5}')) as server:
+        found = run(data, tmp_path, tiny_folder("llama"), "--endpoint", server.url, "--judge-model", "judge")
     assert found["notes"]["left_out"] == []
+    graded = {row["metric"]: row for row in found["rows"] if row["judge"] == "mt_bench"}
+    assert {name: row["value"] for name, row in graded.items()} == {"win_rate": 0, "tie_rate": 1, "loss_rate": 0}
+    assert found["notes"]["judges"][0]["judge"] == "refusal_phrases"
     rows = found["rows"]
     for row in rows:
         assert {"base", "method", "policy", "strength", "suite", "judge", "seed", "metric", "value"} <= set(row)
@@ -161,7 +169,9 @@ def test_a_run_and_one_without_time(
     oracle = [row for row in rows if row["policy"] == "oracle" and row["suite"] == "benign" and not row.get("headline")]
     base = next(row for row in rows if row["method"] == "base" and row["suite"] == "benign")
     assert {row["value"] for row in oracle if row["metric"] == "over_refusal"} == {base["value"]}
-    assert run(data, tmp_path, tiny_folder("llama"), "--minutes", "0")["rows"] == rows
+    again = run(data, tmp_path, tiny_folder("llama"), "--minutes", "0")
+    assert again["rows"] == [row for row in rows if row["judge"] != "mt_bench"]
+    assert again["notes"]["win_rate"].startswith("not graded")
     page = align_report.write_page(tmp_path).read_text()
     for title in ("The headline", "Safety against usefulness", "Answers side by side", "The dial", "Training"):
         assert f"<h2>{title}</h2>" in page
