@@ -50,11 +50,8 @@ def refuse_too_many(n_tokens: int, max_tokens: int) -> None:
 
 def _read(runner: Runner, guards: Mapping[str, Adapter], scoring: Scoring, batch: Sequence[Window]) -> None:
     heads = {guard.name: guard.head for guard in runner.guards}
-    if (
-        runner.attachment is None
-        or not runner.is_attached
-        or any(heads.get(n) is not g.head for n, g in guards.items())
-    ):
+    is_same = all(heads.get(name) is guard.head for name, guard in guards.items())
+    if runner.attachment is None or not runner.is_attached or not is_same:
         raise ServingError("A guard was exchanged while this text waited for it. Ask again.")
     scoring.read(batch, runner.attachment)
 
