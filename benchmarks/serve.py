@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,9 +100,8 @@ def without_p99(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def load_rows(geometry: str, options: argparse.Namespace) -> tuple[list[Row], Row]:
-    """All figures of one geometry, and what was asked of it."""
-    rows = []
+def load_rows(geometry: str, options: argparse.Namespace) -> Iterator[tuple[list[Row], Row]]:
+    """All figures of one geometry by number of clients, and what was asked of it."""
     n_requests = options.requests or REQUESTS.get(geometry, FEW_REQUESTS)
     n_tokens = options.tokens or TOKENS.get(geometry, FEW_TOKENS)
     with all_served(geometry, options.device, options.threads) as servers:
@@ -111,8 +110,8 @@ def load_rows(geometry: str, options: argparse.Namespace) -> tuple[list[Row], Ro
         for clients in options.clients:
             load = Load("", "", clients, max(1, n_requests // clients), n_tokens)
             labels = {"geometry": geometry, "clients": clients}
-            rows += rows_of(labels, measure(servers, load, options.rounds))
-    return rows, {"requests": n_requests, "tokens": n_tokens, "rounds": options.rounds}
+            rows = rows_of(labels, measure(servers, load, options.rounds))
+            yield rows, {"requests": n_requests, "tokens": n_tokens, "rounds": options.rounds}
 
 
 def goals_of(rows: Sequence[Row]) -> list[Row]:
@@ -147,40 +146,38 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     path = options.output / SERVE.file
     for name, measured in (("load", _load), ("faults", _faults), ("batch", _batch), ("soak", _soak)):
         started = time.perf_counter()
-        if found := measured(options):
+        for found in measured(options):  # what was measured is kept if the rest fails
             path = write_part(options.output, result_of(name, time.perf_counter() - started, *found), SERVE)
     return path
 
 
 Found = tuple[list[Row], Row]
-"""The rows of a part, and its notes."""
+"""The rows of a part so far, and its notes."""
 
 
-def _load(options: argparse.Namespace) -> Found | None:
+def _load(options: argparse.Namespace) -> Iterator[Found]:
     rows, asked = list[Row](), {}
     for geometry in options.geometries:
-        found, asked[geometry] = load_rows(geometry, options)
-        rows += found
-    notes = {"load": NOTE, "asked": asked, "goals": goals_of(rows), "without_p99": without_p99(rows)}
-    return (rows, notes) if rows else None
+        for found, asked[geometry] in load_rows(geometry, options):
+            rows += found
+            yield rows, {"load": NOTE, "asked": asked, "goals": goals_of(rows), "without_p99": without_p99(rows)}
 
 
-def _faults(options: argparse.Namespace) -> Found | None:
-    if not options.faults:
-        return None
-    rows, notes = fault_rows(options.faults)
-    return rows, {"faults": notes}
+def _faults(options: argparse.Namespace) -> Iterator[Found]:
+    if options.faults:
+        rows, notes = fault_rows(options.faults)
+        yield rows, {"faults": notes}
 
 
-def _batch(options: argparse.Namespace) -> Found | None:
-    if not options.rows:
-        return None
-    rows, notes = batch_rows(options.rows)
-    return rows, {"guard": notes}
+def _batch(options: argparse.Namespace) -> Iterator[Found]:
+    if options.rows:
+        rows, notes = batch_rows(options.rows)
+        yield rows, {"guard": notes}
 
 
-def _soak(options: argparse.Namespace) -> Found | None:
-    return ([], {"soak": soak(options.soak)}) if options.soak else None
+def _soak(options: argparse.Namespace) -> Iterator[Found]:
+    if options.soak:
+        yield [], {"soak": soak(options.soak)}
 
 
 if __name__ == "__main__":

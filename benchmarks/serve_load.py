@@ -120,7 +120,8 @@ def spelling(tokenizer: PreTrainedTokenizerFast, n_tokens: int) -> PreTrainedTok
 @contextlib.contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The address of an application, in a thread of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    keep_s = 3600  # a connection that waits while another server is loaded is not closed as it is used again
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_keep_alive=keep_s))
     with socket.create_server(("127.0.0.1", 0)) as place:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
         thread.start()
