@@ -158,8 +158,8 @@ Found = tuple[list[Row], Row]
 def _load(options: argparse.Namespace) -> Iterator[Found]:
     rows, asked = list[Row](), {}
     for geometry in options.geometries:
-        for found, asked[geometry] in load_rows(geometry, options):
-            rows += found
+        for found, told in load_rows(geometry, options):
+            rows, asked[geometry] = rows + found, told
             yield rows, {"load": NOTE, "asked": asked, "goals": goals_of(rows), "without_p99": without_p99(rows)}
 
 
