@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,14 +43,15 @@ def at(policy: object, scores: tuple[float, ...]) -> float:
 
 
 def alone(each: SteerRule, scores: tuple[float, ...]) -> float:
-    """The slow twin: one rule by its definition."""
+    """The slow twin: one rule by its definition, with lines as the float32 that scores are."""
     wanted = each.labels or LABELS
     score = max(score for label, score in zip(LABELS, scores, strict=True) if label in wanted)
-    if score >= each.high:
+    score, low, high = (float(np.float32(value)) for value in (score, each.low, each.high))
+    if score >= high:
         return each.ceiling
-    if score <= each.low:
+    if score <= low:
         return each.floor
-    return each.floor + (score - each.low) / (each.high - each.low) * (each.ceiling - each.floor)
+    return each.floor + (score - low) / (high - low) * (each.ceiling - each.floor)
 
 
 @settings(max_examples=40)
