@@ -103,12 +103,10 @@ def test_the_report_is_what_scoring_says(tiny_base: Base, trained: Path, patched
 
 def test_without_replay_the_guard_forgets(tiny_base: Base, trained: Path, patched: tuple[Adapter, PatchReport]) -> None:
     """What replay is for: with its weight at zero other scores move."""
-    moved = []
-    for weight in (0.0, 1.0):
-        guard = load_adapter(trained, tiny_base)
-        before = scores(tiny_base, guard, rows(60, 9))
-        patch_guard(tiny_base, guard, PatchRows(family(16, 3), rows(200, 4)), replace(QUICK, replay_weight=weight))
-        moved.append(np.abs(scores(tiny_base, guard, rows(60, 9)) - before).mean())
+    without = load_adapter(trained, tiny_base)
+    before = scores(tiny_base, without, rows(60, 9))
+    patch_guard(tiny_base, without, PatchRows(family(16, 3), rows(200, 4)), replace(QUICK, replay_weight=0.0))
+    moved = [np.abs(scores(tiny_base, guard, rows(60, 9)) - before).mean() for guard in (without, patched[0])]
     assert moved[0] > 2 * moved[1]
 
 
@@ -159,7 +157,9 @@ def test_a_threshold_rises_only_where_more_would_be_flagged(tiny_base: Base, tra
     """A guard taught that everything is harmful: the threshold follows the harmless replay rows."""
     guard = load_adapter(trained, tiny_base)
     all_harmful = [replace(row, labels=(1.0,)) for row in rows(64, 7)]
-    report = patch_guard(tiny_base, guard, PatchRows(all_harmful, rows(80, 4)), replace(QUICK, replay_weight=0.0))
+    report = patch_guard(
+        tiny_base, guard, PatchRows(all_harmful, rows(80, 4)), replace(QUICK, steps=30, replay_weight=0.0)
+    )
     assert report.threshold[1] > report.threshold[0]
     assert report.flagged_elsewhere[1] <= report.flagged_elsewhere[0]
 
