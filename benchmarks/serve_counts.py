@@ -92,7 +92,7 @@ def is_foreign(outcome: Outcome, expected: Expected, decisions: Decisions) -> bo
     is_other_record = any(
         step.tenant != asked.tenant or (step.stage == "prompt" and step.text != asked.text) for step in steps
     )
-    return is_other_verdict or is_other_text or is_other_record or safety["policy"] != f"house+{asked.tenant}"
+    return is_other_verdict or is_other_text or is_other_record or safety["policy"] != own["safety"]["policy"]
 
 
 def text_of(answer: Json) -> str:

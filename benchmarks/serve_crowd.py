@@ -17,6 +17,7 @@ from serve_process import ASK_S, TENANTS, Json, Process
 SHORT, LONG = 16, 384
 """Tokens of an answer; the built-in base holds 512."""
 CHATS = "/v1/chat/completions"
+CALMER = "calmer"
 _LATER = ("rate_limit_exceeded", "unavailable")
 
 
@@ -29,7 +30,7 @@ class Asked:
     is_stream: bool = False
     seed: int = 0
     kind: str = "plain"
-    """``steered`` where the policy is another, and so the answer."""
+    """``steered`` where it asks for the policy ``CALMER``, so that its answer is another."""
     more: Json = field(default_factory=dict)
 
     @property
@@ -48,7 +49,8 @@ class Asked:
         messages = [{"role": "user", "content": self.text}]
         stream = {"stream": True, "stream_options": {"include_usage": True}} if self.is_stream else {}
         sampling = {"temperature": 2, "seed": self.seed, "max_tokens": self.n_tokens}
-        return {"model": "builtin", "messages": messages, **sampling, **stream, **self.more}
+        named = {"safety": {"policy": CALMER}} if self.kind == "steered" else {}
+        return {"model": "builtin", "messages": messages, **sampling, **stream, **named, **self.more}
 
 
 @dataclass(frozen=True, slots=True)

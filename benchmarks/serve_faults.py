@@ -25,11 +25,11 @@ import httpx
 
 from safeside.terminal import note
 from serve_counts import NOTHING, Right, is_foreign, lost, text_of
-from serve_crowd import CHATS, LONG, SHORT, Asked, Crowd, Outcome, ask, heard, leave
+from serve_crowd import CALMER, CHATS, LONG, SHORT, Asked, Crowd, Outcome, ask, heard, leave
 from serve_process import ASK_S, DRAIN_S, POLICY, Decisions, Json, Process, process_of
 from tidy import Row, figure_row
 
-STEERED = POLICY.replace("{harm:", "{calm: FOLDER, harm:").replace("house:\n", "house:\n    floor: 0.1\n")
+STEERED = f"{POLICY.replace('{harm:', '{calm: FOLDER, harm:')}  {CALMER}: {{floor: 0.1}}\n"
 STEERED_TOKENS = 64  # few answers that are steered are longer
 _TIMES = 10
 _SLOW, _UNLOADED, _SEEDS = 4, 3, 200
@@ -222,7 +222,7 @@ def _unload(process: Process, crowd: Crowd) -> int:
 
 
 def _take_calm(process: Process) -> None:
-    """Load the aligner ``calm`` and steer every answer with it."""
+    """Load the aligner ``calm`` and steer with it what asks for the policy ``CALMER``."""
     folder = str(process.folder / "adapters" / "calm")
     loaded = process.post("/v1/adapters/load", {"name": "calm", "path": folder}, "admin")
     assert loaded.status_code == httpx.codes.OK, loaded.text
