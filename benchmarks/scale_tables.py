@@ -81,15 +81,19 @@ def serve_table(path: Path) -> str:
         ]
         name = f"{place[0]}, {place[1]} clients, {place[2]}"
         lines.append([name, _times(mine, "tokens_per_s", 1.0), ratio_cell(mine["throughput_ratio"]), *waits])
-    met = [bool(goal["met"]) for goal in notes.get("goals", [])]
     measured = "; ".join(f"{name} at commit `{part['commit']}`, {part['machine']}" for name, part in parts.items())
-    head = (
+    columns = ("server", "tokens a second", "over the base", "first token, s", "between tokens, ms")
+    tables = [_load_head(notes["goals"]), markdown(columns, lines)] if lines else ["Load is not measured yet."]
+    return "\n\n".join([f"Measured: {measured}.", *tables, *_fault_parts(rows), *_long_parts(notes)])
+
+
+def _load_head(goals: Sequence[Row]) -> str:
+    met = [bool(goal["met"]) for goal in goals]
+    return (
         "Median over interleaved rounds (95% bootstrap interval of the ratio); the goal, at least 0.95 of the base's "
         "throughput for both guarded ones on the 0.5B geometry, is met at the interval's lower end: "
-        f"{sum(met)} of {len(met)} are. Waits are p50 (p99). Measured: {measured}.\n\n"
+        f"{sum(met)} of {len(met)} are. Waits are p50 (p99)."
     )
-    columns = ("server", "tokens a second", "over the base", "first token, s", "between tokens, ms")
-    return head + "\n\n".join([markdown(columns, lines), *_fault_parts(rows), *_long_parts(notes)])
 
 
 def _times(rows: dict[object, Row], metric: str, scale: float) -> str:

@@ -126,6 +126,7 @@ def test_serve_table_tells_load_faults_and_the_soak(results: Path) -> None:
     assert "1 of 1 are" in table
     assert "| sigkill | 1 | 0 | 0 | 90 |" in table
     assert "10,000 rows at 123 a second" in table
+    assert "Load is not measured yet" not in table
     assert "memory of the server grew by +0.40% (goal within 2%: met)" in table
 
 
