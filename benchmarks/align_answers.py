@@ -83,6 +83,8 @@ class Questions:
     """What it is made with."""
     new_tokens: int = NEW_TOKENS
     """Of an answer, at most."""
+    drawn: dict[str, list[Prompt]] = field(default_factory=dict, repr=False, compare=False)
+    """The prompts of suites that were asked for, each file read once."""
 
     @functools.cached_property
     def made_judge(self) -> Judge:
@@ -102,9 +104,12 @@ class Questions:
 
     def prompts(self, name: str) -> list[Prompt]:
         """The prompts drawn: of a public suite those after the first ``SEEN``, if it has so many more."""
-        suite = self.suite(name)
-        drawn = draw(suite, self.setup.data) if name in CHECKED else self._unseen(suite)
-        return sorted(drawn, key=lambda prompt: len(prompt.turns[0]) + sum(map(len, prompt.references)))
+        if name not in self.drawn:
+            suite = self.suite(name)
+            found = draw(suite, self.setup.data) if name in CHECKED else self._unseen(suite)
+            length = {prompt.id: len(prompt.turns[0]) + sum(map(len, prompt.references)) for prompt in found}
+            self.drawn[name] = sorted(found, key=lambda prompt: length[prompt.id])
+        return self.drawn[name]
 
     def _unseen(self, suite: Suite) -> list[Prompt]:
         seen = {prompt.id for prompt in draw(replace(suite, limit=SEEN), self.setup.data)}

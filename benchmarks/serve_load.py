@@ -8,12 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -21,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 from tokenizers import Tokenizer
@@ -36,6 +32,7 @@ from safeside.serve.audit import AuditLog
 from safeside.serve.engine import Engine, EngineLimits
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
+from safeside.serve.threaded import in_thread
 from safeside.types import Message
 
 # guarded: guard and aligner read every layer; guarded_3_taps: three layers, with as many multiply-adds.
@@ -117,21 +114,9 @@ def spelling(tokenizer: PreTrainedTokenizerFast, n_tokens: int) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=begin, chat_template=template)
 
 
-@contextlib.contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The address of an application, in a thread of its own."""
-    keep_s = 3600  # a connection that waits while another server is loaded is not closed as it is used again
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_keep_alive=keep_s))
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{place.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+def listening(app: FastAPI) -> AbstractContextManager[str]:
+    """The address of an application.  A connection that waits while another server is loaded is kept."""
+    return in_thread(app, keep_alive_s=3600)
 
 
 @contextlib.contextmanager

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import queue
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import uvicorn
-from fastapi import FastAPI
 from torch import Tensor, nn
 
 from safeside import Adapter, Base
@@ -112,22 +107,6 @@ def ask(
     listener = Listener()
     engine.submit(Job(tuple(ids), sampling, policy, listener, **fields))  # type: ignore[arg-type]
     return listener
-
-
-@contextmanager
-def running_at(app: FastAPI) -> Iterator[str]:
-    """The address of a real server of ``app`` on a free port; its end closes the app's service."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 class MarkedTrunk(nn.Module):

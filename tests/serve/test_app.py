@@ -31,7 +31,8 @@ from safeside.serve.loading import allowed_folder
 from safeside.serve.moderation import OPENAI_CATEGORIES
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
-from serving_for_tests import marking, running_at, scripted
+from safeside.serve.threaded import in_thread
+from serving_for_tests import marking, scripted
 
 Make = Callable[..., Adapter]
 GOOD, BAD = "the hat on the mat ", "KILL"
@@ -113,7 +114,7 @@ def running(
     service = Service(engine, book, audit, keys=Keys.load(keyfile), model="tiny", limits=limits)
     (allowed := folder / "adapters").mkdir()
     save_adapter(random_aligner(base, "calm", seed=9), allowed / "calm")
-    with running_at(create_app(service, AppOptions((allowed,)))) as url:
+    with in_thread(create_app(service, AppOptions((allowed,)))) as url:
         yield Running(service, url, keys, folder, policy)
     assert base.attachment is None
 

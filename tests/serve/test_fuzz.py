@@ -24,8 +24,8 @@ from safeside.serve.engine import Engine
 from safeside.serve.keys import Keys, make_key
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
+from safeside.serve.threaded import in_thread
 from safeside.serve.wire import ChatRequest, CompletionRequest, ModerationRequest
-from serving_for_tests import running_at
 
 POLICY = """
 policies:
@@ -78,7 +78,7 @@ def running(
     audit = AuditLog(f"sqlite:///{folder}/audit.db")
     keys = {name: make_key(folder / "keys.yaml", name, rights) for name, rights in RIGHTS.items()}
     service = Service(engine, book, audit, keys=Keys.load(folder / "keys.yaml"), model="tiny", limits=limits)
-    with running_at(create_app(service, AppOptions((folder / "adapters",)))) as url:
+    with in_thread(create_app(service, AppOptions((folder / "adapters",)))) as url:
         yield Running(service, url, folder / "adapters", keys)
 
 

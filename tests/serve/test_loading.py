@@ -23,7 +23,7 @@ from safeside.serve.app import AppOptions, create_app
 from safeside.serve.command import ServeOptions, make_service
 from safeside.serve.loading import no_genes
 from safeside.serve.service import Service
-from serving_for_tests import running_at
+from safeside.serve.threaded import in_thread
 
 POLICY = """
 genes: {{safe: {folder}/genes/safe}}
@@ -55,7 +55,7 @@ def service(options: ServeOptions) -> Iterator[Service]:
 def test_a_gene_lives_in_the_served_base(service: Service, session_base: Base, options: ServeOptions) -> None:
     """Its fingerprint is listed and audited, and every verdict says that the weights are others."""
     fingerprint = service.genes["safe"]
-    with running_at(create_app(service, AppOptions(options.adapter_roots))) as url:
+    with in_thread(create_app(service, AppOptions(options.adapter_roots))) as url:
         body = {"model": service.model, "messages": [{"role": "user", "content": "the cat"}], "max_tokens": 2}
         told = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["safety"]
     listed = {row["id"]: row for row in AdapterDesk(service).listed()}

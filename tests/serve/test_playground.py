@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from safeside import Adapter, Base, Message
@@ -24,6 +21,7 @@ from safeside.serve.keys import Keys, make_key
 from safeside.serve.playground import router
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service
+from safeside.serve.threaded import in_thread
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PROMPTS = ("the cat sat on the mat", "how can this be", "they said there and then", "the other cat")
@@ -66,13 +64,8 @@ def served(
     keys = Keys.load(folder / "keys.yaml")
     engine = Engine(session_base, [guard, aligner])
     service = Service(engine, book, AuditLog(f"sqlite:///{folder}/audit.db"), keys=keys, model="tiny")
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", tester, user, fine, blocked)
-        server.should_exit = True
-        thread.join()
+    with in_thread(create_app(service)) as url:
+        yield Served(url, tester, user, fine, blocked)
 
 
 @pytest.fixture(scope="module")

@@ -153,14 +153,15 @@ def test_an_aligner_that_starts_pruned_starts_at_the_base(wide_base: Base, data:
 def test_a_teacher_is_trained_first_and_learnt_from(tiny_base: Base, data: Path, tmp_path: Path) -> None:
     before = hash_of(tiny_base.model)
     teacher = {"rank": 8, "epochs": 5, "learning_rate": 2e-2, "batch_size": 8}
-    values = recipe(training={"soft_weight": 1.0}, teacher=teacher)
+    training = {"soft_weight": 1.0, "epochs": 10}
+    values = recipe(training=training, teacher=teacher)
     done = run_recipe(values, data_root=data, output=tmp_path, base=tiny_base)
     assert hash_of(tiny_base.model) == before
     assert done.train.soft is not None
-    assert done.outcome.best_metric > 0.7  # from nothing but the teacher's scores; chance is 0.5, CPUs differ by 0.05
+    assert done.outcome.best_metric > 0.8  # from nothing but the teacher's scores
     (scores,) = tmp_path.glob("teacher-*.jsonl")
     assert len(scores.read_text().splitlines()) == 160
-    again = recipe(training={"soft_weight": 1.0}).model_dump()
+    again = recipe(training=training).model_dump()
     again["data"]["soft"] = str(scores)
     same = run_recipe(Recipe.model_validate(again), data_root=data, output=tmp_path / "again", base=tiny_base)
     assert torch.equal(weights(same.adapter), weights(done.adapter))

@@ -210,7 +210,7 @@ def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
     def run() -> None:
         try:
             outcome.set_result(work())
-        except BaseException as error:
+        except Exception as error:  # handed to whoever waits
             outcome.set_exception(error)
 
     Thread(target=run, daemon=True).start()

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from safeside.serve.row import Finish, Trace
 from safeside.serve.rules import Action
@@ -194,16 +195,10 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, index: int) -> list[int] | None
     return [_BYTES[character] for character in piece] if set(piece) <= set(_BYTES) else None
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The byte behind each character of byte-level vocabularies: printable ones stand for themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
 _HALF = "\ufffd"  # what a decoder writes for bytes that are no whole character
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_BYTES = _byte_level_alphabet()
+# Of byte-level vocabularies: the byte behind each character.
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 
 
 def finite(value: float) -> float | None:
