@@ -7,7 +7,7 @@ DATA ?= ../shared/data
 TEXT ?= ../shared/pretrain/text
 SMALL := benchmarks/.cells/small
 COST := benchmarks/.cells/align/cost.json
-SPLIT := -n 2 --dist loadfile
+SPLIT := -n 2 --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup demo test test-transformers-5.19 setup-vllm test-vllm test-gpu bench-vllm check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-genes bench-overhead bench-gate bench-serve bench-bulk builtin builtin-adapters clean
@@ -26,14 +26,15 @@ demo: setup
 	$(BIN)/safeside demo --output demo_output
 	@echo "open demo_output/report.html"
 
-# In two processes: every file of tests stays in one, so that its fixtures are made once.
+# In two processes of one thread each: every file of tests stays in one, so that its fixtures are made once, and files are
+# taken in their order, for the slow ones have few tests and would come last.
 test: setup
-	$(BIN)/python -m pytest $(SPLIT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPLIT)
 
 # The oldest transformers that vLLM pairs with, beside the newest: the same suite.
 test-transformers-5.19: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers-5.19 transformers==5.19.0
-	PYTHONPATH=$(VENV)/transformers-5.19 $(BIN)/python -m pytest $(SPLIT)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/transformers-5.19 $(BIN)/python -m pytest $(SPLIT)
 
 # vLLM in an environment of its own: it pins other releases than ours, and the plain CPU build of it is not the
 # project's own.  PyPI's torchvision is a CUDA build that breaks its import, and vLLM's text models need none of the three.

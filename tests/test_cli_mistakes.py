@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from command_line import Ran, texts, write
 from safeside import Base, Message, load_adapter, save_adapter
+from safeside.errors import InputError
 from safeside.evals.suites import SUITES, Suite
+from safeside.train.patch import PatchSettings
 
 
 def test_bad_rows_are_told_even_when_no_figure_can_be_made(
@@ -176,8 +178,9 @@ def test_an_output_under_a_file_is_refused_before_any_work(
 
 
 def test_bad_rows_of_a_patch_or_port_are_exit_1(
-    run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path
+    run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("safeside.train.patch_command.PatchSettings", partial(PatchSettings, steps=4))
     for words in patch_and_port(adapters, tiny_base, tmp_path, ["{broken"]):
         ran = run(*words, tmp_path / str(words[0]), "--json")
         assert (ran.code, ran.json["bad_rows"]) == (1, 1)
@@ -191,7 +194,7 @@ def test_a_patch_and_a_port_read_the_recorded_revision(
 
     def load(*words: object) -> Base:
         asked.append(words)
-        return tiny_base
+        raise InputError("enough: what follows is not looked at")
 
     guard = load_adapter(adapters / "harm", tiny_base)
     reference = guard.config.base.model_copy(update={"name": "org/base", "revision": "v7"})
@@ -199,5 +202,6 @@ def test_a_patch_and_a_port_read_the_recorded_revision(
     save_adapter(guard, tmp_path / "adapters" / "harm")
     monkeypatch.setattr("safeside.artifact.load_base", load)
     for words in patch_and_port(tmp_path / "adapters", tiny_base, tmp_path):
-        assert run(*words, tmp_path / str(words[0])).code == 0
+        ran = run(*words, tmp_path / str(words[0]))
+        assert (ran.code, "enough" in ran.err) == (2, True)
     assert asked == [("org/base", "v7", "cpu")] * 2
