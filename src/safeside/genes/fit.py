@@ -13,16 +13,17 @@ from safeside.base.updates import LiveUpdates
 from safeside.errors import InputError
 from safeside.genes.checks import check_fits, check_model, check_plain
 from safeside.genes.gene import Gene
+from safeside.genes.merged import check_beside_merged
 from safeside.genes.optimise import Report, Steps, draws, optimise, silent
 from safeside.genes.recipe import FitSection
-from safeside.genes.rows import Conversation, answer_loss, encode_texts
+from safeside.genes.rows import Given, answer_loss, encode_texts
 
 
 def fit_gene(
     base: Base,
     gene: Gene,
-    refusals: Sequence[Conversation],
-    task_rows: Sequence[Conversation],
+    refusals: Sequence[Given],
+    task_rows: Sequence[Given],
     settings: FitSection | None = None,
     *,
     report: Report = silent,
@@ -31,12 +32,14 @@ def fit_gene(
 
     ``refusals`` are harmful prompts with the answers that are wanted; of ``task_rows`` as many are read, the first.
     The loss is the mean over both kinds of their answers' negative log-likelihood; settings are the recipe's unless
-    given.  Coefficients may become negative.
+    given.  Coefficients may become negative.  A base that holds the gene, or one that it conflicts with, in its weights
+    is a ConfigError.
     """
     settings, started = settings or gene.config.recipe.fit, time.perf_counter()
     check_model(base)
     check_plain(base)
     check_fits(gene, base)
+    check_beside_merged(base, [gene])
     refused = encode_texts(base, refusals, "refusals", answered=True)
     answered = encode_texts(base, task_rows[: len(refusals)], "task rows", answered=True)
     if len(answered) < len(refused):
