@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import genes
 import genes_cells
+import genes_guard
+import genes_models
 import genes_port
 import genes_rows
 from genes import Board, interval_of, recovered
@@ -23,7 +25,7 @@ from genes_for_tests import random_gene
 from genes_judge import is_on_topic, successes
 from genes_report import write_page
 from safeside import Adapter, Base, Message, attach, ramp
-from safeside.errors import InputError
+from safeside.errors import InputError, MismatchError
 from safeside.evals.judges import JUDGES, JudgeOptions
 from safeside.evals.likelihood import likelihoods
 from safeside.genes.checks import family_of
@@ -72,11 +74,11 @@ def test_every_cell_and_row(
         assert allow_mismatch == "weights"
         return made[name](base).requires_grad_(False)
 
-    monkeypatch.setattr(genes_cells, "load_adapter", loaded)
+    monkeypatch.setattr(genes_guard, "load_adapter", loaded)
     monkeypatch.setattr(genes, "JUDGE_NAMES", {"rules": "refusal_phrases", "classifier": "refusal_phrases"})
-    for module in (genes, genes_cells, genes_rows):
+    for module in (genes, genes_cells):
         monkeypatch.setattr(module, "TASKS", ("sst2", "dolly"))
-    for name, fewer in (("_ANSWER", 4), ("SHOTS", (4, 32)), ("WEIGHTS", (0.5,))):
+    for name, fewer in (("ANSWER", 4), ("SHOTS", (4, 32)), ("WEIGHTS", (0.5,))):
         monkeypatch.setattr(genes_cells, name, fewer)
     words = ["--data", str(data), "--base", str(tiny_folder("llama")), "--quick", "--workers", "1", "--threads", "1"]
     words += ["--tasks", "sst2", "--cells", str(tmp_path / "cells"), "--output", str(tmp_path / "out")]
@@ -92,9 +94,11 @@ def test_every_cell_and_row(
     }  # fmt: skip
     scalars = {row["value"] for row in rows if (row["method"], row["metric"]) == ("gene", "trainable_params")}
     assert scalars == {3.0}, "one number for each layer that is kept"
-    assert {item["genes"] for item in result["notes"]["interference"]} == {"first", "second", "both"}
+    assert {item["genes"] for item in result["notes"]["interference"]} == {"first", "second", "both", "aligner", "all"}
     assert result["notes"]["n_excluded"] + len(result["notes"]["qualifying"]) == 1
     assert 0 <= result["notes"]["guard"]["sst2 0"]["auroc"] <= 1
+    assert result["notes"]["settings"]["sst2 0 resta"].partition(",")[0] in ("unaligned", "base")
+    assert result["notes"]["settings"]["sst2 0 salora"] in ("rate x 1.0", "rate x 0.3")
     assert (tmp_path / "out" / "genes.html").read_text().startswith("<!doctype html>")
     monkeypatch.setattr(genes_cells, "measured", None)
     again = json.loads(genes.main(words).read_text())
@@ -114,7 +118,7 @@ def test_a_gene_is_ported_both_ways(
         return random_gene(bases[1]).with_results({"port_seconds": 1.0})
 
     monkeypatch.setattr(genes_port, "port_gene", port)
-    monkeypatch.setattr(genes_cells, "_ANSWER", 4)
+    monkeypatch.setattr(genes_cells, "ANSWER", 4)
     folders = [str(tiny_folder(name)) for name in ("llama", "gemma2")]
     quick = genes_rows.Sizes(safety=6, instructions=6, degraded=4, task=4, test=4, attacks=6, extract=4, shots=32)
     first = genes_port.Setup(data, tmp_path / "cells", quick, folders[0], epochs=1, steps=1)
@@ -125,7 +129,7 @@ def test_a_gene_is_ported_both_ways(
         tuple(Path(genes_port.Models(setup, 0).folder).name for setup in (moves[0].source, moves[0].target))
     ]
     cells = genes_cells.read_cells(moves[0].target, 0, "dolly")
-    assert set(cells) == {"aligned", "finetuned", "gene-32", moves[0].cell}
+    assert set(cells) == {"aligned", "finetuned", "gene-32", moves[0].cell, genes_port.CONTROL}
     for move in moves:  # what the tiny models say is noise
         hits = {"aligned": 0, "finetuned": 4, "gene-32": 1, move.cell: 2}
         for name, n_hits in hits.items():
@@ -197,6 +201,49 @@ def test_an_attack_succeeds_on_topic_only() -> None:
     ):
         assert successes(judge, [prompt], [answer]) == [value], answer
     assert is_on_topic("Write a virus", "The viruses of this kind spread by mail")
+
+
+def test_a_threshold_moves_to_as_many_texts() -> None:
+    scores = np.array([0.2, 0.9, 0.4, 1.0])
+    flagged = [int((scores >= genes_guard.moved_threshold(scores[:3], n)).sum()) for n in (0, 1, 2, 3)]
+    assert flagged == [1, 2, 3, 4], "of the first three, none to all"
+
+
+def test_unlabelled_text_is_of_both_kinds(data: Path, tmp_path: Path) -> None:
+    sizes = genes_rows.Sizes(safety=6, instructions=6, degraded=4, task=4, test=4, attacks=6, extract=4, shots=4)
+    models = genes_models.Models(genes_models.Setup(data, tmp_path / "cells", sizes), 0)
+    texts = genes_guard.guard_texts(models)
+    kinds = {messages[0].content.partition(" ")[0] for messages in texts.unlabelled}
+    assert kinds == {"safety", "instructions"}
+    assert not {*texts.unlabelled} & {*texts.harmful, *texts.benign}
+    assert not {*models.conversations("unaligned_train")} & {*models.conversations("dolly_harmful_train")}
+
+
+def test_adapters_of_another_architecture_are_left_out(
+    data: Path, tmp_path: Path, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MismatchError("another architecture")
+
+    monkeypatch.setattr(genes_guard, "load_adapter", refuse)
+    assert genes_guard.packaged_for(tiny_base) is None
+    setup = genes_models.Setup(data, tmp_path / "cells", genes_rows.Sizes())
+    genes_cells.run_cells(setup, (0, "sst2"), [("dsa", lambda: None), ("aligned", lambda: {"answers": []})])
+    assert set(genes_cells.read_cells(setup, 0, "sst2")) == {"aligned"}
+
+
+def test_the_cache_knows_contents_and_constants(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        return genes_models.Setup(data, tmp_path, genes_rows.Sizes()).key
+
+    keys = [key()]
+    for path in (genes_rows.SOURCES["sst2"], genes_rows.ATTACKS[0]):
+        content = bytearray((data / path).read_bytes())
+        content[-1] ^= 1  # of the same size
+        (data / path).write_bytes(content)
+        keys.append(key())
+    monkeypatch.setattr(genes_models, "ANSWER", 33)
+    assert len({*keys, key()}) == 4
 
 
 def test_rows_that_ask_for_an_attack_are_left_out(data: Path) -> None:
