@@ -16,7 +16,7 @@ from safeside.genes.gene import Gene
 from safeside.genes.merged import check_beside_merged
 from safeside.genes.optimise import Report, Steps, draws, optimise, silent
 from safeside.genes.recipe import FitSection
-from safeside.genes.rows import Given, answer_loss, encode_texts
+from safeside.genes.rows import Given, Texts, answer_loss, encode_texts
 
 
 def fit_gene(
@@ -40,13 +40,7 @@ def fit_gene(
     check_plain(base)
     check_fits(gene, base)
     check_beside_merged(base, [gene])
-    refused = encode_texts(base, refusals, "refusals", answered=True)
-    answered = encode_texts(base, task_rows[: len(refusals)], "task rows", answered=True)
-    if len(answered) < len(refused):
-        raise InputError(
-            f"There are {len(refused)} refusals and {len(answered)} task rows; expected as many rows as refusals. Add "
-            "rows, or use fewer refusals."
-        )
+    refused, answered = _examples(base, refusals, task_rows)
     factors = {layer: nn.Parameter(torch.ones((), device=base.device)) for layer in gene.config.layers}
     orders = [draws(len(texts), settings.batch_size, gene.config.recipe.seed) for texts in (refused, answered)]
 
@@ -69,3 +63,15 @@ def fit_gene(
         "trainable_params": len(factors),
     }
     return gene.with_coefficients([float(factor.detach()) * before for factor, before in pairs]).with_results(results)
+
+
+def _examples(base: Base, refusals: Sequence[Given], task_rows: Sequence[Given]) -> tuple[Texts, Texts]:
+    """All refusals and as many task rows, the first; fewer rows are an InputError."""
+    refused = encode_texts(base, refusals, "refusals", answered=True)
+    answered = encode_texts(base, task_rows[: len(refusals)], "task rows", answered=True)
+    if len(answered) < len(refused):
+        raise InputError(
+            f"There are {len(refused)} refusals and {len(answered)} task rows; expected as many rows as refusals. Add "
+            "rows, or use fewer refusals."
+        )
+    return refused, answered
