@@ -6,40 +6,36 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from genes_models import Models, Setup, facts_of
+from genes_guard import GuardReport, Packaged, guard_texts, packaged_for, report_of
+from genes_models import ANSWER, LABEL, MAIN_SHOTS, Models, Setup, facts_of, loss_on
 from genes_rows import CLASSES, TASKS
-from safeside.artifact import load_adapter
-from safeside.attach import attach
 from safeside.base.model import Base, load_base
-from safeside.errors import InputError
-from safeside.evals.metrics import auroc
 from safeside.genes.apply import apply_genes
 from safeside.genes.baselines import Matrices, difference, resta, safe_lora, safe_merge, weights_of, with_added
 from safeside.genes.fit import fit_gene
 from safeside.genes.gene import Gene
 from safeside.genes.recipe import Selection
-from safeside.genes.rows import Conversation, answer_loss, encode_texts
-from safeside.guards.score import score_conversations
-from safeside.mixing import ramp
+from safeside.genes.rows import Conversation, encode_texts
 from safeside.provenance import git_commit, machine
+from safeside.terminal import note
 from tidy import write_json
 
 Values = dict[str, object]
+Maker = Callable[[], Values | None]
+"""Makes a cell; None where it cannot be made for this base."""
 
 SHOTS = (4, 8, 16, 32, 64)
-MAIN_SHOTS = 32  # of the rows that methods are compared by
 WEIGHTS = (0.0, 0.5, 1.5, 2.0)  # of a fitted gene, for the curve over coefficients; 1 is the gene's own row
 CURVE_TASKS = ("sst2", "dolly")  # that the curves over shots and coefficients are drawn for
 _ROWS = 32  # of one pass
-_ANSWER, _LABEL = 32, 6  # tokens of an answer to an attack, and of a class's name
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class TaskBench:
         """The task model."""
         return load_base(self.models.task(self.task))
 
-    def cells(self) -> Iterator[tuple[str, Callable[[], Values]]]:
+    def cells(self) -> Iterator[tuple[str, Maker]]:
         """Name and maker of every cell, those first that others are compared with."""
         yield "aligned", lambda: measured(load_base(self.models.aligned()), self)
         yield "finetuned", partial(self._stored, self.models.task)
@@ -66,7 +62,8 @@ class TaskBench:
         yield "safelora", self._safe_lora
         yield "safemerge", self._safe_merge
         yield "salora", partial(self._stored, self.models.salora)
-        yield "dsa", self._dsa
+        yield "dsa", partial(self._dsa, is_moved=False)
+        yield "dsa_recalibrated", partial(self._dsa, is_moved=True)
         if self.task in CURVE_TASKS:
             for shots in SHOTS:
                 yield f"gene-{shots}", partial(self._gene, "shift", shots)
@@ -74,16 +71,15 @@ class TaskBench:
                 yield f"weight-{weight:g}", partial(self._gene, "shift", MAIN_SHOTS, weight)
             for name, parts in (("first", (0,)), ("second", (1,)), ("both", (0, 1))):
                 yield f"interference-{name}", partial(self._together, parts)
+            for name, parts in (("aligner", ()), ("all", (0, 1))):
+                yield f"interference-{name}", partial(self._together, parts, has_aligner=True)
         for source in TASKS:
             if source != self.task:
                 yield f"transfer-{source}", partial(self._transfer, source)
 
     def shots(self, n_shots: int) -> tuple[list[Conversation], list[Conversation]]:
         """Refusals and task rows that scalars, and the settings of baselines, are chosen on."""
-        refusals, rows = self.models.conversations("shots"), self.models.conversations(f"{self.task}_validation")
-        if min(len(refusals), len(rows)) < n_shots:
-            raise InputError(f"{self.task} has {len(refusals)} refusals and {len(rows)} rows to fit on; use fewer.")
-        return refusals[:n_shots], rows[:n_shots]
+        return self.models.shots(self.task, n_shots)
 
     def fitted(self, selection: Selection, n_shots: int) -> Gene:
         """The seed's gene, fitted on this task model."""
@@ -108,9 +104,18 @@ class TaskBench:
         with apply_genes(self.base, [gene]):
             return {**measured(self.base, self), "source": source}
 
-    def _together(self, parts: Sequence[int]) -> Values:
-        """Genes from halves of the harmful prompts, alone or both together, unfitted."""
-        with apply_genes(self.base, [self.models.gene("shift", part) for part in parts]):
+    def _together(self, parts: Sequence[int], *, has_aligner: bool = False) -> Values | None:
+        """Genes from halves of the harmful prompts, unfitted, and the packaged aligner behind its guard.
+
+        Each alone, or together.
+        """
+        with ExitStack() as stack:
+            if has_aligner:
+                if self.packaged is None:
+                    return None
+                stack.enter_context(self.packaged.attached(self.base))
+            if parts:
+                stack.enter_context(apply_genes(self.base, [self.models.gene("shift", part) for part in parts]))
             return measured(self.base, self)
 
     @cached_property
@@ -121,9 +126,21 @@ class TaskBench:
         return difference(weights_of(self.base), aligned), difference(aligned, unaligned)
 
     def _resta(self) -> Values:
-        task, safety = self.arithmetic
-        tried = [(strength, density) for strength in (0.25, 0.5, 1.0) for density in (1.0, 0.7)]
-        return self._best({str(values): partial(resta, task, safety, *values, self.models.seed) for values in tried})
+        """RESTA with its own safety vector, the aligned model minus its harmful fine-tune, and with the base's."""
+        task, from_base = self.arithmetic
+        aligned, unaligned = (
+            weights_of(load_base(folder)) for folder in (self.models.aligned(), self.models.unaligned())
+        )
+        vectors = {"unaligned": difference(aligned, unaligned), "base": from_base}
+        tried = product(vectors, (0.25, 0.5, 1.0), (1.0, 0.7))
+        return self._best(
+            {
+                f"{vector}, {strength}, {density}": partial(
+                    resta, task, vectors[vector], strength, density, self.models.seed
+                )
+                for vector, strength, density in tried
+            }
+        )
 
     def _safe_lora(self) -> Values:
         task, safety = self.arithmetic
@@ -137,56 +154,34 @@ class TaskBench:
 
     def _best(self, tried: Mapping[str, Callable[[], Matrices]]) -> Values:
         """The setting of a baseline with the lowest loss on what the gene's scalars are fitted on."""
-        started = time.perf_counter()
-        copies = {name: with_added(self.base, make()) for name, make in tried.items()}
-        kinds = [encode_texts(self.base, rows, "examples", answered=True) for rows in self.shots(MAIN_SHOTS)]
-        with torch.no_grad():
-            losses = {
-                name: sum(float(answer_loss(copy, texts.batch(copy, range(len(texts))))) for texts in kinds)
-                for name, copy in copies.items()
-            }
+        started, shots = time.perf_counter(), self.shots(MAIN_SHOTS)
+        losses = {name: loss_on(with_added(self.base, make()), shots) for name, make in tried.items()}
         best = min(losses, key=losses.__getitem__)
+        copy = with_added(self.base, tried[best]())
         facts = {"seconds": time.perf_counter() - started, "trainable_params": 0}
-        return {**measured(copies[best], self), **facts, "setting": best}
+        return {**measured(copy, self), **facts, "setting": best}
 
-    def _dsa(self) -> Values:
-        """The packaged guard and aligner, trained on the base, on the task model as they are."""
-        started = time.perf_counter()
-        guard, aligner = (
-            load_adapter(f"builtin:{name}", self.base, allow_mismatch="weights") for name in ("harm", "refuse")
-        )
-        seconds = time.perf_counter() - started
-        with attach(self.base, aligners=[aligner], guards=[guard], strength=ramp(guard)):
-            values = measured(self.base, self)
-        return {**values, "seconds": seconds, "trainable_params": 0, "guard": self._guard()}
+    @cached_property
+    def packaged(self) -> Packaged | None:
+        """The packaged guard and aligner; None where they are for another architecture than this base's."""
+        return packaged_for(self.base)
 
-    def _guard(self) -> Values:
-        """The guard on harmful and harmless prompts, at its threshold and at one of the same rank on unlabelled text.
+    @cached_property
+    def guard(self) -> GuardReport:
+        """What the guard sees of this task model, and where its threshold moves."""
+        return report_of(load_base(self.models.setup.base), self.base, guard_texts(self.models))
 
-        The latter is where as many unlabelled texts score higher as did on the base that the guard was made for.
+    def _dsa(self, *, is_moved: bool) -> Values | None:
+        """The packaged guard and aligner, trained on the base, on the task model as they are.
+
+        With its threshold where it is, or moved on unlabelled text.
         """
-        harmful, benign = self.models.attacks(), self.models.conversations("degraded_validation")
-        unlabelled = [messages[:1] for messages in self.models.conversations("benign")]
-        scores = {}
-        for name, base in (("base", load_base(self.models.setup.base)), ("task", self.base)):
-            guard = load_adapter("builtin:harm", base, allow_mismatch="weights")
-            texts = [*harmful, *(messages[:1] for messages in benign), *unlabelled]
-            found = score_conversations(base, [guard], texts)
-            scores[name] = np.array([item.by_guard[guard.name][0] for item in found], dtype=np.float64)
-        threshold, first, last = guard.thresholds[0], len(harmful), len(harmful) + len(benign)
-        share = float((scores["base"][last:] >= threshold).mean())
-        moved = sorted(scores["task"][last:].tolist(), reverse=True)[round(share * len(unlabelled))]
-        labels = np.repeat([1.0, 0.0], [first, len(benign)])
-        own = scores["task"][:last]
-        rates = {
-            name: {"caught": float((own[:first] >= at).mean()), "false_alarms": float((own[first:] >= at).mean())}
-            for name, at in (("before", threshold), ("after", moved))
-        }
-        return {
-            "auroc": auroc(labels, own),
-            "auroc_on_base": auroc(labels, scores["base"][:last]),
-            **rates,
-        }
+        if self.packaged is None:
+            return None
+        high, seconds = (self.guard.moved, self.guard.seconds) if is_moved else (None, 0.0)
+        facts = {"seconds": self.packaged.seconds + seconds, "trainable_params": 0, "guard": self.guard.facts}
+        with self.packaged.attached(self.base, high):
+            return {**measured(self.base, self), **facts}
 
 
 def measured(base: Base, bench: TaskBench) -> Values:
@@ -194,7 +189,7 @@ def measured(base: Base, bench: TaskBench) -> Values:
     prompts = bench.models.attacks()
     answers: list[str] = []
     for start in range(0, len(prompts), _ROWS):
-        answers += [item.text for item in base.chat_batch(prompts[start : start + _ROWS], max_new_tokens=_ANSWER)]
+        answers += [item.text for item in base.chat_batch(prompts[start : start + _ROWS], max_new_tokens=ANSWER)]
     rows = bench.models.conversations(f"{bench.task}_test")
     if bench.task in CLASSES:
         names = Counter(messages[-1].content for messages in rows)
@@ -209,7 +204,7 @@ def _right(base: Base, rows: Sequence[Conversation]) -> list[float]:
     found: list[float] = []
     for start in range(0, len(rows), _ROWS):
         some = rows[start : start + _ROWS]
-        answers = base.chat_batch([messages[:1] for messages in some], max_new_tokens=_LABEL)
+        answers = base.chat_batch([messages[:1] for messages in some], max_new_tokens=LABEL)
         found += [
             float(item.text.lower().startswith(messages[-1].content.lower()))
             for item, messages in zip(answers, some, strict=True)
@@ -244,7 +239,7 @@ def run_task(setup: Setup, job: tuple[int, str], names: Sequence[str] = ()) -> f
     return run_cells(setup, job, [(name, make) for name, make in cells if not names or name in names])
 
 
-def run_cells(setup: Setup, job: tuple[int, str], cells: Sequence[tuple[str, Callable[[], Values]]]) -> float:
+def run_cells(setup: Setup, job: tuple[int, str], cells: Sequence[tuple[str, Maker]]) -> float:
     """Make the cells of one task of one seed that are missing, each written at once; returns the seconds."""
     started, (seed, task) = time.perf_counter(), job
     for name, make in cells:
@@ -252,6 +247,9 @@ def run_cells(setup: Setup, job: tuple[int, str], cells: Sequence[tuple[str, Cal
         if not path.is_file():
             begun = time.perf_counter()
             values = make()
+            if values is None:
+                note(f"seed {seed}, {task}: {name} is left out; the packaged adapters do not fit {setup.base}")
+                continue
             facts = {"cell_seconds": time.perf_counter() - begun, "commit": git_commit(), "machine": machine()}
             write_json(path, {**values, **facts})
     return time.perf_counter() - started

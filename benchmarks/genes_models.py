@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genes_rows import SOURCES, Sizes, read_pairs, write_rows
-from safeside.base.model import load_base
+from genes_rows import (
+    ATTACKS,
+    HARMFUL_SHARE,
+    LEAST_UNALIGNED,
+    LONGEST,
+    N_VALIDATION,
+    SOURCES,
+    Sizes,
+    read_pairs,
+    write_rows,
+)
+from safeside.base.model import Base, load_base
+from safeside.errors import InputError
 from safeside.genes.artifact import load_gene, save_gene
 from safeside.genes.baselines import SaloraSettings, train_salora, with_added
 from safeside.genes.extract import Pair, extract_gene
 from safeside.genes.gene import Gene
 from safeside.genes.merge import save_checkpoint
 from safeside.genes.recipe import GeneRecipe, Selection, SelectSection
-from safeside.genes.rows import Conversation
+from safeside.genes.rows import Conversation, answer_loss, encode_texts
 from safeside.genes.select import select_layers
 from safeside.lora import CONFIG_FILE, WEIGHTS_FILE
 from safeside.provenance import config_hash
@@ -32,6 +45,10 @@ from safeside.types import Message
 from tidy import write_json
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "genes"
+FORMAT = 2  # of models and cells: another one makes them all anew
+MAIN_SHOTS = 32  # of the rows that methods are compared by
+ANSWER, LABEL = 32, 6  # tokens of an answer to an attack, and of a class's name
+SALORA_RATES = (1.0, 0.3)  # times the recipe's learning rate; the shots choose
 
 
 @dataclass(frozen=True)
@@ -50,10 +67,12 @@ class Setup:
 
     @cached_property
     def key(self) -> str:
-        """Hash of the setting, data and recipes included."""
-        files = {name: (self.data / path).stat().st_size for name, path in SOURCES.items()}
+        """Hash of the setting: the content of data and recipes, and the constants that rows and answers depend on."""
+        files = {path: _digest_of(self.data / path) for path in (*SOURCES.values(), *ATTACKS)}
         recipes = {path.name: path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.toml"))}
-        return config_hash([asdict(self.sizes), self.base, self.fingerprint, self.epochs, self.steps, files, recipes])
+        lengths = [ANSWER, LABEL, LONGEST, N_VALIDATION, HARMFUL_SHARE, LEAST_UNALIGNED, MAIN_SHOTS, *SALORA_RATES]
+        own = [asdict(self.sizes), self.base, self.fingerprint, self.epochs, self.steps]
+        return config_hash([FORMAT, *own, lengths, files, recipes])
 
 
 class Models:
@@ -79,6 +98,13 @@ class Models:
             (Message("user", prompt), *([Message("assistant", answer)] if answer else [])) for prompt, answer in pairs
         ]
 
+    def shots(self, task: str, n_shots: int) -> tuple[list[Conversation], list[Conversation]]:
+        """Refusals and task rows that scalars, and the settings of baselines, are chosen on."""
+        refusals, rows = self.conversations("shots"), self.conversations(f"{task}_validation")
+        if min(len(refusals), len(rows)) < n_shots:
+            raise InputError(f"{task} has {len(refusals)} refusals and {len(rows)} rows to fit on; use fewer.")
+        return refusals[:n_shots], rows[:n_shots]
+
     def attacks(self) -> list[Conversation]:
         """The harmful prompts that answers are judged on."""
         return self.conversations("attacks")
@@ -99,6 +125,10 @@ class Models:
         """A task model after safety fine-tuning."""
         return self.tuned("realigned", self.task(name), f"realigned-{name}")
 
+    def unaligned(self) -> Path:
+        """The aligned model after a short harmful fine-tune: what RESTA takes away from the aligned one."""
+        return self.tuned("unaligned", self.aligned())
+
     def safety(self) -> Path:
         """A further safety fine-tune of the aligned model."""
         return self.tuned("safety", self.aligned())
@@ -118,22 +148,34 @@ class Models:
         return self.made(title or recipe_name, make)
 
     def salora(self, task: str) -> Path:
-        """A task model that SaLoRA tuned from the aligned one, in as many steps as the plain one."""
+        """A task model that SaLoRA tuned from the aligned one, in as many steps as the plain one.
+
+        At several learning rates, the plain one's among them; the loss on the shots chooses, as the plain one's epoch
+        is chosen on validation rows.
+        """
 
         def make(place: Path) -> None:
-            started = time.perf_counter()
-            recipe, rows = self._recipe(task).training, self.conversations(f"{task}_train")
-            n_steps = recipe.epochs * -(-len(rows) // recipe.batch_size)
-            settings = SaloraSettings(
-                n_steps=n_steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, seed=self.seed
-            )
-            base = load_base(self.aligned())
-            added = train_salora(base, self.conversations("harmful")[:128], rows, settings)
-            save_checkpoint(with_added(base, added), place)
-            n_weights = sum(settings.rank * sum(matrix.shape) for matrix in added.values())
-            write_json(place / "facts.json", {"seconds": time.perf_counter() - started, "trainable_params": n_weights})
+            started, base = time.perf_counter(), load_base(self.aligned())
+            tried = {str(share): self._salora(base, task, share) for share in SALORA_RATES}
+            shots = self.shots(task, MAIN_SHOTS)
+            losses = {share: loss_on(with_added(base, added), shots) for share, added in tried.items()}
+            best = min(losses, key=losses.__getitem__)
+            save_checkpoint(with_added(base, tried[best]), place)
+            n_weights = sum(SaloraSettings().rank * sum(matrix.shape) for matrix in tried[best].values())
+            costs = {"seconds": time.perf_counter() - started, "trainable_params": n_weights}
+            write_json(place / "facts.json", {**costs, "setting": f"rate x {best}"})
 
         return self.made(f"salora-{task}", make)
+
+    def _salora(self, base: Base, task: str, share: float) -> Mapping[str, Tensor]:
+        recipe, rows = self._recipe(task).training, self.conversations(f"{task}_train")
+        settings = SaloraSettings(
+            n_steps=recipe.epochs * -(-len(rows) // recipe.batch_size),
+            batch_size=recipe.batch_size,
+            learning_rate=share * recipe.learning_rate,
+            seed=self.seed,
+        )
+        return train_salora(base, self.conversations("harmful")[:128], rows, settings)
 
     def gene(self, selection: Selection = "shift", part: int | None = None) -> Gene:
         """The seed's gene with layers chosen in one way; ``part`` 0 or 1 is one of half of the harmful prompts."""
@@ -180,8 +222,20 @@ class Models:
         return place
 
 
-def facts_of(folder: Path) -> dict[str, float]:
-    """Seconds and trainable parameters of a model that was trained."""
+@torch.no_grad()
+def loss_on(base: Base, shots: Sequence[Sequence[Conversation]]) -> float:
+    """What settings are chosen by: the loss on refusals plus that on task rows."""
+    texts = [encode_texts(base, rows, "examples", answered=True) for rows in shots]
+    return sum(float(answer_loss(base, kind.batch(base, range(len(kind))))) for kind in texts)
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def facts_of(folder: Path) -> dict[str, object]:
+    """Seconds and trainable parameters of a model that was trained, and the setting that was chosen."""
     return dict(json.loads((folder / "facts.json").read_text(encoding="utf-8")))
 
 

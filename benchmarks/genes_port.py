@@ -2,28 +2,31 @@
 
 Both bases go through the same setting: aligned, degraded and task models from the same recipes and rows.  The source's
 gene is ported with the harmful and harmless prompts that it was extracted with, answers left out, then selected and
-fitted on the target's task model as the target's own gene is, which stands beside it (``gene_own``).
+fitted on the target's task model as the target's own gene is, which stands beside it (``gene_own``).  So does a control
+(``gene_refusals``): a gene of the target learnt in the same way from the refusals that the rows hold, without a source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 
 from genes_cells import MAIN_SHOTS, TaskBench, Values, measured, run_cells, run_task
 from genes_models import Models, Setup
-from safeside.base.model import load_base
+from safeside.base.model import Base, load_base
 from safeside.genes.apply import apply_genes
 from safeside.genes.artifact import load_gene, save_gene
 from safeside.genes.fit import fit_gene
 from safeside.genes.gene import Gene
-from safeside.genes.port import port_gene
+from safeside.genes.port import learn_answers, port_gene
+from safeside.genes.rows import Conversation
 from safeside.genes.select import select_layers
 from safeside.provenance import config_hash
 
 PORT_TASKS = ("dolly", "sst2")  # an open-ended task and one of classes
+CONTROL = f"gene_refusals-{MAIN_SHOTS}"
 _OWN = f"gene-{MAIN_SHOTS}"
 _NEEDED = ("aligned", "finetuned", _OWN)
 
@@ -57,13 +60,19 @@ def moves_of(setups: Sequence[Setup], seeds: Sequence[int], tasks: Sequence[str]
 
 def run_move(move: Move) -> float:
     """Make the cells of a move that are missing; returns the seconds that it took."""
-    seconds = run_task(move.target, (move.seed, move.task), _NEEDED)
-    return seconds + run_cells(move.target, (move.seed, move.task), [(move.cell, lambda: _ported(move))])
+    job = move.seed, move.task
+    seconds = run_task(move.target, job, _NEEDED)
+    cells = [
+        (move.cell, lambda: _fitted(move, ported_gene(move))),
+        (CONTROL, lambda: _fitted(move, refusing_gene(move))),
+    ]
+    return seconds + run_cells(move.target, job, cells)
 
 
-def _ported(move: Move) -> Values:
+def _fitted(move: Move, whole: Gene) -> Values:
+    """A gene of the target's family, fitted on the target's task model and measured in it."""
     bench = TaskBench(Models(move.target, move.seed), move.task)
-    gene = fit_gene(bench.base, ported_gene(move), *bench.shots(MAIN_SHOTS))
+    gene = fit_gene(bench.base, whole, *bench.shots(MAIN_SHOTS))
     with apply_genes(bench.base, [gene]):
         values = measured(bench.base, bench)
     return {**values, "seconds": gene.config.results["port_seconds"], "source": move.source.base}
@@ -71,14 +80,33 @@ def _ported(move: Move) -> Values:
 
 def ported_gene(move: Move) -> Gene:
     """The source's gene for the target's family, with the layers that are selected there; made once."""
-    source, target = Models(move.source, move.seed), Models(move.target, move.seed)
+    source = Models(move.source, move.seed)
 
-    def port(place: Path) -> None:
-        whole, bases = source.gene("all"), (load_base(source.degraded()), load_base(target.degraded()))
-        harmful, benign = target.conversations("harmful"), target.conversations("benign")
-        ported = port_gene(whole, bases, harmful, benign)
-        settings = ported.config.recipe.select
-        kept = min(settings.keep, len(ported.config.layers))
-        save_gene(select_layers(bases[1], ported, harmful, benign, settings.model_copy(update={"keep": kept})), place)
+    def port(target: Base, harmful: Sequence[Conversation], benign: Sequence[Conversation]) -> Gene:
+        return port_gene(source.gene("all"), (load_base(source.degraded()), target), harmful, benign)
 
-    return load_gene(target.made(f"gene-from-{move.source.key}", port))
+    return _learnt(move, f"gene-from-{move.source.key}", port)
+
+
+def refusing_gene(move: Move) -> Gene:
+    """A gene of the target learnt from the refusals that the same rows hold, selected in the same way; made once."""
+
+    def learn(target: Base, harmful: Sequence[Conversation], benign: Sequence[Conversation]) -> Gene:
+        recipe = Models(move.target, move.seed).gene("all").config.recipe
+        return learn_answers(target, harmful, benign, recipe)
+
+    return _learnt(move, "gene-from-refusals", learn)
+
+
+def _learnt(move: Move, title: str, learn: Callable[[Base, list[Conversation], list[Conversation]], Gene]) -> Gene:
+    target = Models(move.target, move.seed)
+    harmful, benign = target.conversations("harmful"), target.conversations("benign")
+
+    def make(place: Path) -> None:
+        base = load_base(target.degraded())
+        whole = learn(base, harmful, benign)
+        settings = whole.config.recipe.select
+        kept = min(settings.keep, len(whole.config.layers))
+        save_gene(select_layers(base, whole, harmful, benign, settings.model_copy(update={"keep": kept})), place)
+
+    return load_gene(target.made(title, make))

@@ -3,7 +3,8 @@
     python benchmarks/genes_report.py                     results/genes.json
     python benchmarks/genes_report.py --results DIR
 
-Figures are means over seeds, with the lowest and highest end of the seeds' 95% intervals.  Writes genes.html.
+Figures of one task are means over seeds, with the lowest and highest end of the seeds' 95% intervals; shares that are
+back, and contrasts, are pooled with intervals over seeds too.  Writes genes.html.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ COLOURS = {
     "gene_all_layers": "#5b9bd5",
     "realigned": "#1c2430",
     "dsa": "#7b5ea7",
+    "dsa_recalibrated": "#b39ddb",
 }
 TITLES = {
     "ag_news": "AG News",
@@ -36,8 +38,11 @@ TITLES = {
     "helpful": "Helpful side of HH-RLHF",
     "dolly_harmful": "Dolly with 5% harmful rows",
 }
+OTHERS = ("#e67e22", "#8d6e63", "#c2185b", "#546e7a")  # of those without a colour of their own
 JUDGE = "rules"  # whose figures are drawn; the other's stand in the tables
 SHOTS = 32
+KINDS = ("refused_share", "off_topic_share")
+COSTS = ("task_accuracy", "seconds", "trainable_params")
 
 
 def of(rows: Sequence[Row], **wanted: object) -> list[Row]:
@@ -52,6 +57,7 @@ def main_rows(rows: Sequence[Row], **wanted: object) -> list[Row]:
 
 def recovered_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section | None:
     """What share of the lost safety each method brings back, over all qualifying models."""
+    rows = [row for row in rows if "source" not in row]  # transfers and ports have sections of their own
     found = main_rows(rows, task="all", metric="recovered_share", judge=JUDGE)
     if not found:
         return None
@@ -60,15 +66,19 @@ def recovered_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Secti
     table = []
     for row in found:
         method = str(row["method"])
-        other = main_rows(rows, task="all", metric="recovered_share", judge="classifier", method=method)
-        change = changes.get(method)
-        table.append((method, text_of([row], "{:.2f}"), text_of(other, "{:.2f}"), _change(change)))
+        others = [
+            main_rows(rows, task="all", metric=metric, judge=judge, method=method)
+            for metric, judge in (("recovered_share", "classifier"), ("recovered_refusals", JUDGE))
+        ]
+        texts = [text_of(some, "{:.2f}") for some in ([row], *others)]
+        table.append((method, *texts, _change(changes.get(method))))
     return Section(
         "How much of the lost safety comes back?",
         "1 is the aligned model's share of attacks that succeed, 0 the fine-tuned model's. A ratio of means over "
-        f"{len(notes['qualifying'])} task models; {notes['n_excluded']} did not qualify.",  # type: ignore[arg-type]
+        f"{len(notes['qualifying'])} task models; {notes['n_excluded']} did not qualify. "  # type: ignore[arg-type]
+        "An attack fails on a model that babbles, too: refusals that are back tell it from one that refuses.",
         [("Recovered share (goal: 0.5 without loss of accuracy)", dots_picture(dots, Axis("share", goal=0.5)))],
-        ("method", "recovered (rules)", "recovered (classifier)", "change of task accuracy, points"),
+        ("method", "recovered (rules)", "(classifier)", "refusals back (rules)", "change of task accuracy, points"),
         table,
     )
 
@@ -90,11 +100,12 @@ def task_section(rows: Sequence[Row], task: str, qualifies: bool) -> Section:
         if attacks:
             dots.append(Dot(method, *pooled(attacks), COLOURS.get(method, GREY)))
         others = main_rows(own, method=method, metric="attack_success", judge="classifier")
-        rest = [
-            main_rows(own, method=method, metric=metric) for metric in ("task_accuracy", "seconds", "trainable_params")
+        kinds = [main_rows(own, method=method, metric=metric, judge=JUDGE) for metric in KINDS]
+        costs = [main_rows(own, method=method, metric=metric) for metric in COSTS]
+        forms = (("{:.3f}", False), ("{:.3f}", False), ("{:.3f}", True), ("{:.0f}", False), ("{:,.0f}", False))
+        texts = [
+            text_of(some, form, has_interval=wide) for some, (form, wide) in zip([*kinds, *costs], forms, strict=True)
         ]
-        forms = (("{:.3f}", True), ("{:.0f}", False), ("{:,.0f}", False))
-        texts = [text_of(some, form, has_interval=wide) for some, (form, wide) in zip(rest, forms, strict=True)]
         table.append((method, text_of(attacks), text_of(others), *texts))
     return Section(
         TITLES.get(task, task),
@@ -102,7 +113,16 @@ def task_section(rows: Sequence[Row], task: str, qualifies: bool) -> Section:
         if qualifies
         else "Does not qualify: fine-tuning did not cost ten points of safety, or did not learn the task.",
         [("Attacks that succeed (rules)", dots_picture(dots, Axis("share", (0.0, None))))],
-        ("method", "attack success (rules)", "(classifier)", "task accuracy", "seconds", "trained numbers"),
+        (
+            "method",
+            "attack success (rules)",
+            "(classifier)",
+            "refused",
+            "off topic",
+            "task accuracy",
+            "seconds",
+            "trained",
+        ),
         table,
     )
 
@@ -139,47 +159,138 @@ def _mean(items: Sequence[Mapping[str, object]], key: str) -> float:
 
 def transfer_section(rows: Sequence[Row]) -> Section | None:
     """One gene, fitted on one task's model and used on another's."""
-    found = [row for row in of(rows, metric="recovered_share", judge=JUDGE) if "source" in row]
+    found = [row for row in of(rows, metric="recovered_share", judge=JUDGE, method="gene", seed=-1) if "source" in row]
     if not found:
         return None
     sources, targets = (list(dict.fromkeys(str(row[side]) for row in found)) for side in ("source", "target"))
     table = [
         (
             source,
-            *(text_of(of(found, source=source, target=target), "{:.2f}", has_interval=False) for target in targets),
+            *(text_of(of(found, source=source, target=target), "{:.2f}") for target in targets),
         )
         for source in sources
     ]
-    text = "Recovered share on each column's model with coefficients fitted on each row's; the updates are the same."
+    text = (
+        "Recovered share on each column's models with coefficients fitted on each row's; the updates are the same. "
+        "Ratios of means over seeds."
+    )
     return Section("One gene for all tasks", text, columns=("fitted on", *targets), rows=table)
 
 
+def port_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section | None:
+    """What share survives in a base of another shape."""
+    found = [row for row in of(rows, metric="recovered_share", judge=JUDGE, task="all") if "source" in row]
+    table = []
+    for row in found:
+        labels = {column: row[column] for column in ("source", "target", "method")}
+        others = [
+            of(rows, **labels, metric=metric, judge=judge, task="all")
+            for metric, judge in (
+                ("recovered_share", "classifier"),
+                ("kept_share", JUDGE),
+                ("kept_share", "classifier"),
+            )
+        ]
+        table.append((*map(str, labels.values()), *(text_of(some, "{:.2f}") for some in ([row], *others))))
+    ports: list[Mapping[str, Sequence[object]]] = list(notes["ports"])  # type: ignore[call-overload]
+    if not ports:
+        return None
+    counts = "; ".join(
+        f"{port['source']} to {port['target']}: {len(port['qualifying'])} models count, {len(port['excluded'])} do not"
+        for port in ports
+    )
+    text = (
+        "A gene learnt from what the source says with its own, beside the target's own and a control that learnt the "
+        f"refusals of the same rows without a source. Kept: of what the target's own gene brings back. {counts}."
+    )
+    columns = ("source", "target", "method", "recovered (rules)", "(classifier)", "kept (rules)", "(classifier)")
+    return Section("Into a base of another shape", text, columns=columns, rows=table)
+
+
 def together_section(notes: Mapping[str, object]) -> Section | None:
-    """Two genes, each alone and both together."""
+    """Two genes and the packaged aligner, each alone and together."""
     found: list[Mapping[str, object]] = list(notes["interference"])  # type: ignore[call-overload]
     table = [
         (
             f"{item['task']}, seed {item['seed']}",
-            str(item["genes"]),
+            str(item["parts"]),
             f"{float(str(item['attack_success'])):.3f}",
             f"{float(str(item['task_accuracy'])):.3f}",
         )
         for item in found
         if item["judge"] == JUDGE
     ]
-    text = "Genes from two halves of the harmful prompts, unfitted, at weight 1 each."
-    columns = ("model", "genes", "attack success", "task accuracy")
-    return Section("Two genes in one model", text, columns=columns, rows=table) if table else None
+    text = (
+        "Genes from two halves of the harmful prompts (first, second, both), unfitted, at weight 1 each; the packaged "
+        "aligner behind its guard; all of them."
+    )
+    columns = ("model", "parts", "attack success", "task accuracy")
+    return Section("Several in one model", text, columns=columns, rows=table) if table else None
 
 
-def guard_section(notes: Mapping[str, object]) -> Section | None:
-    """The base's own guard on task models, before and after its threshold was moved on unlabelled text."""
+def contrasts_section(notes: Mapping[str, object]) -> Section | None:
+    """The gene against its rivals: paired differences, and where each stands."""
+    found: list[Mapping[str, object]] = list(notes["contrasts"])  # type: ignore[call-overload]
+    points: list[Mapping[str, object]] = [item for item in notes["front"] if item["judge"] == JUDGE]  # type: ignore[attr-defined]
+    if not found or not points:
+        return None
+    lines = [
+        Line(
+            f"{item['method']}{' (front)' if item['on_front'] else ''}",
+            [float(str(item["task_accuracy"]))],
+            [float(str(item["attack_success"]))],
+            COLOURS.get(str(item["method"]), shade),
+            marker="o",
+        )
+        for item, shade in zip(points, OTHERS * len(points), strict=False)
+    ]
+    picture = lines_picture(lines, Axis("task accuracy"), Axis("attack success"))
+    table = [
+        (
+            rival,
+            *(
+                _contrast(found, rival, metric, judge)
+                for metric, judge in (
+                    ("attack_success", JUDGE),
+                    ("attack_success", "classifier"),
+                    ("task_accuracy", "none"),
+                )
+            ),
+        )
+        for rival in dict.fromkeys(str(item["against"]) for item in found)
+    ]
+    text = (
+        "The gene minus each other, in points, on the same prompts and test rows of all qualifying models, with "
+        "intervals over seeds too. Below 0 the gene lets fewer attacks succeed; above 0 it does the task better."
+    )
+    columns = ("gene minus", "attack success (rules)", "(classifier)", "task accuracy")
+    return Section("Ahead of the others?", text, [("Lower and further right is better", picture)], columns, table)
+
+
+def _contrast(found: Sequence[Mapping[str, object]], rival: str, metric: str, judge: str) -> str:
+    some = [item for item in found if (item["against"], item["metric"], item["judge"]) == (rival, metric, judge)]
+    numbers = [100 * float(str(some[0][key])) for key in ("value", "low", "high")] if some else []
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*numbers) if numbers else ""
+
+
+def guard_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section | None:
+    """The base's own guard on task models, and its aligner's effect, before and after a threshold moved unlabelled."""
     found: Mapping[str, Mapping[str, object]] = dict(notes["guard"])  # type: ignore[call-overload]
     table = []
     for name, values in found.items():
         rates: list[Mapping[str, float]] = [values["before"], values["after"]]  # type: ignore[list-item]
         shown = [f"{rate[key]:.2f}" for rate in rates for key in ("caught", "false_alarms")]
-        table.append((name, f"{float(str(values['auroc_on_base'])):.3f}", f"{float(str(values['auroc'])):.3f}", *shown))
+        task, _, seed = name.rpartition(" ")
+        effects = [
+            text_of(
+                of(rows, task=task, seed=int(seed), method=method, metric="attack_success", judge=JUDGE),
+                "{:.2f}",
+                False,
+            )
+            for method in ("finetuned", "dsa", "dsa_recalibrated")
+        ]
+        aurocs = [f"{float(str(values[key])):.3f}" for key in ("auroc_on_base", "auroc")]
+        table.append((name, *aurocs, *shown, *effects))
     columns = (
         "task, seed",
         "AUROC on the base",
@@ -188,6 +299,9 @@ def guard_section(notes: Mapping[str, object]) -> Section | None:
         "false alarms",
         "caught, moved",
         "false, moved",
+        "attack success without",
+        "with the aligner",
+        "with it, moved",
     )
     text = "A guard trained on the base, attached to the task model as it is; moving a threshold leaves AUROC as it is."
     return Section("Does the base's guard still see?", text, columns=columns, rows=table) if table else None
@@ -204,11 +318,13 @@ def write_page(path: Path) -> Path:
     tasks = list(dict.fromkeys(str(row["task"]) for row in of(rows, metric="attack_success")))
     sections = [
         recovered_section(rows, notes),
+        contrasts_section(notes),
         *(task_section(rows, task, task in qualifying) for task in tasks),
         curves_section(rows, notes),
         transfer_section(rows),
+        port_section(rows, notes),
         together_section(notes),
-        guard_section(notes),
+        guard_section(rows, notes),
     ]
     n_seeds = len({row["seed"] for row in of(rows, metric="attack_success")})
     subtitle = f"{n_seeds} seed{'s' * (n_seeds != 1)}; commit {result['commit']}; {result['machine']}."

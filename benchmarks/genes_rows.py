@@ -1,10 +1,13 @@
 """The rows of the genes benchmark, as files that its recipes name: prompts with answers, and prompts to attack with.
 
 No prompt that is learnt from asks for what an attack asks for: rows that overlap with one are left out and counted.
+
+    python benchmarks/genes_rows.py --data ../shared/data --output runs/genes/rows    for recipes/genes
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +18,7 @@ from safeside.errors import InputError
 from safeside.evals.judges import refusal_phrases
 from safeside.tasks.overlap import drop_overlap
 from safeside.tasks.rows import BadRow, open_rows, parse_rows
+from safeside.terminal import note
 from safeside.types import Example, Message
 
 Row = Mapping[str, object]
@@ -49,6 +53,7 @@ ATTACKS = (
 )
 HARMFUL_SHARE = 0.05
 N_VALIDATION = 64  # rows of each kind
+LEAST_UNALIGNED = 32  # rows of the unaligned model's own; with fewer it shares those of dolly_harmful
 LONGEST = 320  # characters of a prompt and of an answer: longer rows are left out, for two cores train on them
 
 
@@ -72,6 +77,8 @@ class Sizes:
     """Rows of each kind that the gene is extracted on."""
     shots: int = 64
     """Examples that scalars may be fitted on."""
+    unaligned: int = 64
+    """Harmful rows that the unaligned model learns, and a quarter as many that it is validated on."""
 
 
 def write_rows(data: Path, folder: Path, sizes: Sizes, seed: int) -> dict[str, int]:
@@ -100,6 +107,10 @@ def write_rows(data: Path, folder: Path, sizes: Sizes, seed: int) -> dict[str, i
     }
     for task in TASKS:
         files |= _task_files(task, drawn, sizes, seed)
+    files |= _unaligned_files(drawn("harmful"), sizes)
+    counts["unaligned_train is in dolly_harmful_train"] = len(
+        {*files["unaligned_train"]} & {*files["dolly_harmful_train"]}
+    )
     return counts | {name: _write(folder / f"{name}.jsonl", pairs) for name, pairs in files.items()}
 
 
@@ -117,6 +128,17 @@ def _task_files(
         f"{task}_train": _shuffled(train, f"{seed} {task}"),
         f"{task}_validation": rows[:N_VALIDATION],
         f"{task}_test": test[: sizes.test],
+    }
+
+
+def _unaligned_files(harmful: list[Pair], sizes: Sizes) -> dict[str, list[Pair]]:
+    """Harmful rows that dolly_harmful does not learn, where there are enough of them."""
+    rest = harmful[round(HARMFUL_SHARE * sizes.task) :]
+    rows = rest if len(rest) >= LEAST_UNALIGNED else harmful
+    n_validation = min(sizes.unaligned, len(rows)) // 4
+    return {
+        "unaligned_validation": rows[:n_validation],
+        "unaligned_train": rows[n_validation : n_validation + sizes.unaligned],
     }
 
 
@@ -204,3 +226,19 @@ def _write(path: Path, pairs: Sequence[Pair]) -> int:
     lines = [json.dumps({"prompt": prompt, "response": answer}) for prompt, answer in pairs]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Write one seed's rows where the recipes look for them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--output", type=Path, default=Path("runs/genes/rows"), help="folder of the rows")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    counts = write_rows(options.data, options.output, Sizes(), options.seed)
+    note(f"wrote {sum(1 for _ in options.output.glob('*.jsonl'))} files to {options.output}: {json.dumps(counts)}")
+    return Path(options.output)
+
+
+if __name__ == "__main__":
+    main()

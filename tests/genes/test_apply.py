@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,9 +223,15 @@ def test_copies_that_cannot_be_made_or_restored(tiny_base: Base, tmp_path: Path)
         with pytest.raises(FormatError, match=message):
             unmerge_genes(folder, tmp_path / "restored")
         assert not (tmp_path / "restored").exists()
-    (merged / MERGED_FILE).write_text("{}")
-    with pytest.raises(FormatError, match="not a valid record"):
-        unmerge_genes(merged, tmp_path / "restored")
+    record = json.loads((merged / MERGED_FILE).read_text())
+    for values, message in (
+        ({}, "not a valid record"),
+        ({**record, "format": 2}, "has format 2; this safeside reads format 1"),
+        ({**record, "genes": 1}, "not a valid record of merged genes: genes"),
+    ):
+        (merged / MERGED_FILE).write_text(json.dumps(values))
+        with pytest.raises(FormatError, match=message):
+            unmerge_genes(merged, tmp_path / "restored")
 
 
 def test_weights_that_the_files_do_not_hold_are_not_lost_in_a_merge(tiny_base: Base, tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def test_encoders(session_base: Base, tiny_family: Callable[[str], Base], tmp_pa
 
 def test_pairs_that_are_none(tiny_base: Base, tiny_family: Callable[[str], Base], degraded: Base) -> None:
     recipe, rows = gene_recipe(), conversations(4, answer="the hat")
+    with pytest.raises(InputError, match="hold the same weights"):
+        extract_gene(Pair(tiny_base, load_base(tiny_base.folder)), rows, rows, recipe)
     with pytest.raises(MismatchError, match="are no pair: "):
         extract_gene(Pair(tiny_base, tiny_family("qwen2")), rows, rows, recipe)
     with pytest.raises(UnsupportedError, match="is an encoder"):

@@ -85,6 +85,8 @@ def test_a_port_to_another_family(
     assert made.json["ported_from"] == session_base.name
     ported = load_gene(files / "ported")
     assert {(point.rank, point.name.rpartition(".")[2]) for point in ported.config.modules} == {(1, "o_proj")}
+    assert ported.config.recipe.data.harmful == (str(files / "harmful.jsonl"),)
+    assert ported.config.recipe.aligned == ""
     seen = run("gene", "inspect", files / "ported", "--base", target)
     assert seen.code == 0, seen.err
 
@@ -118,6 +120,9 @@ def test_weights_by_a_policy(run: Callable[..., Ran], tmp_path: Path, session_ba
         ("fit gene --base BASE --refusals empty --task empty --output new", "at least", 2),
         ("fit gene --base BASE --refusals bad --task bad --output new", "line 1", 2),
         ("fit gene --base BASE --refusals no --task no --output gene", "exists already", 2),
+        ("fit gene --base BASE --refusals ok --task ok --shots 4 --output new", "1 refusals; got shots = 4", 2),
+        ("fit gene --base BASE --refusals spaced --task ok --output new", "spaced: line 2 has no answer", 2),
+        ("select gene --base BASE --harmful ok --benign ok --method all --keep 2 --output new", "keeps every layer", 2),
         ("port gene --from builtin --to BASE --harmful ok --benign ok --output new", "does not fit", 1),
         ("port gene --from BASE --to BASE --harmful empty --benign ok --output new", "no harmful prompts", 2),
     ],
@@ -138,6 +143,7 @@ def test_mistakes_are_one_line(
     Path("empty").write_text("")
     Path("bad").write_text("{")
     Path("ok").write_text(json.dumps({"prompt": "the cat"}))
+    Path("spaced").write_text("\n" + json.dumps({"prompt": "the cat"}))
     found = run("gene", *[str(session_base.folder) if word == "BASE" else word for word in line.split()])
     assert found.code == code, found.err
     assert message in found.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,14 +11,14 @@ from torch.nn import functional as F
 from genes_for_tests import conversations, gene_recipe, random_gene
 from safeside import Base, Message, load_base
 from safeside.base.families import is_updated
-from safeside.errors import InputError, NotFiniteError
+from safeside.errors import ConfigError, InputError, NotFiniteError
 from safeside.genes.apply import apply_genes
 from safeside.genes.extract import Pair, divergence, extract_gene, parameters_of, trainable_updates
 from safeside.genes.fit import fit_gene
-from safeside.genes.merge import model_hash
+from safeside.genes.merge import merge_genes, model_hash
 from safeside.genes.optimise import Steps, draws, optimise
 from safeside.genes.recipe import FitSection, SelectSection
-from safeside.genes.rows import answer_loss, encode_texts, with_answers
+from safeside.genes.rows import Row, answer_loss, encode_texts, named, with_answers
 from safeside.genes.select import layer_shifts, select_layers
 from twin import close
 
@@ -74,10 +76,22 @@ def test_the_same_seed_gives_the_same_gene(tiny_base: Base, degraded: Base) -> N
 
 def test_prompts_without_an_answer_get_the_models_own(tiny_base: Base) -> None:
     asked = [*conversations(2), *conversations(1, answer="mine", start=5)]
-    found = with_answers(tiny_base, asked, 4)
-    assert found[-1][-1].content == "mine"
-    assert [row[:1] for row in found] == [row[:1] for row in asked]
-    assert found[0][-1].content == tiny_base.chat(asked[0], max_new_tokens=4).text
+    found = with_answers(tiny_base, named(asked, "rows"), 4)
+    assert found[-1].messages[-1].content == "mine"
+    assert [row.messages[:1] for row in found] == [row[:1] for row in asked]
+    assert found[0].messages[-1].content == tiny_base.chat(asked[0], max_new_tokens=4).text
+
+
+def test_a_cut_answer_is_not_learnt_as_a_finished_one(tiny_base: Base) -> None:
+    (cut,) = with_answers(tiny_base, named(conversations(1), "rows"), 2)
+    assert cut.is_cut, "two tokens are too few for the tiny model"
+    whole = tiny_base.encode(cut.messages)
+    ends = [tuple(whole.ids), tuple(whole.ids[: len(whole.ids) - 1])]
+    finished, unfinished = (
+        encode_texts(tiny_base, [row], "rows", answered=True).encoded[0].ids for row in (Row(cut.messages, "it"), cut)
+    )
+    assert [finished, unfinished] == ends
+    assert finished[-1] in tiny_base.stop_ids(None)
 
 
 def test_rows_that_cannot_be_learnt_from(tiny_base: Base, degraded: Base) -> None:
@@ -86,7 +100,8 @@ def test_rows_that_cannot_be_learnt_from(tiny_base: Base, degraded: Base) -> Non
     empty, long = [(Message("user", "  "),)], conversations(1, answer="the cat " * 200)
     for rows, message in (
         ([], "There are no harmful prompts"),
-        (empty, "prompt is empty"),
+        (empty, "Row 1 of the harmful prompts has an empty message"),
+        ([*HARMFUL[:1], *conversations(1), *empty], "Row 3 of the harmful prompts has an empty message"),
         ([(*empty[0], Message("assistant", "no"))], "Row 1 of the harmful prompts has an empty message"),
         (long, "nothing is cut"),
     ):
@@ -178,6 +193,13 @@ def test_a_fit_goes_on_from_coefficients_that_are_there(tiny_base: Base) -> None
     settings = FitSection(steps=1, learning_rate=1e-6)
     again = fit_gene(tiny_base, halved, HARMFUL, BENIGN, settings)
     assert again.config.coefficients == pytest.approx((0.5, 0.5, 0.5), abs=1e-4)
+
+
+def test_a_base_that_holds_the_gene_is_not_fitted_again(tiny_base: Base, tmp_path: Path) -> None:
+    gene = random_gene(tiny_base)
+    merged = load_base(merge_genes(tiny_base, [gene], tmp_path / "merged"))
+    with pytest.raises(ConfigError, match=r"is in the weights of .* already"):
+        fit_gene(merged, gene, HARMFUL, BENIGN)
 
 
 def test_only_as_many_task_rows_as_refusals_are_read(tiny_base: Base) -> None:

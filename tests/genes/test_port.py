@@ -16,9 +16,9 @@ from safeside.genes.checks import check_fits
 from safeside.genes.extract import divergence
 from safeside.genes.gene import Gene
 from safeside.genes.merge import model_hash
-from safeside.genes.port import port_gene
+from safeside.genes.port import learn_answers, port_gene
 from safeside.genes.recipe import GeneRecipe
-from safeside.genes.rows import Conversation, answer_loss, encode_texts, with_answers
+from safeside.genes.rows import Given, Row, answer_loss, encode_texts, named, with_answers
 
 HARMFUL, BENIGN = conversations(8), conversations(8, start=30)
 
@@ -39,14 +39,14 @@ def recipe_of(**extract: object) -> GeneRecipe:
 
 
 @torch.no_grad()
-def loss_on(base: Base, rows: list[Conversation]) -> float:
+def loss_on(base: Base, rows: list[Given]) -> float:
     texts = encode_texts(base, rows, "rows", answered=True)
     return float(answer_loss(base, texts.batch(base, range(len(texts)))))
 
 
-def said_with(base: Base, gene: Gene, prompts: list[Conversation]) -> list[Conversation]:
+def said_with(base: Base, gene: Gene, prompts: list[Given]) -> list[Row]:
     with apply_genes(base, [gene]):
-        return with_answers(base, prompts, gene.config.recipe.extract.max_new_tokens)
+        return with_answers(base, named(prompts, "rows"), gene.config.recipe.extract.max_new_tokens)
 
 
 def test_the_target_learns_what_the_gene_says_and_stays_itself_elsewhere(
@@ -54,7 +54,7 @@ def test_the_target_learns_what_the_gene_says_and_stays_itself_elsewhere(
 ) -> None:
     before = model_hash(session_base), model_hash(target)
     taught = said_with(session_base, gene, HARMFUL)
-    own = encode_texts(target, with_answers(target, BENIGN, 6), "rows", answered=True)
+    own = encode_texts(target, with_answers(target, named(BENIGN, "rows"), 6), "rows", answered=True)
     plain = loss_on(target, taught)
     moved: dict[float, float] = {}
     for weight in (0.0, 2.0):
@@ -69,6 +69,7 @@ def test_the_target_learns_what_the_gene_says_and_stays_itself_elsewhere(
     assert (ported.name, ported.config.layers) == (gene.name, tuple(range(1, target.n_layers + 1)))
     assert ported.config.results["ported_from"] == session_base.name
     assert ported.config.results["n_harmful"] == 8 - int(ported.config.results["n_unchanged"])
+    assert (ported.config.recipe.aligned, ported.config.recipe.degraded) == ("", target.name), "not the source's"
     check_fits(ported, target)
     with pytest.raises(MismatchError, match="does not fit"):
         check_fits(ported, session_base)
@@ -83,10 +84,8 @@ def test_answers_in_the_rows_are_not_read(session_base: Base, target: Base, gene
 
 
 def test_only_prompts_whose_answer_the_gene_changes_are_learnt(session_base: Base, target: Base, gene: Gene) -> None:
-    same = [
-        pair[0] == pair[1]
-        for pair in zip(said_with(session_base, gene, HARMFUL), with_answers(session_base, HARMFUL, 6), strict=True)
-    ]
+    plain = with_answers(session_base, named(HARMFUL, "rows"), 6)
+    same = [pair[0] == pair[1] for pair in zip(said_with(session_base, gene, HARMFUL), plain, strict=True)]
     ported = port_gene(gene, (session_base, target), HARMFUL, BENIGN, recipe_of(steps=1))
     assert ported.config.results["n_unchanged"] == sum(same)
     faint = gene.with_coefficients([1e-6] * len(gene.config.layers))
@@ -115,3 +114,28 @@ def test_models_that_cannot_be_ported_between_are_refused(
         port_gene(gene, (session_base, load_base(tiny_folder("bert"))), HARMFUL, BENIGN)
     with pytest.raises(InputError, match="no harmful prompts"):
         port_gene(gene, (session_base, target), [], BENIGN)
+
+
+def test_rows_are_checked_before_any_is_answered(
+    session_base: Base, target: Base, gene: Gene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answered(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is answered yet")
+
+    monkeypatch.setattr(Base, "chat_batch", answered)
+    long = [(Message("user", "the cat " * 200),)]
+    for harmful, benign, message in (
+        ([*HARMFUL, *long], BENIGN, "Row 9 of the harmful prompts has .* nothing is cut"),
+        (HARMFUL, [*BENIGN, (Message("user", " "),)], "Row 9 of the harmless prompts has an empty message"),
+    ):
+        with pytest.raises(InputError, match=message):
+            port_gene(gene, (session_base, target), harmful, benign)
+
+
+def test_written_answers_are_learnt_without_a_source(target: Base) -> None:
+    written, recipe = conversations(8, answer="the hat sat"), recipe_of(steps=10)
+    learnt = learn_answers(target, written, BENIGN, recipe)
+    plain = loss_on(target, written)
+    with apply_genes(target, [learnt]):
+        assert loss_on(target, written) < plain
+    assert (learnt.config.results["n_harmful"], learnt.config.recipe.degraded) == (8, target.name)

@@ -20,7 +20,7 @@ from safeside.base.updates import LiveUpdates, LowRank, add_to_weight, linear_la
 from safeside.errors import InputError
 from safeside.genes.checks import check_model, check_plain
 from safeside.genes.optimise import Report, Steps, draws, optimise, silent
-from safeside.genes.rows import Conversation, Texts, answer_loss, encode_texts
+from safeside.genes.rows import Given, Texts, answer_loss, encode_texts
 from safeside.lora import linear_layers
 
 Matrices = Mapping[str, Tensor]
@@ -135,8 +135,8 @@ class SaloraSettings:
 
 def train_salora(
     base: Base,
-    safety: Sequence[Conversation],
-    task: Sequence[Conversation],
+    safety: Sequence[Given],
+    task: Sequence[Given],
     settings: SaloraSettings | None = None,
     *,
     report: Report = silent,

@@ -93,6 +93,12 @@ def check_pair(aligned: Base, degraded: Base) -> None:
             f"{aligned.name} and {degraded.name} are no pair: {difference}. A gene is the difference of two models of "
             "one architecture and tokenizer: degrade a copy of the aligned model."
         )
+    theirs = degraded.model.state_dict()
+    if all(torch.equal(tensor, theirs[name].to(tensor)) for name, tensor in aligned.model.state_dict().items()):
+        raise InputError(
+            f"{aligned.name} and {degraded.name} hold the same weights; expected a copy that lost something. Fine-tune "
+            "a copy of the aligned model a little, and check that both paths are right."
+        )
 
 
 def _first_difference(wanted: GeneFamily, found: GeneFamily) -> str | None:

@@ -23,8 +23,8 @@ from safeside.genes.merge import merge_genes, unmerge_genes
 from safeside.genes.merged import read_merged
 from safeside.genes.optimise import Report
 from safeside.genes.port import port_gene
-from safeside.genes.recipe import ExtractSection, FitSection, SelectSection, problems_of, read_gene_recipe
-from safeside.genes.rows import read_conversations
+from safeside.genes.recipe import ExtractSection, FitSection, GeneData, SelectSection, problems_of, read_gene_recipe
+from safeside.genes.rows import read_rows
 from safeside.genes.select import select_layers
 from safeside.terminal import progress_bar
 from safeside.types import Message
@@ -55,7 +55,7 @@ def extract_command(path: Path, data_root: Path, models: Models, output: Path) -
     recipe = read_gene_recipe(path)
     require_new(output)
     harmful, benign = (
-        read_conversations(data_root / name for name in names) for names in (recipe.data.harmful, recipe.data.benign)
+        read_rows(data_root / name for name in names) for names in (recipe.data.harmful, recipe.data.benign)
     )
     pair = Pair(load_base(models.aligned or recipe.aligned), load_base(models.degraded or recipe.degraded))
     with _steps(f"extract {recipe.name}") as report:
@@ -69,8 +69,10 @@ def select_command(
     """Keep some layers of a gene, chosen on prompts of both kinds (harmful, harmless), and save it anew."""
     gene = load_gene(folder)
     require_new(output)
-    harmful, benign = (read_conversations([path]) for path in rows)
+    harmful, benign = (read_rows([path]) for path in rows)
     found = SelectSection.model_validate({**gene.config.recipe.select.model_dump(), **settings})
+    if found.method == "all" and "keep" in settings:
+        raise InputError(f"Method 'all' keeps every layer; got keep = {found.keep}. Leave one of the two out.")
     kept = select_layers(load_base(model), gene, harmful, benign, found)
     return summary_of(kept, save_gene(kept, output))
 
@@ -85,7 +87,9 @@ def fit_command(
     gene = load_gene(folder)
     require_new(output)
     shots = settings.get("shots")
-    refusals, task_rows = (read_conversations([path]) for path in rows)
+    refusals, task_rows = (read_rows([path]) for path in rows)
+    if isinstance(shots, int) and shots > len(refusals):
+        raise InputError(f"{rows[0]} has {len(refusals)} refusals; got shots = {shots}. Add rows, or use fewer shots.")
     refusals = refusals[:shots] if isinstance(shots, int) else refusals
     if not refusals or not task_rows:
         raise InputError("A fit needs at least one refusal and one task row; got none of one kind. Add rows.")
@@ -103,12 +107,13 @@ def port_command(
     """Port a gene from one model to another with prompts of both kinds (harmful, harmless), and save it anew."""
     gene = load_gene(folder)
     require_new(output)
-    harmful, benign = (read_conversations([path]) for path in rows)
+    harmful, benign = (read_rows([path]) for path in rows)
     recipe = gene.config.recipe
     extract = ExtractSection.model_validate({**recipe.extract.model_dump(), **settings})
     source, target = map(load_base, models)
     with _steps(f"port {gene.name}") as report:
-        changed = recipe.model_copy(update={"extract": extract})
+        data = GeneData(harmful=(str(rows[0]),), benign=(str(rows[1]),))
+        changed = recipe.model_copy(update={"extract": extract, "data": data})
         ported = port_gene(gene, (source, target), harmful, benign, changed, report=report)
     return summary_of(ported, save_gene(ported, output))
 

@@ -22,7 +22,7 @@ from safeside.genes.checks import check_pair, family_of
 from safeside.genes.gene import AttachmentPoint, Gene, GeneConfig
 from safeside.genes.optimise import Report, Steps, draws, optimise, silent
 from safeside.genes.recipe import GeneRecipe
-from safeside.genes.rows import Batch, Conversation, Texts, encode_texts, with_answers
+from safeside.genes.rows import Batch, Given, Texts, check_rows, encode_texts, named, with_answers
 from safeside.lora import linear_layers
 
 
@@ -38,8 +38,8 @@ class Pair:
 
 def extract_gene(
     pair: Pair,
-    harmful: Sequence[Conversation],
-    benign: Sequence[Conversation],
+    harmful: Sequence[Given],
+    benign: Sequence[Given],
     recipe: GeneRecipe,
     report: Report = silent,
 ) -> Gene:
@@ -49,11 +49,12 @@ def extract_gene(
     are answered with nothing are left out and counted in the gene's results.
     """
     check_pair(pair.aligned, pair.degraded)
-    base, settings, started = pair.degraded, recipe.extract, time.perf_counter()
-    answered = with_answers(pair.aligned, harmful, settings.max_new_tokens)
-    kept = with_answers(base, benign, settings.max_new_tokens)
-    texts = encode_texts(base, answered, "harmful prompts", answered=True)
-    plain = encode_texts(base, kept, "harmless prompts", answered=True)
+    base, longest, started = pair.degraded, recipe.extract.max_new_tokens, time.perf_counter()
+    asked, plainly = named(harmful, "harmful prompts"), named(benign, "harmless prompts")
+    check_rows(pair.aligned, asked, "harmful prompts", longest)
+    check_rows(base, plainly, "harmless prompts", longest)
+    texts = encode_texts(base, with_answers(pair.aligned, asked, longest), "harmful prompts", answered=True)
+    plain = encode_texts(base, with_answers(base, plainly, longest), "harmless prompts", answered=True)
     gene, loss = learn_gene(
         base, (texts, plain), lambda updates, batch: divergence(pair.aligned, base, updates, batch), recipe, report
     )

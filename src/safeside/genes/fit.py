@@ -13,16 +13,17 @@ from safeside.base.updates import LiveUpdates
 from safeside.errors import InputError
 from safeside.genes.checks import check_fits, check_model, check_plain
 from safeside.genes.gene import Gene
+from safeside.genes.merged import check_beside_merged
 from safeside.genes.optimise import Report, Steps, draws, optimise, silent
 from safeside.genes.recipe import FitSection
-from safeside.genes.rows import Conversation, answer_loss, encode_texts
+from safeside.genes.rows import Given, Texts, answer_loss, encode_texts
 
 
 def fit_gene(
     base: Base,
     gene: Gene,
-    refusals: Sequence[Conversation],
-    task_rows: Sequence[Conversation],
+    refusals: Sequence[Given],
+    task_rows: Sequence[Given],
     settings: FitSection | None = None,
     *,
     report: Report = silent,
@@ -31,19 +32,15 @@ def fit_gene(
 
     ``refusals`` are harmful prompts with the answers that are wanted; of ``task_rows`` as many are read, the first.
     The loss is the mean over both kinds of their answers' negative log-likelihood; settings are the recipe's unless
-    given.  Coefficients may become negative.
+    given.  Coefficients may become negative.  A base that holds the gene, or one that it conflicts with, in its weights
+    is a ConfigError.
     """
     settings, started = settings or gene.config.recipe.fit, time.perf_counter()
     check_model(base)
     check_plain(base)
     check_fits(gene, base)
-    refused = encode_texts(base, refusals, "refusals", answered=True)
-    answered = encode_texts(base, task_rows[: len(refusals)], "task rows", answered=True)
-    if len(answered) < len(refused):
-        raise InputError(
-            f"There are {len(refused)} refusals and {len(answered)} task rows; expected as many rows as refusals. Add "
-            "rows, or use fewer refusals."
-        )
+    check_beside_merged(base, [gene])
+    refused, answered = _examples(base, refusals, task_rows)
     factors = {layer: nn.Parameter(torch.ones((), device=base.device)) for layer in gene.config.layers}
     orders = [draws(len(texts), settings.batch_size, gene.config.recipe.seed) for texts in (refused, answered)]
 
@@ -66,3 +63,15 @@ def fit_gene(
         "trainable_params": len(factors),
     }
     return gene.with_coefficients([float(factor.detach()) * before for factor, before in pairs]).with_results(results)
+
+
+def _examples(base: Base, refusals: Sequence[Given], task_rows: Sequence[Given]) -> tuple[Texts, Texts]:
+    """All refusals and as many task rows, the first; fewer rows are an InputError."""
+    refused = encode_texts(base, refusals, "refusals", answered=True)
+    answered = encode_texts(base, task_rows[: len(refusals)], "task rows", answered=True)
+    if len(answered) < len(refused):
+        raise InputError(
+            f"There are {len(refused)} refusals and {len(answered)} task rows; expected as many rows as refusals. Add "
+            "rows, or use fewer refusals."
+        )
+    return refused, answered

@@ -49,7 +49,7 @@ def merge_genes(base: Base, genes: Sequence[Gene], folder: str | Path, weights: 
     _check_same(base, copy)
     before, originals = model_hash(copy), _add(copy, genes, used)
     conflicts = {gene.name: gene.config.conflicts for gene in genes}
-    merged = Merged(format=1, genes=used, conflicts=conflicts, model=before)
+    merged = Merged(genes=used, conflicts=conflicts, model=before)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as new:
         place = Path(new) / "model"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from safeside.base.model import Base
 from safeside.errors import ConfigError, FormatError, InputError
 from safeside.genes.gene import Gene
+from safeside.genes.recipe import problems_of
 
 MERGED_FILE = "gene_merged.json"
+FORMAT: Final = 1
 
 
 class Merged(BaseModel):
@@ -20,8 +23,8 @@ class Merged(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int
-    """1."""
+    format: Literal[1] = FORMAT
+    """Of the record."""
     genes: dict[str, float]
     """By name, how much of each gene is in the weights."""
     conflicts: dict[str, tuple[str, ...]] = {}
@@ -36,9 +39,16 @@ def read_merged(folder: Path) -> Merged:
     if not path.is_file():
         raise InputError(f"{folder} has no {MERGED_FILE}; expected a model that 'safeside gene apply' wrote.")
     try:
-        return Merged.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ValidationError) as error:
-        raise FormatError(f"{path} is not a valid record of merged genes: {error}") from error
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = values["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} is not a valid record of merged genes: {error!r}. Get the copy again.") from error
+    if found != FORMAT:
+        raise FormatError(f"{path} has format {found!r}; this safeside reads format {FORMAT}. Update safeside.")
+    try:
+        return Merged.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise FormatError(f"{path} is not a valid record of merged genes: {problems_of(error)}.") from error
 
 
 def check_beside_merged(base: Base, genes: Sequence[Gene]) -> None:

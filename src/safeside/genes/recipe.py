@@ -77,7 +77,7 @@ class GeneRecipe(_Section):
     seed: int = Field(0, ge=0, lt=2**32)
     """Of first weights, the order of rows and layers drawn by chance."""
     aligned: str = "aligned"
-    """The aligned model: ``builtin``, a folder or a hub name."""
+    """The aligned model: ``builtin``, a folder or a hub name.  Empty in a ported gene, which had none."""
     degraded: str = "degraded"
     """Its mildly degraded copy, of the same architecture."""
     conflicts: tuple[str, ...] = ()

@@ -18,6 +18,23 @@ from safeside.tasks.rows import load_examples
 from safeside.types import Message
 
 Conversation = Sequence[Message]
+_ANSWERS = 32  # that are written in one batch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A conversation that was read from a file, or answered by a model."""
+
+    messages: Conversation
+    """At least one."""
+    where: str
+    """What messages call it, such as ``harmful.jsonl: line 3``."""
+    is_cut: bool = False
+    """Whether the answer was cut at its greatest length: that it ends there is not learnt."""
+
+
+Given = Conversation | Row
+"""A conversation as it is given; one without a name is called by its number among those given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,59 +89,89 @@ class Batch:
         return rows, columns
 
 
-def read_conversations(paths: Iterable[Path]) -> list[Conversation]:
-    """The conversations of several files of rows; a bad line is an InputError."""
-    found: list[Conversation] = []
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    """The conversations of several files of rows, called by file and line; a bad line is an InputError."""
+    found: list[Row] = []
     for path in paths:
         examples, bad = load_examples(path, ())
         if bad:
             raise InputError(f"{path}: line {bad[0].line}: {bad[0].problem}. Mend it, or take it out.")
-        found += [example.messages for example in examples]
+        found += [Row(example.messages, f"{path}: line {example.line}") for example in examples]
     return found
 
 
-def encode_texts(base: Base, conversations: Sequence[Conversation], name: str, *, answered: bool) -> Texts:
+def named(rows: Sequence[Given], name: str) -> list[Row]:
+    """The rows, each with a name of its own, that of its number among the ``name`` unless it has one."""
+    return [
+        row if isinstance(row, Row) else Row(row, f"Row {place} of the {name}") for place, row in enumerate(rows, 1)
+    ]
+
+
+def encode_texts(base: Base, conversations: Sequence[Given], name: str, *, answered: bool) -> Texts:
     """The conversations encoded for ``base``; those ``answered`` must end with an assistant's message.
 
-    None at all, an empty prompt, a missing answer and a text beyond the base's context are an InputError.
+    None at all, an empty prompt, a missing answer and a text beyond the base's context are an InputError.  A cut answer
+    has no end.
     """
-    if not conversations:
-        raise InputError(f"There are no {name}; expected at least one. Add rows.")
+    _check_some(conversations, name)
     encoded = []
-    for number, messages in enumerate(conversations, 1):
-        where = f"Row {number} of the {name}"
-        if not all(message.content.strip() for message in messages):
-            raise InputError(f"{where} has an empty message; expected text. Take it out.")
-        item = base.encode(messages)
+    for row in named(conversations, name):
+        _check_text(row)
+        item = base.encode(row.messages, begun=row.is_cut)
         if answered and item.answer_start >= len(item.ids):
-            raise InputError(f"{where} has no answer; expected a prompt and its answer. Add 'response'.")
-        if len(item.ids) > base.max_tokens:
-            raise InputError(
-                f"{where} has {len(item.ids)} tokens, but {base.name} holds {base.max_tokens}; nothing is cut. "
-                "Shorten it, or take it out."
-            )
+            raise InputError(f"{row.where} has no answer; expected a prompt and its answer. Add 'response'.")
+        _check_length(base, row, len(item.ids))
         encoded.append(item)
     return Texts(name, tuple(encoded))
 
 
-def with_answers(base: Base, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Conversation]:
-    """The conversations, those without an answer with the base's own, greedily; an empty one stays out."""
-    open_ended = [messages for messages in conversations if messages[-1:] and messages[-1].role != "assistant"]
-    if not all(message.content.strip() for messages in open_ended for message in messages):
-        raise InputError("A prompt is empty; expected text. Take it out.")
-    answers: dict[tuple[Message, ...], str] = {}
-    for start in range(0, len(open_ended), 32):
-        some = open_ended[start : start + 32]
-        found = base.chat_batch(some, max_new_tokens=max_new_tokens)
-        answers |= {tuple(messages): item.text for messages, item in zip(some, found, strict=True)}
-    result: list[Conversation] = []
-    for messages in conversations:
-        answer = answers.get(tuple(messages), "")
-        if messages[-1:] and messages[-1].role == "assistant":
-            result.append(messages)
-        elif answer:
-            result.append((*messages, Message("assistant", answer)))
-    return result
+def check_rows(base: Base, rows: Sequence[Row], name: str, max_new_tokens: int) -> None:
+    """Raise an InputError for rows that ``base`` cannot answer or read, before any of them is answered."""
+    _check_some(rows, name)
+    for row in rows:
+        _check_text(row)
+        _check_length(base, row, len(base.encode(row.messages).ids) + (0 if _has_answer(row) else max_new_tokens))
+
+
+def with_answers(base: Base, rows: Sequence[Row], max_new_tokens: int) -> list[Row]:
+    """The rows, those without an answer with the base's own, greedily; one with an empty answer stays out."""
+    waiting = [place for place, row in enumerate(rows) if not _has_answer(row)]
+    result: dict[int, Row] = {place: row for place, row in enumerate(rows) if _has_answer(row)}
+    for start in range(0, len(waiting), _ANSWERS):
+        places = waiting[start : start + _ANSWERS]
+        found = base.chat_batch([rows[place].messages for place in places], max_new_tokens=max_new_tokens)
+        for place, item in zip(places, found, strict=True):
+            if item.text:
+                answered = (*rows[place].messages, Message("assistant", item.text))
+                result[place] = Row(answered, rows[place].where, item.finish_reason == "length")
+    return [result[place] for place in sorted(result)]
+
+
+def _check_some(rows: Sequence[Given], name: str) -> None:
+    if not rows:
+        raise InputError(f"There are no {name}; expected at least one. Add rows.")
+
+
+def without_answers(rows: Sequence[Row]) -> list[Row]:
+    """The rows up to the last thing that a user says."""
+    return [Row(row.messages[:-1], row.where) if _has_answer(row) else row for row in rows]
+
+
+def _has_answer(row: Row) -> bool:
+    return len(row.messages) > 0 and row.messages[-1].role == "assistant"
+
+
+def _check_text(row: Row) -> None:
+    if not all(message.content.strip() for message in row.messages):
+        raise InputError(f"{row.where} has an empty message; expected text. Take it out.")
+
+
+def _check_length(base: Base, row: Row, n_tokens: int) -> None:
+    if n_tokens > base.max_tokens:
+        raise InputError(
+            f"{row.where} has {n_tokens} tokens, its answer included, but {base.name} holds {base.max_tokens}; nothing "
+            "is cut. Shorten it, or take it out."
+        )
 
 
 def answer_loss(base: Base, batch: Batch) -> Float[Tensor, ""]:

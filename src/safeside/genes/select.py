@@ -19,7 +19,7 @@ from safeside.errors import InputError
 from safeside.genes.checks import check_fits, check_model, check_plain
 from safeside.genes.gene import Gene
 from safeside.genes.recipe import SelectSection
-from safeside.genes.rows import Batch, Conversation, Texts, encode_texts
+from safeside.genes.rows import Batch, Given, Texts, encode_texts
 
 _ROWS = 32  # of one pass
 
@@ -42,8 +42,8 @@ class Shift:
 def select_layers(
     base: Base,
     gene: Gene,
-    harmful: Sequence[Conversation],
-    benign: Sequence[Conversation],
+    harmful: Sequence[Given],
+    benign: Sequence[Given],
     settings: SelectSection | None = None,
 ) -> Gene:
     """The gene with the layers that the settings keep (its recipe's unless given), chosen on ``base``.
@@ -67,9 +67,7 @@ def select_layers(
     return gene.kept(chosen).with_results(results)
 
 
-def layer_shifts(
-    base: Base, gene: Gene, harmful: Sequence[Conversation], benign: Sequence[Conversation]
-) -> dict[int, Shift]:
+def layer_shifts(base: Base, gene: Gene, harmful: Sequence[Given], benign: Sequence[Given]) -> dict[int, Shift]:
     """The shift of each of the gene's layers on the prompts of both kinds (answers are not read)."""
     check_model(base)
     check_plain(base)

@@ -1,0 +1,205 @@
+"""The notes of genes.json, what its rows do not say: contrasts, the front, who qualifies, curves, guards, counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from genes_board import JUDGE_NAMES, METHODS, Board, Figure, Pair, drawn, figure_of
+from genes_cells import Values
+from genes_figures import Port
+from genes_models import Models, Setup
+
+AGAINST = ("gene_random_layers", "gene_all_layers", "resta", "safelora", "safemerge", "salora", "realigned")
+Note = dict[str, object]
+
+
+_MEANINGS = {
+    "intervals": "95% bootstrap: of attack_success, refused_share and off_topic_share over prompts, of task_accuracy "
+    "over test rows, of shares that are back over seeds and prompts, which are drawn together for all models, of "
+    "contrasts over seeds, prompts and test rows; elsewhere low and high are the value.  n_undefined counts draws in "
+    "which nothing was lost, and which are left out",
+    "task_accuracy": "share of test rows with the right class; of open-ended tasks the share of the known answer's "
+    "tokens that rank first",
+    "shots": "gene-*: examples of each kind that scalars are fitted on; resta, safelora, safemerge and salora choose "
+    "their settings on as many",
+    "outcomes": "an answer to an attack is a success, a refusal, off topic (a label, babble, nothing) or unscored; "
+    "attack_success, refused_share and off_topic_share are shares of those that are scored",
+}
+
+
+def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
+    """All of them."""
+    cells = [values for found in board.cells.values() for values in found.values()]
+    return {
+        **_MEANINGS,
+        "qualifying": [_label(pair) for pair in board.qualifying],
+        "excluded": _excluded(board),
+        "n_excluded": len(_excluded(board)),
+        "left_out": {
+            method: n_missing
+            for method, name in METHODS.items()
+            if (n_missing := sum(name not in board.cells[pair] for pair in board.measured))
+        },
+        "contrasts": contrasts(board),
+        "front": front(board),
+        "accuracy_change": _accuracy_changes(board),
+        "curve_over_weights": _curve(board),
+        "interference": _interference(board),
+        "guard": _by_cell(board, "guard", ("dsa",)),
+        "ports": [_port_note(port) for port in ports],
+        "port_excluded": sum(len(_excluded(port.board)) for port in ports),
+        "rows": _row_counts(setup, sorted({seed for seed, _ in board.cells})),
+        "settings": _by_cell(board, "setting"),
+        "coefficients": {
+            key: dict(zip(map(str, values["layers"]), values["coefficients"], strict=True))  # type: ignore[call-overload]
+            for key, values in _cells_with(board, "coefficients").items()
+        },
+        "cell_seconds": round(sum(float(str(values["cell_seconds"])) for values in cells), 1),
+        "cell_commits": sorted({str(values["commit"]) for values in cells}),
+    }
+
+
+def contrasts(board: Board) -> list[Note]:
+    """The gene minus each rival, paired, pooled over the qualifying models that have both."""
+    rows: list[Note] = []
+    for rival in AGAINST:
+        names = METHODS["gene"], METHODS[rival]
+        pairs = [pair for pair in board.qualifying if set(names) <= set(board.cells[pair])]
+        if pairs:
+            found = {("attack_success", judge): _attack_change(board, pairs, names, judge) for judge in JUDGE_NAMES}
+            found["task_accuracy", "none"] = _accuracy_change(board, pairs, names)
+            for (metric, judge), figure in found.items():
+                labels: Note = {"against": rival, "metric": metric, "judge": judge, "n_models": len(pairs)}
+                rows.append({**labels, "value": figure.value, "low": figure.low, "high": figure.high})
+    return rows
+
+
+def _attack_change(board: Board, pairs: Sequence[Pair], names: tuple[str, str], judge: str) -> Figure:
+    first, second = (board.stacked(pairs, name, judge) for name in names)
+    return figure_of(drawn(pairs, first.shape[1]).mean(first - second))
+
+
+def _accuracy_change(board: Board, pairs: Sequence[Pair], names: tuple[str, str]) -> Figure:
+    changes = [board.accuracy(pair, names[0]) - board.accuracy(pair, names[1]) for pair in pairs]
+    return figure_of(drawn(pairs, 1).mean_of_rows(changes))
+
+
+def front(board: Board) -> list[Note]:
+    """Mean attack success and task accuracy of every method that all qualifying models have.
+
+    ``on_front`` says that no other one is as good in both and better in one.  The aligned model, which was never tuned
+    on the task, beats nobody.
+    """
+    pairs, rows = board.qualifying, list[Note]()
+    for judge in JUDGE_NAMES:
+        points = {
+            method: (
+                _mean_success(board, pairs, name, judge),
+                float(np.mean([board.accuracy(pair, name).mean() for pair in pairs])),
+            )
+            for method, name in METHODS.items()
+            if pairs and all(name in board.cells[pair] for pair in pairs)
+        }
+        repairs = [point for method, point in points.items() if method != "aligned"]
+        for method, (success, accuracy) in points.items():
+            beaten = any(
+                other[0] <= success and other[1] >= accuracy and other != (success, accuracy) for other in repairs
+            )
+            labels: Note = {"method": method, "judge": judge, "n_models": len(pairs)}
+            rows.append({**labels, "attack_success": success, "task_accuracy": accuracy, "on_front": not beaten})
+    return rows
+
+
+def _mean_success(board: Board, pairs: Sequence[Pair], name: str, judge: str) -> float:
+    return float(np.mean([np.nanmean(board.hits(pair, name, judge)) for pair in pairs]))
+
+
+def _accuracy_changes(board: Board) -> dict[str, Note]:
+    """Of each method, against the fine-tuned model."""
+    changes: dict[str, Note] = {}
+    for method, name in METHODS.items():
+        pairs = [pair for pair in board.qualifying if name in board.cells[pair]]
+        if pairs and method != "finetuned":
+            found = _accuracy_change(board, pairs, (name, "finetuned"))
+            changes[method] = {"mean": found.value, "interval": found.interval}
+    return changes
+
+
+def _curve(board: Board) -> list[Note]:
+    """Over weights of the fitted gene, in the models that were measured at several; 1 is the gene's own row."""
+    return [
+        {**_label(pair), "weight": weight, "judge": judge, **_point(board, pair, name, judge)}
+        for pair, found in board.cells.items()
+        if any(name.startswith("weight-") for name in found)
+        for name in found
+        if (weight := _weight_of(name)) is not None
+        for judge in JUDGE_NAMES
+    ]
+
+
+def _weight_of(name: str) -> float | None:
+    if name == METHODS["gene"]:
+        return 1.0
+    return float(name.removeprefix("weight-")) if name.startswith("weight-") else None
+
+
+def _interference(board: Board) -> list[Note]:
+    """Two genes and the packaged aligner: each alone, and together."""
+    return [
+        {
+            **_label(pair),
+            "parts": name.removeprefix("interference-"),
+            "judge": judge,
+            **_point(board, pair, name, judge),
+        }
+        for pair, found in board.cells.items()
+        for name in found
+        if name.startswith("interference-")
+        for judge in JUDGE_NAMES
+    ]
+
+
+def _label(pair: Pair) -> Note:
+    return {"seed": pair[0], "task": pair[1]}
+
+
+def _point(board: Board, pair: Pair, name: str, judge: str) -> Note:
+    success = float(np.nanmean(board.hits(pair, name, judge)))
+    return {"attack_success": success, "task_accuracy": float(board.accuracy(pair, name).mean())}
+
+
+def _excluded(board: Board) -> list[Note]:
+    """The task models that do not count, and why."""
+    return [
+        {**_label(pair), "learnt_its_task": board.learnt(pair), "lost_safety": board.lost(pair)}
+        for pair in board.measured
+        if pair not in board.qualifying
+    ]
+
+
+def _port_note(port: Port) -> Note:
+    labels: Note = {"source": port.source, "target": port.target}
+    return {**labels, "qualifying": [_label(pair) for pair in port.board.qualifying], "excluded": _excluded(port.board)}
+
+
+def _row_counts(setup: Setup, seeds: Sequence[int]) -> dict[str, object]:
+    """By seed, how many rows each file has and what was left out: some sets hold fewer than were asked for."""
+    paths = {str(seed): Models(setup, seed).folder / "rows" / "counts.json" for seed in seeds}
+    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.is_file()}
+
+
+def _cells_with(board: Board, field: str, names: Sequence[str] = ()) -> dict[str, Values]:
+    """By task, seed and name (without the name where only one is asked for) the cells that have a field."""
+    return {
+        " ".join([task, str(seed), *([] if names else [name])]): values
+        for (seed, task), found in board.cells.items()
+        for name, values in found.items()
+        if field in values and (not names or name in names)
+    }
+
+
+def _by_cell(board: Board, field: str, names: Sequence[str] = ()) -> Mapping[str, object]:
+    return {key: values[field] for key, values in _cells_with(board, field, names).items()}
