@@ -71,7 +71,11 @@ def test_deployment_tenant_and_request_hold_together(book: PolicyBook) -> None:
 
 def test_a_caller_knows_its_own_policies_and_those_of_no_tenant(book: PolicyBook) -> None:
     assert book.known_to(Caller("school", "web")) == ("standard", "minors", "quiet", "other")
-    assert book.known_to(Caller("stranger", "web")) == ("standard", "other")
+    stranger = Caller("stranger", "web")
+    assert book.known_to(stranger) == ("standard", "other")
+    for hidden in ("minors", "watching"):  # as if it were not there
+        with pytest.raises(UnknownNameError, match=f"Unknown policy '{hidden}'; expected one of other, standard"):
+            book.resolve(stranger, Wish(hidden))
     for operator in (
         Caller("local"),
         Caller("stranger", "web", is_admin=True),

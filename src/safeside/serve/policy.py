@@ -206,8 +206,8 @@ class PolicyBook:
 
         A request that asks for less is an AccessError unless its key may loosen, which then gets what it asks for: the
         policy that it names and no other, its strength exactly, its mode.  Neither can have texts logged: that is the
-        deployment's and the tenant's to say.  An unknown policy is an UnknownNameError, a strength out of bounds, or
-        one where no aligner is loaded, an InputError.
+        deployment's and the tenant's to say.  A policy that the caller is not told of is an UnknownNameError, a strength
+        out of bounds, or one where no aligner is loaded, an InputError.
         """
         edition, adapters = self._edition, self._adapters or _Adapters()
         asked = safety.strength if safety is not None else None
@@ -229,8 +229,9 @@ class PolicyBook:
 
 def _chosen(edition: _Edition, caller: Caller, asked: str | None) -> tuple[str, ...]:
     """The policies that hold, each named once."""
-    if asked is not None and asked not in edition.policies:
-        raise UnknownNameError(did_you_mean("policy", asked, list(edition.known_to(caller))))
+    known = edition.known_to(caller)
+    if asked is not None and asked not in known:
+        raise UnknownNameError(did_you_mean("policy", asked, list(known)))
     if asked is not None and caller.may_loosen:
         return (asked,)
     names = edition.names_for(caller.tenant) + (() if asked is None else (asked,))
