@@ -142,6 +142,7 @@ def test_the_command_is_printed_or_run(
     assert not ended.value.code
     printed = capsys.readouterr().out
     assert "vllm.entrypoints.openai.api_server" in printed
+    assert f"--served-model-name {session_base.folder}" in printed  # as it was given, not where it lies
     assert printed.rstrip().endswith("--max-model-len=64")
 
 

@@ -35,7 +35,7 @@ def vllm_command(options: VllmOptions) -> list[str]:
     settings = {"strength": options.strength, "spare_tokens": options.spare_tokens}
     plan = plan_engine(options.base, options.guards, options.aligner, **settings)  # type: ignore[arg-type]
     at = ["--host", options.host, "--port", str(options.port)]
-    named = ["--served-model-name", options.model] if options.model is not None else []
+    named = ["--served-model-name", options.model or options.base]
     typed = ["--dtype", options.dtype] if options.dtype is not None else []
     return plan.command([*at, *named, *typed, *options.more])
 
