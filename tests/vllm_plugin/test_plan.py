@@ -147,6 +147,29 @@ def test_the_command_is_printed_or_run(
 
 
 @pytest.mark.parametrize(
+    "flag",
+    [
+        '--hf-overrides={"rope_parameters": {}}', "--hf-overrides", "--hf_overrides={}", "--hf-overrides.x=1",
+        "--hf-ov={}", "--additional_config.safeside.strength=0", "--logits-processors=a.b:C", "--middleware=a.b",
+        "--model=other", "--tokenizer=other", "--logprobs-mode=processed_logprobs", "--config=flags.yaml",
+    ],
+)  # fmt: skip
+def test_flags_that_could_take_the_guards_out_are_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two flags of a name vLLM takes the last."""
+    monkeypatch.setattr(launch, "installed_version", lambda: "0.32.0")
+    with pytest.raises(InputError, match="would be read in place of what serves guards"):
+        launch.vllm_command(launch.VllmOptions("builtin", ["builtin:harm"], more=["--max-model-len", "64", flag]))
+
+
+def test_other_flags_are_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "installed_version", lambda: "0.32.0")
+    more = ["--model-impl=auto", "--tokenizer-mode=slow", "--logits-processor-pattern=x", "--config-format=hf", "-O0"]
+    command = launch.vllm_command(launch.VllmOptions("builtin", ["builtin:harm"], more=more))
+    assert command[-len(more) :] == more
+    assert command[command.index("--served-model-name") + 1] == "builtin"
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--guard", "builtin:harm"], "for --engine vllm"),

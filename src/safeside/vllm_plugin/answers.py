@@ -61,7 +61,8 @@ class Answers:
             return
         rows = _chat_rows(logprobs) if "content" in logprobs else logprobs.get("top_logprobs") or []
         steps = self.steps.setdefault(choice["index"], [])
-        steps += [read([row.get(name, math.nan) for name in self.names]) for row in rows]
+        tells_strength = self.told.tells_strength
+        steps += [read([row.get(name, math.nan) for name in self.names], tells_strength=tells_strength) for row in rows]
         choice["logprobs"] = _cleaned(logprobs) if self.keeps_logprobs else None
 
 
