@@ -146,6 +146,8 @@ def _refuse(vllm_config: VllmConfig) -> None:
 
 
 def __getattr__(name: str) -> type[nn.Module]:
+        f"Log-probabilities as {model.logprobs_mode}: scores are read from raw_logprobs": model.logprobs_mode
+        != "raw_logprobs",
     """``Safeside`` + a base's class, made once; what vLLM looks up by its registered name."""
     architecture = name.removeprefix(PREFIX)
     if architecture in ("", name):
