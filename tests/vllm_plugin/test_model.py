@@ -48,6 +48,13 @@ def test_scores_come_out_of_the_slots(plugin: Callable[[str], Any], config: Simp
     torch.testing.assert_close(found, scores, atol=SAME, rtol=0)
 
 
+def test_adapters_without_weights_are_refused(plugin: Callable[[str], Any], config: SimpleNamespace) -> None:
+    """As --load-format dummy leaves them."""
+    model = plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
+    with pytest.raises(UnsupportedError, match="--load-format"):
+        model(torch.arange(7), torch.arange(7))
+
+
 @pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits", "processed_logits"])
 def test_other_log_probabilities_are_refused(plugin: Callable[[str], Any], config: SimpleNamespace, mode: str) -> None:
     config.model_config.logprobs_mode = mode
