@@ -164,5 +164,6 @@ def test_a_choice_without_scores_is_flagged(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_strength_without_an_aligner_is_a_bad_request() -> None:
     status, answer, _ = served("/v1/completions", {"safety": {"strength": 0.5}}, engine(aligner=False))
+        ({"include_reasoning": False}, "'include_reasoning'"),
     assert status == 400
     assert "no aligner" in answer["error"]["message"]

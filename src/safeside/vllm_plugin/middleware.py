@@ -136,6 +136,11 @@ class _Outgoing:
                 await self.send(message)
             return
         self.held += message.get("body", b"")
+    if config.slots and values.get("include_reasoning") not in (None, True):
+        raise InputError(
+            "'include_reasoning' other than true hides log-probabilities where the server parses reasoning, and scores "
+            "travel as such. Leave it out, and pass over the reasoning in the answer."
+        )
         is_last = not message.get("more_body", False)
         if self.is_stream:
             body = b"".join(self._events(is_last))

@@ -72,7 +72,7 @@ class Strengths(ProcessorV1, ProcessorV2):
         if not all(name.startswith(PREFIX) for name in architectures):
             raise UnsupportedError(
                 f"The engine runs {', '.join(architectures)}, without its guards and aligners; expected {PREFIX} "
-                "before the name. Start it with the --hf-overrides that safeside serve --engine vllm prints and no other."
+                "before the name. Start it with the --hf-overrides that safeside serve --engine vllm prints alone."
             )
         if vllm_config.use_v2_model_runner:
             return  # requests come through the model's state
