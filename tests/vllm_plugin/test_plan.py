@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Ran
 from safeside import Adapter, Base, save_adapter
 from safeside.cli import main
 from safeside.errors import (
@@ -177,6 +178,7 @@ def test_other_flags_are_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--print-command"], "for --engine vllm"),
         ([], "--policy FILE"),
         (["--engine", "vllm", "--policy", "p.yaml"], "embedded server"),
+        (["--engine", "vllm", "--max-rows", "32"], "--max-rows would not be read"),
     ],
 )
 def test_options_of_the_other_engine_are_refused(
@@ -187,6 +189,15 @@ def test_options_of_the_other_engine_are_refused(
         main()
     assert ended.value.code
     assert said in capsys.readouterr().err
+
+
+def test_every_option_that_vllm_does_not_read_is_named(run: Callable[..., Ran]) -> None:
+    numbers = ("drain", "max-rows", "max-waiting", "max-judged", "max-tokens", "deadline", "guard-timeout", "max-body")
+    words = ["--audit=sqlite:///a.db", "--device=cuda", *(f"--{name}=4096" for name in numbers)]
+    ended = run("serve", "--engine", "vllm", *words)
+    assert ended.code
+    assert all(word.partition("=")[0] in ended.err for word in words), ended.err
+    assert "--host" not in ended.err
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
