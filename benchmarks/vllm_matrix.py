@@ -94,7 +94,7 @@ CASES = (
     Case("eager", "qwen3"),
     Case("eager", "mistral"),
     Case("transformers_backend", "gemma3"),
-    Case("prefix_cache", lengths=(260, 300, 280, 150), rounds=2),
+    Case("prefix_cache", lengths=(260, 300, 280, 270, 290, 310, 265, 150), rounds=2),
     Case("chunked_prefill", engine=_CHUNKS),
     Case("chunked_prefill", "mistral", engine=_CHUNKS),
     Case("preemption", engine=_TIGHT, lengths=(100, 120, 90, 110, 126, 101, 95, 118), n_new=150),
