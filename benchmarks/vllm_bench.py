@@ -1,7 +1,7 @@
 """vLLM with adapters beside ``attach`` (are tokens and scores the same?) and beside vLLM alone (what do they cost?).
 
     python benchmarks/vllm_bench.py              # both parts, in the environment of make setup-vllm
-    python benchmarks/vllm_bench.py --only cost
+    python benchmarks/vllm_bench.py --only cost --geometries toy --rounds 12 --clock cpu    # the other rows stay
 
 Costs are measured on random weights in bfloat16: every round times each engine once, in an order that rotates, and a
 ratio is taken within a round.  ``tokens_per_s`` counts prompt tokens in prefill and drawn tokens in decoding.
@@ -23,7 +23,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from safeside import create_adapter, load_base, save_adapter, sized_config
-from safeside.provenance import config_hash
+from safeside.provenance import config_hash, git_commit
 from safeside.terminal import note
 from safeside.vllm_plugin.plan import installed_version, plan_engine
 from tidy import RESULTS, Row, figure_row, result_of, write_json
@@ -140,6 +140,14 @@ def place_of(row: Row) -> tuple[object, ...]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def settings_of(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, dict[str, object]]:
+    """By part of this run how it was measured, and at which commit: rows of other parts keep their own."""
+    of_cost = {name: vars(options)[name] for name in ("batch", "tokens", "steps", "rounds", "clock", "eager")}
+    cost = {"commit": git_commit(), **of_cost, "reads_scores": True}
+    parts = {} if options.only == "cost" else {"parity": {"commit": git_commit(), "cases": [*map(title, cases)]}}
+    return parts if options.only == "parity" else {**parts, **dict.fromkeys(options.geometries, cost)}
+
+
     parser.add_argument("--only", choices=("parity", "cost"), help="one part; the other's rows stay")
     parser.add_argument("--cases", nargs="*", help=f"some cases, such as {title(CASES[0])}; the others' rows stay")
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=list(GEOMETRIES))
@@ -152,14 +160,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     started, path = time.perf_counter(), options.output / "vllm.json"
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "notes": {"settings": {}}}
     chosen = [case for case in CASES if not options.cases or title(case) in options.cases]
     new = parity_rows(chosen) if options.only != "cost" else []
     for geometry in options.geometries if options.only != "parity" else ():
         new += cost_rows(geometry, options)
-    rows = [*(row for row in rows if place_of(row) not in set(map(place_of, new))), *new]
+    rows: list[Row] = [*(row for row in before["rows"] if place_of(row) not in set(map(place_of, new))), *new]
     notes = {
-        "goals": goals_of(rows), "vllm": installed_version(), "settings": {**vars(options), "output": None},
+        "goals": goals_of(rows), "vllm": installed_version(),
+        "settings": {**before["notes"]["settings"], **settings_of(options, chosen)},
         "adapters": f"lst, each at most {SIZE:.0%} of the base's multiply-adds, on {N_TAPS} taps",
         "interval": "lowest and highest of the rounds; the value is their median",
         "not_verified": "anything on CUDA: graphs, FlashAttention, NCCL, runner V2 on a GPU (see tests/gpu)",
