@@ -25,7 +25,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from safeside import create_adapter, load_base, save_adapter, sized_config
 from safeside.provenance import config_hash, git_commit
 from safeside.terminal import note
-from safeside.vllm_plugin.plan import installed_version, plan_engine
+from safeside.vllm_plugin.plan import Plan, installed_version, plan_engine
 from tidy import RESULTS, Row, figure_row, result_of, write_json
 from vllm_matrix import CASES, Case, compare, execute, randomise, tiny_tokenizer
 
@@ -62,7 +62,7 @@ def parity_rows(cases: Sequence[Case]) -> list[Row]:
 
 
 def make_engines(geometry: str, root: Path) -> dict[str, dict[str, Any]]:
-    """By variant the arguments of ``vllm.LLM``: a base of random weights, and ``lst`` adapters beside it."""
+    """By variant an engine: a base of random weights, and ``lst`` adapters beside it."""
     values = GEOMETRIES[geometry]
     config = CONFIG_MAPPING["qwen2"](**values, max_position_embeddings=4096)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -75,8 +75,21 @@ def make_engines(geometry: str, root: Path) -> dict[str, dict[str, Any]]:
         folders[role] = save_adapter(randomise(made), root / role)
     guarded = plan_engine(root / "base", [folders["guard"]])
     both = plan_engine(root / "base", [folders["guard"]], folders["align"])
-    stock = {"model": str(root / "base")}
-    return {"stock": stock, "guard": guarded.engine_options(), "guard_aligner": both.engine_options()}
+    return {
+        "stock": engine_of({"model": str(root / "base")}),
+        "guard": planned(guarded),
+        "guard_aligner": planned(both),
+    }
+
+
+def planned(plan: Plan) -> dict[str, Any]:
+    """A planned engine, whose requests read every score: what nobody reads is not what a guard costs."""
+    return engine_of(plan.engine_options(), plan.config.slots, plan.config.tells_strength)
+
+
+def engine_of(options: dict[str, Any], slots: Sequence[int] = (), tells_strength: bool = False) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``, and what each request asks it for."""
+    return {"options": options, "slots": list(slots), "tells_strength": tells_strength}
 
 
 def cost_rows(geometry: str, options: argparse.Namespace) -> list[Row]:
@@ -108,7 +121,7 @@ def timings(engines: dict[str, dict[str, Any]], options: argparse.Namespace, roo
         "enable_prefix_caching": False,
     }
     job = {
-        "engines": {name: {**settings, **engine} for name, engine in engines.items()},
+        "engines": {name: {**engine, "options": {**settings, **engine["options"]}} for name, engine in engines.items()},
         "rounds": options.rounds,
         "clock": options.clock,
         "n_steps": options.steps,
@@ -127,6 +140,14 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
     ]
 
 
+def settings_of(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, dict[str, object]]:
+    """By part of this run how it was measured, and at which commit: rows of other parts keep their own."""
+    of_cost = {name: vars(options)[name] for name in ("batch", "tokens", "steps", "rounds", "clock", "eager")}
+    cost = {"commit": git_commit(), **of_cost, "reads_scores": True}
+    parts = {} if options.only == "cost" else {"parity": {"commit": git_commit(), "cases": [*map(title, cases)]}}
+    return parts if options.only == "parity" else {**parts, **dict.fromkeys(options.geometries, cost)}
+
+
 def title(case: Case) -> str:
     """What a case is called on the command line."""
     return f"{case.name}-{case.model}-{case.runner}"
@@ -140,14 +161,6 @@ def place_of(row: Row) -> tuple[object, ...]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-def settings_of(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, dict[str, object]]:
-    """By part of this run how it was measured, and at which commit: rows of other parts keep their own."""
-    of_cost = {name: vars(options)[name] for name in ("batch", "tokens", "steps", "rounds", "clock", "eager")}
-    cost = {"commit": git_commit(), **of_cost, "reads_scores": True}
-    parts = {} if options.only == "cost" else {"parity": {"commit": git_commit(), "cases": [*map(title, cases)]}}
-    return parts if options.only == "parity" else {**parts, **dict.fromkeys(options.geometries, cost)}
-
-
     parser.add_argument("--only", choices=("parity", "cost"), help="one part; the other's rows stay")
     parser.add_argument("--cases", nargs="*", help=f"some cases, such as {title(CASES[0])}; the others' rows stay")
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=list(GEOMETRIES))

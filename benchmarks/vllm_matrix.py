@@ -196,6 +196,7 @@ def run_engine(
     job = {
         "engine": {**usual, **options, **case.engine},
         "slots": list(slots),
+        "tells_strength": True,  # every engine of the matrix has an aligner, and ids enough
         "prompts": prompts,
         "rounds": case.rounds,
     }
