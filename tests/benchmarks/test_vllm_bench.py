@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import vllm_bench
+import vllm_matrix
 from safeside import Message, attach
 from tidy import figure_row
 from vllm_bench import goals_of, place_of
@@ -37,6 +38,15 @@ def test_the_reference_is_what_attach_gives(tmp_path: Path) -> None:
     assert bench.base.tokenizer.decode(found["tokens"], skip_special_tokens=True).strip() == wanted.text
     given = torch.tensor([step[-1] for step in found["steps"]])
     torch.testing.assert_close(given, torch.tensor(wanted.strength["refuse"]), atol=1e-5, rtol=0)
+
+
+def test_a_case_in_bfloat16_is_so_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, jobs = Case("bfloat16", n_new=2, lengths=(5,), dtype="bfloat16"), list[dict[str, Any]]()
+    monkeypatch.setattr(vllm_matrix, "execute", lambda job, case, root: jobs.append(job))
+    bench = make_bench(case, tmp_path)
+    vllm_matrix.run_engine(case, bench.plan.engine_options(), bench.plan.config.slots, prompts_of(case), tmp_path)
+    assert (bench.base.dtype, jobs[0]["engine"]["dtype"]) == (torch.bfloat16, "bfloat16")
+    assert len(reference(bench, prompts_of(case)[0])["tokens"]) == 2
 
 
 def test_differences_count_until_answers_part() -> None:
