@@ -74,7 +74,7 @@ def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_
     """
     folder = Folder(output)
     names = folder.names()
-    wanted = {**settings, "input": address(*opened(source)), "shard_rows": shard_rows}
+    wanted = {**settings, "input": address(source), "shard_rows": shard_rows}
     if MANIFEST in names:  # a folder of ours
         folder.clear_temporary()
     if MANIFEST in names and any(name.startswith(_PART) for name in names):

@@ -1,11 +1,12 @@
-"""Files and folders here or behind any URL that fsspec opens, and writing there so that a kill leaves no half file."""
+"""Files and folders here or behind URLs that fsspec opens, and writing there so that a kill leaves no half file."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -39,9 +40,48 @@ def opened(place: str) -> tuple[AbstractFileSystem, str]:
         return files, path.rstrip("/") or path
 
 
-def address(files: AbstractFileSystem, path: str) -> str:
-    """How a file is named from anywhere: the path itself on this machine, else its URL."""
-    return path if isinstance(files, LocalFileSystem) else str(files.unstrip_protocol(path))
+def addresses(place: str, names: Sequence[str]) -> list[str]:
+    """How files that were found at ``place`` are named from anywhere: by path on this machine, else like ``place``.
+
+    Its hosts and chains (``hdfs://name:8020/rows``, ``zip://rows.jsonl::s3://bucket/all.zip``) stay, which fsspec's own
+    way back to a URL drops.  Names that would not lead back to the same files are an InputError.
+    """
+    files, path = opened(place)
+    if isinstance(files, LocalFileSystem):
+        return list(names)
+    links = place.split("::")
+    if "://" not in links[-1]:  # a file here, which workers look for from another folder
+        links[-1] = str(Path(links[-1]).absolute())
+    for index, link in enumerate(links):
+        around = links[:index], links[index + 1 :]
+        found = ["::".join([*around[0], each, *around[1]]) for each in _renamed(link, path, names)]
+        if found and _leads_to(found[0], files, names[0]):
+            return found
+    raise InputError(
+        f"Files at {place} cannot be named so that a worker finds them again: fsspec drops a part of this URL. "
+        "Expected a path, or a URL with the whole path in it; hosts and accounts can stand in fsspec's configuration."
+    )
+
+
+def address(place: str) -> str:
+    """How ``place`` itself is named from anywhere."""
+    return addresses(place, [opened(place)[1]])[0]
+
+
+def _renamed(link: str, path: str, names: Sequence[str]) -> list[str]:
+    """One link of a chain with each name in place of ``path``, its end; none where it is no URL."""
+    if "://" not in link:
+        return []
+    stem = link if link.endswith("://") else link.rstrip("/")
+    n_same = next(n for n in range(len(path), -1, -1) if stem.endswith(path[len(path) - n :]))
+    return [stem[: len(stem) - n_same] + name[len(path) - n_same :] for name in names]
+
+
+def _leads_to(place: str, files: AbstractFileSystem, path: str) -> bool:
+    try:
+        return bool(opened(place) == (files, path))
+    except InputError:
+        return False
 
 
 class Folder:
@@ -54,7 +94,7 @@ class Folder:
     @property
     def address(self) -> str:
         """How it is named from anywhere."""
-        return address(self.files, self.path)
+        return address(self.place)
 
     def names(self, folder: str = "") -> list[str]:
         """Names of what lies in it, or in one of its folders; none if it is not there."""
