@@ -24,7 +24,7 @@ from safeside.guards.lines import BaseScorer, guard_lines
 from safeside.guards.score import judge
 from safeside.scale import bulk
 from safeside.scale.bulk import BulkOptions, Worker, score_shard
-from safeside.scale.ledger import QUARANTINE, open_ledger
+from safeside.scale.ledger import QUARANTINE, Claim, begin_shard, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Shard, Span, open_reader
 
@@ -47,6 +47,18 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch, n_deaths: int = 0) -> None:
+    """Have a worker in this process score all shards, each after ``n_deaths`` workers that only began it."""
+
+    def pooled(options: BulkOptions, claim: Claim, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
+        for shard in [shard for shard in shards for _ in range(n_deaths)]:
+            begin_shard(Folder(claim.output, claim.writer), shard)
+        return map(Worker(options, claim), [asdict(shard) for shard in shards])
+
+    monkeypatch.setattr(bulk, "_connect", lambda workers, resource: None)
+    monkeypatch.setattr(bulk, "_pooled", pooled)
 
 
 def read_jsonl(folder: Path) -> list[dict[str, object]]:
@@ -110,7 +122,7 @@ def test_parquet_comes_back_with_verdicts(tiny_base: Base, guard: Path, tmp_path
     ledger = open_ledger(str(path), "memory://scored", {}, 10)
     scorer = BaseScorer(tiny_base, [load_adapter(guard, tiny_base)])
     (shard,) = ledger.shards
-    score_shard(scorer, open_reader(shard.file), shard, ledger.folder)
+    score_shard(scorer, open_reader(shard.file), shard, ledger.folder, ledger.run)
     (tmp_path / "scored.parquet").write_bytes(ledger.folder.read(shard.part))
     scored = pq.read_table(tmp_path / "scored.parquet").to_pylist()
     assert [(row["id"], row["line"], row["messages"]) for row in scored] == [
@@ -132,10 +144,9 @@ def test_parquet_comes_back_with_verdicts(tiny_base: Base, guard: Path, tmp_path
 
 def test_a_shard_whose_rows_are_gone_is_an_error(tiny_base: Base, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "one"}])
+    shard = Shard(0, str(path), Span(1, 2, 2))
     with pytest.raises(InputError, match="has 1 rows from line 1 on where it had 2"):
-        score_shard(
-            BaseScorer(tiny_base, []), open_reader(str(path)), Shard(0, str(path), Span(1, 2, 2)), Folder("memory://x")
-        )
+        score_shard(BaseScorer(tiny_base, []), open_reader(str(path)), shard, Folder("memory://x"), "run")
 
 
 def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Path, tmp_path: Path) -> None:
@@ -153,6 +164,27 @@ def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Pat
         assert (ended.code, problem in ended.err) == (2, True), ended.err
 
 
+def test_shards_of_workers_that_died_are_counted(
+    run: Callable[..., Ran], adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shard is begun once more, as Ray has it where a worker is gone."""
+    without_ray(monkeypatch, n_deaths=1)
+    path = write(tmp_path / "rows.jsonl", [{"text": "hi"}] * 4)
+    words = ["--input", path, "--output", tmp_path / "out", "--guard", adapters / "harm", "--shard-rows", 2, "--json"]
+    assert run("score", *words).json["n_retried"] == 2
+
+
+def test_guards_in_another_order_are_another_run(
+    run: Callable[..., Ran], adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts stand in the order of the guards, and all parts of a run have one order."""
+    without_ray(monkeypatch)
+    words = ["--input", write(tmp_path / "rows.jsonl", [{"text": "hi"}]), "--output", tmp_path / "out"]
+    assert run("score", *words, "--guard", adapters / "harm", "--guard", adapters / "two").code == 0
+    again = run("score", *words, "--guard", adapters / "two", "--guard", adapters / "harm")
+    assert (again.code, "a run with guards" in again.err) == (2, True), again.err
+
+
 def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
     run: Callable[..., Ran],
     adapters: Path,
@@ -162,11 +194,7 @@ def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
 ) -> None:
     """An adapter of another base, which only the worker that loads both finds out."""
 
-    def pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
-        return map(Worker(options), [asdict(shard) for shard in shards])
-
-    monkeypatch.setattr(bulk, "_connect", lambda workers, resource: None)
-    monkeypatch.setattr(bulk, "_pooled", pooled)
+    without_ray(monkeypatch)
     path = write(tmp_path / "rows.jsonl", [{"text": "hi"}])
     words = ["--input", path, "--output", tmp_path / "out", "--guard", adapters / "harm"]
     refused = run("score", *words, "--base", tiny_folder("qwen2"))

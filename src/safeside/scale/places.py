@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fsspec import AbstractFileSystem
@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safeside.errors import InputError, SafesideError
 
 TEMPORARY = "_unfinished"
-"""Inside a folder, what may be taken away at any time between two runs."""
+"""Inside a folder, what is being written and what killed writers left."""
 
 
 @contextlib.contextmanager
@@ -85,16 +85,15 @@ def _leads_to(place: str, files: AbstractFileSystem, path: str) -> bool:
 
 
 class Folder:
-    """A folder whose files are there as a whole or not at all."""
+    """A folder whose files are there as a whole or not at all.
 
-    def __init__(self, place: str) -> None:
+    ``writer`` tells those who write there apart: each takes away its own unfinished files alone.
+    """
+
+    def __init__(self, place: str, writer: str | None = None) -> None:
         self.place = place
+        self.writer = writer or uuid.uuid4().hex
         self.files, self.path = opened(place)
-
-    @property
-    def address(self) -> str:
-        """How it is named from anywhere."""
-        return address(self.place)
 
     def names(self, folder: str = "") -> list[str]:
         """Names of what lies in it, or in one of its folders; none if it is not there."""
@@ -107,22 +106,33 @@ class Folder:
         names = sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
         return [name for name in names if name != TEMPORARY]
 
-    def write(self, name: str, content: Iterable[bytes]) -> None:
-        """Write one file: under a name of its own first, then in place of any that was there."""
-        temporary, final = self._inside(f"{TEMPORARY}/{uuid.uuid4().hex}"), self._inside(name)
+    def write(self, name: str, content: Iterable[bytes], check: Callable[[], None] = lambda: None) -> None:
+        """Write one file: under a name of its own first, then, if ``check`` raises nothing, in place of any there."""
+        temporary, final = self._inside(self.unfinished(uuid.uuid4().hex)), self._inside(name)
         with explained(final, "written"):
             for path in (temporary, final):
                 self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
             with self.files.open(temporary, "wb") as handle:
                 for piece in content:
                     handle.write(piece)
+            check()
             self.files.mv(temporary, final)
+
+    def unfinished(self, name: str) -> str:
+        """The name of a file of this writer that ``clear_temporary`` takes away."""
+        return f"{TEMPORARY}/{self.writer}-{name}"
 
     def read(self, name: str) -> bytes:
         """The content of one file."""
         path = self._inside(name)
         with explained(path, "read"), self.files.open(path, "rb") as handle:
             return bytes(handle.read())
+
+    def begins(self, name: str, head: bytes) -> bool:
+        """Whether one file begins with ``head``; no more of it is read."""
+        path = self._inside(name)
+        with explained(path, "read"):
+            return bool(self.files.cat_file(path, start=0, end=len(head)) == head)
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
@@ -144,9 +154,13 @@ class Folder:
             with explained(path, "removed"):
                 self.files.rm(path, recursive=True)
 
-    def clear_temporary(self) -> None:
-        """Take away what killed writers left."""
-        self.remove(TEMPORARY)
+    def clear_temporary(self, left: Collection[str] = ()) -> None:
+        """Take away this writer's unfinished files and those named ``left``: others may be at work here."""
+        for name in self.names(TEMPORARY):
+            if name.startswith(self.writer) or name in left:
+                self.remove(f"{TEMPORARY}/{name}")
+        with contextlib.suppress(OSError):  # others' files are in it, or it is none: stores of objects have no folders
+            self.files.rmdir(self._inside(TEMPORARY))
 
     def _inside(self, name: str) -> str:
         return f"{self.path}/{name}"
