@@ -69,7 +69,7 @@ class Strengths(ProcessorV1, ProcessorV2):
 
     def __init__(self, vllm_config: VllmConfig, device: Any, is_pin_memory: bool = False) -> None:
         architectures = vllm_config.model_config.architectures
-        if not all(name.startswith(PREFIX) for name in architectures):
+        if not any(name.startswith(PREFIX) for name in architectures):
             raise UnsupportedError(
                 f"The engine runs {', '.join(architectures)}, without its guards and aligners; expected {PREFIX} "
                 "before the name. Start it with the --hf-overrides that safeside serve --engine vllm prints alone."
