@@ -58,9 +58,9 @@ test-vllm: setup-vllm
 test-gpu:
 	$(PYTHON) -m pytest --noconftest -o filterwarnings= tests/gpu
 
-# All cases, and what the adapters cost at a 0.5B geometry with random weights.
+# All cases, and what the adapters cost at a 0.5B geometry with random weights.  BENCH_VLLM="--only cost ..." for a part.
 bench-vllm: setup-vllm
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python benchmarks/vllm_bench.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python benchmarks/vllm_bench.py $(BENCH_VLLM)
 
 check: setup
 	$(BIN)/ruff format --check src tests scripts benchmarks

@@ -39,6 +39,8 @@ from tidy import RESULTS, Row, figure_row, result_of, write_json
 TEXT = "how do I boil an egg without breaking the shell of it or open a door that has no key"
 COMMAND = [sys.executable, "-c", "from safeside.cli import main; main()", "score"]
 ATTEMPTS = 5
+KEPT = ("peak_bytes", "n_retried", "n_starts")  # of what a run says; a worker that died took its memory's peak with it
+NOT_STARTED = "Ray did not start"
 ENVIRONMENT = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
 
@@ -71,12 +73,18 @@ def words_of(rows: Path, output: Path, guard: str, workers: int, *more: str) -> 
 
 
 def score(command: Sequence[str]) -> dict[str, float]:
-    """What a run says of itself; on a machine so busy that Ray does not start it is given again."""
-    for _ in range(ATTEMPTS):
-        done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    """What a run says of itself, and ``n_starts``: where Ray does not start on a busy machine it is given again.
+
+    Any other failure ends the bench: a run that goes on would hide it, and forget the memory of the one before.
+    """
+    for n_starts in range(1, ATTEMPTS + 1):
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         if done.returncode == 0:
-            return dict(json.loads(done.stdout))
-    raise SystemExit(f"{command} failed {ATTEMPTS} times")
+            return {**json.loads(done.stdout), "n_starts": n_starts}
+        if NOT_STARTED not in done.stderr:
+            break
+        note(done.stderr)
+    raise SystemExit(f"{command} failed:\n{done.stderr}")
 
 
 def steady_rate(output: Path, shard_rows: int) -> float:
@@ -125,7 +133,7 @@ def many_rows(options: argparse.Namespace, folder: Path) -> Iterator[list[Row]]:
         many, output = write_rows(folder / "many.parquet", n_rows), folder / f"many{n_rows}"
         found = score(words_of(many, output, guard, workers, "--engine", options.engine, "--shard-rows", "1000"))
         lost, doubled = lost_and_doubled(output, n_rows)
-        values = {"rows_per_s": steady_rate(output, 1000), "peak_bytes": found["peak_bytes"]}
+        values = {"rows_per_s": steady_rate(output, 1000), **{name: found[name] for name in KEPT}}
         note(f"{n_rows} rows: {values}, {lost} lost, {doubled} duplicated")
         yield figures(labels, {**values, "lost": lost, "duplicated": doubled}, n_rows)
 
@@ -138,7 +146,7 @@ def timed_rows(options: argparse.Namespace, folder: Path) -> Iterator[list[Row]]
         labels: dict[str, object] = {"workers": workers, "engine": options.engine, "guard": options.guard}
         output, killed = folder / f"by{workers}", folder / f"killed{workers}"
         found = score(words_of(timed, output, options.guard, workers, *more))
-        values = {"rows_per_s": steady_rate(output, shard_rows), "peak_bytes": found["peak_bytes"]}
+        values = {"rows_per_s": steady_rate(output, shard_rows), **{name: found[name] for name in KEPT}}
         n_killed = killed_run(words_of(timed, killed, options.guard, workers, *more), killed, options.kills, workers)
         lost, doubled = lost_and_doubled(killed, options.rows)
         note(f"{workers} workers: {values}; killed {n_killed} times: {lost} lost, {doubled} duplicated")

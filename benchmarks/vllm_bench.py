@@ -1,7 +1,7 @@
 """vLLM with adapters beside ``attach`` (are tokens and scores the same?) and beside vLLM alone (what do they cost?).
 
     python benchmarks/vllm_bench.py              # both parts, in the environment of make setup-vllm
-    python benchmarks/vllm_bench.py --only cost
+    python benchmarks/vllm_bench.py --only cost --geometries toy --rounds 12 --clock cpu    # the other rows stay
 
 Costs are measured on random weights in bfloat16: every round times each engine once, in an order that rotates, and a
 ratio is taken within a round.  ``tokens_per_s`` counts prompt tokens in prefill and drawn tokens in decoding.
@@ -23,9 +23,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from safeside import create_adapter, load_base, save_adapter, sized_config
-from safeside.provenance import config_hash
+from safeside.provenance import config_hash, git_commit
 from safeside.terminal import note
-from safeside.vllm_plugin.plan import installed_version, plan_engine
+from safeside.vllm_plugin.plan import Plan, installed_version, plan_engine
 from tidy import RESULTS, Row, figure_row, result_of, write_json
 from vllm_matrix import CASES, Case, compare, execute, randomise, tiny_tokenizer
 
@@ -62,7 +62,7 @@ def parity_rows(cases: Sequence[Case]) -> list[Row]:
 
 
 def make_engines(geometry: str, root: Path) -> dict[str, dict[str, Any]]:
-    """By variant the arguments of ``vllm.LLM``: a base of random weights, and ``lst`` adapters beside it."""
+    """By variant an engine: a base of random weights, and ``lst`` adapters beside it."""
     values = GEOMETRIES[geometry]
     config = CONFIG_MAPPING["qwen2"](**values, max_position_embeddings=4096)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -75,8 +75,21 @@ def make_engines(geometry: str, root: Path) -> dict[str, dict[str, Any]]:
         folders[role] = save_adapter(randomise(made), root / role)
     guarded = plan_engine(root / "base", [folders["guard"]])
     both = plan_engine(root / "base", [folders["guard"]], folders["align"])
-    stock = {"model": str(root / "base")}
-    return {"stock": stock, "guard": guarded.engine_options(), "guard_aligner": both.engine_options()}
+    return {
+        "stock": engine_of({"model": str(root / "base")}),
+        "guard": planned(guarded),
+        "guard_aligner": planned(both),
+    }
+
+
+def planned(plan: Plan) -> dict[str, Any]:
+    """A planned engine, whose requests read every score: what nobody reads is not what a guard costs."""
+    return engine_of(plan.engine_options(), plan.config.slots, plan.config.tells_strength)
+
+
+def engine_of(options: dict[str, Any], slots: Sequence[int] = (), tells_strength: bool = False) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``, and what each request asks it for."""
+    return {"options": options, "slots": list(slots), "tells_strength": tells_strength}
 
 
 def cost_rows(geometry: str, options: argparse.Namespace) -> list[Row]:
@@ -108,7 +121,7 @@ def timings(engines: dict[str, dict[str, Any]], options: argparse.Namespace, roo
         "enable_prefix_caching": False,
     }
     job = {
-        "engines": {name: {**settings, **engine} for name, engine in engines.items()},
+        "engines": {name: {**engine, "options": {**settings, **engine["options"]}} for name, engine in engines.items()},
         "rounds": options.rounds,
         "clock": options.clock,
         "n_steps": options.steps,
@@ -125,6 +138,14 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
     return [
         {**row, "goal": (goal := GOALS[str(row["variant"])]), "met": float(str(row["value"])) >= goal} for row in named
     ]
+
+
+def settings_of(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, dict[str, object]]:
+    """By part of this run how it was measured, and at which commit: rows of other parts keep their own."""
+    of_cost = {name: vars(options)[name] for name in ("batch", "tokens", "steps", "rounds", "clock", "eager")}
+    cost = {"commit": git_commit(), **of_cost, "reads_scores": True}
+    parts = {} if options.only == "cost" else {"parity": {"commit": git_commit(), "cases": [*map(title, cases)]}}
+    return parts if options.only == "parity" else {**parts, **dict.fromkeys(options.geometries, cost)}
 
 
 def title(case: Case) -> str:
@@ -152,14 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     started, path = time.perf_counter(), options.output / "vllm.json"
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "notes": {"settings": {}}}
     chosen = [case for case in CASES if not options.cases or title(case) in options.cases]
     new = parity_rows(chosen) if options.only != "cost" else []
     for geometry in options.geometries if options.only != "parity" else ():
         new += cost_rows(geometry, options)
-    rows = [*(row for row in rows if place_of(row) not in set(map(place_of, new))), *new]
+    rows: list[Row] = [*(row for row in before["rows"] if place_of(row) not in set(map(place_of, new))), *new]
     notes = {
-        "goals": goals_of(rows), "vllm": installed_version(), "settings": {**vars(options), "output": None},
+        "goals": goals_of(rows), "vllm": installed_version(),
+        "settings": {**before["notes"]["settings"], **settings_of(options, chosen)},
         "adapters": f"lst, each at most {SIZE:.0%} of the base's multiply-adds, on {N_TAPS} taps",
         "interval": "lowest and highest of the rounds; the value is their median",
         "not_verified": "anything on CUDA: graphs, FlashAttention, NCCL, runner V2 on a GPU (see tests/gpu)",

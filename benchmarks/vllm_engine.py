@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_engine.py job.json result.json
 
-A job holds ``engine`` (arguments of ``vllm.LLM``), ``slots`` and ``prompts``: ids, strength, and how many tokens to
-draw.  ``rounds`` of it are run one after the other, so that later ones can meet the prefix cache.  With ``engines``
-the result is seconds by engine: of reading all prompts, and of drawing one token of each.
+A job holds ``engine`` (arguments of ``vllm.LLM``), ``slots``, whether the last of them tells the strength, and
+``prompts``: ids, strength, and how many tokens to draw.  ``rounds`` of it are run one after the other, so that later
+ones can meet the prefix cache.  With ``engines``, each with ``slots`` of its own that are read as a client's request
+has them read, the result is seconds by engine: of reading all prompts, and of drawing one token of each.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def answers_of(llm: LLM, job: dict[str, Any]) -> list[dict[str, Any]]:
     answers = []
     for output in outputs:
         answer = output.outputs[0]
-        steps = [read([found[slot].logprob for slot in slots]) for found in answer.logprobs or []] if slots else []
+        found = [[step[slot].logprob for slot in slots] for step in answer.logprobs or []] if slots else []
+        steps = [read(step, tells_strength=job["tells_strength"]) for step in found]
         answers.append({"tokens": list(answer.token_ids), "steps": steps, "n_cached": output.num_cached_tokens or 0})
     return answers
 
@@ -56,7 +58,7 @@ def seconds_of(job: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
     instead of the clock's, on a machine that is shared.
     """
     now = time.process_time if job["clock"] == "cpu" else time.perf_counter
-    engines = {name: LLM(**options) for name, options in job["engines"].items()}
+    engines = {name: LLM(**engine["options"]) for name, engine in job["engines"].items()}
     names, seconds = list(engines), {name: [] for name in engines}
     for round_ in range(-1, job["rounds"]):
         shift = round_ % len(names)
@@ -68,7 +70,7 @@ def seconds_of(job: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
                     for prompt in job["prompts"]
                 ]
                 started = now()
-                answers_of(engines[name], {"slots": [], "prompts": prompts})
+                answers_of(engines[name], {**job["engines"][name], "prompts": prompts})
                 taken.append(now() - started)
             if round_ >= 0:
                 seconds[name].append({"prefill": taken[0], "decode": (taken[1] - taken[0]) / job["n_steps"]})

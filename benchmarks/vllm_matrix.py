@@ -84,6 +84,8 @@ class Case:
     lengths: tuple[int, ...] = (5, 17, 40, 9, 130, 64, 12, 33, 150, 7, 21, 90)
     n_new: int = 12
     rounds: int = 1
+    dtype: str = "float32"
+    """Of both ways.  FlashAttention and FlashInfer refuse float32."""
 
 
 _CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "enable_chunked_prefill": True}
@@ -94,7 +96,7 @@ CASES = (
     Case("eager", "qwen3"),
     Case("eager", "mistral"),
     Case("transformers_backend", "gemma3"),
-    Case("prefix_cache", lengths=(260, 300, 280, 150), rounds=2),
+    Case("prefix_cache", lengths=(260, 300, 280, 270, 290, 310, 265, 150), rounds=2),
     Case("chunked_prefill", engine=_CHUNKS),
     Case("chunked_prefill", "mistral", engine=_CHUNKS),
     Case("preemption", engine=_TIGHT, lengths=(100, 120, 90, 110, 126, 101, 95, 118), n_new=150),
@@ -120,7 +122,7 @@ def make_bench(case: Case, root: Path) -> Bench:
     """The tiny base of a case, three guards and an aligner with random weights, saved and loaded."""
     folder = make_tiny(case.model, root / "base", **_GEOMETRY)
     silence_spare_ids(folder)
-    base = load_base(folder)
+    base = load_base(folder, dtype=case.dtype)
     kinds = dict(zip(("harm", "probe", "toxic"), case.kinds, strict=True))
     folders = [save_random(base, root / name, kind, "guard", name) for name, kind in kinds.items()]
     aligner = save_random(base, root / "refuse", case.aligner, "align", "refuse")
@@ -192,10 +194,11 @@ def run_engine(
     case: Case, options: dict[str, Any], slots: Sequence[int], prompts: Sequence[dict[str, Any]], root: Path
 ) -> dict[str, Any]:
     """What an engine of this case gives."""
-    usual = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "max_num_seqs": 16}
+    usual = {"dtype": case.dtype, "max_model_len": 512, "enforce_eager": True, "max_num_seqs": 16}
     job = {
         "engine": {**usual, **options, **case.engine},
         "slots": list(slots),
+        "tells_strength": True,  # every engine of the matrix has an aligner, and ids enough
         "prompts": prompts,
         "rounds": case.rounds,
     }

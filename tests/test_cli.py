@@ -68,6 +68,8 @@ def options() -> str:
         lines.append(title)
         hints = get_type_hints(command.callback, include_extras=True)
         for name, parameter in inspect.signature(command.callback).parameters.items():
+            if hints[name] is typer.Context:  # no option: what the others came from
+                continue
             kind, declared = hints[name].__origin__, hints[name].__metadata__[0]
             kind = (
                 next(part for part in get_args(kind) or (kind,) if part is not type(None))

@@ -18,10 +18,19 @@ PolicyFile = Annotated[Path, typer.Argument(help="A YAML file of policies, as se
 ServedBase = Annotated[str, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
 Rate = Annotated[int | None, typer.Option(min=1, help="Most in a minute (default: no limit).")]
 Engine = Literal["hf", "vllm"]
+OPTIONS_OF_ONE = {
+    "hf": (
+        "policy", "keys", "audit", "device", "adapter_root", "origin", "max_rows", "max_waiting", "deadline",
+        "guard_timeout", "max_body", "max_judged", "max_tokens", "drain",
+    ),
+    "vllm": ("guard", "aligner", "strength", "spare_token", "vllm_flag", "print_command"),
+}  # fmt: skip
+"""Options of ``serve`` that one engine alone reads."""
 Size = Annotated[int | None, typer.Option(min=1, help="Most in one request (default: no limit).")]
 
 
 def serve(
+    context: typer.Context,
     policy: Annotated[Path | None, typer.Option(help="A YAML file of policies; it names the adapters.")] = None,
     base: ServedBase = "builtin",
     keys: Annotated[Path | None, typer.Option(help="The file of keys (see key); without it only on this host.")] = None,
@@ -50,8 +59,7 @@ def serve(
     print_command: Annotated[bool, typer.Option("--print-command", help="vllm: print it, start nothing.")] = False,
 ) -> None:
     """Serve a base with its guards and aligners to OpenAI's clients. SIGHUP reads policies and keys again."""
-    of_vllm = (guard, aligner, strength, spare_token, vllm_flag, print_command)
-    _check_engine(engine_name, policy, (keys, adapter_root, origin), of_vllm)
+    _check_engine(context, engine_name)
     at: dict[str, object] = {"base": base, "host": host, "port": port, "model": model_name, "dtype": dtype}
     if engine_name == "vllm":
         adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
@@ -72,17 +80,28 @@ def _serve_embedded(options: dict[str, object], engine: dict[str, Any], service:
     serve_command(ServeOptions(**options, **limits, add_genes=_add_genes))  # type: ignore[arg-type]
 
 
-def _check_engine(engine: Engine, policy: Path | None, of_hf: Sequence[object], of_vllm: Sequence[object]) -> None:
+def _check_engine(context: typer.Context, engine: Engine) -> None:
     """Raise where options are given that the engine would not read, or one that it needs is missing."""
-    if engine == "vllm" and (policy or any(of_hf)):
+    other = "hf" if engine == "vllm" else "vllm"
+    wrong = _given(context, OPTIONS_OF_ONE[other])
+    if wrong and engine == "vllm":
         raise InputError(
-            "Policies, keys, adapter roots and origins belong to the embedded server. With --engine vllm name --guard "
-            "and --aligner, and let each request say its strength."
+            f"{', '.join(wrong)} would not be read: it belongs to the embedded server. With --engine vllm name "
+            "--guard and --aligner, and let each request say its strength; vLLM's own limits go into --vllm-flag."
         )
-    if engine == "hf" and any(of_vllm):
-        raise InputError("Options that say vllm in --help are for --engine vllm. Use --policy, or that engine.")
-    if engine == "hf" and policy is None:
+    if wrong:
+        raise InputError(
+            f"{', '.join(wrong)} would not be read: it is for --engine vllm. Use --policy, or that engine."
+        )
+    if engine == "hf" and not _given(context, ["policy"]):
         raise InputError("No policies were given; expected --policy FILE, or --engine vllm with --guard or --aligner.")
+
+
+def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """The options among ``names`` that were given, be it with their default."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def _serve_vllm(options: dict[str, object], strength: str | None, only_prints: bool) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import vllm_bench
+import vllm_matrix
 from safeside import Message, attach
 from tidy import figure_row
 from vllm_bench import goals_of, place_of
-from vllm_matrix import STRENGTHS, Case, difference, make_bench, policy_of, prompts_of, reference
+from vllm_matrix import BLOCK, CASES, STRENGTHS, Case, difference, make_bench, policy_of, prompts_of, reference
 
 
 def test_the_reference_is_what_attach_gives(tmp_path: Path) -> None:
@@ -32,6 +38,15 @@ def test_the_reference_is_what_attach_gives(tmp_path: Path) -> None:
     assert bench.base.tokenizer.decode(found["tokens"], skip_special_tokens=True).strip() == wanted.text
     given = torch.tensor([step[-1] for step in found["steps"]])
     torch.testing.assert_close(given, torch.tensor(wanted.strength["refuse"]), atol=1e-5, rtol=0)
+
+
+def test_a_case_in_bfloat16_is_so_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, jobs = Case("bfloat16", n_new=2, lengths=(5,), dtype="bfloat16"), list[dict[str, Any]]()
+    monkeypatch.setattr(vllm_matrix, "execute", lambda job, case, root: jobs.append(job))
+    bench = make_bench(case, tmp_path)
+    vllm_matrix.run_engine(case, bench.plan.engine_options(), bench.plan.config.slots, prompts_of(case), tmp_path)
+    assert (bench.base.dtype, jobs[0]["engine"]["dtype"]) == (torch.bfloat16, "bfloat16")
+    assert len(reference(bench, prompts_of(case)[0])["tokens"]) == 2
 
 
 def test_differences_count_until_answers_part() -> None:
@@ -55,3 +70,63 @@ def test_goals_are_of_decoding_beside_stock() -> None:
     rows += [figure_row({**labels, "variant": "guard_aligner"}, "ratio_to_stock", 0.89)]
     assert [(goal["variant"], goal["met"]) for goal in goals_of(rows)] == [("guard", True), ("guard_aligner", False)]
     assert len(set(map(place_of, rows))) == 3
+
+
+def test_gates_are_latched_on_cached_prompts() -> None:
+    """The case of the prefix cache has every strength, and a gate that the prompt decides behind two whole blocks."""
+    (case,) = [case for case in CASES if case.name == "prefix_cache"]
+    prompts = prompts_of(case)
+    assert [prompt["strength"] for prompt in prompts] == list(STRENGTHS)
+    latched = [
+        prompt for prompt in prompts if isinstance(prompt["strength"], dict) and "reads" not in prompt["strength"]
+    ]
+    assert latched
+    assert all(len(prompt["ids"]) > 2 * BLOCK for prompt in latched)
+
+
+def test_what_is_timed_reads_every_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each engine's requests ask for its own slots, those of the base alone for none."""
+    small = {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    monkeypatch.setitem(vllm_bench.GEOMETRIES, "toy", small)
+    monkeypatch.setattr(vllm_bench, "SIZE", 0.2)
+    jobs: list[dict[str, Any]] = []
+    monkeypatch.setattr(vllm_bench, "execute", lambda job, case, root: jobs.append(job))
+    options = SimpleNamespace(batch=2, tokens=4, steps=2, rounds=1, clock="cpu", eager=True)
+    vllm_bench.timings(vllm_bench.make_engines("toy", tmp_path), options, tmp_path)
+    asked: dict[str, set[tuple[int, ...]]] = {}
+
+    class Engine:
+        def __init__(self, **options: Any) -> None:
+            planned = options.get("additional_config", {}).get("safeside", {"adapters": ()})
+            self.asked = asked.setdefault(f"{len(planned['adapters'])} adapters", set())
+
+        def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+            self.asked |= {tuple(each.logprob_token_ids or ()) for each in params}
+            answer = SimpleNamespace(logprobs=None, token_ids=())
+            return [SimpleNamespace(outputs=[answer], num_cached_tokens=0)] * len(prompts)
+
+    stand_in = ModuleType("vllm")
+    vars(stand_in).update(LLM=Engine, SamplingParams=SimpleNamespace, TokensPrompt=dict)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    import_module("vllm_engine").seconds_of(jobs[0])
+    del sys.modules["vllm_engine"]  # it holds the stand-in
+    assert {name: {len(ids) for ids in found} for name, found in asked.items()} == {
+        "0 adapters": {0}, "1 adapters": {2}, "2 adapters": {3},
+    }  # fmt: skip
+
+
+def test_a_part_is_measured_again_and_the_others_keep_their_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_bench, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(
+        vllm_bench, "cost_rows", lambda geometry, options: [figure_row({"geometry": geometry}, "x", options.rounds)]
+    )
+    for words in (["--rounds", "3"], ["--rounds", "5", "--geometries", "toy"]):
+        path = vllm_bench.main(["--only", "cost", "--output", str(tmp_path), *words])
+    found = json.loads(path.read_text())
+    assert {row["geometry"]: row["value"] for row in found["rows"]} == {"Qwen2.5-0.5B": 3, "toy": 5}
+    settings = found["notes"]["settings"]
+    assert {name: part["rounds"] for name, part in settings.items()} == {"Qwen2.5-0.5B": 3, "toy": 5}
+    assert all(part["reads_scores"] and part["commit"] for part in settings.values())

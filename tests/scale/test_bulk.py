@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,17 +20,17 @@ import ray
 
 from command_line import Ran, write
 from safeside import Adapter, Base, Message, load_adapter, save_adapter
+from safeside.cli import main
 from safeside.errors import InputError
 from safeside.guards.lines import BaseScorer, guard_lines
 from safeside.guards.score import judge
 from safeside.scale import bulk
 from safeside.scale.bulk import BulkOptions, Worker, score_shard
-from safeside.scale.ledger import QUARANTINE, open_ledger
+from safeside.scale.ledger import QUARANTINE, Claim, begin_shard, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Shard, Span, open_reader
 
 SAME_SCORE = 1e-5  # other rows of a batch: another order of sums
-COMMAND = [sys.executable, "-c", "from safeside.cli import main; main()", "score"]
 pytestmark = [
     pytest.mark.timeout(600),  # Ray, and processes that import torch, on a machine that may be busy
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Ray's own defaults
@@ -49,32 +50,58 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+def without_ray(monkeypatch: pytest.MonkeyPatch, n_deaths: int = 0) -> None:
+    """Have a worker in this process score all shards, each after ``n_deaths`` workers that only began it."""
+
+    def pooled(options: BulkOptions, claim: Claim, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
+        for shard in [shard for shard in shards for _ in range(n_deaths)]:
+            begin_shard(Folder(claim.output, claim.writer), shard)
+        return map(Worker(options, claim), [asdict(shard) for shard in shards])
+
+    monkeypatch.setattr(bulk, "_connect", lambda workers, resource: None)
+    monkeypatch.setattr(bulk, "_pooled", pooled)
+
+
 def read_jsonl(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for part in sorted(folder.glob("part-*")) for line in part.read_text().splitlines()]
 
 
+def command_in_a_session_of_its_own(words: Sequence[str]) -> None:
+    """The command line, with Ray and workers of its own behind it."""
+    os.setsid()
+    os.environ["RAY_ADDRESS"] = "local"
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.argv = ["safeside", *words]
+    main()
+
+
 def test_a_run_that_is_killed_goes_on_and_loses_and_doubles_no_row(
-    run: Callable[..., Ran], cluster: None, tiny_base: Base, guard: Path, tmp_path: Path
+    run: Callable[..., Ran], tiny_base: Base, guard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL of the command, Ray and all workers in the midst of it; then the same command again."""
+    """SIGKILL of the command, Ray and all workers in the midst of it; then the same command again.
+
+    The process is a fork of this one, which has imported all that a command needs, and stands before every test that
+    starts Ray here.  The second command's worker is in this process: what it goes on from is the folder alone.
+    """
     rows = [{"id": index, "text": f"the cat sat {index * 7919}"} if index % 50 else "{odd" for index in range(1, 301)]
     path, output = write(tmp_path / "rows.jsonl", rows), tmp_path / "scored"
-    words = ["--input", path, "--output", output, "--guard", guard, "--shard-rows", 10]
-    killed = subprocess.Popen(
-        [*COMMAND, *map(str, words)],
-        start_new_session=True,
-        env={**os.environ, "RAY_ADDRESS": "local"},
-        stderr=subprocess.DEVNULL,
+    words = [*map(str, ["score", "--input", path, "--output", output, "--guard", guard, "--shard-rows", 10])]
+    killed = multiprocessing.get_context("fork").Process(
+        target=command_in_a_session_of_its_own, args=[words], daemon=True
     )
-    while not list(output.glob("part-*")):
-        assert killed.poll() is None, "it ended before it had scored anything"
-        time.sleep(0.005)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.start()
+    try:
+        while not list(output.glob("part-*")):
+            assert killed.is_alive(), "it ended before it had scored anything"
+            time.sleep(0.005)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+    killed.join()
     n_before = len(read_jsonl(output))
     assert 0 < n_before < len(rows), "it was not killed in the midst"
 
-    ended = run("score", *words, "--json")
+    without_ray(monkeypatch)
+    ended = run(*words, "--json")
     assert ended.code == 1  # some rows are bad
     assert ended.json["rows"] == len(rows)
     assert n_before <= ended.json["rows_before"] < len(rows)
@@ -96,7 +123,7 @@ def test_a_run_that_is_killed_goes_on_and_loses_and_doubles_no_row(
     assert sorted(path.name for path in output.iterdir() if not path.name.startswith("part-")) == [
         "_bad", "_manifest.json", "_quarantine.jsonl",
     ]  # fmt: skip
-    whole = run("score", *words, "--json")
+    whole = run(*words, "--json")
     assert (whole.json["rows_before"], whole.json["n_bad"]) == (len(rows), 6)
     assert read_jsonl(output) == scored
 
@@ -110,7 +137,7 @@ def test_parquet_comes_back_with_verdicts(tiny_base: Base, guard: Path, tmp_path
     ledger = open_ledger(str(path), "memory://scored", {}, 10)
     scorer = BaseScorer(tiny_base, [load_adapter(guard, tiny_base)])
     (shard,) = ledger.shards
-    score_shard(scorer, open_reader(shard.file), shard, ledger.folder)
+    score_shard(scorer, open_reader(shard.file), shard, ledger.folder, ledger.run)
     (tmp_path / "scored.parquet").write_bytes(ledger.folder.read(shard.part))
     scored = pq.read_table(tmp_path / "scored.parquet").to_pylist()
     assert [(row["id"], row["line"], row["messages"]) for row in scored] == [
@@ -132,10 +159,9 @@ def test_parquet_comes_back_with_verdicts(tiny_base: Base, guard: Path, tmp_path
 
 def test_a_shard_whose_rows_are_gone_is_an_error(tiny_base: Base, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "one"}])
+    shard = Shard(0, str(path), Span(1, 2, 2))
     with pytest.raises(InputError, match="has 1 rows from line 1 on where it had 2"):
-        score_shard(
-            BaseScorer(tiny_base, []), open_reader(str(path)), Shard(0, str(path), Span(1, 2, 2)), Folder("memory://x")
-        )
+        score_shard(BaseScorer(tiny_base, []), open_reader(str(path)), shard, Folder("memory://x"), "run")
 
 
 def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Path, tmp_path: Path) -> None:
@@ -153,6 +179,55 @@ def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Pat
         assert (ended.code, problem in ended.err) == (2, True), ended.err
 
 
+def test_shards_of_workers_that_died_are_counted(
+    run: Callable[..., Ran], adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shard is begun once more, as Ray has it where a worker is gone."""
+    without_ray(monkeypatch, n_deaths=1)
+    path = write(tmp_path / "rows.jsonl", [{"text": "hi"}] * 4)
+    words = ["--input", path, "--output", tmp_path / "out", "--guard", adapters / "harm", "--shard-rows", 2, "--json"]
+    assert run("score", *words).json["n_retried"] == 2
+
+
+def test_guards_in_another_order_are_another_run(
+    run: Callable[..., Ran], adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts stand in the order of the guards, and all parts of a run have one order."""
+    without_ray(monkeypatch)
+    words = ["--input", write(tmp_path / "rows.jsonl", [{"text": "hi"}]), "--output", tmp_path / "out"]
+    assert run("score", *words, "--guard", adapters / "harm", "--guard", adapters / "two").code == 0
+    again = run("score", *words, "--guard", adapters / "two", "--guard", adapters / "harm")
+    assert (again.code, "a run with guards" in again.err) == (2, True), again.err
+
+
+def test_ray_hands_every_shard_to_a_worker_and_gives_back_what_came_of_it(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the end, with a worker that imports nothing: the real one is in the run that is killed."""
+
+    class Echo:
+        def __init__(self, options: object, claim: object) -> None:
+            self.claim = claim
+
+        def __call__(self, values: dict[str, object]) -> dict[str, object]:
+            number = values["number"]
+            return {
+                "error": "",
+                "n_rows": number,
+                "peak_bytes": number,
+                "attempt": 1 + number // 9,
+                "claim": self.claim,
+            }
+
+    monkeypatch.setattr(bulk, "Worker", Echo)
+    advanced: list[int] = []
+    options = SimpleNamespace(workers=1, setup=SimpleNamespace(device="cpu"))
+    shards = [Shard(number, "rows.jsonl", Span(1, 1, 1)) for number in range(10)]
+    ran = bulk._run(options, ("out", "run", "writer"), shards, advanced.append)
+    assert sorted(advanced) == list(range(10))
+    assert ran == (9, 1)
+
+
 def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
     run: Callable[..., Ran],
     adapters: Path,
@@ -162,11 +237,7 @@ def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
 ) -> None:
     """An adapter of another base, which only the worker that loads both finds out."""
 
-    def pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
-        return map(Worker(options), [asdict(shard) for shard in shards])
-
-    monkeypatch.setattr(bulk, "_connect", lambda workers, resource: None)
-    monkeypatch.setattr(bulk, "_pooled", pooled)
+    without_ray(monkeypatch)
     path = write(tmp_path / "rows.jsonl", [{"text": "hi"}])
     words = ["--input", path, "--output", tmp_path / "out", "--guard", adapters / "harm"]
     refused = run("score", *words, "--base", tiny_folder("qwen2"))

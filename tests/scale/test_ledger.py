@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safeside.errors import InputError
 from safeside.scale.ledger import MANIFEST, QUARANTINE, Ledger, begin_shard, keep_shard, open_ledger
 from safeside.scale.places import TEMPORARY, Folder
 
-SETTINGS = {"guards": {"harm": "0123"}, "preset": None}
+SETTINGS = {"guards": [["harm", "0123"], ["hate", "4567"]], "preset": None}
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path: Path, place: str) ->
 def test_a_run_is_planned_once_and_then_found_again(rows: Path, tmp_path: Path) -> None:
     first = opened(rows, tmp_path / "out")
     assert [(shard.span.first, shard.span.n_rows) for shard in first.shards] == [(1, 10), (11, 10), (21, 5)]
-    keep_shard(first.folder, first.shards[1], b"{}\n", [{"line": 12, "problem": "odd"}])
+    keep_shard(first.folder, first.run, first.shards[1], b"{}\n", [{"line": 12, "problem": "odd"}])
     again = opened(rows, tmp_path / "out")
     assert again.shards == first.shards
     assert again.done() == {1}
@@ -60,16 +61,15 @@ def test_a_run_is_planned_once_and_then_found_again(rows: Path, tmp_path: Path) 
 def test_bad_rows_of_an_attempt_that_was_killed_are_forgotten(rows: Path, tmp_path: Path) -> None:
     """Killed between quarantine and part, and scored anew without bad rows."""
     ledger = opened(rows, tmp_path / "out")
-    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [{"line": 1}])
-    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [{"line": 1}])
+    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
     assert ledger.finish() == 0
     assert QUARANTINE not in ledger.folder.names()
 
 
 def test_rows_that_kill_every_worker_end_the_run(rows: Path, tmp_path: Path) -> None:
     ledger = opened(rows, tmp_path / "out")
-    for _ in range(3):
-        begin_shard(ledger.folder, ledger.shards[1])
+    assert [begin_shard(ledger.folder, ledger.shards[1]) for _ in range(3)] == [1, 2, 3]
     begin_shard(ledger.folder, ledger.shards[0])
     with pytest.raises(InputError, match=r"3 workers died while they scored lines 11 to 20 of .*rows\.jsonl"):
         begin_shard(ledger.folder, ledger.shards[1])
@@ -78,12 +78,15 @@ def test_rows_that_kill_every_worker_end_the_run(rows: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
-    [({"preset": "strict"}, "a run with preset None; this one has 'strict'"), ({"guards": {}}, "a run with guards")],
+    [
+        ({"preset": "strict"}, "a run with preset None; this one has 'strict'"),
+        ({"guards": [["hate", "4567"], ["harm", "0123"]]}, "a run with guards"),  # in another order
+    ],
 )
 def test_another_run_is_refused(rows: Path, tmp_path: Path, changes: dict[str, object], problem: str) -> None:
     opened(rows, tmp_path / "out", preset="balanced")  # it kept nothing
     ledger = opened(rows, tmp_path / "out")
-    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
     with pytest.raises(InputError, match=problem):
         opened(rows, tmp_path / "out", **changes)
     with pytest.raises(InputError, match="a run with shard_rows 10; this one has 5"):
@@ -92,11 +95,86 @@ def test_another_run_is_refused(rows: Path, tmp_path: Path, changes: dict[str, o
 
 def test_input_that_was_changed_is_refused(rows: Path, tmp_path: Path) -> None:
     ledger = opened(rows, tmp_path / "out")
-    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
     with rows.open("a") as handle:
         handle.write("\n{}")
     with pytest.raises(InputError, match=r"rows.jsonl was changed since"):
         opened(rows, tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["added", "taken away"])
+def test_files_that_came_or_went_are_refused(rows: Path, tmp_path: Path, what: str) -> None:
+    """A pattern that finds other files than were planned: rows would be left out without a word."""
+    shutil.copy(rows, tmp_path / "rows2.jsonl")
+    source, out = f"{tmp_path}/rows*.jsonl", str(tmp_path / "out")
+    ledger = open_ledger(source, out, SETTINGS, 10)
+    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
+    if what == "added":
+        shutil.copy(rows, tmp_path / "rows1.jsonl")
+    else:
+        (tmp_path / "rows2.jsonl").unlink()
+    with pytest.raises(InputError, match=rf"rows\d\.jsonl was {what} since"):
+        open_ledger(source, out, SETTINGS, 10)
+
+
+def test_an_output_among_the_input_is_no_input(rows: Path, tmp_path: Path) -> None:
+    ledger = opened(tmp_path, tmp_path / "out")
+    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
+    assert opened(tmp_path, tmp_path / "out").shards == ledger.shards
+
+
+def test_a_run_whose_folder_was_taken_writes_nothing_more(rows: Path, tmp_path: Path) -> None:
+    """Two commands begin in one folder before either has kept anything, or a worker outlives its command."""
+    first = opened(rows, tmp_path / "out")
+    second = opened(rows, tmp_path / "out", preset="strict")
+    with pytest.raises(InputError, match=r"Another run has begun in .*out"):
+        keep_shard(first.folder, first.run, first.shards[0], b"{}\n", [{"line": 1}])
+    assert (second.done(), second.folder.names("_bad")) == (set(), [])
+    keep_shard(second.folder, second.run, second.shards[0], b"{}\n", [])
+    again = opened(rows, tmp_path / "out", preset="strict")
+    assert again.run == second.run
+    assert again.done() == {0}
+
+
+def test_a_part_is_not_moved_to_its_place_once_the_folder_was_taken(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run begins while the part is written under its first name."""
+    first = opened(rows, tmp_path / "out")
+    begins, n_asked = Folder.begins, []
+
+    def asked(folder: Folder, name: str, head: bytes) -> bool:
+        n_asked.append(name)
+        if len(n_asked) == 2:
+            opened(rows, tmp_path / "out", preset="strict")
+        return begins(folder, name, head)
+
+    monkeypatch.setattr(Folder, "begins", asked)
+    with pytest.raises(InputError, match="Another run has begun"):
+        keep_shard(first.folder, first.run, first.shards[0], b"{}\n", [])
+    assert first.done() == set()
+
+
+def test_one_command_leaves_alone_what_another_is_writing(rows: Path, tmp_path: Path) -> None:
+    """The same run twice at once: the one that ends first takes away what it found unfinished, and its own."""
+    live = opened(rows, tmp_path / "out")
+    keep_shard(live.folder, live.run, live.shards[0], b"{}\n", [])
+    (tmp_path / "out" / TEMPORARY / "killed").write_text("half")
+    begin_shard(live.folder, live.shards[1])
+    other = opened(rows, tmp_path / "out")
+
+    def written() -> Iterator[bytes]:
+        yield b"live\n"
+        for shard in other.shards[1:]:
+            begin_shard(other.folder, shard)
+            keep_shard(other.folder, other.run, shard, b"other\n", [])
+        other.finish()
+
+    live.folder.write(live.shards[1].part, written())
+    assert (tmp_path / "out" / live.shards[1].part).read_text() == "live\n"
+    assert live.folder.names(TEMPORARY) == []
+    live.finish()
+    assert not (tmp_path / "out" / TEMPORARY).exists()
 
 
 def test_a_folder_of_something_else_is_refused(rows: Path, tmp_path: Path) -> None:
@@ -108,7 +186,7 @@ def test_a_folder_of_something_else_is_refused(rows: Path, tmp_path: Path) -> No
         opened(rows, rows)
     out = tmp_path / "out"
     ledger = opened(rows, out)
-    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
     for damaged in ("[", "[]", "{}", json.dumps({**json.loads((out / MANIFEST).read_text()), "shards": [{}]})):
         (out / MANIFEST).write_text(damaged)
         with pytest.raises(InputError, match="is damaged"):

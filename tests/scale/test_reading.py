@@ -80,7 +80,7 @@ def test_a_file_a_folder_a_pattern_and_a_url_are_found(tmp_path: Path) -> None:
         handle.write(b'{"text": "hi"}\n')
     (url,) = find_files("memory://rows")
     assert open_reader(url).read(Span(1, 1, 1)).rows == [(1, {"text": "hi"})]
-    assert url == "memory:///rows/a.jsonl"
+    assert url == "memory://rows/a.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from references import reference
-from safeside import make_config
+from safeside import Base, make_config
 from safeside.vllm_plugin.answers import Answers
-from safeside.vllm_plugin.middleware import SafetyMiddleware
+from safeside.vllm_plugin.middleware import SafetyMiddleware, Texts
 from safeside.vllm_plugin.plan import CONFIG_KEY, AdapterEntry, EngineConfig
 
 SLOTS = (300, 301, 302, 303)
@@ -50,7 +50,8 @@ def served(path: str, asked: Mapping[str, Any], config: EngineConfig, *, stream:
             pieces = [{"content": [chat_entry(step)]} for step in STEPS]
         else:
             named = [{f"token_id:{slot}": value for slot, value in slots_of(step).items()} for step in STEPS]
-            pieces = [{"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [row]} for row in named]
+            shown = {"tokens": ["token_id:9"], "text_offset": [10], "token_logprobs": [-0.5]}
+            pieces = [{**shown, "top_logprobs": [row]} for row in named]
         if stream:
             await send(
                 {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
@@ -77,7 +78,10 @@ def served(path: str, asked: Mapping[str, Any], config: EngineConfig, *, stream:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    state = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={CONFIG_KEY: config.as_json()}))
+    vllm_config = SimpleNamespace(
+        additional_config={CONFIG_KEY: config.as_json()}, model_config=SimpleNamespace(tokenizer="nowhere")
+    )
+    state = SimpleNamespace(vllm_config=vllm_config)
     scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": SimpleNamespace(state=state)}
     asyncio.run(SafetyMiddleware(inside)(scope, receive, send))
     body = b"".join(message.get("body", b"") for message in sent[1:])
@@ -116,9 +120,31 @@ def test_log_probabilities_that_were_asked_for_stay() -> None:
     _, answer, _ = served("/v1/chat/completions", {"logprobs": True}, engine())
     entries = answer["choices"][0]["logprobs"]["content"]
     assert [(entry["token"], entry["top_logprobs"]) for entry in entries] == [("hi", [])] * 3
-    _, answer, _ = served("/v1/completions", {"logprobs": 0}, engine())
-    assert answer["choices"][0]["logprobs"]["token_logprobs"] == [-0.5] * 3
-    assert answer["choices"][0]["logprobs"]["top_logprobs"] is None
+    _, answer, _ = served("/v1/chat/completions", {"logprobs": True, "return_tokens_as_token_ids": True}, engine())
+    assert answer["choices"][0]["logprobs"]["content"][0]["token"] == "token_id:9"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_completions_are_spelled_as_text(
+    stream: bool, session_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Texts, "tokenizer", session_base.tokenizer)
+    text = session_base.tokenizer.decode([9])
+    for asked, token, offsets in (
+        ({"logprobs": 0}, text, [len(text) * index for index in range(3)]),
+        ({"logprobs": 0, "return_tokens_as_token_ids": True}, "token_id:9", [10, 10, 10]),
+    ):
+        _, answer, _ = served("/v1/completions", asked, engine(), stream=stream)
+        chunks = [choice["logprobs"] for part in (answer if stream else [answer]) for choice in part["choices"]]
+        assert [token for chunk in chunks for token in chunk["tokens"]] == [token] * 3
+        assert [offset for chunk in chunks for offset in chunk["text_offset"]] == offsets
+        assert [value for chunk in chunks for value in chunk["token_logprobs"]] == [-0.5] * 3
+        assert {chunk["top_logprobs"] for chunk in chunks} == {None}
+
+
+def test_the_text_of_a_token_is_the_tokenizers(session_base: Base) -> None:
+    texts = Texts(str(session_base.folder))
+    assert [texts(f"token_id:{index}") for index in (9, 12)] == [session_base.tokenizer.decode([i]) for i in (9, 12)]
 
 
 def test_scores_that_were_masked_flag(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +164,7 @@ def test_scores_that_were_masked_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"response_format": {"type": "json_object"}}, "masks the ids"),
         ({"logprobs": True, "top_logprobs": 3}, "cannot be asked for"),
         ({"echo": True}, "Beam search and echo"),
+        ({"include_reasoning": False}, "'include_reasoning'"),
         ({"vllm_xargs": "x", "safety": {"strength": 1.0}}, "is an object"),
         ([1], "not a JSON object"),
     ],

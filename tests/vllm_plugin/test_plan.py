@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Ran
 from safeside import Adapter, Base, save_adapter
 from safeside.cli import main
 from safeside.errors import (
@@ -142,7 +143,31 @@ def test_the_command_is_printed_or_run(
     assert not ended.value.code
     printed = capsys.readouterr().out
     assert "vllm.entrypoints.openai.api_server" in printed
+    assert f"--served-model-name {session_base.folder}" in printed  # as it was given, not where it lies
     assert printed.rstrip().endswith("--max-model-len=64")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        '--hf-overrides={"rope_parameters": {}}', "--hf-overrides", "--hf_overrides={}", "--hf-overrides.x=1",
+        "--hf-ov={}", "--additional_config.safeside.strength=0", "--logits-processors=a.b:C", "--middleware=a.b",
+        "--model=other", "--tokenizer=other", "--logprobs-mode=processed_logprobs", "--config=flags.yaml",
+    ],
+)  # fmt: skip
+def test_flags_that_could_take_the_guards_out_are_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two flags of a name vLLM takes the last."""
+    monkeypatch.setattr(launch, "installed_version", lambda: "0.32.0")
+    with pytest.raises(InputError, match="would be read in place of what serves guards"):
+        launch.vllm_command(launch.VllmOptions("builtin", ["builtin:harm"], more=["--max-model-len", "64", flag]))
+
+
+def test_other_flags_are_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "installed_version", lambda: "0.32.0")
+    more = ["--model-impl=auto", "--tokenizer-mode=slow", "--logits-processor-pattern=x", "--config-format=hf", "-O0"]
+    command = launch.vllm_command(launch.VllmOptions("builtin", ["builtin:harm"], more=more))
+    assert command[-len(more) :] == more
+    assert command[command.index("--served-model-name") + 1] == "builtin"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +178,7 @@ def test_the_command_is_printed_or_run(
         (["--print-command"], "for --engine vllm"),
         ([], "--policy FILE"),
         (["--engine", "vllm", "--policy", "p.yaml"], "embedded server"),
+        (["--engine", "vllm", "--max-rows", "32"], "--max-rows would not be read"),
     ],
 )
 def test_options_of_the_other_engine_are_refused(
@@ -163,6 +189,15 @@ def test_options_of_the_other_engine_are_refused(
         main()
     assert ended.value.code
     assert said in capsys.readouterr().err
+
+
+def test_every_option_that_vllm_does_not_read_is_named(run: Callable[..., Ran]) -> None:
+    numbers = ("drain", "max-rows", "max-waiting", "max-judged", "max-tokens", "deadline", "guard-timeout", "max-body")
+    words = ["--audit=sqlite:///a.db", "--device=cuda", *(f"--{name}=4096" for name in numbers)]
+    ended = run("serve", "--engine", "vllm", *words)
+    assert ended.code
+    assert all(word.partition("=")[0] in ended.err for word in words), ended.err
+    assert "--host" not in ended.err
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,12 @@ def test_values_travel_bit_for_bit(dtype: torch.dtype) -> None:
 
 
 def test_scores_are_differences_of_log_probabilities() -> None:
-    logits, values = torch.randn(6, 40) * 8, torch.rand(6, 3) * 2
+    logits, values = torch.randn(6, 40) * 8, torch.rand(6, 3) * torch.tensor([1.0, 1.0, 2.0])
     values[1, 0] = math.nan
     places = torch.tensor([39, 3, 20, 38])
     before = logits.clone()
     logprobs = write(logits, values, places).log_softmax(-1)
-    found = torch.tensor([read(row) for row in logprobs[:, places].tolist()])
+    found = torch.tensor([read(row, tells_strength=True) for row in logprobs[:, places].tolist()])
     assert math.isnan(found[1, 0])
     found[1, 0] = values[1, 0] = 0.0
     torch.testing.assert_close(found, values, atol=2e-5, rtol=0)
@@ -39,3 +39,10 @@ def test_what_was_masked_is_no_score() -> None:
     assert all(
         math.isnan(value) for value in [*read([-math.inf, -60.0]), *read([-9999.0, -9999.0]), *read([-60.0, math.nan])]
     )
+
+
+def test_what_nobody_wrote_is_no_score() -> None:
+    """Log-probabilities of unused ids in a base without adapters; what rounding adds is cut off."""
+    assert all(math.isnan(value) for value in [*read([-9.1, -9.4, -7.9]), *read([-60.0, -57.0])])
+    assert read([-60.0, -60.001, -58.999]) == [0.0, 1.0]
+    assert read([-60.0, -59.5, -58.5], tells_strength=True) == [0.5, 1.5]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
@@ -27,7 +28,7 @@ from safeside.base.packaged import PACKAGED
 from safeside.errors import InputError, SafesideError
 from safeside.guards.lines import Scorer, judge_rows
 from safeside.scale.engines import ENGINES, Setup, require_engine
-from safeside.scale.ledger import QUARANTINE, begin_shard, keep_shard, open_ledger
+from safeside.scale.ledger import QUARANTINE, Claim, begin_shard, keep_shard, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Reader, Shard, Span, open_reader
 from safeside.terminal import Advance, note, progress_bar
@@ -53,12 +54,21 @@ class BulkOptions:
     """Rows of each file of the output, which a worker holds in memory."""
 
 
+class Ran(NamedTuple):
+    """What scoring took."""
+
+    peak_bytes: int = 0
+    """The most memory of any worker that finished a shard."""
+    n_retried: int = 0
+    """How often a shard was begun again because its worker had died or was taken away."""
+
+
 def score_command(options: BulkOptions) -> dict[str, object]:
     """Score all rows that are not scored yet, and say how it went."""
     require_engine(options.engine)
     setup = _absolute(options.setup)
     settings = {
-        "guards": dict(map(_identified, setup.guards)),
+        "guards": [_identified(name) for name in setup.guards],  # in order: verdicts stand in it
         "base": setup.base,
         "preset": setup.preset,
         "allow_mismatch": setup.allow_mismatch,
@@ -66,14 +76,13 @@ def score_command(options: BulkOptions) -> dict[str, object]:
     }
     ledger = open_ledger(options.source, options.output, settings, options.shard_rows)
     done = ledger.done()
-    here = replace(options, output=ledger.folder.address, setup=setup)
     left = [shard for shard in ledger.shards if shard.number not in done]
     n_rows, n_left = (sum(shard.span.n_rows for shard in shards) for shards in (ledger.shards, left))
-    started, peak = time.perf_counter(), 0
+    started, ran = time.perf_counter(), Ran()
     with progress_bar(options.source, n_rows) as advance:
         advance(n_rows - n_left, n_rows)
         if left:
-            peak = _run(here, left, advance)
+            ran = _run(replace(options, setup=setup), ledger.claim, left, advance)
     seconds = time.perf_counter() - started
     n_bad = ledger.finish()
     return {
@@ -84,7 +93,8 @@ def score_command(options: BulkOptions) -> dict[str, object]:
         "quarantine": f"{options.output.rstrip('/')}/{QUARANTINE}" if n_bad else None,
         "seconds": round(seconds, 2),
         "rows_per_s": round(n_left / seconds, 2),
-        "peak_bytes": peak,
+        "peak_bytes": ran.peak_bytes,
+        "n_retried": ran.n_retried,
     }
 
 
@@ -99,25 +109,26 @@ def _absolute(setup: Setup) -> Setup:
     return replace(setup, guards=tuple(map(absolute, setup.guards)), base=base)
 
 
-def _identified(name: str) -> tuple[str, str]:
+def _identified(name: str) -> list[str]:
     """A guard's own name, and a hash of its weights and of its configuration, whose checksum stands beside them."""
     folder = find_adapter(name)
     config, _ = read_adapter(folder)
     if config.role != "guard":
         raise InputError(f"{name!r} is an aligner and gives no scores; expected a guard.")
-    return config.name, hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16]
+    return [config.name, hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16]]
 
 
-def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int:
-    """Score ``shards``; the most memory of any worker, in bytes."""
-    peak, is_ours = 0, not ray.is_initialized()
+def _run(options: BulkOptions, claim: Claim, shards: Sequence[Shard], advance: Advance) -> Ran:
+    """Score ``shards``."""
+    ran, is_ours = Ran(), not ray.is_initialized()
     try:
         _connect(options.workers, "CPU" if options.setup.device == "cpu" else "GPU")
-        for found in _pooled(options, shards):
+        for found in _pooled(options, claim, shards):
             if found["error"]:
                 raise vars(safeside.errors).get(str(found["kind"]), SafesideError)(found["error"])
-            advance(int(str(found["n_rows"])))
-            peak = max(peak, int(str(found["peak_bytes"])))
+            n_rows, peak, attempt = (int(str(found[name])) for name in ("n_rows", "peak_bytes", "attempt"))
+            advance(n_rows)
+            ran = Ran(max(ran.peak_bytes, peak), ran.n_retried + attempt - 1)
     except RayError as error:
         reason = str(error).strip().splitlines()[-1]
         raise SafesideError(
@@ -127,7 +138,7 @@ def _run(options: BulkOptions, shards: Sequence[Shard], advance: Advance) -> int
     finally:
         if is_ours:
             ray.shutdown()
-    return peak
+    return ran
 
 
 def _connect(workers: int, resource_name: str) -> None:
@@ -157,15 +168,15 @@ def _connect(workers: int, resource_name: str) -> None:
         )
 
 
-def _pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
-    """What each shard came to, as it is done."""
+def _pooled(options: BulkOptions, claim: Claim, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
+    """What each shard came to, as it is done.  Ray begins one again when its worker is gone, not after an exception."""
     context = DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = context.print_on_execution_start = False
     waiting = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     yield from waiting.map(
         Worker,  # type: ignore[arg-type]
-        fn_constructor_args=(options,),
+        fn_constructor_args=(options, claim),
         compute=ActorPoolStrategy(size=options.workers, max_tasks_in_flight_per_actor=2),
         num_cpus=1,
         num_gpus=0 if options.setup.device == "cpu" else 1,
@@ -175,9 +186,9 @@ def _pooled(options: BulkOptions, shards: Sequence[Shard]) -> Iterator[dict[str,
 class Worker:
     """An actor: it holds a scorer, and scores one shard after the other."""
 
-    def __init__(self, options: BulkOptions) -> None:
+    def __init__(self, options: BulkOptions, claim: Claim) -> None:
         self.options = options
-        self.folder = Folder(options.output)
+        self.folder, self.run = Folder(claim.output, claim.writer), claim.run
         self.file = ""
         self.reader: Reader | None = None
         self.scorer: Scorer | None = None
@@ -187,20 +198,20 @@ class Worker:
         shard = Shard(int(str(values["number"])), str(values["file"]), Span(**values["span"]))  # type: ignore[arg-type]
         found: dict[str, object] = {"kind": "", "error": "", "n_rows": shard.span.n_rows, "peak_bytes": 0}
         try:
-            begin_shard(self.folder, shard)
+            attempt = begin_shard(self.folder, shard)
             if self.scorer is None:
                 self.scorer = ENGINES.get(self.options.engine)(self.options.setup)
             if self.reader is None or self.file != shard.file:
                 self.file, self.reader = shard.file, open_reader(shard.file)
-            score_shard(self.scorer, self.reader, shard, self.folder)
+            score_shard(self.scorer, self.reader, shard, self.folder, self.run)
         except SafesideError as error:
             return {**found, "kind": type(error).__name__, "error": str(error)}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {**found, "peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
+        return {**found, "peak_bytes": peak if sys.platform == "darwin" else peak * 1024, "attempt": attempt}
 
 
-def score_shard(scorer: Scorer, reader: Reader, shard: Shard, folder: Folder) -> None:
-    """Score one shard and keep it; one whose rows are no longer what was planned is an InputError."""
+def score_shard(scorer: Scorer, reader: Reader, shard: Shard, folder: Folder, run: str) -> None:
+    """Score one shard and keep it for ``run``; one whose rows are no longer what was planned is an InputError."""
     part = reader.read(shard.span)
     if len(part.rows) != shard.span.n_rows:
         raise InputError(
@@ -213,4 +224,4 @@ def score_shard(scorer: Scorer, reader: Reader, shard: Shard, folder: Folder) ->
         for index, (line, problem) in enumerate(judged)
         if problem is not None
     ]
-    keep_shard(folder, shard, part.scored([line for line, _ in judged], shard.file), bad)
+    keep_shard(folder, run, shard, part.scored([line for line, _ in judged], shard.file), bad)

@@ -1,15 +1,18 @@
 """The output folder of a bulk run: which shards there are, which are done, and that all of it is one run.
 
-``_manifest.json`` is written before the first row is scored: the run's settings, its input files as they were, and
-every shard.  A shard is done when its ``part-NNNNNN`` is there, and its bad rows are in ``_bad`` before that.  Shards
-are cut once, so whatever was killed, each row is in exactly one part.
+``_manifest.json`` is written before the first row is scored: the run's id and settings, its input files as they were,
+and every shard.  A shard is done when its ``part-NNNNNN`` is there, and its bad rows are in ``_bad`` before that.
+Shards are cut once, so whatever was killed, each row is in exactly one part.  Who writes a part looks first whether the
+manifest still has the id of its run.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from safeside.errors import InputError
 from safeside.scale.places import TEMPORARY, Folder, address, explained, opened
@@ -20,6 +23,17 @@ _BAD, _PART = "_bad", "part-"
 _ATTEMPTS = 3  # at one shard, in one run of the command
 
 
+class Claim(NamedTuple):
+    """What a worker writes under."""
+
+    output: str
+    """The folder, named from anywhere."""
+    run: str
+    """Id of the run: made when it is planned, and kept when it goes on."""
+    writer: str
+    """Id of the command that started the worker."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ledger:
     """An output folder and the shards of its run."""
@@ -28,6 +42,15 @@ class Ledger:
     """The output."""
     shards: tuple[Shard, ...]
     """All shards, done or not."""
+    run: str
+    """Id of the run."""
+    left: tuple[str, ...] = ()
+    """What lay unfinished in the folder when it was opened."""
+
+    @property
+    def claim(self) -> Claim:
+        """What workers of this command write under."""
+        return Claim(address(self.folder.place), self.run, self.folder.writer)
 
     def done(self) -> set[int]:
         """Numbers of the shards that are done."""
@@ -40,13 +63,16 @@ class Ledger:
         n_bad = sum(self.folder.read(f"{_BAD}/{name}").count(b"\n") for name in names)
         if names:
             self.folder.write(QUARANTINE, (self.folder.read(f"{_BAD}/{name}") for name in names))
-        self.folder.clear_temporary()
+        self.folder.clear_temporary(self.left)
         return n_bad
 
 
-def begin_shard(folder: Folder, shard: Shard) -> None:
-    """Note that a shard is begun; one that is begun too often in a run, and so kills its workers, is an InputError."""
-    name = f"{TEMPORARY}/begun-{shard.number:06d}"
+def begin_shard(folder: Folder, shard: Shard) -> int:
+    """Note that a shard is begun, and give the number of this attempt in this run of the command, from 1.
+
+    A shard that is begun too often, and so kills its workers, is an InputError.
+    """
+    name = folder.unfinished(f"begun-{shard.number:06d}")
     n_begun = len(folder.read(name)) if folder.has(name) else 0
     if n_begun == _ATTEMPTS:
         last = shard.span.first + shard.span.n_lines - 1
@@ -55,16 +81,34 @@ def begin_shard(folder: Folder, shard: Shard) -> None:
             "ran out, lower --workers, or --shard-rows in a new output folder; else look at these rows."
         )
     folder.write(name, [b"." * (n_begun + 1)])
+    return n_begun + 1
 
 
-def keep_shard(folder: Folder, shard: Shard, scored: bytes, bad: Sequence[Mapping[str, object]]) -> None:
-    """Write a shard's bad rows and then its part, which makes it done."""
+def keep_shard(folder: Folder, run: str, shard: Shard, scored: bytes, bad: Sequence[Mapping[str, object]]) -> None:
+    """Write a shard's bad rows and then its part, which makes it done.
+
+    Once another run was planned in the folder it is an InputError: rows of both would be mixed.
+    """
+
+    def check() -> None:
+        if not folder.begins(MANIFEST, _head(run)):
+            raise InputError(
+                f"Another run has begun in {folder.place}, before this one had kept anything. This one has stopped; "
+                "start it again in an output folder of its own."
+            )
+
+    check()
     name = f"{_BAD}/{shard.number:06d}.jsonl"
     if bad:
-        folder.write(name, (json.dumps(row, default=str).encode() + b"\n" for row in bad))
+        folder.write(name, (json.dumps(row, default=str).encode() + b"\n" for row in bad), check)
     else:
         folder.remove(name)  # of an attempt that was killed between the two
-    folder.write(shard.part, [scored])
+    folder.write(shard.part, [scored], check)
+
+
+def _head(run: str) -> bytes:
+    """How the manifest of a run begins."""
+    return json.dumps({"run": run}).removesuffix("}").encode()
 
 
 def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_rows: int) -> Ledger:
@@ -74,23 +118,29 @@ def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_
     """
     folder = Folder(output)
     names = folder.names()
-    wanted = {**settings, "input": address(*opened(source)), "shard_rows": shard_rows}
-    if MANIFEST in names:  # a folder of ours
-        folder.clear_temporary()
-    if MANIFEST in names and any(name.startswith(_PART) for name in names):
-        found = folder.read_json(MANIFEST)
-        _check_same(output, found, wanted)
-        return Ledger(folder, tuple(_shards_in(output, found)))
+    wanted = {**settings, "input": address(source), "shard_rows": shard_rows}
     if names and MANIFEST not in names:
         raise InputError(f"{output} holds {names[0]!r} and no bulk run; expected a new folder. Choose another.")
-    folder.remove(_BAD)
-    files = find_files(source)
+    left = tuple(folder.names(TEMPORARY)) if names else ()
+    if any(name.startswith(_PART) for name in names):
+        found = folder.read_json(MANIFEST)
+        _check_same(output, found, wanted)
+        _check_files(output, found, _states(_inputs(source, output)))
+        return Ledger(folder, tuple(_shards_in(output, found)), str(found["run"]), left)
+    files, run = _inputs(source, output), uuid.uuid4().hex
     shards = tuple(_cut(files, shard_rows))
     if not shards:
         raise InputError(f"{source} holds no row. Check the path.")
-    manifest = {"settings": wanted, "files": _states(files), "shards": [asdict(shard) for shard in shards]}
-    folder.write(MANIFEST, [json.dumps(manifest).encode()])
-    return Ledger(folder, shards)
+    planned = {"settings": wanted, "files": _states(files), "shards": [asdict(shard) for shard in shards]}
+    folder.write(MANIFEST, [json.dumps({"run": run, **planned}).encode()])
+    folder.remove(_BAD)  # of a run that this one has taken the place of: it keeps nothing from here on
+    return Ledger(folder, shards, run, left)
+
+
+def _inputs(source: str, output: str) -> list[str]:
+    """The input files; the output may lie among them."""
+    inside = f"{address(output)}/"
+    return [file for file in find_files(source) if not file.startswith(inside)]
 
 
 def _cut(files: Sequence[str], shard_rows: int) -> Iterator[Shard]:
@@ -112,18 +162,26 @@ def _states(files: Sequence[str]) -> dict[str, str]:
 
 
 def _check_same(output: str, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    before, states = found.get("settings"), found.get("files")
-    if not isinstance(before, dict) or not isinstance(states, dict):
+    before = found.get("settings")
+    if not all(isinstance(found.get(name), kind) for name, kind in (("run", str), ("settings", dict), ("files", dict))):
         raise InputError(f"{output}/{MANIFEST} is damaged. Choose another folder.")
+    assert isinstance(before, dict)
     for name, value in json.loads(json.dumps(wanted)).items():
         if before.get(name) != value:
             raise InputError(
                 f"{output} holds a run with {name} {before.get(name)!r}; this one has {value!r}. Give the same, or "
                 "choose another folder."
             )
-    changed = [file for file, state in _states(list(states)).items() if state != states[file]]
-    if changed:
-        raise InputError(f"{changed[0]} was changed since the run in {output} began. Choose another folder.")
+
+
+def _check_files(output: str, found: Mapping[str, object], states: Mapping[str, str]) -> None:
+    """Raise an InputError unless the input has the files that were planned, all as they were."""
+    before = found["files"]
+    assert isinstance(before, dict)
+    for file in sorted({*before, *states}):
+        if before.get(file) != states.get(file):
+            what = "added" if file not in before else "taken away" if file not in states else "changed"
+            raise InputError(f"{file} was {what} since the run in {output} began. Choose another folder.")
 
 
 def _shards_in(output: str, found: Mapping[str, object]) -> Iterator[Shard]:

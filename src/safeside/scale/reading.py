@@ -16,10 +16,11 @@ from typing import IO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 
 from safeside.errors import InputError
 from safeside.guards.lines import Line, Row
-from safeside.scale.places import address, explained, opened
+from safeside.scale.places import addresses, explained, opened
 from safeside.tasks.rows import BadRow, parse_rows
 
 PARQUET = ".parquet"
@@ -63,7 +64,7 @@ class Shard:
     @property
     def part(self) -> str:
         """The name of its file in the output, in the form of the input."""
-        return f"part-{self.number:06d}{PARQUET if self.file.endswith(PARQUET) else '.jsonl'}"
+        return f"part-{self.number:06d}{PARQUET if is_table(self.file) else '.jsonl'}"
 
 
 class Part(Protocol):
@@ -113,23 +114,29 @@ def find_files(place: str) -> list[str]:
     odd = [name for name in names if not name.endswith(_SUFFIXES)]
     if odd:
         raise InputError(f"{odd[0]} holds no rows by its name; expected {', '.join(_SUFFIXES)}. Rename or convert it.")
-    return [address(files, name) for name in sorted(names)]
+    return addresses(place, sorted(names))
+
+
+def is_table(file: str) -> bool:
+    """Whether a file is Parquet by its name, which in a chain of file systems need not stand last."""
+    return any(link.endswith(PARQUET) for link in file.split("::"))
 
 
 def open_reader(file: str) -> Reader:
     """The reader of a file, by its suffix; a file that cannot be read is an InputError."""
     files, path = opened(file)
     with explained(file, "read"):
-        if file.endswith(PARQUET):
-            return TableReader(files.open(path, "rb"), file)
-        return LineReader(files.open(path, "rb", compression="infer"), file)
+        if is_table(file):
+            return TableReader(files.open(path, "rb"), file, files)
+        return LineReader(files.open(path, "rb", compression="infer"), file, files)
 
 
 class LineReader:
     """JSON lines."""
 
-    def __init__(self, handle: IO[bytes], file: str) -> None:
+    def __init__(self, handle: IO[bytes], file: str, files: AbstractFileSystem) -> None:
         self.handle, self.file = handle, file
+        self.files = files  # kept: an archive closes what was opened in it when it goes
 
     def spans(self, size: int) -> Iterator[Span]:
         first, n_lines, n_rows, offset, position = 1, 0, 0, 0, 0
@@ -179,8 +186,9 @@ def _unclashing(row: Row) -> Row:
 class TableReader:
     """Parquet, read forwards from the row group in which a shard starts."""
 
-    def __init__(self, handle: IO[bytes], file: str) -> None:
+    def __init__(self, handle: IO[bytes], file: str, files: AbstractFileSystem) -> None:
         self.file, self.source = file, pq.ParquetFile(handle)
+        self.files = files  # kept: an archive closes what was opened in it when it goes
         groups = range(self.source.num_row_groups)
         sizes = [self.source.metadata.row_group(group).num_rows for group in groups]
         self.starts = list(accumulate(sizes, initial=0))

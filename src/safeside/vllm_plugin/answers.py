@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from safeside.vllm_plugin.slots import read
 from safeside.vllm_plugin.told import Told
 
-_NAMED = "token_id:"  # how vLLM spells tokens when asked for ids
+NAMED = "token_id:"
+"""Before a token's id: how vLLM spells tokens when it is asked to, as it has to be for slots to be told apart."""
 _DATA = b"data: "
 
 
 class Answers:
     """One request's answer, of any number of choices, whole or in chunks."""
 
-    def __init__(self, slots: Sequence[int], told: Told, *, keeps_logprobs: bool, with_tokens: bool) -> None:
-        self.names = [f"{_NAMED}{slot}" for slot in slots]
+    def __init__(
+        self,
+        slots: Sequence[int],
+        told: Told,
+        *,
+        with_tokens: bool,
+        keeps_logprobs: bool,
+        text_of: Callable[[str], str] | None = None,
+    ) -> None:
+        self.names = [f"{NAMED}{slot}" for slot in slots]
         self.slots = list(slots)
         self.told = told
-        self.keeps_logprobs = keeps_logprobs
         self.with_tokens = with_tokens
+        self.keeps_logprobs = keeps_logprobs
+        self.text_of = text_of
+        """The text of a token from its name; None where the client asked for names."""
         self.steps: dict[int, list[list[float]]] = {}
+        self.ends: dict[int, int] = {}
+        """By choice, how many characters its tokens have so far."""
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -61,21 +75,26 @@ class Answers:
             return
         rows = _chat_rows(logprobs) if "content" in logprobs else logprobs.get("top_logprobs") or []
         steps = self.steps.setdefault(choice["index"], [])
-        steps += [read([row.get(name, math.nan) for name in self.names]) for row in rows]
-        choice["logprobs"] = _cleaned(logprobs) if self.keeps_logprobs else None
+        tells_strength = self.told.tells_strength
+        steps += [read([row.get(name, math.nan) for name in self.names], tells_strength=tells_strength) for row in rows]
+        choice["logprobs"] = self._cleaned(logprobs, choice["index"]) if self.keeps_logprobs else None
+
+    def _cleaned(self, logprobs: dict[str, Any], index: int) -> dict[str, Any]:
+        """Log-probabilities of a choice's drawn tokens alone, which are spelled as text again."""
+        if "content" in logprobs:
+            entries = [{**entry, "top_logprobs": []} for entry in logprobs["content"] or []]
+            if self.text_of is not None:  # it lies beside the name
+                entries = [
+                    {**entry, "token": bytes(entry["bytes"] or ()).decode(errors="replace")} for entry in entries
+                ]
+            return {**logprobs, "content": entries}
+        if self.text_of is None:
+            return {**logprobs, "top_logprobs": None}
+        tokens = [self.text_of(name) for name in logprobs["tokens"]]
+        *offsets, self.ends[index] = accumulate(map(len, tokens), initial=self.ends.get(index, 0))
+        return {**logprobs, "tokens": tokens, "text_offset": offsets, "top_logprobs": None}
 
 
 def _chat_rows(logprobs: dict[str, Any]) -> list[dict[str, float]]:
     content = logprobs["content"] or []
     return [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in content]
-
-
-def _cleaned(logprobs: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities of the drawn tokens alone; those of chats spelled by their bytes again."""
-    if "content" not in logprobs:
-        return {**logprobs, "top_logprobs": None}
-    content = [
-        {**entry, "token": bytes(entry["bytes"] or ()).decode(errors="replace"), "top_logprobs": []}
-        for entry in logprobs["content"] or []
-    ]
-    return {**logprobs, "content": content}

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safeside.errors import InputError
 from safeside.vllm_plugin.plan import check_version, installed_version, plan_engine
+
+OWN_FLAGS = (
+    "--model", "--tokenizer", "--hf-overrides", "--additional-config", "--logits-processors", "--middleware",
+    "--logprobs-mode", "--config",
+)  # fmt: skip
+"""Flags of vLLM that only the plan sets.  Of two of a name vLLM takes the last, and ``--config`` is a file of flags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +40,24 @@ class VllmOptions:
 def vllm_command(options: VllmOptions) -> list[str]:
     """The command that serves; whatever does not fit together is an error before anything is started."""
     check_version(installed_version())
+    _check_flags(options.more)
     settings = {"strength": options.strength, "spare_tokens": options.spare_tokens}
     plan = plan_engine(options.base, options.guards, options.aligner, **settings)  # type: ignore[arg-type]
     at = ["--host", options.host, "--port", str(options.port)]
-    named = ["--served-model-name", options.model] if options.model is not None else []
+    named = ["--served-model-name", options.model or options.base]
     typed = ["--dtype", options.dtype] if options.dtype is not None else []
     return plan.command([*at, *named, *typed, *options.more])
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    """Raise an InputError for a flag of OWN_FLAGS as vLLM reads it: with ``_``, with ``.key`` or cut short too."""
+    for word in words:
+        name = re.split(r"[=.]", word, maxsplit=1)[0].replace("_", "-")
+        if name.startswith("--") and any(own.startswith(name) for own in OWN_FLAGS):
+            raise InputError(
+                f"{word!r} would be read in place of what serves guards and aligners, and could take them out. "
+                f"Expected none of {', '.join(OWN_FLAGS)} among the flags of vLLM's own. Leave it out."
+            )
 
 
 def serve_on_vllm(options: VllmOptions, *, only_prints: bool = False) -> None:

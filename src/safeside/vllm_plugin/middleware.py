@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import AutoTokenizer
 
 from safeside.errors import InputError
-from safeside.vllm_plugin.answers import Answers
+from safeside.vllm_plugin.answers import NAMED, Answers
 from safeside.vllm_plugin.plan import EngineConfig, read_engine_config
 from safeside.vllm_plugin.strengths import KEY, parse_strength
 from safeside.vllm_plugin.told import Told
@@ -37,12 +39,28 @@ class AskedSafety(BaseModel):
     tokens: bool = False
 
 
+class Texts:
+    """The text of tokens that are named by their ids, by the engine's tokenizer."""
+
+    def __init__(self, tokenizer: str) -> None:
+        self.folder = tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Read when it is first asked for: few requests want log-probabilities."""
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+
+    def __call__(self, name: str) -> str:
+        """The text of one token."""
+        return str(self.tokenizer.decode([int(name.removeprefix(NAMED))]))
+
+
 class SafetyMiddleware:
     """An ASGI application around vLLM's."""
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.engine: tuple[EngineConfig, Told] | None = None
+        self.engine: tuple[EngineConfig, Told, Texts] | None = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request; what asks nothing of the model passes untouched.
@@ -55,7 +73,7 @@ class SafetyMiddleware:
         if not scope["path"].endswith(PATHS):
             await _refuse(send, f"{scope['path']} gives no verdicts. Use {' or '.join(PATHS)}.")
             return
-        config, told = self._engine(scope)
+        config, told, texts = self._engine(scope)
         try:
             values, safety = prepared(await _body(receive), config)
         except InputError as error:
@@ -65,14 +83,16 @@ class SafetyMiddleware:
         outgoing = send
         if config.slots:
             keeps = values.get("logprobs") is not None and values["logprobs"] is not False
-            answers = Answers(config.slots, told, keeps_logprobs=keeps, with_tokens=safety.tokens)
+            text_of = None if values.get("return_tokens_as_token_ids") else texts
+            answers = Answers(config.slots, told, with_tokens=safety.tokens, keeps_logprobs=keeps, text_of=text_of)
             values, outgoing = {**values, **answers.asked}, _Outgoing(send, answers)
         await self.app(scope, _once(values, receive), outgoing)
 
-    def _engine(self, scope: MutableMapping[str, Any]) -> tuple[EngineConfig, Told]:
+    def _engine(self, scope: MutableMapping[str, Any]) -> tuple[EngineConfig, Told, Texts]:
         if self.engine is None:
-            config = read_engine_config(scope["app"].state.vllm_config.additional_config)
-            self.engine = config, Told(config)
+            vllm_config = scope["app"].state.vllm_config
+            config = read_engine_config(vllm_config.additional_config)
+            self.engine = config, Told(config), Texts(vllm_config.model_config.tokenizer)
         return self.engine
 
 
@@ -116,6 +136,11 @@ def _check_readable(values: dict[str, Any], config: EngineConfig) -> None:
         )
     if config.slots and (values.get("use_beam_search") or values.get("echo")):
         raise InputError("Beam search and echo give no scores. Leave them out.")
+    if config.slots and values.get("include_reasoning") not in (None, True):
+        raise InputError(
+            "'include_reasoning' other than true hides log-probabilities where the server parses reasoning, and scores "
+            "travel as such. Leave it out, and pass over the reasoning in the answer."
+        )
 
 
 class _Outgoing:

@@ -33,6 +33,8 @@ class SafesideModel(nn.Module):
 
     places: Tensor
     """The slots, as one tensor."""
+    is_loaded = False
+    """Whether the adapters have their weights: some ways of loading a base pass ``load_weights`` by."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_version(vllm_version)
@@ -63,6 +65,11 @@ class SafesideModel(nn.Module):
         safeside_rows: Tensor | None = None,
     ) -> Tensor:
         """Final states (T, D), and behind them the scores; ``safeside_rows`` (T) is each token's row of the table."""
+        if not self.is_loaded:
+            raise UnsupportedError(
+                "The adapters have no weights: this --load-format (such as dummy or sharded_state) does not load them. "
+                "Start with --load-format auto."
+            )
         taps = [self._embedded(input_ids, inputs_embeds)] if self.side.layers[0] == 0 else []
         output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         final, above = output if isinstance(output, tuple) else (output, [])
@@ -102,7 +109,9 @@ class SafesideModel(nn.Module):
     def load_weights(self, weights: Any) -> set[str]:
         """The base's weights by its own loader, then every adapter's from its folder."""
         loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
-        return loaded | {f"side.{name}" for name in self.side.load_adapters()}
+        of_adapters = {f"side.{name}" for name in self.side.load_adapters()}
+        self.is_loaded = True
+        return loaded | of_adapters
 
     @classmethod
     def get_model_state_cls(cls) -> type[SafesideModelState]:
@@ -137,6 +146,8 @@ def _refuse(vllm_config: VllmConfig) -> None:
         "Positions of several dimensions": model.uses_mrope,
         "Micro-batching": parallel.use_ubatching,
         "A pooling engine": model.runner_type == "pooling",
+        f"Log-probabilities as {model.logprobs_mode}: scores are read from raw_logprobs": model.logprobs_mode
+        != "raw_logprobs",
         "No logits processor to tell of requests (--logits-processors)": not any(
             PROCESSOR in name for name in processors
         ),

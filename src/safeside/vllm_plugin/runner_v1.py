@@ -19,6 +19,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
 from safeside.errors import InputError, UnsupportedError
+from safeside.vllm_plugin import PREFIX
 from safeside.vllm_plugin.plan import PROCESSOR, EngineConfig, read_engine_config
 from safeside.vllm_plugin.slots import HOTTEST
 from safeside.vllm_plugin.strengths import KEY, Setting, parse_strength
@@ -67,6 +68,12 @@ class Strengths(ProcessorV1, ProcessorV2):
     facts: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, vllm_config: VllmConfig, device: Any, is_pin_memory: bool = False) -> None:
+        architectures = vllm_config.model_config.architectures
+        if not any(name.startswith(PREFIX) for name in architectures):
+            raise UnsupportedError(
+                f"The engine runs {', '.join(architectures)}, without its guards and aligners; expected {PREFIX} "
+                "before the name. Start it with the --hf-overrides that safeside serve --engine vllm prints alone."
+            )
         if vllm_config.use_v2_model_runner:
             return  # requests come through the model's state
         if torch.device(device).type != "cpu":

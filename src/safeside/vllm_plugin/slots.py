@@ -17,6 +17,8 @@ GAP = 60.0
 HOTTEST = 4.0
 """The highest temperature at which a slot is as good as impossible: exp(-60 / 4) is 3e-7 of the likeliest token."""
 _NO_SCORE = 3.0  # in place of what is not a number: above every score and strength
+_STRONGEST = 2.0
+_SLACK = 0.01  # of rounding in differences of log-probabilities near -60
 
 
 def pack(states: Float[Tensor, "T D"], values: Float[Tensor, "T N"]) -> Tensor:
@@ -37,9 +39,17 @@ def write(logits: Float[Tensor, "N V"], values: Float[Tensor, "N K"], places: In
     return logits.index_copy(-1, places, torch.cat([level, level + told], -1))
 
 
-def read(logprobs: Sequence[float]) -> list[float]:
-    """The values from the log-probabilities of the slots; NaN for what was no number, or was masked."""
+def read(logprobs: Sequence[float], *, tells_strength: bool = False) -> list[float]:
+    """The scores from the log-probabilities of the slots, and then the strength if it is told.
+
+    NaN for what was no number, was masked, or lies out of range: ids that nobody wrote into read as any other logit.
+    """
     reference, *rest = logprobs
-    found = [value - reference for value in rest]
     masked = not math.isfinite(reference) or reference <= -9999.0  # what vLLM tells in place of -inf
-    return [math.nan if masked or not math.isfinite(value) or value > 2.5 else value for value in found]
+    tops = [1.0] * (len(rest) - tells_strength) + [_STRONGEST] * tells_strength
+    return [math.nan if masked else _within(value - reference, top) for value, top in zip(rest, tops, strict=True)]
+
+
+def _within(value: float, top: float) -> float:
+    """A value of [0, ``top``], but for rounding; NaN for any other."""
+    return min(max(value, 0.0), top) if -_SLACK <= value <= top + _SLACK else math.nan

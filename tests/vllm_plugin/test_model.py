@@ -1,0 +1,62 @@
+"""The model in front of a base, on a stand-in for vLLM: what it refuses, and its scores against the library's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from safeside import Adapter, Base, save_adapter
+from safeside.errors import UnsupportedError
+from safeside.vllm_plugin import slots
+from safeside.vllm_plugin.plan import plan_engine
+
+SAME = 1e-5  # differences of float32 near -60
+
+
+@pytest.fixture
+def config(session_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path) -> SimpleNamespace:
+    """vLLM's own configuration of an engine with one probe."""
+    plan = plan_engine(session_base.folder, [save_adapter(random_guard(session_base, kind="plr"), tmp_path / "harm")])
+    options, text = plan.engine_options(), session_base.model.config
+    model = SimpleNamespace(
+        model=options["model"], revision=None, logits_processors=options["logits_processors"], uses_mrope=False,
+        runner_type="generate", logprobs_mode="raw_logprobs", hf_text_config=text,
+    )  # fmt: skip
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+    )
+    return SimpleNamespace(
+        additional_config=options["additional_config"], model_config=model, parallel_config=parallel, lora_config=None,
+        speculative_config=None, instance_id=str(tmp_path), scheduler_config=SimpleNamespace(max_num_seqs=2),
+    )  # fmt: skip
+
+
+def test_scores_come_out_of_the_slots(plugin: Callable[[str], Any], config: SimpleNamespace) -> None:
+    model = plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
+    model.load_weights([])
+    with torch.no_grad():
+        packed = model(torch.arange(7), torch.arange(7))
+        logprobs = model.compute_logits(packed).log_softmax(-1)
+    _, scores = slots.unpack(packed, model.state_width)
+    assert 0 < float(scores.min()) < float(scores.max()) < 1
+    found = torch.tensor([slots.read(row) for row in logprobs[:, model.places].tolist()])
+    torch.testing.assert_close(found, scores, atol=SAME, rtol=0)
+
+
+def test_adapters_without_weights_are_refused(plugin: Callable[[str], Any], config: SimpleNamespace) -> None:
+    """As --load-format dummy leaves them."""
+    model = plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
+    with pytest.raises(UnsupportedError, match="--load-format"):
+        model(torch.arange(7), torch.arange(7))
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits", "processed_logits"])
+def test_other_log_probabilities_are_refused(plugin: Callable[[str], Any], config: SimpleNamespace, mode: str) -> None:
+    config.model_config.logprobs_mode = mode
+    with pytest.raises(UnsupportedError, match=f"Log-probabilities as {mode}"):
+        plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
