@@ -42,7 +42,7 @@ GOAL = 0.95  # guarded throughput on the 0.5B geometry
 GEOMETRIES = ("Qwen2.5-0.5B", "builtin")
 CLIENTS = (1, 8, 32)
 REQUESTS, TOKENS = {"builtin": 24}, {"builtin": 48}  # of a round, of an answer; of other geometries
-FEW_REQUESTS, FEW_TOKENS = 3, 12
+FEW_REQUESTS, FEW_TOKENS = 3, 32
 N_FOR_P99 = 100
 NOTE = (
     "Clients, base, guarded, second_model and the second model itself each in a process of their own, on the same "
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, help="of a round (3; builtin 24), at least one of each client")
-    parser.add_argument("--tokens", type=int, help="of each answer (12; builtin 48); the guard holds 8 back")
+    parser.add_argument("--tokens", type=int, help="of each answer (32; builtin 48); the guard holds 8 back")
     parser.add_argument("--faults", type=int, default=8, help="clients beside each fault; 0 leaves faults out")
     parser.add_argument("--rows", type=int, default=10_000, help="through safeside guard; 0 leaves them out")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes; 0 leaves it out")

@@ -146,3 +146,20 @@ def test_without_adapters_the_base_runs_alone(tiny_base: Base) -> None:
     assert torch.equal(found.logits[0], tiny_base.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1])
     assert (found.scores, found.strengths) == (({},), ({},))
     assert tiny_base.attachment is None
+
+
+@torch.no_grad()
+def test_the_head_reads_states_without_gaps(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gaps, be it before a single row, CPUs copy a tied head's matrix: 0.41 s for 0.02 s at a 0.5B geometry."""
+    seen: list[tuple[int, ...]] = []
+
+    def head_logits(base: Base, states: torch.Tensor) -> torch.Tensor:
+        seen.append(states.stride())
+        return plain(base, states)
+
+    plain = Base.head_logits
+    monkeypatch.setattr(Base, "head_logits", head_logits)
+    width, ids = tiny_base.d_model, prompt(tiny_base, "the cat")
+    for n_rows in (1, 2):
+        Runner(tiny_base, [], []).prefill([ids] * n_rows, [Setting(len(ids), {})] * n_rows)
+    assert seen == [(width, width, 1)] * 2

@@ -103,7 +103,7 @@ class Runner:
         by_row = zip(*(values[:, 0].tolist() for values in strengths.values()), strict=True)
         return Pass(
             rows,
-            self.base.head_logits(final.contiguous())[:, -1],  # of a view CPUs copy a tied head's whole matrix
+            self.base.head_logits(_compact(final))[:, -1],
             self._scores(len(settings)),
             tuple(dict(zip(strengths, values, strict=True)) for values in by_row) or ({},) * len(settings),
         )
@@ -138,3 +138,11 @@ class Runner:
             guard: Seen(history.scores[rows][..., columns[guard]], history.positions[rows].long())
             for guard in guards_of(policy)
         }
+
+
+def _compact(states: Float[Tensor, "B 1 D"]) -> Float[Tensor, "B 1 D"]:
+    """A copy whose rows lie one behind the other: from states with gaps between them CPUs copy a tied head's matrix.
+
+    Of one row ``contiguous`` keeps the gap, for it looks at no stride of a dimension of size 1.
+    """
+    return states.clone(memory_format=torch.contiguous_format)
