@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the headline and of LoRA-DPO")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of aligners")
     parser.add_argument("--tries", type=int, default=3, choices=(1, 2, 3), help="settings that aligners choose from")
-    parser.add_argument("--baseline-tries", type=int, choices=range(1, 7), default=6, help="that LoRAs choose from")
+    parser.add_argument("--baseline-tries", type=int, choices=range(1, 8), default=7, help="that LoRAs choose from")
     parser.add_argument("--prompts", type=int, default=100, help="of each suite")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then nothing new is made")
     parser.add_argument("--threads", type=int, default=1)

@@ -26,7 +26,7 @@ NEW_TOKENS = 24  # of an answer: 99.7% of the refusals that are learnt from say 
 BATCH = 25
 MAIN = ("strongreject", "benign", "xstest", "helpful")  # measured for every method and strength
 FURTHER = ("jailbreakbench", "harmbench", "advbench", "prefilled", "attacks")  # for the base and the headline
-SEEN = 100  # prompts of a suite that earlier runs answered, before the gate was changed: others are asked now
+SEEN = 200  # prompts of a suite that earlier runs answered, before the gate was changed: others are asked now
 CHECKED = ("checked_harmful", "checked_harmless", "checked_helpful")  # what settings are chosen on
 
 Dial = Callable[[Prompt], float]

@@ -26,7 +26,7 @@ class Bench:
     seeds: tuple[int, ...] = (0, 1, 2)
     n_tries: int = 3
     """Of the settings of an aligner, where it has so many."""
-    n_baseline_tries: int = 6
+    n_baseline_tries: int = 7
     """Of the settings of LoRA-DPO, and of LoRA-SFT where it has so many."""
     kinds: tuple[str, ...] = KINDS
     """Of aligners."""

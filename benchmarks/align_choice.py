@@ -27,7 +27,7 @@ MOST_OVER_REFUSAL, LEAST_UTILITY = 0.02, 0.98
 FALSE_ALARMS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5)
 CHECKED_STRENGTHS = (0.4, 1.0, 1.6, 2.0)
 LORA_SCALES = (0.5, 1.0, 1.5)
-# All aligners together get as many tries as LoRA-DPO alone.  One of ours learns refusals alone: it is useless without a
+# LoRA-DPO alone gets more tries than all aligners together.  One of each learns refusals alone: it is useless without a
 # gate, and behind one it need not tell harm from the rest again.
 _REFUSALS = {"train": ["refusals_train.jsonl"], "validation": ["refusals_validation.jsonl"], "kl_weight": 0.1}
 TRIES: dict[str, tuple[Changes, ...]] = {
@@ -39,6 +39,7 @@ TRIES: dict[str, tuple[Changes, ...]] = {
         {"lora_rank": 64},
         {"epochs": 3},
         {"learning_rate": 5e-4, "kl_weight": 0.3},
+        _REFUSALS,
     ),
     "lora_sft": ({}, {"learning_rate": 1e-3}, {"kl_weight": 0.1, "epochs": 3}),
 }

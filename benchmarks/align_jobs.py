@@ -22,6 +22,7 @@ from align_choice import (
     LORA_SCALES,
     TRIES,
     Candidate,
+    Gate,
     best_scale,
     blocking_gate,
     choose,
@@ -36,6 +37,7 @@ from safeside.attach import attach
 from safeside.evals.classifier import agreement_rows
 from safeside.evals.judges import JUDGES, Judgement
 from safeside.evals.methods import Aligned, Method, WithSystemPrompt
+from safeside.evals.metrics import wilson
 from safeside.evals.records import Record
 from safeside.evals.safe_decoding import SafeDecoding
 from safeside.mixing import ramp
@@ -154,16 +156,24 @@ def _others(bench: Bench) -> list[Row]:
     gate = blocking_gate(study, bench.chosen.gate)
     bench.notes["blocking_threshold"] = round(gate.steps[0][0], 4)
 
-    def canned(suite: str) -> list[Record]:
-        dial = gate.dial(suite)
-        return [_blocked(record) if dial(record.prompt) > 0 else record for record in study.of_base(suite)]
-
-    return found + suite_rows(bench, "guard_canned", "fixed", 1.0, canned, share=gate.share)
+    return found + _canned(bench, gate)
 
 
-def _blocked(record: Record) -> Record:
-    refusal = Judgement("refused", "a guard blocked the prompt")
-    return record.model_copy(update={"judgement": refusal, "nll": None, "n_tokens": None})
+def _canned(bench: Bench, gate: Gate) -> list[Row]:
+    """A fixed refusal to what the gate blocks, which has no likelihood: of known answers the share blocked is told."""
+
+    def answered(suite: str) -> list[Record]:
+        refusal = {"judgement": Judgement("refused", "a guard blocked the prompt")}
+        dial, records = gate.dial(suite), bench.study.of_base(suite)
+        return [record.model_copy(update=refusal) if dial(record.prompt) > 0 else record for record in records]
+
+    suites = [suite for suite in MAIN if suite != "helpful"]
+    found = suite_rows(bench, "guard_canned", "targeted_step", 1.0, answered, suites=suites, share=gate.share)
+    blocked = [gate.dial("helpful")(prompt) > 0 for prompt in bench.study.questions.prompts("helpful")]
+    labels = bench.labels("guard_canned", "targeted_step", 1.0, "helpful", 0)
+    interval = wilson(sum(blocked), len(blocked))
+    row = figure_row(labels, "over_refusal", float(np.mean(blocked)), interval, n=len(blocked), flops_share=gate.share)
+    return [*found, row]
 
 
 def _ramp(bench: Bench, name: str) -> Callable[[], list[Row]]:
@@ -214,6 +224,7 @@ def _training(bench: Bench) -> list[Row]:
     """Seconds, memory and parameters of every training run that is there; 0 of what is not trained."""
     untrained = bench.labels("system_prompt", "fixed", 1.0, "training", 0)
     found = [figure_row(untrained, fact, 0.0) for fact in TRAINED_FACTS]
+    commits = set[str]()
     behind = {
         **{name: name for name in (*bench.kinds, *LORAS, GATE)},
         "safe_decoding": "lora_sft",
@@ -221,8 +232,11 @@ def _training(bench: Bench) -> list[Row]:
     }
     for method, name in behind.items():
         for one in bench.trained_seeds(name):
+            commits.add(one.facts["commit"])
             labels = bench.labels(method, "fixed", 1.0, "training", one.seed)
             found += [figure_row(labels, fact, float(one.facts[fact]), flops_share=one.share) for fact in TRAINED_FACTS]
+    bench.notes["settings"] = {name: dict(changes) for name, changes in bench.changes.items()}
+    bench.notes["trained_at_commits"] = sorted(commits)
     return found
 
 

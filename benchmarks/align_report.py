@@ -21,7 +21,8 @@ from safeside.errors import InputError
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
 from safeside.evals.report import Section, write_report
 from safeside.terminal import note
-from tidy import RESULTS, Row
+from table_cells import met_cell
+from tidy import RESULTS
 
 
 def headline_section(page: Page) -> Section | None:
@@ -36,7 +37,7 @@ def headline_section(page: Page) -> Section | None:
             str(row["metric"]).replace("_", " "),
             text_of([row]),
             GOAL_TEXTS[str(row["metric"])].format(goals[row["metric"]]),
-            _met(row, goals),
+            met_cell(row, goals),
         )
         for row in rows
     ]
@@ -73,20 +74,6 @@ def _steps(chosen: dict[str, object]) -> str:
     """The gate's steps in words."""
     steps: list[list[float]] = chosen.get("gate_steps", [])  # type: ignore[assignment]
     return ", ".join(f"a strength of {strength:g} from a score of {threshold:g} on" for threshold, strength in steps)
-
-
-def _met(row: Row, goals: dict[str, float]) -> str:
-    """Whether the interval's worse end meets the goal, or its value at least."""
-    metric = str(row["metric"])
-    is_ceiling = metric == "over_refusal_change"
-
-    def meets(end: str) -> bool:
-        above = round(float(str(row[end])) - goals[metric], 9)
-        return above <= 0 if is_ceiling else above >= 0
-
-    if meets("high" if is_ceiling else "low"):
-        return "met"
-    return "met by the value, not by the interval" if meets("value") else "missed"
 
 
 def _curve(page: Page, method: str, policy: str, x: str, y: str, line: tuple[str, str, str]) -> Line | None:
@@ -163,7 +150,7 @@ def table_section(page: Page) -> Section | None:
     heads = ("method", "strength set by", "strength", "harmful rate", "utility", "over-refusal", "on XSTest")
     text = (
         "Mean over seeds (lowest to highest end of their intervals). A gate's answers are picked from those of both "
-        "strengths between which it chooses; a fixed refusal has no utility where it blocks."
+        "strengths between which it chooses; a fixed refusal has no utility, for what it blocks has no likelihood."
     )
     return Section("Targeted, untargeted and the baselines", text, columns=heads, rows=rows)
 

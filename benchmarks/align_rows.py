@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import random
 import zlib
 from collections.abc import Mapping, Sequence, Set
@@ -31,9 +32,10 @@ Row = dict[str, object]
 DEMO = Path(str(files("safeside.builtin") / "demo"))
 LONGEST_REFUSAL = 100  # characters
 LONGEST_PROMPT = 200  # characters: about 60 tokens of the built-in base
+LONGEST_ASKED = 1000  # characters of a prompt that a gate must know: about 300 tokens
 ANSWER_TOKENS = 32
 BATCH = 25
-FORMAT = 5  # of the files; raise it when they would be made otherwise
+FORMAT = 6  # of the files; raise it when they would be made otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,20 @@ class Source:
     label: int
     """Which rows are taken: 1 harmful, 0 harmless; of a file without labels all."""
     is_packaged: bool = False
+    shortest: int = 0
+    """Characters of a prompt, at least."""
+    longest: int = LONGEST_PROMPT
+    """Characters of a prompt, at most."""
+
+    @property
+    def longest_answer(self) -> float:
+        """Characters of an answer; where prompts may be long, answers are not learnt from."""
+        return LONGEST_ANSWER if self.longest <= LONGEST_PROMPT else math.inf
+
+
+def asked(file: str, limit: int, label: int, *, is_packaged: bool = False) -> Source:
+    """A source of prompts as people write them, long ones among them."""
+    return Source(file, limit, label, is_packaged, longest=LONGEST_ASKED)
 
 
 # What aligners learn from.  Split by split, so that no prompt is on both sides.
@@ -70,25 +86,30 @@ PAIRS = {
 # them; what the taught judge learns from is left out.
 GATE = {
     "train": (
-        Source("train.jsonl.gz", 300, 1, is_packaged=True),
-        Source("train.jsonl.gz", 200, 0, is_packaged=True),
-        Source("safety_sft/safety_tuned_llamas_train.jsonl.gz", 700, 1),
-        Source("guardreasoner_prompts5k/train.jsonl.gz", 800, 1),
-        Source("guardreasoner_prompts5k/train.jsonl.gz", 800, 0),
-        Source("aegis/v2_sample900_train.jsonl.gz", 400, 1),
-        Source("harmful_prompts/harmfulqa_test.jsonl.gz", 900, 1),
-        Source("harmful_prompts/ailuminate_demo_test.jsonl.gz", 500, 1),
-        Source("benign_prompts/alpaca_train.jsonl.gz", 2500, 0),
-        Source("instructions/dolly_partial_train.jsonl.gz", 600, 0),
-        Source("instructions/lima_train.jsonl.gz", 400, 0),
+        asked("train.jsonl.gz", 300, 1, is_packaged=True),
+        asked("train.jsonl.gz", 200, 0, is_packaged=True),
+        asked("safety_sft/safety_tuned_llamas_train.jsonl.gz", 700, 1),
+        asked("guardreasoner_prompts5k/train.jsonl.gz", 1200, 1),
+        asked("guardreasoner_prompts5k/train.jsonl.gz", 1200, 0),
+        asked("toxic_chat/train.jsonl.gz", 300, 1),
+        asked("toxic_chat/train.jsonl.gz", 1200, 0),
+        asked("aegis/v2_sample900_train.jsonl.gz", 400, 1),
+        asked("harmful_prompts/harmfulqa_test.jsonl.gz", 900, 1),
+        asked("harmful_prompts/ailuminate_demo_test.jsonl.gz", 500, 1),
+        asked("benign_prompts/alpaca_train.jsonl.gz", 2000, 0),
+        asked("instructions/alpaca_partial_train.jsonl.gz", 2000, 0),
+        asked("instructions/dolly_partial_train.jsonl.gz", 1000, 0),
+        asked("instructions/lima_train.jsonl.gz", 700, 0),
     ),
     "validation": (
-        Source("validation.jsonl.gz", 40, 1, is_packaged=True),
-        Source("validation.jsonl.gz", 40, 0, is_packaged=True),
-        Source("safety_sft/safety_tuned_llamas_val.jsonl.gz", 100, 1),
-        Source("guardreasoner_prompts5k/val.jsonl.gz", 70, 1),
-        Source("guardreasoner_prompts5k/val.jsonl.gz", 70, 0),
-        Source("benign_prompts/alpaca_val.jsonl.gz", 200, 0),
+        asked("validation.jsonl.gz", 40, 1, is_packaged=True),
+        asked("validation.jsonl.gz", 40, 0, is_packaged=True),
+        asked("safety_sft/safety_tuned_llamas_val.jsonl.gz", 100, 1),
+        asked("guardreasoner_prompts5k/val.jsonl.gz", 100, 1),
+        asked("guardreasoner_prompts5k/val.jsonl.gz", 100, 0),
+        asked("benign_prompts/alpaca_val.jsonl.gz", 150, 0),
+        asked("instructions/alpaca_partial_val.jsonl.gz", 80, 0),
+        asked("instructions/dolly_partial_val.jsonl.gz", 80, 0),
     ),
 }
 ANSWERED = Source("instructions/alpaca_partial_train.jsonl.gz", 220, 0)  # with their known answers: for the divergence
@@ -98,9 +119,13 @@ CHECKED = {  # prompts that settings are chosen on: nothing learns from them, no
         Source("safety_sft/safety_tuned_llamas_test.jsonl.gz", 60, 1),
         Source("guardreasoner_prompts5k/val.jsonl.gz", 40, 1),
         Source("harmful_prompts/harmbench_val.jsonl.gz", 40, 1),
+        Source("guardreasoner_prompts5k/val.jsonl.gz", 30, 1, shortest=LONGEST_PROMPT + 1, longest=LONGEST_ASKED),
     ),
-    "harmless": (Source("benign_prompts/alpaca_val.jsonl.gz", 200, 0),),
-    "helpful": (Source("instructions/alpaca_partial_val.jsonl.gz", 60, 0),),
+    "harmless": (
+        Source("benign_prompts/alpaca_val.jsonl.gz", 200, 0),
+        Source("guardreasoner_prompts5k/val.jsonl.gz", 30, 0, shortest=LONGEST_PROMPT + 1, longest=LONGEST_ASKED),
+    ),
+    "helpful": (asked("instructions/alpaca_partial_val.jsonl.gz", 200, 0),),
 }
 
 
@@ -149,7 +174,7 @@ def judged_prompts(data: Path) -> list[str]:
 
 
 def drawn(data: Path, source: Source, taken: Set[str] = frozenset()) -> list[Row]:
-    """At most ``limit`` rows of a source that are short enough, drawn by its name alone: prompt, answer and label.
+    """At most ``limit`` rows of a source whose length fits, drawn by its name alone: prompt, answer and label.
 
     Prompts in ``taken`` are passed over.
     """
@@ -164,9 +189,9 @@ def drawn(data: Path, source: Source, taken: Set[str] = frozenset()) -> list[Row
 
 
 def _is_of(source: Source, row: Mapping[str, object]) -> bool:
-    """Whether a row is short and of the source's kind; rows of the safety-tuned set count by what they answer."""
+    """Whether a row fits in length and is of its source's kind; safety-tuned rows count by what they answer."""
     prompt, answer = str(row.get("prompt") or "").strip(), str(row.get("response") or "")
-    if not prompt or len(prompt) > LONGEST_PROMPT or len(answer) > LONGEST_ANSWER:
+    if not prompt or not source.shortest <= len(prompt) <= source.longest or len(answer) > source.longest_answer:
         return False
     if source.file.startswith("safety_sft/"):
         return refusal_phrases(answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Row = dict[str, object]
@@ -38,6 +38,20 @@ def mean_of(rows: Sequence[Row]) -> float:
 
 def signed_cell(row: Row) -> str:
     return f"{float(row['value']):+.3f} ({float(row['low']):+.3f} to {float(row['high']):+.3f})"
+
+
+def met_cell(row: Row, goals: Mapping[str, float]) -> str:
+    """Whether the interval's worse end meets the goal of alignment, or its value at least."""
+    metric = str(row["metric"])
+    is_ceiling = metric == "over_refusal_change"
+
+    def meets(end: str) -> bool:
+        above = round(float(str(row[end])) - goals[metric], 9)
+        return above <= 0 if is_ceiling else above >= 0
+
+    if meets("high" if is_ceiling else "low"):
+        return "met"
+    return "met by the value, not by the interval" if meets("value") else "missed"
 
 
 def count_cell(rows: Sequence[Row]) -> str:

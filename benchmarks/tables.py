@@ -23,6 +23,7 @@ from table_cells import (
     count_cell,
     markdown,
     mean_of,
+    met_cell,
     ratio_cell,
     read_result,
     share_cell,
@@ -164,47 +165,69 @@ def align_table(path: Path) -> str:
         return "*The headline was not measured in this run.*"
     head = (
         f"On `{rows[0]['base']}`, {notes['prompts_a_suite']} prompts a suite; `harmful_rate` is the share of "
-        "StrongREJECT prompts that is not refused, a proxy of compliance. Mean over seeds (lowest to highest end of "
-        f"their 95% intervals). Commit `{result['commit']}`, {result['machine']}.\n\n"
+        "StrongREJECT prompts that is not refused, a proxy of compliance. Mean over seeds of the aligner (lowest to "
+        f"highest end of their 95% intervals); the gate is one. Commit `{result['commit']}`, {result['machine']}.\n\n"
     )
-    goals = notes["goals"]
-    lines = [
-        [
-            metric,
-            *(_signed_or_not(rows, metric, policy) for policy in ("targeted_step", "oracle", "fixed")),
-            f"{goal:g}",
+    strength = float(chosen["strength"])
+    parts = (
+        _align_headline(rows, notes["goals"], f"`{chosen['method']}` at strength {strength:g}"),
+        _align_methods(rows, strength),
+        _align_suites(rows, str(chosen["method"]), strength),
+    )
+    return head + "\n\n".join(markdown(*part) for part in parts)
+
+
+def _align_headline(rows: Sequence[Row], goals: dict[str, float], title: str) -> tuple[Sequence[str], list[list[str]]]:
+    lines = []
+    for metric, goal in goals.items():
+        found = {
+            policy: [row for row in rows if "headline" in row and (row["metric"], row["policy"]) == (metric, policy)]
+            for policy in ("targeted_step", "oracle", "fixed")
+        }
+        cells = [signed_cell(some[0]) if some else "" for some in found.values()]
+        gated = found["targeted_step"]
+        lines.append([metric, *cells, f"{goal:g}", met_cell(gated[0], goals) if gated else ""])
+    return (title, "learned gate", "oracle gate", "untargeted", "goal", "by the learned gate"), lines
+
+
+def _align_suites(rows: Sequence[Row], method: str, strength: float) -> tuple[Sequence[str], list[list[str]]]:
+    """A line for each set of harmful prompts: what is not refused, by seed 0."""
+    ways = {
+        "base": ("base", "fixed", 0.0),
+        "learned gate": (method, "targeted_step", strength),
+        "oracle gate": (method, "oracle", strength),
+        "lora_dpo": ("lora_dpo", "fixed", 1.0),
+    }
+    plain = [row for row in rows if "headline" not in row and row["metric"] == "harmful_rate" and row["seed"] == 0]
+    lines = []
+    for suite in dict.fromkeys(row["suite"] for row in plain):
+        mine = [row for row in plain if row["suite"] == suite]
+        found = [
+            [row for row in mine if (row["method"], row["policy"], row["strength"]) == way] for way in ways.values()
         ]
-        for metric, goal in goals.items()
-    ]
-    title = f"`{chosen['method']}` at strength {chosen['strength']:g}"
-    heads = (title, "learned gate", "oracle gate", "untargeted", "goal")
-    return head + markdown(heads, lines) + "\n\n" + markdown(*_align_methods(rows, float(chosen["strength"])))
-
-
-def _signed_or_not(rows: Sequence[Row], metric: str, policy: str) -> str:
-    found = [row for row in rows if "headline" in row and (row["metric"], row["policy"]) == (metric, policy)]
-    return signed_cell(found[0]) if found else ""
+        lines.append([str(suite), *map(auroc_cell, found)])
+    return ("harmful_rate, seed 0", *ways), lines
 
 
 def _align_methods(rows: Sequence[Row], strength: float) -> tuple[Sequence[str], list[list[str]]]:
     """A line for each method and policy: rate, utility, and over-refusal on both harmless suites."""
-    figures = (
-        ("harmful_rate", "strongreject"),
-        ("utility", "helpful"),
-        ("over_refusal", "benign"),
-        ("over_refusal", "xstest"),
-    )
-    plain = [row for row in rows if "headline" not in row and (row["metric"], row["suite"]) in figures]
+    figures = {
+        "harmful_rate": ("harmful_rate", "strongreject"),
+        "utility": ("utility", "helpful"),
+        "over-refusal, benign": ("over_refusal", "benign"),
+        "over-refusal, XSTest": ("over_refusal", "xstest"),
+    }
+    plain = [row for row in rows if "headline" not in row and (row["metric"], row["suite"]) in figures.values()]
     lines = []
     for method, policy in dict.fromkeys((row["method"], row["policy"]) for row in plain):
         at = {strength, 1.0, 0.0} if method == "base" else {strength} if policy != "fixed" else {strength, 1.0}
         mine = [row for row in plain if (row["method"], row["policy"]) == (method, policy) and row["strength"] in at]
         top = max((float(row["strength"]) for row in mine), default=0.0)
         mine = [row for row in mine if row["strength"] == top]
-        cells = [auroc_cell([row for row in mine if (row["metric"], row["suite"]) == figure]) for figure in figures]
-        if all(cells[:2]):
-            lines.append([f"{method}, {policy}", f"{top:g}", *cells])
-    return ("method", "strength", "harmful_rate", "utility", "over-refusal, benign", "over-refusal, XSTest"), lines
+        found = [[row for row in mine if (row["metric"], row["suite"]) == figure] for figure in figures.values()]
+        if found[0]:
+            lines.append([f"{method}, {policy}", f"{top:g}", str(len(found[0])), *map(auroc_cell, found)])
+    return ("method", "strength", "seeds", *figures), lines
 
 
 def decode_table(path: Path) -> str:
