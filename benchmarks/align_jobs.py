@@ -37,8 +37,8 @@ from safeside.attach import attach
 from safeside.evals.classifier import agreement_rows
 from safeside.evals.judges import JUDGES, Judgement
 from safeside.evals.methods import Aligned, Method, WithSystemPrompt
-from safeside.evals.metrics import wilson
 from safeside.evals.records import Record
+from safeside.evals.runs import wilson
 from safeside.evals.safe_decoding import SafeDecoding
 from safeside.mixing import ramp
 from safeside.types import Message

@@ -75,10 +75,7 @@ def serve_table(path: Path) -> str:
     load = [row for row in rows if "variant" in row]
     for place in dict.fromkeys((row["geometry"], row["clients"], row["variant"]) for row in load):
         mine = {row["metric"]: row for row in load if (row["geometry"], row["clients"], row["variant"]) == place}
-        waits = [
-            f"{_times(mine, f'{wait}_p50', scale)} ({_times(mine, f'{wait}_p99', scale)})"
-            for wait, scale in (("ttft", 1.0), ("itl", 1000.0))
-        ]
+        waits = [_wait(mine, wait, scale) for wait, scale in (("ttft", 1.0), ("itl", 1000.0))]
         name = f"{place[0]}, {place[1]} clients, {place[2]}"
         lines.append([name, _times(mine, "tokens_per_s", 1.0), ratio_cell(mine["throughput_ratio"]), *waits])
     measured = "; ".join(f"{name} at commit `{part['commit']}`, {part['machine']}" for name, part in parts.items())
@@ -96,8 +93,17 @@ def _load_head(goals: Sequence[Row]) -> str:
     )
 
 
+def _wait(rows: dict[object, Row], name: str, scale: float) -> str:
+    """The median of a wait, and its 99th percentile where there is one."""
+    late = _times(rows, f"{name}_p99", scale)
+    return _times(rows, f"{name}_p50", scale) + (f" ({late})" if late else "")
+
+
 def _times(rows: dict[object, Row], metric: str, scale: float) -> str:
-    return f"{float(rows[metric]['value']) * scale:.3g}" if metric in rows else ""
+    if metric not in rows:
+        return ""
+    value = float(rows[metric]["value"]) * scale
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _fault_parts(rows: Sequence[Row]) -> list[str]:
