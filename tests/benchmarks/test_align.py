@@ -25,9 +25,10 @@ import align_jobs
 import align_report
 import align_rows
 import align_training
+import table_cells
 import tables
 from align_figures import Side, headline_rows, interval_of, trend_rows, utility_at
-from align_rows import LONGEST_REFUSAL, Source, drawn, pairs_of, refusals_of
+from align_rows import LONGEST_REFUSAL, Source, asked, drawn, pairs_of, refusals_of
 from benchmarks.made_rows import sentence
 from endpoint_for_tests import Answer, serving
 from overhead_variants import random_base
@@ -178,7 +179,13 @@ def test_a_run_and_one_without_time(
     assert "http" not in page.replace("http://www.w3.org", "")
     table = tables.align_table(tmp_path / "align.json")
     assert all(f"\n| {name} |" in table for name in (*align.GOALS, "lora_dpo, fixed", "state_map, oracle"))
-    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 2
+    parts = [part.splitlines() for part in table.split("\n\n") if part.startswith("|")]
+    assert len(parts) == 3
+    assert all(len({line.count("|") for line in part}) == 1 for part in parts)
+    blocked = [row for row in rows if row["method"] == "guard_canned" and row["suite"] == "helpful"]
+    assert [row["metric"] for row in blocked] == ["over_refusal"]  # what is blocked has no likelihood
+    assert set(found["notes"]["settings"]) == {"state_map", "lora_dpo", "lora_sft"}
+    assert found["notes"]["trained_at_commits"]
 
 
 def test_nothing_to_show(tmp_path: Path) -> None:
@@ -230,6 +237,11 @@ def test_sources_are_drawn_the_same_way_twice(tmp_path: Path) -> None:
     first = drawn(tmp_path, Source("rows.jsonl", 5, 1))
     assert first == drawn(tmp_path, Source("rows.jsonl", 8, 1))[:5]
     assert all(int(row["prompt"].split()[1]) % 2 == 1 for row in first)
+    answered = [{"prompt": "x" * 300, "label": 1, "response": "y" * 900}, {"prompt": "x" * 1001, "label": 1}]
+    write(tmp_path / "long.jsonl", [*rows[:2], *answered])
+    assert sorted(len(row["prompt"]) for row in drawn(tmp_path, asked("long.jsonl", 9, 1))) == [5, 300]
+    (long,) = drawn(tmp_path, Source("long.jsonl", 9, 1, shortest=6, longest=1000))
+    assert len(long["prompt"]) == 300
 
 
 def side(refused: float, utility: float, over: float = 0.0, n: int = 40, seeds: int = 2) -> Side:
@@ -315,7 +327,7 @@ def test_what_the_judge_cannot_tell_counts_against_the_setting(monkeypatch: pyte
 )
 def test_a_goal_is_met_by_the_worse_end(metric: str, ends: tuple[float, float, float], told: str) -> None:
     row = {"metric": metric, **dict(zip(("low", "value", "high"), ends, strict=True))}
-    assert align_report._met(row, align.GOALS) == told
+    assert table_cells.met_cell(row, align.GOALS) == told
 
 
 def test_a_suite_asks_what_no_earlier_run_asked(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_serve_table_tells_load_faults_and_the_soak(results: Path) -> None:
     ):
         path = parts.write_part(results, result_of(name, 1.0, found, notes), parts.SERVE)
     table = tables.serve_table(path)
-    assert "| Small, 8 clients, guarded | 41.2 | 0.960 (0.860 to 1.060) | 0.5 (1.5) | 20.1 () |" in table
+    assert "| Small, 8 clients, guarded | 41.2 | 0.960 (0.860 to 1.060) | 0.5 (1.5) | 20.1 |" in table
     assert "1 of 1 are" in table
     assert "| sigkill | 1 | 0 | 0 | 90 |" in table
     assert "10,000 rows at 123 a second" in table
