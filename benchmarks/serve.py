@@ -7,8 +7,8 @@
 Every round loads all variants once, in an order that rotates.  ``throughput_ratio`` is the median over rounds of a
 variant's tokens a second to the base's of the same round, with a bootstrap interval over rounds.  The time to the first
 token begins before the second model's look at the prompt, and the guarded server's includes what it holds back.  The
-inter-token latency is the time between two chunks with text.  Of fewer than 100 samples there is
-no 99th percentile.
+inter-token latency is the time between two chunks with text.  The 99th percentile is by nearest rank, so that
+of fewer than 100 samples it is the slowest; each row says of how many.
 
 Clients, the three servers and the second model are each in a process of their own with weights of its own, on the same
 cores; only one of the servers is loaded at a time.  Every answer of a geometry has
@@ -47,7 +47,7 @@ N_FOR_P99 = 100
 NOTE = (
     "Clients, base, guarded, second_model and the second model itself each in a process of their own, on the same "
     "cores. itl is the time between two chunks with text; guarded holds 8 tokens back, which come in one chunk at "
-    "the end. No p99 where there are fewer than 100 samples."
+    "the end. The 99th percentile is by nearest rank: of fewer than 100 samples the slowest."
 )
 QUICK = {
     "geometries": ["builtin"], "clients": [2], "rounds": 1, "requests": 2, "tokens": 12,
@@ -82,21 +82,21 @@ def rows_of(labels: dict[str, object], found: dict[str, list[Timing]]) -> list[R
         rows.append(figure_row(mine, "tokens_per_s", float(np.median(rates[name])), spread, **counts))
         waits = {"ttft": [t for each in timings for t in each.ttft], "itl": [t for each in timings for t in each.itl]}
         for metric, values in waits.items():
-            for share in (50, 99) if len(values) >= N_FOR_P99 else (50,) if values else ():
-                value = float(np.percentile(values, share))
+            for share in (50, 99) if values else ():
+                value = float(np.percentile(values, share, method="linear" if share == 50 else "inverted_cdf"))
                 rows.append(figure_row(mine, f"{metric}_p{share}", value, **{**counts, "n": len(values)}))
         value, interval = ratio_figure(rates[name], rates["base"])
         rows.append(figure_row(mine, "throughput_ratio", value, interval, **counts))
     return rows
 
 
-def without_p99(rows: Sequence[Row]) -> list[Row]:
-    """Where a 99th percentile is left out, and how many samples there were."""
+def few_samples(rows: Sequence[Row]) -> list[Row]:
+    """Where a 99th percentile is the slowest of all, for there are too few samples, and how many there were."""
     names = ("geometry", "clients", "variant", "metric", "n")
     return [
-        {name: row[name] for name in names} | {"metric": f"{str(row['metric'])[:-3]}p99"}
+        {name: row[name] for name in names}
         for row in rows
-        if str(row["metric"]).endswith("_p50") and int(str(row["n"])) < N_FOR_P99
+        if str(row["metric"]).endswith("_p99") and int(str(row["n"])) < N_FOR_P99
     ]
 
 
@@ -111,7 +111,7 @@ def load_rows(geometry: str, options: argparse.Namespace) -> Iterator[tuple[list
             load = Load("", "", clients, max(1, n_requests // clients), n_tokens)
             labels = {"geometry": geometry, "clients": clients}
             rows = rows_of(labels, measure(servers, load, options.rounds))
-            yield rows, {"requests": n_requests, "tokens": n_tokens, "rounds": options.rounds}
+            yield rows, {"requests": load.n_requests * clients, "tokens": n_tokens, "rounds": options.rounds}
 
 
 def goals_of(rows: Sequence[Row]) -> list[Row]:
@@ -160,7 +160,7 @@ def _load(options: argparse.Namespace) -> Iterator[Found]:
     for geometry in options.geometries:
         for found, told in load_rows(geometry, options):
             rows, asked[geometry] = rows + found, told
-            yield rows, {"load": NOTE, "asked": asked, "goals": goals_of(rows), "without_p99": without_p99(rows)}
+            yield rows, {"load": NOTE, "asked": asked, "goals": goals_of(rows), "few_samples": few_samples(rows)}
 
 
 def _faults(options: argparse.Namespace) -> Iterator[Found]:

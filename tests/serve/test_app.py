@@ -391,6 +391,8 @@ def test_policies_of_other_tenants_are_not_told(running: Running, key: str, know
     assert "strict" in listed, "no tenant's, so anybody may ask for it"
     wrong = {"messages": [{"role": "user", "content": "x"}], "safety": {"policy": "pupil"}}
     assert ("pupils" in running.post("/v1/policies/dry-run", wrong, key).text) == knows
+    named = {**wrong, "safety": {"policy": "pupils"}}
+    assert running.post("/v1/policies/dry-run", named, key).status_code == (200 if knows else 404)
 
 
 BAD_REQUESTS = [

@@ -206,8 +206,8 @@ class PolicyBook:
 
         A request that asks for less is an AccessError unless its key may loosen, which then gets what it asks for: the
         policy that it names and no other, its strength exactly, its mode.  Neither can have texts logged: that is the
-        deployment's and the tenant's to say.  A policy that the caller is not told of is an UnknownNameError, a strength
-        out of bounds, or one where no aligner is loaded, an InputError.
+        deployment's and the tenant's to say.  A policy that the caller does not know of is an UnknownNameError, a
+        strength out of bounds, or one where no aligner is loaded, an InputError.
         """
         edition, adapters = self._edition, self._adapters or _Adapters()
         asked = safety.strength if safety is not None else None

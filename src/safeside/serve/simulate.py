@@ -79,7 +79,7 @@ def simulate_command(path: Path, data: Path, asked: Asked, served: Served) -> It
         raise UnknownNameError(f"{did_you_mean('tenant', tenant, list(known))} Leave --tenant out for all others.")
     base = load_base(served.base)
     book, guards = _bound(path, base, served.add_genes)
-    policy = book.resolve(Caller(tenant), asked)
+    policy = book.resolve(Caller(tenant, "simulated" if tenant else ""), asked)  # a tenant's key hides others' policies
     own = [guards[name] for name in policy.guards]
     with open_rows(data) as handle:
         rows = parse_rows(handle)
