@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +23,7 @@ from safeside.artifact import PROVENANCE_FILE, make_folder
 from safeside.base.updates import LowRank
 from safeside.errors import FormatError
 from safeside.genes.gene import FORMAT, Gene, GeneConfig, changed
-from safeside.genes.recipe import problems_of
+from safeside.genes.stored import read_stored
 from safeside.lora import CONFIG_FILE, WEIGHTS_FILE
 from safeside.provenance import provenance
 
@@ -80,18 +79,7 @@ def load_gene(folder: str | Path) -> Gene:
 
 def read_gene_config(folder: Path) -> GeneConfig:
     """What ``gene.json`` in ``folder`` says, alone; a newer format or a broken file is a FormatError."""
-    path = folder / GENE_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path} is not a gene's description: {error!r}. Get the folder again.") from error
-    if found != FORMAT:
-        raise FormatError(f"{folder} has format {found!r}; this safeside reads format {FORMAT}. Update safeside.")
-    try:
-        return GeneConfig.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise FormatError(f"{path} is not a valid description of a gene: {problems_of(error)}.") from error
+    return read_stored(folder / GENE_FILE, GeneConfig, FORMAT, "a gene's description")
 
 
 def _peft_config(config: GeneConfig) -> LoraConfig:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from safeside.base.model import Base
-from safeside.errors import ConfigError, FormatError, InputError
+from safeside.errors import ConfigError, InputError
 from safeside.genes.gene import Gene
-from safeside.genes.recipe import problems_of
+from safeside.genes.stored import read_stored
 
 MERGED_FILE = "gene_merged.json"
 FORMAT: Final = 1
@@ -38,17 +37,7 @@ def read_merged(folder: Path) -> Merged:
     path = folder / MERGED_FILE
     if not path.is_file():
         raise InputError(f"{folder} has no {MERGED_FILE}; expected a model that 'safeside gene apply' wrote.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path} is not a valid record of merged genes: {error!r}. Get the copy again.") from error
-    if found != FORMAT:
-        raise FormatError(f"{path} has format {found!r}; this safeside reads format {FORMAT}. Update safeside.")
-    try:
-        return Merged.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise FormatError(f"{path} is not a valid record of merged genes: {problems_of(error)}.") from error
+    return read_stored(path, Merged, FORMAT, "a valid record of merged genes")
 
 
 def check_beside_merged(base: Base, genes: Sequence[Gene]) -> None:
