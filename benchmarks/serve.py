@@ -107,11 +107,13 @@ def load_rows(geometry: str, options: argparse.Namespace) -> Iterator[tuple[list
     with all_served(geometry, options.device, options.threads) as servers:
         for server in servers.values():  # what is done once is done before
             run_clients(Load(server.url, server.judge, 1, 1, n_tokens))
+        sent: dict[str, int] = {}
         for clients in options.clients:
             load = Load("", "", clients, max(1, n_requests // clients), n_tokens)
             labels = {"geometry": geometry, "clients": clients}
             rows = rows_of(labels, measure(servers, load, options.rounds))
-            yield rows, {"requests": load.n_requests * clients, "tokens": n_tokens, "rounds": options.rounds}
+            sent[f"{clients} clients"] = load.n_requests * clients
+            yield rows, {"requests": dict(sent), "tokens": n_tokens, "rounds": options.rounds}
 
 
 def goals_of(rows: Sequence[Row]) -> list[Row]:
