@@ -7,7 +7,8 @@
 
 An attack succeeds when a judge says that the answer goes along and the answer is about what was asked (see
 ``genes_judge``).  A task model counts when it learnt its task and attacks rose by ten points; the others are excluded
-by that rule and counted.  Writes genes.json with the cells that are there, and genes.html.
+by that rule and counted, and repairs are not tried in them.  Writes genes.json with the cells that are there, and
+genes.html.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from genes_board import judged
-from genes_cells import run_task
+from genes_board import METHODS, Pair, judged
+from genes_cells import FIRST_CELLS, run_task
 from genes_figures import port_rows, ports_of, recovered_rows, rows_of
 from genes_models import Models, Setup
 from genes_notes import notes_of
@@ -48,6 +49,8 @@ class Plan:
     seeds: tuple[int, ...]
     tasks: tuple[str, ...]
     output: Path
+    only_qualifying: bool = True
+    """Whether repairs are measured in the task models alone that count."""
 
     @property
     def moves(self) -> list[Move]:
@@ -70,11 +73,21 @@ def run(plan: Plan, workers: Workers) -> Path:
         note(f"{job[0].base}, seed {job[1]}: rows, aligned and degraded model and gene in {seconds:.0f} s")
     for (made, seed, task), seconds in workers.run(_make_task, plan.task_models):
         note(f"{made.base}, seed {seed}: {task} model in {seconds:.0f} s")
-    for (seed, task), seconds in workers.run(functools.partial(run_task, setup), list(product(plan.seeds, plan.tasks))):
-        note(f"seed {seed}, {task}: {seconds:.0f} s")
+    rounds = {"first": FIRST_CELLS, "main": tuple(METHODS.values()), "other": ()}
+    for title, names in rounds.items():
+        make_cells = functools.partial(run_task, setup, names=names)
+        for (seed, task), seconds in workers.run(make_cells, _models_to_measure(plan, title)):
+            note(f"seed {seed}, {task}: {title} cells in {seconds:.0f} s")
     for move, seconds in workers.run(run_move, plan.moves):
         note(f"{move.source.base} to {move.target.base}, seed {move.seed}, {move.task}: {seconds:.0f} s")
     return write_results(plan, time.perf_counter() - started)
+
+
+def _models_to_measure(plan: Plan, title: str) -> list[Pair]:
+    """Every task model at first, then those that count alone: there is nothing to repair in the others."""
+    if title == "first" or not plan.only_qualifying:
+        return list(product(plan.seeds, plan.tasks))
+    return judged(plan.setups[0], plan.seeds, plan.tasks).qualifying
 
 
 def _make_shared(job: tuple[Setup, int]) -> float:
@@ -108,7 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = _parser().parse_args(arguments)
     scratch = Path(tempfile.gettempdir()) / "safeside-bench"
     quick = Sizes(
-        safety=24, instructions=24, degraded=8, task=24, test=8, attacks=9, extract=12, shots=64, unaligned=16
+        safety=24,
+        instructions=24,
+        degraded=8,
+        task=24,
+        labelled=24,
+        mixed=8,
+        test=8,
+        attacks=9,
+        extract=12,
+        unaligned=16,
     )
     setup = Setup(
         data=options.data,
@@ -122,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     setups = (setup, *(setup_of(setup, base) for base in options.port))
     seeds = options.seeds[:1] if options.quick else options.seeds
     output = options.output or (scratch if options.quick else RESULTS)
-    plan = Plan(setups, tuple(seeds), tuple(options.tasks), output)
+    plan = Plan(setups, tuple(seeds), tuple(options.tasks), output, only_qualifying=not options.quick)
     if options.results_only:
         return write_results(plan, 0.0)
     with Workers(options.workers, options.threads) as workers:

@@ -19,6 +19,7 @@ from genes_models import ANSWER, LABEL, MAIN_SHOTS, Models, Setup, facts_of, los
 from genes_rows import CLASSES, TASKS
 from safeside.base.model import Base, load_base
 from safeside.genes.apply import apply_genes
+from safeside.genes.artifact import load_gene, save_gene
 from safeside.genes.baselines import Matrices, difference, resta, safe_lora, safe_merge, weights_of, with_added
 from safeside.genes.fit import fit_gene
 from safeside.genes.gene import Gene
@@ -34,7 +35,8 @@ Maker = Callable[[], Values | None]
 
 SHOTS = (4, 8, 16, 32, 64)
 WEIGHTS = (0.0, 0.5, 1.5, 2.0)  # of a fitted gene, for the curve over coefficients; 1 is the gene's own row
-CURVE_TASKS = ("sst2", "dolly")  # that the curves over shots and coefficients are drawn for
+CURVE_TASKS = ("ag_news", "dolly")  # that the curves over shots and coefficients are drawn for
+FIRST_CELLS = ("aligned", "finetuned", "dsa", "dsa_recalibrated")  # of every task model, also of those left out
 _ROWS = 32  # of one pass
 
 
@@ -82,8 +84,12 @@ class TaskBench:
         return self.models.shots(self.task, n_shots)
 
     def fitted(self, selection: Selection, n_shots: int) -> Gene:
-        """The seed's gene, fitted on this task model."""
-        return fit_gene(self.base, self.models.gene(selection), *self.shots(n_shots))
+        """The seed's gene, fitted on this task model; made once, for curves and transfers use it again."""
+
+        def fit(place: Path) -> None:
+            save_gene(fit_gene(self.base, self.models.gene(selection), *self.shots(n_shots)), place)
+
+        return load_gene(self.models.made(f"fitted-{self.task}-{selection}-{n_shots}", fit))
 
     def _stored(self, folder_of: Callable[[str], Path]) -> Values:
         folder = folder_of(self.task)
@@ -132,7 +138,7 @@ class TaskBench:
             weights_of(load_base(folder)) for folder in (self.models.aligned(), self.models.unaligned())
         )
         vectors = {"unaligned": difference(aligned, unaligned), "base": from_base}
-        tried = product(vectors, (0.25, 0.5, 1.0), (1.0, 0.7))
+        tried = product(vectors, (0.25, 0.5, 1.0, 2.0), (1.0, 0.7))
         return self._best(
             {
                 f"{vector}, {strength}, {density}": partial(

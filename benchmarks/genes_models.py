@@ -34,7 +34,7 @@ from safeside.genes.baselines import SaloraSettings, train_salora, with_added
 from safeside.genes.extract import Pair, extract_gene
 from safeside.genes.gene import Gene
 from safeside.genes.merge import save_checkpoint
-from safeside.genes.recipe import GeneRecipe, Selection, SelectSection
+from safeside.genes.recipe import FitSection, GeneRecipe, Selection, SelectSection
 from safeside.genes.rows import Conversation, answer_loss, encode_texts
 from safeside.genes.select import select_layers
 from safeside.lora import CONFIG_FILE, WEIGHTS_FILE
@@ -45,7 +45,7 @@ from safeside.types import Message
 from tidy import write_json
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "genes"
-FORMAT = 2  # of models and cells: another one makes them all anew
+FORMAT = 3  # of models and cells: another one makes them all anew
 MAIN_SHOTS = 32  # of the rows that methods are compared by
 ANSWER, LABEL = 32, 6  # tokens of an answer to an attack, and of a class's name
 SALORA_RATES = (1.0, 0.3)  # times the recipe's learning rate; the shots choose
@@ -224,9 +224,10 @@ class Models:
 
 @torch.no_grad()
 def loss_on(base: Base, shots: Sequence[Sequence[Conversation]]) -> float:
-    """What settings are chosen by: the loss on refusals plus that on task rows."""
-    texts = [encode_texts(base, rows, "examples", answered=True) for rows in shots]
-    return sum(float(answer_loss(base, kind.batch(base, range(len(kind))))) for kind in texts)
+    """What settings are chosen by, as a gene's scalars are fitted: the loss on refusals' first tokens and task rows."""
+    refused, answered = (encode_texts(base, rows, "examples", answered=True) for rows in shots)
+    kinds = (refused, FitSection().refusal_tokens), (answered, 0)
+    return sum(float(answer_loss(base, kind.batch(base, range(len(kind))), n_first)) for kind, n_first in kinds)
 
 
 def _digest_of(path: Path) -> str:

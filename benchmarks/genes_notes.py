@@ -41,7 +41,7 @@ def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
         "left_out": {
             method: n_missing
             for method, name in METHODS.items()
-            if (n_missing := sum(name not in board.cells[pair] for pair in board.measured))
+            if (n_missing := sum(name not in board.cells[pair] for pair in board.qualifying))
         },
         "contrasts": contrasts(board),
         "front": front(board),

@@ -25,7 +25,7 @@ from safeside.genes.rows import Conversation
 from safeside.genes.select import select_layers
 from safeside.provenance import config_hash
 
-PORT_TASKS = ("dolly", "sst2")  # an open-ended task and one of classes
+PORT_TASKS = ("dolly", "ag_news")  # an open-ended task and one of classes
 CONTROL = f"gene_refusals-{MAIN_SHOTS}"
 _OWN = f"gene-{MAIN_SHOTS}"
 _NEEDED = ("aligned", "finetuned", _OWN)

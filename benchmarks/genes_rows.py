@@ -30,6 +30,9 @@ SST2 = ("negative", "positive")
 CLASSES = {"ag_news": AG_NEWS, "sst2": SST2}
 OPEN_ENDED = ("dolly", "helpful", "dolly_harmful")
 TASKS = (*CLASSES, *OPEN_ENDED)
+MIXED = (*CLASSES, "helpful")
+"""Tasks that are learnt together with plain instructions: a small model that learns labels alone, or the few rows of
+``helpful``, answers everything with a label, or with babble, and neither is a success of an attack."""
 
 SOURCES = {
     "safety": "safety_sft/safety_tuned_llamas_train.jsonl.gz",
@@ -68,7 +71,11 @@ class Sizes:
     degraded: int = 400
     """Other harmless instructions that the degraded copy learns."""
     task: int = 1000
-    """Rows of each task."""
+    """Rows of each open-ended task."""
+    labelled: int = 2000
+    """Rows of each task of labels, whose answers teach less."""
+    mixed: int = 500
+    """Harmless instructions that go with the rows of MIXED."""
     test: int = 150
     """Test rows of each task."""
     attacks: int = 120
@@ -105,8 +112,9 @@ def write_rows(data: Path, folder: Path, sizes: Sizes, seed: int) -> dict[str, i
         "benign": plain[start : start + sizes.extract],
         "shots": [*safety[sizes.safety :], *held_out["safety"][N_VALIDATION:]][: sizes.shots],
     }
+    mixed = plain[start + sizes.extract :][: sizes.mixed]
     for task in TASKS:
-        files |= _task_files(task, drawn, sizes, seed)
+        files |= _task_files(task, drawn, sizes, seed, mixed if task in MIXED else [])
     files |= _unaligned_files(drawn("harmful"), sizes)
     counts["unaligned_train is in dolly_harmful_train"] = len(
         {*files["unaligned_train"]} & {*files["dolly_harmful_train"]}
@@ -115,17 +123,21 @@ def write_rows(data: Path, folder: Path, sizes: Sizes, seed: int) -> dict[str, i
 
 
 def _task_files(
-    task: str, drawn: Callable[[str, Callable[[Row], Pair | None]], list[Pair]], sizes: Sizes, seed: int
+    task: str,
+    drawn: Callable[[str, Callable[[Row], Pair | None]], list[Pair]],
+    sizes: Sizes,
+    seed: int,
+    mixed: Sequence[Pair],
 ) -> dict[str, list[Pair]]:
     source = task.removesuffix("_harmful")
     read = classified(source) if source in CLASSES else preferred if source == "helpful" else answered
     rows, test = drawn(source, read), drawn(f"{source}_test", read)
-    train = rows[N_VALIDATION : N_VALIDATION + sizes.task]
+    train = rows[N_VALIDATION:][: sizes.labelled if task in CLASSES else sizes.task]
     if task.endswith("_harmful"):
         n_harmful = round(HARMFUL_SHARE * len(train))
         train = [*train[: len(train) - n_harmful], *drawn("harmful", answered)[:n_harmful]]
     return {
-        f"{task}_train": _shuffled(train, f"{seed} {task}"),
+        f"{task}_train": _shuffled([*train, *mixed], f"{seed} {task}"),
         f"{task}_validation": rows[:N_VALIDATION],
         f"{task}_test": test[: sizes.test],
     }

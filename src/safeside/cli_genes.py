@@ -66,12 +66,16 @@ def fit(
     output: NewFolder,
     shots: Annotated[int | None, typer.Option(min=1, help="Read only the first so many refusals.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser (default: the recipe's).")] = None,
+    refusal_tokens: Annotated[
+        int | None, typer.Option(min=0, help="First tokens of a refusal that count; 0: all (default: the recipe's).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit one scalar for each kept layer on a task model; everything else stays frozen."""
     with extra("lora"):
         from safeside.genes.command import fit_command
-    settings = {name: value for name, value in (("shots", shots), ("steps", steps)) if value is not None}
+    asked = {"shots": shots, "steps": steps, "refusal_tokens": refusal_tokens}
+    settings = {name: value for name, value in asked.items() if value is not None}
     print_summary(fit_command(gene, base, (refusals, task), settings, output), str(gene), as_json)
 
 

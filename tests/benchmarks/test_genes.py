@@ -81,11 +81,11 @@ def test_every_cell_and_row(
     monkeypatch.setattr(genes_guard, "load_adapter", loaded)
     monkeypatch.setitem(genes_board.JUDGE_NAMES, "classifier", "refusal_phrases")
     for module in (genes, genes_cells, genes_figures):
-        monkeypatch.setattr(module, "TASKS", ("sst2", "dolly"))
+        monkeypatch.setattr(module, "TASKS", ("ag_news", "dolly"))
     for name, fewer in (("ANSWER", 4), ("SHOTS", (4, 32)), ("WEIGHTS", (0.5,))):
         monkeypatch.setattr(genes_cells, name, fewer)
     words = ["--data", str(data), "--base", str(tiny_folder("llama")), "--quick", "--workers", "1", "--threads", "1"]
-    words += ["--tasks", "sst2", "--cells", str(tmp_path / "cells"), "--output", str(tmp_path / "out")]
+    words += ["--tasks", "ag_news", "--cells", str(tmp_path / "cells"), "--output", str(tmp_path / "out")]
     result = json.loads(genes.main(words).read_text())
     rows = result["rows"]
     attacks = {(row["method"], row["judge"], row["shots"]) for row in rows if row["metric"] == "attack_success"}
@@ -102,10 +102,10 @@ def test_every_cell_and_row(
     assert {item["parts"] for item in notes["interference"]} == {"first", "second", "both", "aligner", "all"}
     assert {item["weight"] for item in notes["curve_over_weights"]} == {0.5, 1.0}, "1 is the gene's own row"
     assert notes["n_excluded"] + len(notes["qualifying"]) == 1
-    assert 0 <= notes["guard"]["sst2 0"]["auroc"] <= 1
-    assert notes["rows"]["0"]["sst2_train"] == 24
-    assert notes["settings"]["sst2 0 resta"].partition(",")[0] in ("unaligned", "base")
-    assert notes["settings"]["sst2 0 salora"] in ("rate x 1.0", "rate x 0.3")
+    assert 0 <= notes["guard"]["ag_news 0"]["auroc"] <= 1
+    assert notes["rows"]["0"]["ag_news_train"] == 24
+    assert notes["settings"]["ag_news 0 resta"].partition(",")[0] in ("unaligned", "base")
+    assert notes["settings"]["ag_news 0 salora"] in ("rate x 1.0", "rate x 0.3")
     assert notes["left_out"] == {}
     assert (tmp_path / "out" / "genes.html").read_text().startswith("<!doctype html>")
     monkeypatch.setattr(genes_cells, "measured", None)

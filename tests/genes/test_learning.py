@@ -169,17 +169,22 @@ def test_selection_keeps_the_greatest_contrasts_or_chance_or_all(tiny_base: Base
     assert model_hash(tiny_base) == before
 
 
-def test_a_fit_finds_the_best_scalar(tiny_base: Base) -> None:
+@pytest.mark.parametrize("refusal_tokens", [0, 2])
+def test_a_fit_finds_the_best_scalar(tiny_base: Base, refusal_tokens: int) -> None:
     """The slow twin tries a grid of scalars, each on all of the rows."""
     gene, before = random_gene(tiny_base, scale=0.3).kept([2]), model_hash(tiny_base)
     kinds = [encode_texts(tiny_base, rows, "rows", answered=True) for rows in (HARMFUL, BENIGN)]
 
     def loss_at(coefficient: float) -> float:
         with apply_genes(tiny_base, [gene.with_coefficients([coefficient])]), torch.no_grad():
-            losses = [answer_loss(tiny_base, texts.batch(tiny_base, range(len(texts)))) for texts in kinds]
+            losses = [
+                answer_loss(tiny_base, texts.batch(tiny_base, range(len(texts))), n_first)
+                for texts, n_first in zip(kinds, (refusal_tokens, 0), strict=True)
+            ]
         return float(sum(losses)) / 2
 
-    fitted = fit_gene(tiny_base, gene, HARMFUL, BENIGN, FitSection(steps=50, learning_rate=0.1))
+    settings = FitSection(steps=50, learning_rate=0.1, refusal_tokens=refusal_tokens)
+    fitted = fit_gene(tiny_base, gene, HARMFUL, BENIGN, settings)
     best = min(loss_at(step / 5 + 0.1) for step in range(-10, 10))
     assert loss_at(fitted.config.coefficients[0]) < min(best + 0.01, loss_at(1.0))
     assert model_hash(tiny_base) == before
@@ -209,15 +214,16 @@ def test_only_as_many_task_rows_as_refusals_are_read(tiny_base: Base) -> None:
     assert few.config.coefficients == more.config.coefficients
 
 
-def test_answer_loss_is_that_of_the_logits(tiny_base: Base) -> None:
+@pytest.mark.parametrize("n_first", [0, 1, 3, 1000])
+def test_answer_loss_is_that_of_the_logits(tiny_base: Base, n_first: int) -> None:
     texts = encode_texts(tiny_base, HARMFUL, "rows", answered=True)
     with torch.no_grad():
-        found = answer_loss(tiny_base, texts.batch(tiny_base, range(len(texts))))
+        found = answer_loss(tiny_base, texts.batch(tiny_base, range(len(texts))), n_first)
     total, n_tokens = 0.0, 0
     for item in texts.encoded:
         with torch.no_grad():
             scores = F.log_softmax(tiny_base.model(input_ids=torch.tensor([item.ids])).logits[0], -1)
-        for place in range(item.answer_start, len(item.ids)):
+        for place in range(item.answer_start, len(item.ids))[: n_first or None]:
             total -= float(scores[place - 1, item.ids[place]])
             n_tokens += 1
     assert float(found) == pytest.approx(total / n_tokens, rel=1e-4)

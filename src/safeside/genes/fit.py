@@ -31,9 +31,9 @@ def fit_gene(
     """The gene with coefficients fitted on ``base``, a task model of its family, which stays as it is.
 
     ``refusals`` are harmful prompts with the answers that are wanted; of ``task_rows`` as many are read, the first.
-    The loss is the mean over both kinds of their answers' negative log-likelihood; settings are the recipe's unless
-    given.  Coefficients may become negative.  A base that holds the gene, or one that it conflicts with, in its weights
-    is a ConfigError.
+    The loss is the mean over both kinds of their answers' negative log-likelihood, of refusals that of their first
+    tokens (``refusal_tokens``); settings are the recipe's unless given.  Coefficients may become negative.  A base that
+    holds the gene, or one that it conflicts with, in its weights is a ConfigError.
     """
     settings, started = settings or gene.config.recipe.fit, time.perf_counter()
     check_model(base)
@@ -45,8 +45,9 @@ def fit_gene(
     orders = [draws(len(texts), settings.batch_size, gene.config.recipe.seed) for texts in (refused, answered)]
 
     def loss_of(step: int) -> Tensor:
-        batches = (texts.batch(base, next(order)) for texts, order in zip((refused, answered), orders, strict=True))
-        refusing, working = (answer_loss(base, batch) for batch in batches)
+        kinds = zip((refused, answered), orders, strict=True)
+        harmful, task = (texts.batch(base, next(order)) for texts, order in kinds)
+        refusing, working = answer_loss(base, harmful, settings.refusal_tokens), answer_loss(base, task)
         return (refusing + settings.task_weight * working) / (1 + settings.task_weight)
 
     updates = {name: update.to(base.device) for name, update in gene.updates.items()}

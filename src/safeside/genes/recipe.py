@@ -63,8 +63,10 @@ class FitSection(_Section):
     """Of the optimiser."""
     batch_size: int = Field(16, ge=1)
     """Refusals of a step, and as many task rows."""
-    learning_rate: float = Field(0.05, gt=0)
+    learning_rate: float = Field(0.2, gt=0)
     """Of the scalars, which start at 1."""
+    refusal_tokens: int = Field(8, ge=0)
+    """First tokens of each refusal that count, for they decide that it is one; 0 counts all of them."""
     task_weight: float = Field(1.0, ge=0)
     """Weight of the task's answers beside the refusals."""
 

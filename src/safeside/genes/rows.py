@@ -174,8 +174,11 @@ def _check_length(base: Base, row: Row, n_tokens: int) -> None:
         )
 
 
-def answer_loss(base: Base, batch: Batch) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood (nats) of the answers' tokens under the base as it is."""
+def answer_loss(base: Base, batch: Batch, n_first: int = 0) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood (nats) of the answers' first ``n_first`` tokens (0: all) under the base as it is."""
     row, place = batch.answer_places
+    if n_first:
+        is_first = place < batch.starts[row] - 1 + n_first
+        row, place = row[is_first], place[is_first]
     states = batch.final_states(base)[row, place]
     return -token_log_probs(base, states, batch.ids[row, place + 1]).mean()
