@@ -7,7 +7,9 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,7 +105,8 @@ def test_every_cell_and_row(
     assert {item["weight"] for item in notes["curve_over_weights"]} == {0.5, 1.0}, "1 is the gene's own row"
     assert notes["n_excluded"] + len(notes["qualifying"]) == 1
     assert 0 <= notes["guard"]["ag_news 0"]["auroc"] <= 1
-    assert notes["rows"]["0"]["ag_news_train"] == 24
+    assert notes["rows"]["0"]["ag_news_train"] == 24 + 8, "and the instructions that it is learnt with"
+    assert notes["rows"]["0"]["dolly_train"] == 24
     assert notes["settings"]["ag_news 0 resta"].partition(",")[0] in ("unaligned", "base")
     assert notes["settings"]["ag_news 0 salora"] in ("rate x 1.0", "rate x 0.3")
     assert notes["left_out"] == {}
@@ -324,9 +327,20 @@ def test_adapters_of_another_architecture_are_left_out(
 def test_task_models_are_made_before_they_are_shared(data: Path, tmp_path: Path) -> None:
     setup = genes_models.Setup(data, tmp_path / "cells", genes_rows.Sizes())
     other = genes_models.Setup(data, tmp_path / "cells", genes_rows.Sizes(), base="other")
-    made = genes.Plan((setup, other), (0,), ("sst2",), tmp_path).task_models
+    made = genes.Plan((setup, other), (0,), ("ag_news",), tmp_path).task_models
     assert [task for own, _, task in made if own is setup] == list(genes_rows.TASKS), "transfers need all of them"
-    assert [task for own, _, task in made if own is other] == ["sst2"]
+    assert [task for own, _, task in made if own is other] == ["ag_news"]
+
+
+def test_repairs_are_measured_in_the_models_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are measured before any is repaired, and all where it is asked for."""
+    setup = genes_models.Setup(tmp_path, tmp_path, genes_rows.Sizes())
+    one, both = [(1, "dolly")], [(0, "dolly"), (1, "dolly")]
+    monkeypatch.setattr(genes, "judged", lambda *_: SimpleNamespace(qualifying=one))
+    plan = genes.Plan((setup,), (0, 1), ("dolly",), tmp_path)
+    assert [genes._models_to_measure(plan, title) for title in ("first", "main", "other")] == [both, one, one]
+    assert genes._models_to_measure(replace(plan, only_qualifying=False), "main") == both
+    assert {"aligned", "finetuned"} <= set(genes_cells.FIRST_CELLS) <= set(METHODS.values())
 
 
 def test_the_cache_knows_contents_and_constants(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
