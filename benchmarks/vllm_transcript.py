@@ -119,6 +119,11 @@ def refused(address: str, safety: dict[str, Any]) -> str:
     return "answered"
 
 
+def moderated(address: str, texts: Sequence[str]) -> Any:
+    """The answer of OpenAI's client to a moderation of several texts."""
+    return OpenAI(base_url=f"{address}/v1", api_key="none").moderations.create(input=list(texts))
+
+
 def lines_of(asked: dict[str, Any], got: dict[str, Any]) -> list[str]:
     """One chat for people."""
     safety = got["safety"]

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from bulk_for_tests import read_jsonl, without_ray
 from command_line import Ran, write
 from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.cli import main
@@ -25,8 +25,8 @@ from safeside.errors import InputError
 from safeside.guards.lines import BaseScorer, guard_lines
 from safeside.guards.score import judge
 from safeside.scale import bulk
-from safeside.scale.bulk import BulkOptions, Worker, score_shard
-from safeside.scale.ledger import QUARANTINE, Claim, begin_shard, open_ledger
+from safeside.scale.bulk import score_shard
+from safeside.scale.ledger import QUARANTINE, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Shard, Span, open_reader
 
@@ -48,22 +48,6 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
-
-
-def without_ray(monkeypatch: pytest.MonkeyPatch, n_deaths: int = 0) -> None:
-    """Have a worker in this process score all shards, each after ``n_deaths`` workers that only began it."""
-
-    def pooled(options: BulkOptions, claim: Claim, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
-        for shard in [shard for shard in shards for _ in range(n_deaths)]:
-            begin_shard(Folder(claim.output, claim.writer), shard)
-        return map(Worker(options, claim), [asdict(shard) for shard in shards])
-
-    monkeypatch.setattr(bulk, "_connect", lambda workers, resource: None)
-    monkeypatch.setattr(bulk, "_pooled", pooled)
-
-
-def read_jsonl(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for part in sorted(folder.glob("part-*")) for line in part.read_text().splitlines()]
 
 
 def command_in_a_session_of_its_own(words: Sequence[str]) -> None:
@@ -169,8 +153,9 @@ def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Pat
     for more, problem in (
         (
             [adapters / "harm", "--engine", "vllm"],
-            "Engine 'vllm' does not score in bulk yet; expected one of hf. Choose --engine hf",
+            'vLLM is not installed. Install the extra: pip install "safeside[vllm]"',
         ),
+        ([adapters / "harm", "--spare-token", "x"], "Engine 'hf' reads no --spare-token and no --vllm-option"),
         ([adapters / "refuse"], "is an aligner and gives no scores"),
         ([adapters / "harm", "--workers", 3], "3 workers need a CPU each; Ray has 2"),
         ([adapters / "harm", "--device", "cuda"], "1 workers need a GPU each; Ray has 0"),

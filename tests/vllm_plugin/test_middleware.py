@@ -5,36 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from references import reference
-from safeside import Base, make_config
+from engine_for_tests import SLOTS, chat_entry, engine, slots_of
+from safeside import Base
 from safeside.vllm_plugin.answers import Answers
 from safeside.vllm_plugin.middleware import SafetyMiddleware, Texts
-from safeside.vllm_plugin.plan import CONFIG_KEY, AdapterEntry, EngineConfig
+from safeside.vllm_plugin.plan import CONFIG_KEY, EngineConfig
 
-SLOTS = (300, 301, 302, 303)
 STEPS = [(0.2, 0.7, 0.25), (0.9, 0.1, 0.5), (0.4, 0.3, 0.5)]  # two labels and the strength, behind each token
-
-
-def engine(*, aligner: bool = True) -> EngineConfig:
-    guard = make_config(reference(), kind="lst", role="guard", name="harm", labels=("harm", "hate"), width=32)
-    configs = [guard, make_config(reference(), kind="lst", role="align", name="refuse", width=32)]
-    entries = [AdapterEntry(folder="nowhere", content="c", config=config) for config in configs[: 1 + aligner]]
-    return EngineConfig(base=reference().fingerprint, adapters=tuple(entries), slots=SLOTS[: 3 + aligner])
-
-
-def slots_of(step: Sequence[float]) -> dict[int, float]:
-    return dict(zip(SLOTS, [-60.0, *(-60.0 + value for value in step)], strict=True))
-
-
-def chat_entry(step: Sequence[float]) -> dict[str, Any]:
-    tops = [{"token": f"token_id:{slot}", "logprob": value, "bytes": []} for slot, value in slots_of(step).items()]
-    return {"token": "token_id:9", "logprob": -0.5, "bytes": [104, 105], "top_logprobs": tops}
 
 
 def served(path: str, asked: Mapping[str, Any], config: EngineConfig, *, stream: bool = False) -> tuple[int, Any, Any]:
@@ -79,7 +62,8 @@ def served(path: str, asked: Mapping[str, Any], config: EngineConfig, *, stream:
         sent.append(message)
 
     vllm_config = SimpleNamespace(
-        additional_config={CONFIG_KEY: config.as_json()}, model_config=SimpleNamespace(tokenizer="nowhere")
+        additional_config={CONFIG_KEY: config.as_json()},
+        model_config=SimpleNamespace(tokenizer="nowhere", served_model_name=["toy"]),
     )
     state = SimpleNamespace(vllm_config=vllm_config)
     scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": SimpleNamespace(state=state)}

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from safeside.adapters.adapter import DIMENSIONS, Adapter, check_role, dimensions_of
 from safeside.adapters.config import LADDERS, AdapterConfig, BaseReference, HeadDim, reference_of, require_valid
@@ -24,6 +24,7 @@ from safeside.adapters.toplayers import TopLayers
 from safeside.base.families import find_family
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import Base
+from safeside.base.shell import meta_model
 from safeside.base.top import described
 from safeside.errors import ConfigError
 
@@ -33,9 +34,7 @@ def geometry_base(config: PreTrainedConfig, name: str = "geometry") -> Base:
 
     Its fingerprint is empty, so an adapter made for it fits no real base.
     """
-    family = find_family(config.model_type)
-    with torch.device("meta"):
-        model = (AutoModel if family.is_encoder else AutoModelForCausalLM).from_config(config)  # type: ignore[no-untyped-call]
+    family, model = find_family(config.model_type), meta_model(config)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))  # type: ignore[no-untyped-call]
     base = Base(model, tokenizer, family, name, Path())
     base.fingerprint = Fingerprint(architecture="", tokenizer="", template="", weights="")

@@ -92,10 +92,13 @@ class Scoring:
     Batches may be read one by one with other passes between them, and every one of them before ``scores``.
     """
 
-    def __init__(self, base: Base, guards: Sequence[Adapter], conversations: Sequence[Conversation]) -> None:
+    def __init__(
+        self, base: Base, guards: Sequence[Adapter], conversations: Sequence[Conversation], limit: int | None = None
+    ) -> None:
+        """``limit`` is the most tokens of a window: the base's context unless given."""
         self._base, self._guards, self._conversations = base, guards, conversations
         self._modes = {guard.name: guard.config.windows for guard in guards}
-        self._cuts = [_cuts(base, messages, sorted(set(self._modes.values()))) for messages in conversations]
+        self._cuts = [_cuts(base, messages, sorted(set(self._modes.values())), limit) for messages in conversations]
         windows_of = [Window(row, *window) for row, cut in enumerate(self._cuts) for window in cut.windows]
         self._windows = sorted(windows_of, key=lambda window: len(window.ids))
         self._n_unread = [len(cut.windows) for cut in self._cuts]
@@ -129,14 +132,18 @@ class Scoring:
     @torch.no_grad()
     def read(self, batch: Sequence[Window], attachment: Attachment) -> int:
         """Score one of the ``batches`` in a pass of the attachment's base; how many conversations that finished."""
-        n_before, device = self.n_finished, self._base.device
+        device = self._base.device
         ids, keep = pad_batch([window.ids for window in batch], self._base.tokenizer.pad_token_id or 0)
         self._base.decoder(input_ids=ids.to(device), attention_mask=keep.to(device), use_cache=False)
         last = keep.sum(1) - 1
+        recorded, rows = attachment.record.scores, torch.arange(len(batch))
+        return self.keep(batch, {name: recorded[name][rows, last].float().cpu() for name in self._modes})
+
+    def keep(self, batch: Sequence[Window], ends: Mapping[str, torch.Tensor]) -> int:
+        """Take each guard's scores (B, K) at the ends of a batch, whoever made them; as ``read`` otherwise."""
+        n_before = self.n_finished
         for name, mode in self._modes.items():
-            scores = attachment.record.scores[name]
-            ends = scores[torch.arange(len(batch)), last].float().cpu()  # (B, K)
-            for window, value in zip(batch, ends, strict=True):
+            for window, value in zip(batch, ends[name], strict=True):
                 if mode in window.wanted:
                     found = self._found[window.row]
                     found[name] = _COMBINE[mode](found.get(name, value), value)
@@ -165,13 +172,13 @@ class _Cut:
     """Why not."""
 
 
-def _cuts(base: Base, messages: Conversation, modes: Sequence[Combine]) -> _Cut:
+def _cuts(base: Base, messages: Conversation, modes: Sequence[Combine], limit: int | None) -> _Cut:
     cut: dict[tuple[tuple[int, ...], ...], list[Combine]] = defaultdict(list)
     counts: dict[Combine, int] = {}
     problem = None
     for mode in modes:
         try:
-            encoded = tuple(base.encode(part).ids for part in windows(base, messages, combine=mode))
+            encoded = tuple(base.encode(part).ids for part in windows(base, messages, limit, mode))
         except InputError as error:
             problem = str(error)
             continue

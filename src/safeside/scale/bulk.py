@@ -65,7 +65,7 @@ class Ran(NamedTuple):
 
 def score_command(options: BulkOptions) -> dict[str, object]:
     """Score all rows that are not scored yet, and say how it went."""
-    require_engine(options.engine)
+    require_engine(options.engine, options.setup)
     setup = _absolute(options.setup)
     settings = {
         "guards": [_identified(name) for name in setup.guards],  # in order: verdicts stand in it

@@ -12,6 +12,7 @@ from safeside.errors import InputError
 from safeside.guards.lines import BaseScorer, Scorer
 from safeside.registry import Registry
 from safeside.types import Preset
+from safeside.vllm_plugin.plan import check_version, installed_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Setup:
     """``weights`` lets a guard run on other weights."""
     device: str = "cpu"
     """Where the base runs."""
+    spare_tokens: tuple[str, ...] = ()
+    """vLLM: control tokens that the base never writes, to carry scores."""
+    engine_options: tuple[str, ...] = ()
+    """vLLM: arguments of ``vllm.LLM``, each ``name=value``."""
 
 
 ENGINES: Registry[Callable[[Setup], Scorer]] = Registry("engine")
@@ -42,13 +47,28 @@ def base_scorer(setup: Setup) -> BaseScorer:
     return BaseScorer(base, [guard.with_preset(setup.preset) for guard in loaded])
 
 
+def vllm_scorer(setup: Setup) -> Scorer:
+    """Base and guards on a vLLM engine in the worker's own process."""
+    from safeside.scale.vllm_scorer import make_scorer
+
+    return make_scorer(setup)
+
+
 ENGINES.register("hf", base_scorer)
+ENGINES.register("vllm", vllm_scorer)
 
 
-def require_engine(name: str) -> None:
-    """Raise an InputError unless an engine of this name scores in bulk."""
+def require_engine(name: str, setup: Setup) -> None:
+    """Raise an InputError unless an engine of this name scores in bulk, or for options that it would not read.
+
+    Without vLLM, or with a release that is not tested, it is the error of ``check_version``.
+    """
     if name not in ENGINES:
         raise InputError(
-            f"Engine {name!r} does not score in bulk yet; expected one of {', '.join(ENGINES)}. Choose --engine hf, or "
+            f"Engine {name!r} does not score in bulk; expected one of {', '.join(ENGINES)}. Choose one of them, or "
             "register an engine in safeside.scale.engines."
         )
+    if name == "vllm":
+        check_version(installed_version())
+    elif setup.spare_tokens or setup.engine_options:
+        raise InputError(f"Engine {name!r} reads no --spare-token and no --vllm-option. Leave them out.")

@@ -52,6 +52,12 @@ class Answers:
             self._tell(choice)
         return json.dumps(answer).encode()
 
+    def first(self, body: bytes) -> list[float]:
+        """The scores behind the prompt of a complete answer's first choice; NaN where it has none."""
+        choice = json.loads(body)["choices"][0]
+        self._take(choice)
+        return self._steps(choice)[0]
+
     def event(self, event: bytes) -> bytes:
         """One event of a stream; the last of each choice gets its ``safety``."""
         if not event.startswith(_DATA) or event == _DATA + b"[DONE]":
@@ -64,9 +70,11 @@ class Answers:
         return _DATA + json.dumps(chunk).encode()
 
     def _tell(self, choice: dict[str, Any]) -> None:
+        choice["safety"] = self.told.safety(self._steps(choice), with_tokens=self.with_tokens)
+
+    def _steps(self, choice: dict[str, Any]) -> list[list[float]]:
         unread = [[math.nan] * (len(self.slots) - 1)]  # nothing came: every guard flags
-        steps = self.steps.get(choice["index"]) or unread
-        choice["safety"] = self.told.safety(steps, with_tokens=self.with_tokens)
+        return self.steps.get(choice["index"]) or unread
 
     def _take(self, choice: dict[str, Any]) -> None:
         """Move the slots of a choice's tokens to ``steps``."""

@@ -1,22 +1,27 @@
 """``safety`` in the answers of vLLM's own server, by its ``--middleware`` flag.
 
 It asks for the log-probabilities of the slots, takes them out of the answer again, and puts ``safety`` in their place:
-into each choice of a whole answer, and into the last chunk of each choice of a stream.  A request may hold ``safety``
+into each choice of a whole answer, and into the last chunk of each choice of a stream.  ``/v1/moderations`` is made of
+chats.  A request may hold ``safety``
 itself: ``{"strength": 0.5}`` or a policy in its place, and ``"tokens": true`` for the risk of every token.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from functools import cached_property
-from typing import Any
+from http import HTTPStatus
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoTokenizer
 
-from safeside.errors import InputError
+from safeside.errors import InputError, UnknownNameError, UnsupportedError
 from safeside.vllm_plugin.answers import NAMED, Answers
+from safeside.vllm_plugin.moderation import PATH as MODERATIONS
+from safeside.vllm_plugin.moderation import Moderation
 from safeside.vllm_plugin.plan import EngineConfig, read_engine_config
 from safeside.vllm_plugin.strengths import KEY, parse_strength
 from safeside.vllm_plugin.told import Told
@@ -55,12 +60,25 @@ class Texts:
         return str(self.tokenizer.decode([int(name.removeprefix(NAMED))]))
 
 
+class Engine(NamedTuple):
+    """What the server runs."""
+
+    config: EngineConfig
+    """Its adapters."""
+    told: Told
+    """How scores are told."""
+    texts: Texts
+    """The text of its tokens."""
+    served: str
+    """What clients call its model."""
+
+
 class SafetyMiddleware:
     """An ASGI application around vLLM's."""
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.engine: tuple[EngineConfig, Told, Texts] | None = None
+        self.engine: Engine | None = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request; what asks nothing of the model passes untouched.
@@ -70,10 +88,13 @@ class SafetyMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].endswith(SILENT):
             await self.app(scope, receive, send)
             return
-        if not scope["path"].endswith(PATHS):
-            await _refuse(send, f"{scope['path']} gives no verdicts. Use {' or '.join(PATHS)}.")
+        if scope["path"].endswith(MODERATIONS):
+            await self._moderate(scope, receive, send)
             return
-        config, told, texts = self._engine(scope)
+        if not scope["path"].endswith(PATHS):
+            await _refuse(send, f"{scope['path']} gives no verdicts. Use {', '.join(PATHS)} or {MODERATIONS}.")
+            return
+        config, told, texts, _ = self._engine(scope)
         try:
             values, safety = prepared(await _body(receive), config)
         except InputError as error:
@@ -88,11 +109,37 @@ class SafetyMiddleware:
             values, outgoing = {**values, **answers.asked}, _Outgoing(send, answers)
         await self.app(scope, _once(values, receive), outgoing)
 
-    def _engine(self, scope: MutableMapping[str, Any]) -> tuple[EngineConfig, Told, Texts]:
+    async def _moderate(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Judge each text as the prompt of a chat, all at once; the first chat that fails is the answer."""
+        config, told, _, served = self._engine(scope)
+        try:
+            asked = Moderation(await _body(receive), config, told, served)
+        except (InputError, UnsupportedError, UnknownNameError) as error:
+            await _refuse(send, str(error))
+            return
+        path = scope["path"].removesuffix(MODERATIONS) + PATHS[0]
+        headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
+        chat = {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
+        kept = [_Kept() for _ in asked.texts]
+        await asyncio.gather(
+            *(
+                self.app(dict(chat), _once(asked.chat(text), receive), own)
+                for text, own in zip(asked.texts, kept, strict=True)
+            )
+        )
+        failed = next((own for own in kept if own.status != HTTPStatus.OK), None)
+        if failed is not None:
+            await _send(send, failed.status, failed.body)
+            return
+        await _send(send, HTTPStatus.OK, json.dumps(asked.answer([own.body for own in kept])).encode())
+
+    def _engine(self, scope: MutableMapping[str, Any]) -> Engine:
         if self.engine is None:
             vllm_config = scope["app"].state.vllm_config
-            config = read_engine_config(vllm_config.additional_config)
-            self.engine = config, Told(config), Texts(vllm_config.model_config.tokenizer)
+            config, model = read_engine_config(vllm_config.additional_config), vllm_config.model_config
+            names = model.served_model_name
+            served = names if isinstance(names, str) else names[0]
+            self.engine = Engine(config, Told(config), Texts(model.tokenizer), served)
         return self.engine
 
 
@@ -184,6 +231,18 @@ class _Outgoing:
         await self.send({"type": "http.response.body", "body": body})
 
 
+class _Kept:
+    """Keeps what the server sends."""
+
+    def __init__(self) -> None:
+        self.status = int(HTTPStatus.INTERNAL_SERVER_ERROR)
+        self.body = b""
+
+    async def __call__(self, message: Message) -> None:
+        self.status = message.get("status", self.status)
+        self.body += message.get("body", b"")
+
+
 async def _body(receive: Receive) -> bytes:
     """The whole body of a request; a client that leaves first has sent an empty one."""
     parts = []
@@ -207,7 +266,11 @@ def _once(values: dict[str, Any], receive: Receive) -> Receive:
 async def _refuse(send: Send, reason: str) -> None:
     """HTTP 400 in the shape of OpenAI's errors."""
     error = {"message": reason, "type": "BadRequestError", "param": None, "code": 400}
-    body = json.dumps({"error": error}).encode()
+    await _send(send, HTTPStatus.BAD_REQUEST, json.dumps({"error": error}).encode())
+
+
+async def _send(send: Send, status: int, body: bytes) -> None:
+    """A whole answer of JSON."""
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": int(status), "headers": headers})
     await send({"type": "http.response.body", "body": body})

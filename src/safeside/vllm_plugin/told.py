@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from safeside.adapters.adapter import Adapter
-from safeside.types import Mode
+from safeside.types import Mode, Verdict
 from safeside.verdicts import verdict_of
 from safeside.vllm_plugin.plan import EngineConfig, shell_of
 
@@ -34,9 +34,7 @@ class Told:
         stages += [("answer", steps[-1])] if len(steps) > 1 else []
         risks = [{guard.name: max_or_nan(part) for guard, part in self._parts(step)} for step in steps]
         safety: Safety = {
-            "verdicts": [
-                self._verdict(guard, part, mode) for mode, step in stages for guard, part in self._parts(step)
-            ],
+            "verdicts": [_fields(verdict) for mode, step in stages for verdict in self.verdicts(step, mode)],
             "maximum": {guard.name: _told(max_or_nan([risk[guard.name] for risk in risks])) for guard in self.guards},
             "unscored_tokens": 1,
         }
@@ -45,6 +43,10 @@ class Told:
         if with_tokens:
             safety["tokens"] = self._tokens(steps, risks)
         return safety
+
+    def verdicts(self, step: Sequence[float], mode: Mode) -> list[Verdict]:
+        """One verdict of each guard, from the scores of all their labels."""
+        return [verdict_of(guard, part, mode) for guard, part in self._parts(step)]
 
     def _tokens(self, steps: Sequence[Sequence[float]], risks: Sequence[dict[str, float]]) -> list[Safety]:
         unread = dict.fromkeys((guard.name for guard in self.guards), math.nan)
@@ -63,13 +65,13 @@ class Told:
             start = stop
         return parts
 
-    def _verdict(self, guard: Adapter, scores: Sequence[float], mode: Mode) -> Safety:
-        verdict = verdict_of(guard, scores, mode)
-        return {
-            "guard": verdict.task, "label": verdict.label, "stage": mode, "score": _told(verdict.score),
-            "threshold": verdict.threshold, "flagged": verdict.flagged, "probability": _told(verdict.probability),
-            "reason": verdict.reason,
-        }  # fmt: skip
+
+def _fields(verdict: Verdict) -> Safety:
+    return {
+        "guard": verdict.task, "label": verdict.label, "stage": verdict.mode, "score": _told(verdict.score),
+        "threshold": verdict.threshold, "flagged": verdict.flagged, "probability": _told(verdict.probability),
+        "reason": verdict.reason,
+    }  # fmt: skip
 
 
 def max_or_nan(values: Sequence[float]) -> float:

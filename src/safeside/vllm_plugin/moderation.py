@@ -1,0 +1,54 @@
+"""OpenAI's moderation on vLLM: every text is a chat that draws one token, for its prompt's score stands behind it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from pydantic import ValidationError
+
+from safeside.errors import InputError
+from safeside.serve.moderation import chosen, result_of, unsupported
+from safeside.serve.wire import ModerationRequest
+from safeside.vllm_plugin.answers import Answers
+from safeside.vllm_plugin.plan import EngineConfig
+from safeside.vllm_plugin.strengths import KEY
+from safeside.vllm_plugin.told import Told
+
+PATH = "/v1/moderations"
+
+
+class Moderation:
+    """One request of moderation, for one guard or all of them."""
+
+    def __init__(self, body: bytes, config: EngineConfig, told: Told, served: str) -> None:
+        if not config.slots:
+            raise InputError("The engine has no guard, so no text can be judged. Start it with --guard.")
+        try:
+            asked = ModerationRequest.model_validate_json(body)
+        except ValidationError as error:
+            raise InputError(f"This is no request of moderation: {error}") from error
+        self.texts = asked.texts
+        self.model = asked.model or served
+        self._config, self._told = config, told
+        self._guards = chosen(asked.model, [guard.name for guard in config.guards], served)
+
+    def chat(self, text: str) -> dict[str, Any]:
+        """The chat that has ``text`` judged; an aligner, which its one token has no use for, stays out of it."""
+        plain: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, "temperature": 0.0}
+        strength = {"vllm_xargs": {KEY: "0.0"}} if self._config.aligner is not None else {}
+        return {**plain, **strength, **self._answers().asked}
+
+    def answer(self, bodies: list[bytes]) -> dict[str, Any]:
+        """OpenAI's answer from the chats' answers, in the order of ``texts``; what has no score is flagged."""
+        found = [self._told.verdicts(self._answers().first(body), "prompt") for body in bodies]
+        own = [[verdict for verdict in verdicts if verdict.task in self._guards] for verdicts in found]
+        return {
+            "id": f"modr-{secrets.token_hex(12)}",
+            "model": self.model,
+            "results": [result_of(verdicts) for verdicts in own],
+            "unsupported_categories": unsupported([one for one in self._told.guards if one.name in self._guards]),
+        }
+
+    def _answers(self) -> Answers:
+        return Answers(self._config.slots, self._told, with_tokens=False, keeps_logprobs=False)

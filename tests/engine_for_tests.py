@@ -1,0 +1,28 @@
+"""The configuration of an engine on vLLM, and how such an engine tells scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from references import reference
+from safeside import make_config
+from safeside.vllm_plugin.plan import AdapterEntry, EngineConfig
+
+SLOTS = (300, 301, 302, 303)
+
+
+def engine(*, aligner: bool = True) -> EngineConfig:
+    guard = make_config(reference(), kind="lst", role="guard", name="harm", labels=("harm", "hate"), width=32)
+    configs = [guard, make_config(reference(), kind="lst", role="align", name="refuse", width=32)]
+    entries = [AdapterEntry(folder="nowhere", content="c", config=config) for config in configs[: 1 + aligner]]
+    return EngineConfig(base=reference().fingerprint, adapters=tuple(entries), slots=SLOTS[: 3 + aligner])
+
+
+def slots_of(step: Sequence[float]) -> dict[int, float]:
+    return dict(zip(SLOTS, [-60.0, *(-60.0 + value for value in step)], strict=True))
+
+
+def chat_entry(step: Sequence[float]) -> dict[str, Any]:
+    tops = [{"token": f"token_id:{slot}", "logprob": value, "bytes": []} for slot, value in slots_of(step).items()]
+    return {"token": "token_id:9", "logprob": -0.5, "bytes": [104, 105], "top_logprobs": tops}

@@ -1,0 +1,119 @@
+"""OpenAI's moderation through a server that speaks as vLLM's does: one chat of one token for each text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine_for_tests import SLOTS, chat_entry, engine
+from safeside.vllm_plugin.middleware import SafetyMiddleware
+from safeside.vllm_plugin.plan import CONFIG_KEY, EngineConfig
+
+RISKS = {"fine": (0.1, 0.2, 0.0), "bad": (0.9, 0.3, 0.0), "masked": (math.nan, 0.1, 0.0)}
+
+
+def moderated(asked: Any, config: EngineConfig, *, status: int = 200) -> tuple[int, Any, list[Any]]:
+    """Status, what came back, and each chat that the server inside was asked, with its path.
+
+    The server answers the first chat last, and has no scores for a text that RISKS lacks.
+    """
+    heard: list[Any] = []
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        values = json.loads((await receive())["body"])
+        heard.append((scope["path"], values))
+        await asyncio.sleep(0.05 / len(heard))
+        text = values["messages"][0]["content"]
+        content = [chat_entry(RISKS[text])] if text in RISKS else []
+        fails = status != 200 and text == "bad"
+        body = {"error": "full"} if fails else {"choices": [{"index": 0, "logprobs": {"content": content}}]}
+        await send({"type": "http.response.start", "status": status if fails else 200, "headers": []})
+        whole = json.dumps(body).encode()
+        await send({"type": "http.response.body", "body": whole[:9], "more_body": True})
+        await send({"type": "http.response.body", "body": whole[9:]})
+
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": asked if isinstance(asked, bytes) else json.dumps(asked).encode()}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    model = SimpleNamespace(tokenizer="nowhere", served_model_name="toy")
+    vllm_config = SimpleNamespace(additional_config={CONFIG_KEY: config.as_json()}, model_config=model)
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm_config))
+    scope = {"type": "http", "method": "POST", "path": "/v1/moderations", "headers": [], "app": app}
+    asyncio.run(SafetyMiddleware(inside)(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"]), heard
+
+
+@pytest.mark.parametrize("aligner", [False, True])
+def test_each_text_is_judged_in_order(aligner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not aligner:
+        monkeypatch.setattr("engine_for_tests.SLOTS", SLOTS[:3])
+        monkeypatch.setattr(f"{__name__}.RISKS", {text: risk[:2] for text, risk in RISKS.items()})
+    status, answer, heard = moderated({"input": ["bad", "fine", "bad"]}, engine(aligner=aligner))
+    assert status == 200
+    assert [result["flagged"] for result in answer["results"]] == [True, False, True]
+    harmful = answer["results"][0]
+    assert harmful["category_scores"] == {name: pytest.approx(0.9) for name in harmful["categories"]}
+    assert answer["model"] == "toy"
+    assert answer["id"].startswith("modr-")
+    assert len(answer["unsupported_categories"]) in (12, 13)
+    assert {path for path, _ in heard} == {"/v1/chat/completions"}
+    for _, asked in heard:
+        assert asked["max_tokens"] == 1
+        assert asked["logprob_token_ids"] == list(SLOTS[: 3 + aligner])
+        assert asked.get("vllm_xargs") == ({"safeside_strength": "0.0"} if aligner else None)
+
+
+@pytest.mark.parametrize("asked", [{"input": "bad"}, {"input": [{"type": "text", "text": "bad"}], "model": "harm"}])
+def test_one_text_as_a_string_or_in_parts(asked: Any) -> None:
+    _, answer, _ = moderated(asked, engine())
+    assert [result["flagged"] for result in answer["results"]] == [True]
+    assert answer["model"] == asked.get("model", "toy")
+
+
+@pytest.mark.parametrize("text", ["masked", "a text without scores"])
+def test_a_text_without_scores_is_flagged(text: str) -> None:
+    _, answer, _ = moderated({"input": ["fine", text]}, engine())
+    fine, unread = answer["results"]
+    assert (fine["flagged"], unread["flagged"]) == (False, True)
+    assert set(unread["category_scores"].values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "Field required"),
+        (b"{", "no request of moderation"),
+        ({"input": []}, "at least 1"),
+        ({"input": "x", "model": "nobody"}, "nobody"),
+        ({"input": [{"type": "image_url", "image_url": {"url": "x"}}]}, "Pictures cannot be read"),
+    ],
+)
+def test_what_cannot_be_judged_is_a_bad_request(asked: Any, said: str) -> None:
+    status, answer, heard = moderated(asked, engine())
+    assert (status, heard) == (400, [])
+    assert said in answer["error"]["message"]
+
+
+def test_without_a_guard_nothing_is_judged() -> None:
+    config = engine()
+    alone = config.model_copy(update={"adapters": config.adapters[1:], "slots": ()})
+    status, answer, heard = moderated({"input": "fine"}, alone)
+    assert (status, heard) == (400, [])
+    assert "no guard" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("texts", [["fine", "bad"], ["bad", "fine"]])
+def test_a_chat_that_fails_is_the_answer(texts: Sequence[str]) -> None:
+    status, answer, _ = moderated({"input": texts}, engine(), status=503)
+    assert (status, answer) == (503, {"error": "full"})
