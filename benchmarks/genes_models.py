@@ -48,7 +48,8 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "genes"
 FORMAT = 3  # of models and cells: another one makes them all anew
 MAIN_SHOTS = 32  # of the rows that methods are compared by
 ANSWER, LABEL = 32, 6  # tokens of an answer to an attack, and of a class's name
-SALORA_RATES = (1.0, 0.3)  # times the recipe's learning rate; the shots choose
+SALORA_RATES = (1.0, 0.3)  # times the recipe's learning rate
+RATE_OF = 0, "dolly"  # seed and task of the model whose shots choose SaLoRA's rate
 
 
 @dataclass(frozen=True)
@@ -148,24 +149,31 @@ class Models:
         return self.made(title or recipe_name, make)
 
     def salora(self, task: str) -> Path:
-        """A task model that SaLoRA tuned from the aligned one, in as many steps as the plain one.
-
-        At several learning rates, the plain one's among them; the loss on the shots chooses, as the plain one's epoch
-        is chosen on validation rows.
-        """
+        """A task model that SaLoRA tuned from the aligned one, in as many steps as the plain one."""
 
         def make(place: Path) -> None:
+            share = Models(self.setup, RATE_OF[0]).salora_rate()
             started, base = time.perf_counter(), load_base(self.aligned())
-            tried = {str(share): self._salora(base, task, share) for share in SALORA_RATES}
-            shots = self.shots(task, MAIN_SHOTS)
-            losses = {share: loss_on(with_added(base, added), shots) for share, added in tried.items()}
-            best = min(losses, key=losses.__getitem__)
-            save_checkpoint(with_added(base, tried[best]), place)
-            n_weights = sum(SaloraSettings().rank * sum(matrix.shape) for matrix in tried[best].values())
+            added = self._salora(base, task, share)
+            save_checkpoint(with_added(base, added), place)
+            n_weights = sum(SaloraSettings().rank * sum(matrix.shape) for matrix in added.values())
             costs = {"seconds": time.perf_counter() - started, "trainable_params": n_weights}
-            write_json(place / "facts.json", {**costs, "setting": f"rate x {best}"})
+            write_json(place / "facts.json", {**costs, "setting": f"rate x {share}"})
 
         return self.made(f"salora-{task}", make)
+
+    def salora_rate(self) -> float:
+        """The share of the plain learning rate that SaLoRA learns at: the loss on one model's shots chooses for all."""
+
+        def make(place: Path) -> None:
+            base, task = load_base(self.aligned()), RATE_OF[1]
+            shots = self.shots(task, MAIN_SHOTS)
+            losses = {
+                share: loss_on(with_added(base, self._salora(base, task, share)), shots) for share in SALORA_RATES
+            }
+            write_json(place / "rate.json", {"rate": min(losses, key=losses.__getitem__), "losses": losses})
+
+        return float(json.loads((self.made("salora-rate", make) / "rate.json").read_text(encoding="utf-8"))["rate"])
 
     def _salora(self, base: Base, task: str, share: float) -> Mapping[str, Tensor]:
         recipe, rows = self._recipe(task).training, self.conversations(f"{task}_train")
