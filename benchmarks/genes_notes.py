@@ -10,6 +10,7 @@ import numpy as np
 from genes_board import JUDGE_NAMES, METHODS, Board, Figure, Pair, drawn, figure_of
 from genes_cells import Values
 from genes_figures import Port
+from genes_goals import goals_of
 from genes_models import Models, Setup
 
 AGAINST = ("gene_random_layers", "gene_all_layers", "resta", "safelora", "safemerge", "salora", "realigned")
@@ -33,8 +34,10 @@ _MEANINGS = {
 def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
     """All of them."""
     cells = [values for found in board.cells.values() for values in found.values()]
+    compared, changes = contrasts(board), _accuracy_changes(board)
     return {
         **_MEANINGS,
+        "goals": goals_of(board, compared, changes),
         "qualifying": [_label(pair) for pair in board.qualifying],
         "excluded": _excluded(board),
         "n_excluded": len(_excluded(board)),
@@ -43,9 +46,9 @@ def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
             for method, name in METHODS.items()
             if (n_missing := sum(name not in board.cells[pair] for pair in board.qualifying))
         },
-        "contrasts": contrasts(board),
+        "contrasts": compared,
         "front": front(board),
-        "accuracy_change": _accuracy_changes(board),
+        "accuracy_change": changes,
         "curve_over_weights": _curve(board),
         "interference": _interference(board),
         "guard": _by_cell(board, "guard", ("dsa",)),

@@ -90,6 +90,23 @@ def _change(found: Mapping[str, object] | None) -> str:
     return f"{100 * float(str(found['mean'])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
+def goals_section(notes: Mapping[str, object]) -> Section | None:
+    """What was set out to be shown, and whether it was."""
+    goals: list[Mapping[str, object]] = list(notes["goals"])  # type: ignore[call-overload]
+    table = [
+        (
+            str(goal["goal"]),
+            str(goal["wanted"]),
+            "{:.3f} ({:.3f} to {:.3f})".format(*(float(str(goal[key])) for key in ("value", "low", "high")))
+            if "value" in goal
+            else "",
+            str(goal["verdict"]),
+        )
+        for goal in goals
+    ]
+    return Section("Goals", "", columns=("goal", "wanted", "measured", ""), rows=table) if table else None
+
+
 def task_section(rows: Sequence[Row], task: str, qualifies: bool) -> Section:
     """Safety against accuracy of every method on one task."""
     own = of(rows, task=task)
@@ -318,6 +335,7 @@ def write_page(path: Path) -> Path:
     tasks = list(dict.fromkeys(str(row["task"]) for row in of(rows, metric="attack_success")))
     sections = [
         recovered_section(rows, notes),
+        goals_section(notes),
         contrasts_section(notes),
         *(task_section(rows, task, task in qualifying) for task in tasks),
         curves_section(rows, notes),

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gene_tables import genes_table
 from scale_tables import bulk_table, capacity_table, serve_table, vllm_table
 from table_cells import (
     Row,
@@ -306,6 +307,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "guards": guards_table,
     "align": align_table,
     "decode": decode_table,
+    "genes": genes_table,
     "gate": gate_table,
     "serve": serve_table,
     "vllm": vllm_table,

@@ -16,10 +16,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import gene_tables
 import genes
 import genes_board
 import genes_cells
 import genes_figures
+import genes_goals
 import genes_guard
 import genes_models
 import genes_notes
@@ -367,3 +369,48 @@ def test_a_page_needs_a_result(tmp_path: Path) -> None:
     (tmp_path / "genes.json").write_text("{}")
     with pytest.raises(InputError, match="not a result of the genes benchmark"):
         write_page(tmp_path / "genes.json")
+
+
+def test_goals_are_met_by_the_worse_end_by_the_value_or_missed() -> None:
+    """20 prompts: 12 attacks succeed in the fine-tuned model, 2 with the gene, and as many or fewer with rivals."""
+    safe, lost, gene = [0] * 20, [1] * 12 + [0] * 8, [1] * 2 + [0] * 18
+    rivals = {"resta": [1] * 10 + [0] * 10, "salora": gene, "safemerge": [1] + [0] * 19}
+    cells = {"aligned": safe, "finetuned": lost, "gene-32": gene, **rivals}
+    made = board(cells, cells, accuracies={"gene-32": [1.0] * 7 + [0.9], "salora": [0.9] * 8})
+    for found in made.cells.values():
+        found["gene-32"]["seconds"] = 130.0
+    changes = genes_notes._accuracy_changes(made)
+    told = {str(goal["goal"]): goal for goal in genes_goals.goals_of(made, genes_notes.contrasts(made), changes)}
+    assert told["recovered share, rules"]["value"] == pytest.approx(10 / 12)
+    assert told["recovered share, rules"]["verdict"] == "met"
+    assert told["task accuracy, minus the fine-tuned model's"]["verdict"] == "missed"
+    assert told["attack success, minus that of resta"]["verdict"] == "a trade: more safety, less accuracy"
+    assert [told[f"attack success, minus that of {rival}"]["verdict"] for rival in ("salora", "safemerge")] == [
+        "missed",
+        "missed",
+    ]
+    assert told["seconds of the longest fit, on one core"]["verdict"] == "missed"
+    section = genes_report.goals_section({"goals": [*told.values()]})
+    assert [row[3] for row in section.rows] == [str(goal["verdict"]) for goal in told.values()]
+    assert genes_goals.goals_of(Board({}, {}), [], {}) == []
+
+
+def test_the_table_of_genes_has_every_method_and_every_pair_of_tasks(data: Path, tmp_path: Path) -> None:
+    safe, lost, gene = [0] * 20, [1] * 12 + [0] * 8, [1] * 2 + [0] * 18
+    cells = {"aligned": safe, "finetuned": lost, "gene-32": gene, "resta": lost, "transfer-dolly": lost}
+    made = board(cells, cells)
+    for found in made.cells.values():
+        for values in found.values():
+            values.update(seconds=12.0, cell_seconds=1.0, commit="c")
+    setup = genes_models.Setup(data, tmp_path, genes_rows.Sizes())
+    rows = [*genes_figures.rows_of(made, "key"), *genes_figures.recovered_rows(made)]
+    write_json(tmp_path / "genes.json", {
+        "rows": rows, "notes": genes_notes.notes_of(made, setup, []), "commit": "abc", "machine": "m",
+    })  # fmt: skip
+    table = gene_tables.genes_table(tmp_path / "genes.json")
+    assert "2 task models of 2 seeds count, 0 do not" in table
+    assert "| gene | 0.833 (" in table
+    assert "| resta | 0.000" in table
+    assert "| dolly | 0.000 |" in table
+    assert "| recovered share, rules | 0.5 at least | 0.833 (" in table
+    assert gene_tables.genes_table(tmp_path / "none.json").startswith("*No figures yet")

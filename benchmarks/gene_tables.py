@@ -1,0 +1,100 @@
+"""The table of genes; ``tables`` puts it into the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from table_cells import Row, absent, auroc_cell, markdown, ratio_cell, read_result
+
+Note = Mapping[str, object]
+SHOTS = 32
+
+
+def genes_table(path: Path) -> str:
+    """Goals, what every method brings back, one task's gene in another task's model, and ports."""
+    result = read_result(path)
+    if result is None:
+        return absent(path)
+    rows, notes = result["rows"], result["notes"]
+    n_models, n_excluded = len(notes["qualifying"]), notes["n_excluded"]
+    head = (
+        f"On `builtin`, {n_models} task models of {len({row['seed'] for row in notes['qualifying']})} seeds count, "
+        f"{n_excluded} do not. Shares are ratios of means over those models, with 95% intervals over seeds and "
+        f"prompts. Commit `{result['commit']}`, {result['machine']}.\n\n"
+    )
+    parts = (_goals(notes["goals"]), _methods(rows, notes), _transfers(rows), _ports(rows))
+    return head + "\n\n".join(markdown(*part) for part in parts if part[1])
+
+
+def _goals(goals: Sequence[Note]) -> tuple[Sequence[str], list[list[str]]]:
+    lines = [
+        [str(goal["goal"]), str(goal["wanted"]), _figure(goal) if "value" in goal else "", str(goal["verdict"])]
+        for goal in goals
+    ]
+    return ("goal", "wanted", "measured", ""), lines
+
+
+def _figure(item: Note, scale: float = 1.0) -> str:
+    value, low, high = (scale * float(str(item[name])) for name in ("value", "low", "high"))
+    digits = 0 if abs(value) >= 10 else 3
+    return f"{value:.{digits}f}" if low == high else f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _methods(rows: Sequence[Row], notes: Note) -> tuple[Sequence[str], list[list[str]]]:
+    """A line for each method, over all models that count."""
+    changes: Mapping[str, Note] = dict(notes["accuracy_change"])  # type: ignore[call-overload]
+    counted = {(row["task"], row["seed"]) for row in notes["qualifying"]}  # type: ignore[attr-defined]
+    whole = [row for row in rows if "source" not in row and row["task"] == "all" and row["shots"] in (0, SHOTS)]
+    lines = []
+    for method in dict.fromkeys(str(row["method"]) for row in whole):
+        mine = [row for row in whole if row["method"] == method]
+        wanted = (("recovered_share", "rules"), ("recovered_share", "classifier"), ("recovered_refusals", "rules"))
+        shares = [[row for row in mine if (row["metric"], row["judge"]) == one] for one in wanted]
+        cells = [ratio_cell(some[0]) if some else "" for some in shares]
+        change = changes.get(method)
+        accuracy = ""
+        if change is not None:
+            low, high = change["interval"]  # type: ignore[misc]
+            accuracy = f"{100 * float(str(change['mean'])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        taken = [row for row in rows if (row["method"], row["metric"]) == (method, "seconds")]
+        own = [row for row in taken if row["shots"] in (0, SHOTS)]
+        seconds = [float(str(row["value"])) for row in own if (row["task"], row["seed"]) in counted]
+        lines.append([method, *cells, accuracy, f"{sum(seconds) / len(seconds):.0f}" if seconds else ""])
+    columns = (
+        "method", "recovered share (rules)", "(classifier)", "refusals back (rules)", "task accuracy, points", "seconds",
+    )  # fmt: skip
+    return columns, lines
+
+
+def _transfers(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str]]]:
+    """Fitted on a row's task, used on a column's: recovered share by rules, over seeds."""
+    found = [
+        row
+        for row in rows
+        if row["metric"] == "recovered_share" and (row.get("judge"), row["seed"]) == ("rules", -1) and "source" in row
+        and row["method"] == "gene"
+    ]  # fmt: skip
+    sources, targets = (list(dict.fromkeys(str(row[side]) for row in found)) for side in ("source", "target"))
+    lines = []
+    for source in sources:
+        by_target = {str(row["target"]): row for row in found if row["source"] == source}
+        lines.append([source, *(ratio_cell(by_target[name]) if name in by_target else "" for name in targets)])
+    return ("one gene, fitted on", *(f"in a model of {target}" for target in targets)), lines
+
+
+def _ports(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str]]]:
+    found = [
+        row for row in rows
+        if "source" in row and row["method"] != "gene" and (row["metric"], row["judge"]) == ("recovered_share", "rules")
+    ]  # fmt: skip
+    lines = []
+    for row in found:
+        place = (row["source"], row["target"], row["method"])
+        kept = [
+            other for other in rows
+            if "source" in other and (other["source"], other["target"], other["method"]) == place
+            and (other["metric"], other["judge"]) == ("kept_share", "rules")
+        ]  # fmt: skip
+        lines.append([f"{row['source']} to {row['target']}", str(row["method"]), auroc_cell([row]), auroc_cell(kept)])
+    return ("from and to", "gene", "recovered share (rules)", "of what the target's own brings back"), lines
