@@ -61,10 +61,8 @@ def _methods(rows: Sequence[Row], notes: Note) -> tuple[Sequence[str], list[list
         own = [row for row in taken if row["shots"] in (0, SHOTS)]
         seconds = [float(str(row["value"])) for row in own if (row["task"], row["seed"]) in counted]
         lines.append([method, *cells, accuracy, f"{sum(seconds) / len(seconds):.0f}" if seconds else ""])
-    columns = (
-        "method", "recovered share (rules)", "(classifier)", "refusals back (rules)", "task accuracy, points", "seconds",
-    )  # fmt: skip
-    return columns, lines
+    shares_of = ("recovered share (rules)", "(classifier)", "refusals back (rules)")
+    return ("method", *shares_of, "task accuracy, points", "seconds"), lines
 
 
 def _transfers(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str]]]:
