@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from genes_rows import MIXED
 from table_cells import Row, absent, auroc_cell, markdown, ratio_cell, read_result
 
 Note = Mapping[str, object]
@@ -18,25 +19,26 @@ def genes_table(path: Path) -> str:
         return absent(path)
     rows, notes = result["rows"], result["notes"]
     n_models, n_excluded = len(notes["qualifying"]), notes["n_excluded"]
+    n_seeds = len({row["seed"] for row in notes["qualifying"]})
     head = (
-        f"On `builtin`, {n_models} task models of {len({row['seed'] for row in notes['qualifying']})} seeds count, "
-        f"{n_excluded} do not. Shares are ratios of means over those models, with 95% intervals over seeds and "
-        f"prompts. Commit `{result['commit']}`, {result['machine']}.\n\n"
+        f"On `builtin`, {n_models} task models of {n_seeds} seeds count, {n_excluded} do not; {', '.join(MIXED)} are "
+        "learnt together with plain instructions. Shares are ratios of means over the models that count, with 95% "
+        f"intervals over seeds and prompts. Commit `{result['commit']}`, {result['machine']}.\n\n"
     )
     parts = (_goals(notes["goals"]), _methods(rows, notes), _transfers(rows), _ports(rows))
     return head + "\n\n".join(markdown(*part) for part in parts if part[1])
 
 
 def _goals(goals: Sequence[Note]) -> tuple[Sequence[str], list[list[str]]]:
-    lines = [
-        [str(goal["goal"]), str(goal["wanted"]), _figure(goal) if "value" in goal else "", str(goal["verdict"])]
-        for goal in goals
-    ]
+    lines = [[str(goal["goal"]), str(goal["wanted"]), figure_text(goal), str(goal["verdict"])] for goal in goals]
     return ("goal", "wanted", "measured", ""), lines
 
 
-def _figure(item: Note, scale: float = 1.0) -> str:
-    value, low, high = (scale * float(str(item[name])) for name in ("value", "low", "high"))
+def figure_text(item: Note) -> str:
+    """A figure with its interval where it has one; nothing where nothing was measured."""
+    if "value" not in item:
+        return ""
+    value, low, high = (float(str(item[name])) for name in ("value", "low", "high"))
     digits = 0 if abs(value) >= 10 else 3
     return f"{value:.{digits}f}" if low == high else f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 

@@ -58,6 +58,11 @@ class Plan:
         return list(moves_of(self.setups, self.seeds, self.tasks))
 
     @property
+    def shared(self) -> list[tuple[Setup, int]]:
+        """Every base and seed that others need, that of SaLoRA's rate among them."""
+        return list(dict.fromkeys([*product(self.setups, self.seeds), (self.setups[0], RATE_OF[0])]))
+
+    @property
     def task_models(self) -> list[tuple[Setup, int, str]]:
         """Every task model that is asked for, by other tasks' transfers too."""
         own = [(self.setups[0], seed, task) for seed, task in product(self.seeds, TASKS)]
@@ -69,7 +74,7 @@ def run(plan: Plan, workers: Workers) -> Path:
     started, setup = time.perf_counter(), plan.setups[0]
     setup.cells.mkdir(parents=True, exist_ok=True)
     (setup.cells / ".gitignore").write_text("*\n", encoding="utf-8")
-    for job, seconds in workers.run(_make_shared, list(product(plan.setups, plan.seeds))):
+    for job, seconds in workers.run(_make_shared, plan.shared):
         note(f"{job[0].base}, seed {job[1]}: rows, aligned and degraded model and gene in {seconds:.0f} s")
     for (made, seed, task), seconds in workers.run(_make_task, plan.task_models):
         note(f"{made.base}, seed {seed}: {task} model in {seconds:.0f} s")

@@ -138,7 +138,7 @@ class TaskBench:
             weights_of(load_base(folder)) for folder in (self.models.aligned(), self.models.unaligned())
         )
         vectors = {"unaligned": difference(aligned, unaligned), "base": from_base}
-        tried = product(vectors, (0.25, 0.5, 1.0, 2.0), (1.0, 0.7))
+        tried = product(vectors, (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 0.7))
         return self._best(
             {
                 f"{vector}, {strength}, {density}": partial(

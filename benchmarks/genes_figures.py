@@ -16,7 +16,7 @@ from genes_port import CONTROL, Move
 from genes_rows import TASKS
 from tidy import Row, figure_row
 
-WITH_SHOTS = ("gene", "gene_random_layers", "gene_all_layers", "resta", "safelora", "safemerge", "salora")
+WITH_SHOTS = ("gene", "gene_random_layers", "gene_all_layers", "resta", "safelora", "safemerge")
 SHARES: Mapping[Outcome, str] = {
     "success": "attack_success",
     "refused": "refused_share",

@@ -21,6 +21,7 @@ from genes_rows import (
     HARMFUL_SHARE,
     LEAST_UNALIGNED,
     LONGEST,
+    MIXED,
     N_VALIDATION,
     SOURCES,
     Sizes,
@@ -72,7 +73,7 @@ class Setup:
         files = {path: _digest_of(self.data / path) for path in (*SOURCES.values(), *ATTACKS)}
         recipes = {path.name: path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.toml"))}
         lengths = [ANSWER, LABEL, LONGEST, N_VALIDATION, HARMFUL_SHARE, LEAST_UNALIGNED, MAIN_SHOTS, *SALORA_RATES]
-        own = [asdict(self.sizes), self.base, self.fingerprint, self.epochs, self.steps]
+        own = [asdict(self.sizes), self.base, self.fingerprint, self.epochs, self.steps, MIXED, RATE_OF]
         return config_hash([FORMAT, *own, lengths, files, recipes])
 
 
@@ -234,7 +235,8 @@ class Models:
 def loss_on(base: Base, shots: Sequence[Sequence[Conversation]]) -> float:
     """What settings are chosen by, as a gene's scalars are fitted: the loss on refusals' first tokens and task rows."""
     refused, answered = (encode_texts(base, rows, "examples", answered=True) for rows in shots)
-    kinds = (refused, FitSection().refusal_tokens), (answered, 0)
+    fit = FitSection.model_validate(tomllib.loads((RECIPES / "gene.toml").read_text(encoding="utf-8"))["fit"])
+    kinds = (refused, fit.refusal_tokens), (answered, 0)
     return sum(float(answer_loss(base, kind.batch(base, range(len(kind))), n_first)) for kind, n_first in kinds)
 
 

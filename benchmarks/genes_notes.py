@@ -11,9 +11,12 @@ from genes_board import JUDGE_NAMES, METHODS, Board, Figure, Pair, drawn, figure
 from genes_cells import Values
 from genes_figures import Port
 from genes_goals import goals_of
-from genes_models import Models, Setup
+from genes_judge import Outcome
+from genes_models import RATE_OF, Models, Setup
+from genes_rows import MIXED
 
 AGAINST = ("gene_random_layers", "gene_all_layers", "resta", "safelora", "safemerge", "salora", "realigned")
+CONTRASTED: Mapping[str, Outcome] = {"attack_success": "success", "refused_share": "refused"}
 Note = dict[str, object]
 
 
@@ -24,8 +27,14 @@ _MEANINGS = {
     "which nothing was lost, and which are left out",
     "task_accuracy": "share of test rows with the right class; of open-ended tasks the share of the known answer's "
     "tokens that rank first",
-    "shots": "gene-*: examples of each kind that scalars are fitted on; resta, safelora, safemerge and salora choose "
-    "their settings on as many",
+    "shots": "gene-*: examples of each kind that scalars are fitted on; resta, safelora and safemerge choose their "
+    "settings on as many, by the same loss, in every model.  salora's learning rate was chosen in that way once, on "
+    f"seed {RATE_OF[0]}'s {RATE_OF[1]} model, and its seconds leave that out",
+    "task_rows": f"{', '.join(MIXED)} are learnt together with plain instructions (counts in `rows`), others than "
+    "those that the degraded copy learns but of the same set; dolly and dolly_harmful are not",
+    "chosen_beforehand": "refusal_tokens and learning_rate of the fit and the epochs of the degraded copy were chosen "
+    "on seed 0's ag_news and dolly models by validation refusals and HarmBench's validation prompts, of which one is "
+    "nearly one of the attacks; the rivals' recipes are their papers', with the grids of `settings`",
     "outcomes": "an answer to an attack is a success, a refusal, off topic (a label, babble, nothing) or unscored; "
     "attack_success, refused_share and off_topic_share are shares of those that are scored",
 }
@@ -72,7 +81,11 @@ def contrasts(board: Board) -> list[Note]:
         names = METHODS["gene"], METHODS[rival]
         pairs = [pair for pair in board.qualifying if set(names) <= set(board.cells[pair])]
         if pairs:
-            found = {("attack_success", judge): _attack_change(board, pairs, names, judge) for judge in JUDGE_NAMES}
+            found = {
+                (metric, judge): _outcome_change(board, pairs, names, (judge, kind))
+                for judge in JUDGE_NAMES
+                for metric, kind in CONTRASTED.items()
+            }
             found["task_accuracy", "none"] = _accuracy_change(board, pairs, names)
             for (metric, judge), figure in found.items():
                 labels: Note = {"against": rival, "metric": metric, "judge": judge, "n_models": len(pairs)}
@@ -80,8 +93,8 @@ def contrasts(board: Board) -> list[Note]:
     return rows
 
 
-def _attack_change(board: Board, pairs: Sequence[Pair], names: tuple[str, str], judge: str) -> Figure:
-    first, second = (board.stacked(pairs, name, judge) for name in names)
+def _outcome_change(board: Board, pairs: Sequence[Pair], names: tuple[str, str], which: tuple[str, Outcome]) -> Figure:
+    first, second = (board.stacked(pairs, name, *which) for name in names)
     return figure_of(drawn(pairs, first.shape[1]).mean(first - second))
 
 

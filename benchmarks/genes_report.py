@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gene_tables import figure_text
 from part_sections import GREEN, SECOND, Row, pooled, text_of
 from safeside.errors import InputError
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
@@ -97,9 +98,7 @@ def goals_section(notes: Mapping[str, object]) -> Section | None:
         (
             str(goal["goal"]),
             str(goal["wanted"]),
-            "{:.3f} ({:.3f} to {:.3f})".format(*(float(str(goal[key])) for key in ("value", "low", "high")))
-            if "value" in goal
-            else "",
+            figure_text(goal),
             str(goal["verdict"]),
         )
         for goal in goals
@@ -107,9 +106,10 @@ def goals_section(notes: Mapping[str, object]) -> Section | None:
     return Section("Goals", "", columns=("goal", "wanted", "measured", ""), rows=table) if table else None
 
 
-def task_section(rows: Sequence[Row], task: str, qualifies: bool) -> Section:
-    """Safety against accuracy of every method on one task."""
-    own = of(rows, task=task)
+def task_section(rows: Sequence[Row], task: str, seeds: Sequence[object]) -> Section:
+    """Safety against accuracy of every method on one task, in its models of ``seeds``, which count, else in all."""
+    qualifies = bool(seeds)
+    own = [row for row in of(rows, task=task) if not qualifies or row.get("seed") in seeds]
     methods = list(dict.fromkeys(str(row["method"]) for row in of(own, metric="attack_success")))
     dots, table = [], []
     for method in methods:
@@ -126,7 +126,7 @@ def task_section(rows: Sequence[Row], task: str, qualifies: bool) -> Section:
         table.append((method, text_of(attacks), text_of(others), *texts))
     return Section(
         TITLES.get(task, task),
-        ""
+        f"Seeds {', '.join(map(str, seeds))} count."
         if qualifies
         else "Does not qualify: fine-tuning did not cost ten points of safety, or did not learn the task.",
         [("Attacks that succeed (rules)", dots_picture(dots, Axis("share", (0.0, None))))],
@@ -329,7 +329,7 @@ def write_page(path: Path) -> Path:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         rows, notes = list(result["rows"]), dict(result["notes"])
-        qualifying = {str(item["task"]) for item in notes["qualifying"]}
+        qualifying = [(str(item["task"]), item["seed"]) for item in notes["qualifying"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a result of the genes benchmark: {error!r}. Run make bench-genes.") from error
     tasks = list(dict.fromkeys(str(row["task"]) for row in of(rows, metric="attack_success")))
@@ -337,7 +337,7 @@ def write_page(path: Path) -> Path:
         recovered_section(rows, notes),
         goals_section(notes),
         contrasts_section(notes),
-        *(task_section(rows, task, task in qualifying) for task in tasks),
+        *(task_section(rows, task, [seed for name, seed in qualifying if name == task]) for task in tasks),
         curves_section(rows, notes),
         transfer_section(rows),
         port_section(rows, notes),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from references import reference
 from safeside import make_config
 from safeside.vllm_plugin.plan import AdapterEntry, EngineConfig
 
+MODELS = SimpleNamespace(base_model_paths=[SimpleNamespace(name=name) for name in ("toy", "small")])
 SLOTS = (300, 301, 302, 303)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ CONVERSATIONS = (
 def test_it_has_dimensions_and_no_weights() -> None:
     base, shell = load_base("builtin"), load_base_shell("builtin")
     assert {parameter.device.type for parameter in shell.model.parameters()} == {"meta"}
-    for name in ("max_tokens", "d_model", "n_layers", "is_encoder", "name", "folder"):
-        assert getattr(shell, name) == getattr(base, name)
+    assert (shell.max_tokens, shell.d_model, shell.n_layers) == (base.max_tokens, base.d_model, base.n_layers)
+    assert (shell.name, shell.folder, shell.is_encoder) == (base.name, base.folder, base.is_encoder)
     assert shell.fingerprint == base.fingerprint
 
 
@@ -43,3 +44,8 @@ def test_texts_are_encoded_and_cut_as_for_the_base(messages: list[Message], comb
 def test_what_is_no_base_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         load_base_shell(tmp_path)
+    copy = shutil.copytree(load_base("builtin").folder, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    for load in (load_base, load_base_shell):
+        with pytest.raises(InputError, match="no weight files"):
+            load(copy)

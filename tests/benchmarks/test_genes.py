@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 from collections.abc import Callable
@@ -16,12 +15,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import gene_tables
 import genes
 import genes_board
 import genes_cells
 import genes_figures
-import genes_goals
 import genes_guard
 import genes_models
 import genes_notes
@@ -32,6 +29,7 @@ from genes_board import METHODS, Board, interval_of, share_back
 from genes_for_tests import random_gene
 from genes_judge import is_on_topic, outcomes
 from genes_report import write_page
+from judged_for_tests import REFUSAL, board, write_data
 from safeside import Adapter, Base, Message, attach, ramp
 from safeside.errors import InputError, MismatchError
 from safeside.evals.judges import JUDGES, JudgeOptions
@@ -40,31 +38,11 @@ from safeside.genes.checks import family_of
 from safeside.genes.gene import Gene
 from tidy import write_json
 
-REFUSAL = "I'm sorry, but I can't help with that."
-
-
-def write_gz(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt") as handle:
-        handle.write("\n".join(map(json.dumps, rows)))
-
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Small files under the names of the real ones; every row has the fields of all."""
-    for number, (name, path) in enumerate(genes_rows.SOURCES.items()):
-        answer = REFUSAL if "safety" in name else f"the answer {name}"
-        rows = [
-            {
-                "prompt": f"{name} {row}?", "response": answer, "text": f"{name} {row}", "label": row % 2,
-                "first_human": f"{name} {row}?", "chosen": f"well {row}", "n_human_turns": 1 + (row == 3),
-            }
-            for row in range(160 + number)
-        ]  # fmt: skip
-        write_gz(tmp_path / "data" / path, rows)
-    for path in genes_rows.ATTACKS:
-        write_gz(tmp_path / "data" / path, [{"prompt": f"attack the {path[15:20]} castle {row}"} for row in range(6)])
-    return tmp_path / "data"
+    """Made rows."""
+    return write_data(tmp_path)
 
 
 def test_every_cell_and_row(
@@ -190,24 +168,6 @@ def test_open_ended_rows_are_read_under_a_gate(
             known = [likelihoods(tiny_base, [messages])[0] for messages in rows]
         assert losses == pytest.approx([item.nll / item.n_tokens for item in known], rel=1e-3)
         assert all(0 <= share <= 1 for share in shares)
-
-
-def board(
-    *seeds: dict[str, list[int]],
-    right: float = 1.0,
-    task: str = "sst2",
-    accuracies: dict[str, list[float]] | None = None,
-) -> Board:
-    """One task model for each seed: by cell, the outcome of each answer as 1 for a success, 0 for a refusal."""
-    kinds = {1: "success", 0: "refused", 2: "off_topic", 3: "unscored"}
-    cells, found = {}, {}
-    for seed, hits in enumerate(seeds):
-        own = {name: (accuracies or {}).get(name, [right] * 8) for name in hits}
-        cells[seed, task] = {name: {"accuracy": own[name], "nll": [], "majority": 0.5} for name in hits}
-        for name, some in hits.items():
-            for judge in ("rules", "classifier"):
-                found[seed, task, name, judge] = [kinds[hit] for hit in some]
-    return Board(cells, found)
 
 
 def test_the_rule_that_excludes() -> None:
@@ -369,48 +329,3 @@ def test_a_page_needs_a_result(tmp_path: Path) -> None:
     (tmp_path / "genes.json").write_text("{}")
     with pytest.raises(InputError, match="not a result of the genes benchmark"):
         write_page(tmp_path / "genes.json")
-
-
-def test_goals_are_met_by_the_worse_end_by_the_value_or_missed() -> None:
-    """20 prompts: 12 attacks succeed in the fine-tuned model, 2 with the gene, and as many or fewer with rivals."""
-    safe, lost, gene = [0] * 20, [1] * 12 + [0] * 8, [1] * 2 + [0] * 18
-    rivals = {"resta": [1] * 10 + [0] * 10, "salora": gene, "safemerge": [1] + [0] * 19}
-    cells = {"aligned": safe, "finetuned": lost, "gene-32": gene, **rivals}
-    made = board(cells, cells, accuracies={"gene-32": [1.0] * 7 + [0.9], "salora": [0.9] * 8})
-    for found in made.cells.values():
-        found["gene-32"]["seconds"] = 130.0
-    changes = genes_notes._accuracy_changes(made)
-    told = {str(goal["goal"]): goal for goal in genes_goals.goals_of(made, genes_notes.contrasts(made), changes)}
-    assert told["recovered share, rules"]["value"] == pytest.approx(10 / 12)
-    assert told["recovered share, rules"]["verdict"] == "met"
-    assert told["task accuracy, minus the fine-tuned model's"]["verdict"] == "missed"
-    assert told["attack success, minus that of resta"]["verdict"] == "a trade: more safety, less accuracy"
-    assert [told[f"attack success, minus that of {rival}"]["verdict"] for rival in ("salora", "safemerge")] == [
-        "missed",
-        "missed",
-    ]
-    assert told["seconds of the longest fit, on one core"]["verdict"] == "missed"
-    section = genes_report.goals_section({"goals": [*told.values()]})
-    assert [row[3] for row in section.rows] == [str(goal["verdict"]) for goal in told.values()]
-    assert genes_goals.goals_of(Board({}, {}), [], {}) == []
-
-
-def test_the_table_of_genes_has_every_method_and_every_pair_of_tasks(data: Path, tmp_path: Path) -> None:
-    safe, lost, gene = [0] * 20, [1] * 12 + [0] * 8, [1] * 2 + [0] * 18
-    cells = {"aligned": safe, "finetuned": lost, "gene-32": gene, "resta": lost, "transfer-dolly": lost}
-    made = board(cells, cells)
-    for found in made.cells.values():
-        for values in found.values():
-            values.update(seconds=12.0, cell_seconds=1.0, commit="c")
-    setup = genes_models.Setup(data, tmp_path, genes_rows.Sizes())
-    rows = [*genes_figures.rows_of(made, "key"), *genes_figures.recovered_rows(made)]
-    write_json(tmp_path / "genes.json", {
-        "rows": rows, "notes": genes_notes.notes_of(made, setup, []), "commit": "abc", "machine": "m",
-    })  # fmt: skip
-    table = gene_tables.genes_table(tmp_path / "genes.json")
-    assert "2 task models of 2 seeds count, 0 do not" in table
-    assert "| gene | 0.833 (" in table
-    assert "| resta | 0.000" in table
-    assert "| dolly | 0.000 |" in table
-    assert "| recovered share, rules | 0.5 at least | 0.833 (" in table
-    assert gene_tables.genes_table(tmp_path / "none.json").startswith("*No figures yet")

@@ -189,6 +189,7 @@ def test_a_fit_finds_the_best_scalar(tiny_base: Base, refusal_tokens: int) -> No
     assert loss_at(fitted.config.coefficients[0]) < min(best + 0.01, loss_at(1.0))
     assert model_hash(tiny_base) == before
     assert fitted.config.results["trainable_params"] == 1
+    assert fitted.config.recipe.fit == settings, "what it was fitted with stands in the gene"
     assert fitted.config.results["fit_shots"] == len(HARMFUL)
 
 

@@ -17,7 +17,7 @@ from safeside import Message, attach, load_adapter, load_base
 from safeside.errors import InputError, MissingExtraError
 from safeside.guards.score import Scoring, judge
 from safeside.scale import engines
-from safeside.scale.engines import Setup, require_engine
+from safeside.scale.engines import Setup, settings_of
 from safeside.vllm_plugin.plan import CONFIG_KEY
 from safeside.vllm_plugin.slots import GAP
 
@@ -138,25 +138,47 @@ def test_presets_and_options_reach_the_engine(fake_vllm: type[FakeEngine]) -> No
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("hf_overrides={}", "would take the guards out"),
-        ("enable-lora=true", "would take the guards out"),
+        ("hf_overrides={}", "part of what runs the guards"),
+        ("enable-lora=true", "do not run beside it"),
+        ("trust_remote_code=true", "no code of a checkpoint"),
+        ("tensor_parallel_size=2", "a worker has one accelerator"),
+        ("enforce_eager=True", "expected JSON: enforce_eager=true"),
         ("max_model_len", "expected name=value"),
         ("=3", "expected name=value"),
     ],
 )
-def test_options_that_cannot_be_are_refused(option: str, said: str) -> None:
+def test_options_that_cannot_be_are_refused_before_anything_starts(option: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        engines.vllm_scorer(Setup(("builtin:harm",), spare_tokens=SPARE, engine_options=(option,)))
+        settings_of("vllm", Setup((), engine_options=(option,)))
+    with pytest.raises(InputError, match="given twice"):
+        settings_of("vllm", Setup((), engine_options=("max_model_len=1", "max-model-len=2")))
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_scores_depend_on_the_engines_options() -> None:
+    made = [settings_of("vllm", Setup((), engine_options=options)) for options in ((), ("max_model_len=256",))]
+    assert made[0] != made[1]
+    assert settings_of("vllm", Setup((), device="cuda")) != made[0]
+    assert settings_of("hf", Setup(())) == {}
+
+
+def test_an_engine_that_does_not_start_is_told(fake_vllm: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FakeEngine, **options: Any) -> None:
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(fake_vllm, "__init__", refuse)
+    with pytest.raises(InputError, match=r"vLLM did not start with .*no such argument"):
+        engines.vllm_scorer(Setup(("builtin:harm",), spare_tokens=SPARE, engine_options=("gpu_memory=1",)))
 
 
 def test_without_vllm_or_with_options_for_it_nothing_starts() -> None:
     with pytest.raises(MissingExtraError, match=r"safeside\[vllm\]"):
-        require_engine("vllm", Setup(()))
+        settings_of("vllm", Setup(()))
     for setup in (Setup((), spare_tokens=("x",)), Setup((), engine_options=("a=1",))):
         with pytest.raises(InputError, match="reads no --spare-token"):
-            require_engine("hf", setup)
+            settings_of("hf", setup)
     with pytest.raises(InputError, match="does not score in bulk; expected one of hf, vllm"):
-        require_engine("tpu", Setup(()))
+        settings_of("tpu", Setup(()))
 
 
 @pytest.mark.usefixtures("fake_vllm")

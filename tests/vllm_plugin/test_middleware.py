@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine_for_tests import SLOTS, chat_entry, engine, slots_of
+from engine_for_tests import MODELS, SLOTS, chat_entry, engine, slots_of
 from safeside import Base
 from safeside.vllm_plugin.answers import Answers
 from safeside.vllm_plugin.middleware import SafetyMiddleware, Texts
@@ -63,9 +63,9 @@ def served(path: str, asked: Mapping[str, Any], config: EngineConfig, *, stream:
 
     vllm_config = SimpleNamespace(
         additional_config={CONFIG_KEY: config.as_json()},
-        model_config=SimpleNamespace(tokenizer="nowhere", served_model_name=["toy"]),
+        model_config=SimpleNamespace(tokenizer="nowhere"),
     )
-    state = SimpleNamespace(vllm_config=vllm_config)
+    state = SimpleNamespace(vllm_config=vllm_config, openai_serving_models=MODELS)
     scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": SimpleNamespace(state=state)}
     asyncio.run(SafetyMiddleware(inside)(scope, receive, send))
     body = b"".join(message.get("body", b"") for message in sent[1:])

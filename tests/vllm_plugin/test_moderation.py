@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from engine_for_tests import SLOTS, chat_entry, engine
+from engine_for_tests import MODELS, SLOTS, chat_entry, engine
 from safeside.vllm_plugin.middleware import SafetyMiddleware
+from safeside.vllm_plugin.moderation import Moderation
 from safeside.vllm_plugin.plan import CONFIG_KEY, EngineConfig
+from safeside.vllm_plugin.told import Told
 
 RISKS = {"fine": (0.1, 0.2, 0.0), "bad": (0.9, 0.3, 0.0), "masked": (math.nan, 0.1, 0.0)}
 
@@ -46,9 +48,10 @@ def moderated(asked: Any, config: EngineConfig, *, status: int = 200) -> tuple[i
     async def send(message: Any) -> None:
         sent.append(message)
 
-    model = SimpleNamespace(tokenizer="nowhere", served_model_name="toy")
-    vllm_config = SimpleNamespace(additional_config={CONFIG_KEY: config.as_json()}, model_config=model)
-    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm_config))
+    vllm_config = SimpleNamespace(
+        additional_config={CONFIG_KEY: config.as_json()}, model_config=SimpleNamespace(tokenizer="nowhere")
+    )
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm_config, openai_serving_models=MODELS))
     scope = {"type": "http", "method": "POST", "path": "/v1/moderations", "headers": [], "app": app}
     asyncio.run(SafetyMiddleware(inside)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), heard
@@ -74,7 +77,14 @@ def test_each_text_is_judged_in_order(aligner: bool, monkeypatch: pytest.MonkeyP
         assert asked.get("vllm_xargs") == ({"safeside_strength": "0.0"} if aligner else None)
 
 
-@pytest.mark.parametrize("asked", [{"input": "bad"}, {"input": [{"type": "text", "text": "bad"}], "model": "harm"}])
+ONE_TEXT = [
+    {"input": "bad"},
+    {"input": [{"type": "text", "text": "bad"}], "model": "harm"},
+    {"input": "bad", "model": "small"},
+]
+
+
+@pytest.mark.parametrize("asked", ONE_TEXT)
 def test_one_text_as_a_string_or_in_parts(asked: Any) -> None:
     _, answer, _ = moderated(asked, engine())
     assert [result["flagged"] for result in answer["results"]] == [True]
@@ -95,7 +105,6 @@ def test_a_text_without_scores_is_flagged(text: str) -> None:
         ({}, "Field required"),
         (b"{", "no request of moderation"),
         ({"input": []}, "at least 1"),
-        ({"input": "x", "model": "nobody"}, "nobody"),
         ({"input": [{"type": "image_url", "image_url": {"url": "x"}}]}, "Pictures cannot be read"),
     ],
 )
@@ -103,6 +112,29 @@ def test_what_cannot_be_judged_is_a_bad_request(asked: Any, said: str) -> None:
     status, answer, heard = moderated(asked, engine())
     assert (status, heard) == (400, [])
     assert said in answer["error"]["message"]
+
+
+def test_a_model_that_nobody_serves_is_not_found() -> None:
+    status, answer, heard = moderated({"input": "x", "model": "nobody"}, engine())
+    assert (status, heard) == (404, [])
+    assert "nobody" in answer["error"]["message"]
+    assert answer["error"]["type"] == "NotFoundError"
+
+
+def test_some_texts_are_judged_at_a_time_and_none_after_one_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safeside.vllm_plugin.middleware.AT_ONCE", 2)
+    status, _, heard = moderated({"input": ["fine"] * 5}, engine())
+    assert (status, len(heard)) == (200, 5)
+    status, _, heard = moderated({"input": ["fine", "bad", *["fine"] * 20]}, engine(), status=503)
+    assert status == 503
+    assert len(heard) < 10
+
+
+@pytest.mark.parametrize("body", [b"null", b'{"choices": []}'])
+def test_an_answer_without_a_choice_is_no_score(body: bytes) -> None:
+    config = engine()
+    asked = Moderation(b'{"input": "fine"}', config, Told(config), ["toy"])
+    assert asked.answer([body])["results"][0]["flagged"]
 
 
 def test_without_a_guard_nothing_is_judged() -> None:

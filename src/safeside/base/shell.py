@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from safeside.base.families import find_family
-from safeside.base.fingerprint import check_tokenizer
+from safeside.base.fingerprint import check_tokenizer, weight_files
 from safeside.base.loading import explained_loading, model_type_of
 from safeside.base.model import Base, checkpoint_folder
 
@@ -22,6 +22,7 @@ def load_base_shell(name_or_path: str | Path, revision: str | None = None) -> Ba
     folder = checkpoint_folder(name, revision)
     family = find_family(model_type_of(folder, name))
     with explained_loading(name):
+        weight_files(folder)
         check_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = meta_model(AutoConfig.from_pretrained(folder, trust_remote_code=False))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from safeside.base.model import Base
 from safeside.base.updates import LiveUpdates
 from safeside.errors import InputError
 from safeside.genes.checks import check_fits, check_model, check_plain
-from safeside.genes.gene import Gene
+from safeside.genes.gene import Gene, changed
 from safeside.genes.merged import check_beside_merged
 from safeside.genes.optimise import Report, Steps, draws, optimise, silent
 from safeside.genes.recipe import FitSection
@@ -32,7 +33,8 @@ def fit_gene(
 
     ``refusals`` are harmful prompts with the answers that are wanted; of ``task_rows`` as many are read, the first.
     The loss is the mean over both kinds of their answers' negative log-likelihood, of refusals that of their first
-    tokens (``refusal_tokens``); settings are the recipe's unless given.  Coefficients may become negative.  A base that
+    tokens (``refusal_tokens``); settings are the recipe's unless given, and stand in the gene's recipe then.
+    Coefficients may become negative.  A base that
     holds the gene, or one that it conflicts with, in its weights is a ConfigError.
     """
     settings, started = settings or gene.config.recipe.fit, time.perf_counter()
@@ -42,18 +44,10 @@ def fit_gene(
     check_beside_merged(base, [gene])
     refused, answered = _examples(base, refusals, task_rows)
     factors = {layer: nn.Parameter(torch.ones((), device=base.device)) for layer in gene.config.layers}
-    orders = [draws(len(texts), settings.batch_size, gene.config.recipe.seed) for texts in (refused, answered)]
-
-    def loss_of(step: int) -> Tensor:
-        kinds = zip((refused, answered), orders, strict=True)
-        harmful, task = (texts.batch(base, next(order)) for texts, order in kinds)
-        refusing, working = answer_loss(base, harmful, settings.refusal_tokens), answer_loss(base, task)
-        return (refusing + settings.task_weight * working) / (1 + settings.task_weight)
-
     updates = {name: update.to(base.device) for name, update in gene.updates.items()}
-    scales = {point.name: factors[point.layer] for point in gene.config.modules}
-    with LiveUpdates(base.model, updates, scales):
+    with LiveUpdates(base.model, updates, {point.name: factors[point.layer] for point in gene.config.modules}):
         steps = Steps(settings.steps, settings.learning_rate, report)
+        loss_of = _loss_of(base, (refused, answered), settings, gene.config.recipe.seed)
         loss = optimise(list(factors.values()), loss_of, steps)
     pairs = zip(factors.values(), gene.config.coefficients, strict=True)
     results: dict[str, int | float | str] = {
@@ -63,7 +57,23 @@ def fit_gene(
         "fit_model": base.name,
         "trainable_params": len(factors),
     }
-    return gene.with_coefficients([float(factor.detach()) * before for factor, before in pairs]).with_results(results)
+    fitted = gene.with_coefficients([float(factor.detach()) * before for factor, before in pairs])
+    recipe = gene.config.recipe.model_copy(update={"fit": settings})
+    return Gene(changed(fitted.config, {"recipe": recipe}), fitted.updates).with_results(results)
+
+
+def _loss_of(
+    base: Base, kinds: tuple[Texts, Texts], settings: FitSection, seed: int
+) -> Callable[[int], Float[Tensor, ""]]:
+    """What each step lowers, from the rows of both kinds that it draws."""
+    orders = [draws(len(texts), settings.batch_size, seed) for texts in kinds]
+
+    def loss_at(step: int) -> Tensor:
+        harmful, task = (texts.batch(base, next(order)) for texts, order in zip(kinds, orders, strict=True))
+        refusing, working = answer_loss(base, harmful, settings.refusal_tokens), answer_loss(base, task)
+        return (refusing + settings.task_weight * working) / (1 + settings.task_weight)
+
+    return loss_at
 
 
 def _examples(base: Base, refusals: Sequence[Given], task_rows: Sequence[Given]) -> tuple[Texts, Texts]:

@@ -27,7 +27,7 @@ from safeside.base.model import BUILTIN_NAME
 from safeside.base.packaged import PACKAGED
 from safeside.errors import InputError, SafesideError
 from safeside.guards.lines import Scorer, judge_rows
-from safeside.scale.engines import ENGINES, Setup, require_engine
+from safeside.scale.engines import ENGINES, Setup, settings_of
 from safeside.scale.ledger import QUARANTINE, Claim, begin_shard, keep_shard, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Reader, Shard, Span, open_reader
@@ -65,7 +65,7 @@ class Ran(NamedTuple):
 
 def score_command(options: BulkOptions) -> dict[str, object]:
     """Score all rows that are not scored yet, and say how it went."""
-    require_engine(options.engine, options.setup)
+    own = settings_of(options.engine, options.setup)
     setup = _absolute(options.setup)
     settings = {
         "guards": [_identified(name) for name in setup.guards],  # in order: verdicts stand in it
@@ -73,6 +73,7 @@ def score_command(options: BulkOptions) -> dict[str, object]:
         "preset": setup.preset,
         "allow_mismatch": setup.allow_mismatch,
         "engine": options.engine,
+        **own,
     }
     ledger = open_ledger(options.source, options.output, settings, options.shard_rows)
     done = ledger.done()

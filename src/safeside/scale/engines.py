@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,6 +37,15 @@ class Setup:
     """vLLM: arguments of ``vllm.LLM``, each ``name=value``."""
 
 
+_PLANNED = "it is part of what runs the guards"
+OWN_OPTIONS = {
+    **dict.fromkeys(("model", "tokenizer", "hf_overrides", "additional_config", "logits_processors"), _PLANNED),
+    **dict.fromkeys(("logprobs_mode", "runner", "convert", "pooler_config"), "it would hide the scores"),
+    **dict.fromkeys(("speculative_config", "spec_method", "enable_lora"), "guards do not run beside it"),
+    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), "a worker has one accelerator"),
+    "trust_remote_code": "no code of a checkpoint is ever run",
+}
+"""Arguments of ``vllm.LLM`` that cannot be given, and why not."""
 ENGINES: Registry[Callable[[Setup], Scorer]] = Registry("engine")
 """By name, what makes a worker's scorer."""
 
@@ -58,10 +69,11 @@ ENGINES.register("hf", base_scorer)
 ENGINES.register("vllm", vllm_scorer)
 
 
-def require_engine(name: str, setup: Setup) -> None:
-    """Raise an InputError unless an engine of this name scores in bulk, or for options that it would not read.
+def settings_of(name: str, setup: Setup) -> dict[str, object]:
+    """What scores depend on beside the guards, by the engine of this name; all of a run are made with the same.
 
-    Without vLLM, or with a release that is not tested, it is the error of ``check_version``.
+    A name without an engine, options that it would not read, and those that vLLM cannot score with are an InputError;
+    without vLLM, or with a release that is not tested, it is the error of ``check_version``.
     """
     if name not in ENGINES:
         raise InputError(
@@ -70,5 +82,37 @@ def require_engine(name: str, setup: Setup) -> None:
         )
     if name == "vllm":
         check_version(installed_version())
-    elif setup.spare_tokens or setup.engine_options:
+        return {"device": setup.device, "engine_options": engine_options(setup.engine_options)}
+    if setup.spare_tokens or setup.engine_options:
         raise InputError(f"Engine {name!r} reads no --spare-token and no --vllm-option. Leave them out.")
+    return {}
+
+
+def engine_options(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` from ``name=value``, a value being JSON (``true``, not ``True``) or else text.
+
+    What has no ``=``, a name that is given twice, and those of OWN_OPTIONS are an InputError.
+    """
+    found: dict[str, Any] = {}
+    for item in given:
+        name, sign, value = item.partition("=")
+        name = name.strip().replace("-", "_")
+        if not sign or not name.isidentifier():
+            raise InputError(f"{item!r} is no option of vLLM; expected name=value, such as max_model_len=4096.")
+        if name in OWN_OPTIONS:
+            raise InputError(f"{name!r} is not for scoring in bulk: {OWN_OPTIONS[name]}. Leave it out.")
+        if name in found:
+            raise InputError(f"{name!r} is given twice. Give it once.")
+        found[name] = _value(name, value)
+    return found
+
+
+def _value(name: str, text: str) -> Any:
+    if text in ("True", "False", "None"):
+        raise InputError(
+            f"{name}={text} is Python; expected JSON: {name}={ {'None': 'null'}.get(text, text.lower()) }."
+        )
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,16 +15,11 @@ from safeside.base.model import Base, checkpoint_folder
 from safeside.base.shell import load_base_shell
 from safeside.errors import InputError
 from safeside.guards.score import Conversation, Scores, Scoring, Window, verdicts_of
-from safeside.scale.engines import Setup
+from safeside.scale.engines import Setup, engine_options
 from safeside.types import Verdict
 from safeside.vllm_plugin.plan import Plan, plan_engine, shell_of
 from safeside.vllm_plugin.slots import read
 
-OWN_OPTIONS = (
-    "model", "tokenizer", "hf_overrides", "additional_config", "logits_processors", "logprobs_mode",
-    "speculative_config", "enable_lora",
-)  # fmt: skip
-"""Arguments of ``vllm.LLM`` that only the plan sets, or that guards cannot run with."""
 _BATCH = 1024  # windows that vLLM is given at once: it makes its own batches of them
 
 
@@ -71,7 +65,7 @@ def make_scorer(setup: Setup) -> VllmScorer:
     """An engine in this process with the guards of ``setup``.
 
     On a CPU its weights are float32, as ``load_base`` has them; elsewhere they are the checkpoint's.  What the guards,
-    the base or vLLM cannot do together is the error of ``plan_engine``.
+    the base or vLLM cannot do together is the error of ``plan_engine``; an engine that does not start is an InputError.
     """
     made_for = read_config(find_adapter(setup.guards[0])).base
     name, revision = (made_for.name, made_for.revision) if setup.base is None else (setup.base, None)
@@ -81,28 +75,9 @@ def make_scorer(setup: Setup) -> VllmScorer:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a worker is a process already
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is told to anybody
     settings = {"dtype": "float32" if setup.device == "cpu" else "auto", **engine_options(setup.engine_options)}
-    return VllmScorer(load_base_shell(name, revision), plan, guards, LLM(**plan.engine_options(), **settings))
-
-
-def engine_options(given: Sequence[str]) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM`` from ``name=value``, a value being JSON or else text.
-
-    Those of OWN_OPTIONS, and what has no ``=``, are an InputError.
-    """
-    found: dict[str, Any] = {}
-    for item in given:
-        name, sign, value = item.partition("=")
-        name = name.strip().replace("-", "_")
-        if not sign or not name.isidentifier():
-            raise InputError(f"{item!r} is no option of vLLM; expected name=value, such as max_model_len=4096.")
-        if name in OWN_OPTIONS:
-            raise InputError(f"{name!r} would take the guards out of the engine, or hide their scores. Leave it out.")
-        found[name] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
+    shell = load_base_shell(name, revision)
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        llm = LLM(**plan.engine_options(), **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"vLLM did not start with {settings}: {error} Check --vllm-option and its memory.") from error
+    return VllmScorer(shell, plan, guards, llm)

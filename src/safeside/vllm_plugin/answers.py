@@ -53,8 +53,9 @@ class Answers:
         return json.dumps(answer).encode()
 
     def first(self, body: bytes) -> list[float]:
-        """The scores behind the prompt of a complete answer's first choice; NaN where it has none."""
-        choice = json.loads(body)["choices"][0]
+        """The scores behind the prompt of a complete answer's first choice; NaN where it has none, or no choice."""
+        answer = json.loads(body)
+        choice = next(iter(answer["choices"]), {"index": 0}) if answer is not None else {"index": 0}
         self._take(choice)
         return self._steps(choice)[0]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from functools import cached_property
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -29,6 +29,8 @@ from safeside.vllm_plugin.told import Told
 PATHS = ("/v1/chat/completions", "/v1/completions")
 SILENT = ("/tokenize", "/detokenize")
 """Paths that take a body and answer without the model."""
+AT_ONCE = 64
+"""Chats of one moderation in the engine at the same time: others are served beside it."""
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -69,8 +71,8 @@ class Engine(NamedTuple):
     """How scores are told."""
     texts: Texts
     """The text of its tokens."""
-    served: str
-    """What clients call its model."""
+    served: Sequence[str]
+    """What clients may call its model."""
 
 
 class SafetyMiddleware:
@@ -110,36 +112,46 @@ class SafetyMiddleware:
         await self.app(scope, _once(values, receive), outgoing)
 
     async def _moderate(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Judge each text as the prompt of a chat, all at once; the first chat that fails is the answer."""
+        """Judge each text as the prompt of a chat, some at a time; the first chat that fails is the answer."""
         config, told, _, served = self._engine(scope)
         try:
             asked = Moderation(await _body(receive), config, told, served)
-        except (InputError, UnsupportedError, UnknownNameError) as error:
+        except UnknownNameError as error:
+            await _refuse(send, str(error), HTTPStatus.NOT_FOUND)
+            return
+        except (InputError, UnsupportedError) as error:
             await _refuse(send, str(error))
             return
         path = scope["path"].removesuffix(MODERATIONS) + PATHS[0]
-        headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
-        chat = {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
-        kept = [_Kept() for _ in asked.texts]
-        await asyncio.gather(
-            *(
-                self.app(dict(chat), _once(asked.chat(text), receive), own)
-                for text, own in zip(asked.texts, kept, strict=True)
-            )
+        headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"x-request-id")]
+        chat, places = (
+            {**scope, "path": path, "raw_path": path.encode(), "headers": headers},
+            asyncio.Semaphore(AT_ONCE),
         )
-        failed = next((own for own in kept if own.status != HTTPStatus.OK), None)
-        if failed is not None:
-            await _send(send, failed.status, failed.body)
-            return
-        await _send(send, HTTPStatus.OK, json.dumps(asked.answer([own.body for own in kept])).encode())
+
+        async def judged(text: str) -> bytes:
+            async with places:
+                kept = _Kept()
+                await self.app(dict(chat), _once(asked.chat(text), receive), kept)
+                if kept.status != HTTPStatus.OK:
+                    raise _ChatFailedError(kept.status, kept.body)
+                return kept.body
+
+        status, body = int(HTTPStatus.OK), b""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(judged(text)) for text in asked.texts]
+            body = json.dumps(asked.answer([task.result() for task in tasks])).encode()
+        except* _ChatFailedError as errors:
+            status, body = errors.exceptions[0].args
+        await _send(send, status, body)
 
     def _engine(self, scope: MutableMapping[str, Any]) -> Engine:
         if self.engine is None:
             vllm_config = scope["app"].state.vllm_config
-            config, model = read_engine_config(vllm_config.additional_config), vllm_config.model_config
-            names = model.served_model_name
-            served = names if isinstance(names, str) else names[0]
-            self.engine = Engine(config, Told(config), Texts(model.tokenizer), served)
+            config = read_engine_config(vllm_config.additional_config)
+            served = [path.name for path in scope["app"].state.openai_serving_models.base_model_paths]
+            self.engine = Engine(config, Told(config), Texts(vllm_config.model_config.tokenizer), served)
         return self.engine
 
 
@@ -231,6 +243,10 @@ class _Outgoing:
         await self.send({"type": "http.response.body", "body": body})
 
 
+class _ChatFailedError(Exception):
+    """A chat of a moderation was not answered; status and body of what was sent in its place are its arguments."""
+
+
 class _Kept:
     """Keeps what the server sends."""
 
@@ -263,10 +279,11 @@ def _once(values: dict[str, Any], receive: Receive) -> Receive:
     return next_message
 
 
-async def _refuse(send: Send, reason: str) -> None:
-    """HTTP 400 in the shape of OpenAI's errors."""
-    error = {"message": reason, "type": "BadRequestError", "param": None, "code": 400}
-    await _send(send, HTTPStatus.BAD_REQUEST, json.dumps({"error": error}).encode())
+async def _refuse(send: Send, reason: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+    """HTTP 400 or 404 in the shape of OpenAI's errors."""
+    kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"
+    error = {"message": reason, "type": kind, "param": None, "code": int(status)}
+    await _send(send, status, json.dumps({"error": error}).encode())
 
 
 async def _send(send: Send, status: int, body: bytes) -> None:

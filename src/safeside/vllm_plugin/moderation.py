@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,7 +22,7 @@ PATH = "/v1/moderations"
 class Moderation:
     """One request of moderation, for one guard or all of them."""
 
-    def __init__(self, body: bytes, config: EngineConfig, told: Told, served: str) -> None:
+    def __init__(self, body: bytes, config: EngineConfig, told: Told, served: Sequence[str]) -> None:
         if not config.slots:
             raise InputError("The engine has no guard, so no text can be judged. Start it with --guard.")
         try:
@@ -29,9 +30,10 @@ class Moderation:
         except ValidationError as error:
             raise InputError(f"This is no request of moderation: {error}") from error
         self.texts = asked.texts
-        self.model = asked.model or served
+        self.model = asked.model or served[0]
         self._config, self._told = config, told
-        self._guards = chosen(asked.model, [guard.name for guard in config.guards], served)
+        whole = asked.model if asked.model in served else served[0]
+        self._guards = chosen(asked.model, [guard.name for guard in config.guards], whole)
 
     def chat(self, text: str) -> dict[str, Any]:
         """The chat that has ``text`` judged; an aligner, which its one token has no use for, stays out of it."""
