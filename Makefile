@@ -52,7 +52,7 @@ setup-vllm: $(VLLM)/.installed
 
 # Engines on the CPU: a pairwise selection of the matrix, a server with OpenAI's client, and bulk scoring.
 test-vllm: setup-vllm
-	$(VLLM)/bin/python -m pytest --noconftest -o filterwarnings= tests/vllm_plugin/test_engine.py tests/vllm_plugin/test_server.py tests/scale/test_vllm_bulk.py
+	$(VLLM)/bin/python -m pytest --noconftest -o filterwarnings= tests/vllm_plugin/test_engine.py tests/vllm_plugin/test_server.py tests/vllm_plugin/test_scorer_engine.py
 
 # One GPU and the extra safeside[vllm] in the environment of PYTHON.
 test-gpu:

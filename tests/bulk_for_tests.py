@@ -11,6 +11,7 @@ import pytest
 
 from safeside.scale import bulk
 from safeside.scale.bulk import BulkOptions, Worker
+from safeside.scale.engines import ENGINES
 from safeside.scale.ledger import Claim, begin_shard
 from safeside.scale.places import Folder
 from safeside.scale.reading import Shard
@@ -22,7 +23,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch, n_deaths: int = 0) -> None:
     def pooled(options: BulkOptions, claim: Claim, shards: Sequence[Shard]) -> Iterator[dict[str, object]]:
         for shard in [shard for shard in shards for _ in range(n_deaths)]:
             begin_shard(Folder(claim.output, claim.writer), shard)
-        return map(Worker(options, claim), [asdict(shard) for shard in shards])
+        return map(Worker(options, claim, ENGINES.get(options.engine).make), [asdict(shard) for shard in shards])
 
     monkeypatch.setattr(bulk, "_connect", lambda workers, resource: None)
     monkeypatch.setattr(bulk, "_pooled", pooled)

@@ -26,7 +26,7 @@ LAYERS = (
     ("adapters", "tasks"),
     ("mixing", "policies", "stopping", "request", "verdicts", "gates", "traces", "checks", "attach"),
     ("artifact", "provenance", "builtin", "lora"),
-    ("guards",),
+    ("guards", "moderation"),
     ("train", "evals", "genes", "serve", "scale", "vllm_plugin"),
     ("facts", "conversation", "demo"),
     ("cli_shared",),

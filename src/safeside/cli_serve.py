@@ -128,14 +128,25 @@ def score(
 ) -> None:
     """Score files of any size: one output row for each row. Rows that cannot be scored are quarantined, and exit 1."""
     with extra("ray"):
+        from safeside.guards.setup import Setup
         from safeside.scale.bulk import BulkOptions, score_command
-        from safeside.scale.engines import Setup
+    if engine == "vllm":
+        _add_vllm_engine()
     own = tuple(spare_token or ()), tuple(vllm_option or ())
     setup = Setup(tuple(guard), base, preset, allow_mismatch, device, *own)
     summary = score_command(BulkOptions(source, output, setup, engine, workers, shard_rows))
     print_summary(summary, source, as_json)
     if summary["n_bad"]:
         raise typer.Exit(1)
+
+
+def _add_vllm_engine() -> None:
+    """The engine that the plugin has: Ray and vLLM are extras that do not know each other."""
+    with extra("vllm"):
+        from safeside.scale.engines import ENGINES, ScoringEngine
+        from safeside.vllm_plugin.scorer import make_scorer, settings_of
+    if "vllm" not in ENGINES:
+        ENGINES.register("vllm", ScoringEngine(make_scorer, settings_of))
 
 
 @policy_app.command("check")

@@ -153,7 +153,7 @@ def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Pat
     for more, problem in (
         (
             [adapters / "harm", "--engine", "vllm"],
-            'vLLM is not installed. Install the extra: pip install "safeside[vllm]"',
+            "This command needs 'vllm', which is not installed. Run: pip install 'safeside[vllm]'",
         ),
         ([adapters / "harm", "--spare-token", "x"], "Engine 'hf' reads no --spare-token and no --vllm-option"),
         ([adapters / "refuse"], "is an aligner and gives no scores"),

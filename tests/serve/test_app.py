@@ -21,6 +21,7 @@ from safeside import Adapter, Base, Message
 from safeside.artifact import save_adapter
 from safeside.attach import Attachment
 from safeside.guards.score import Scoring, Window
+from safeside.moderation import OPENAI_CATEGORIES
 from safeside.serve import admin, routes
 from safeside.serve import scoring as scoring_module
 from safeside.serve.app import AppOptions, create_app
@@ -28,7 +29,6 @@ from safeside.serve.audit import AuditLog
 from safeside.serve.engine import Engine, EngineLimits
 from safeside.serve.keys import Keys, make_key
 from safeside.serve.loading import allowed_folder
-from safeside.serve.moderation import OPENAI_CATEGORIES
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
 from safeside.serve.threaded import in_thread

@@ -18,6 +18,7 @@ from schemathesis.specs.openapi.checks import ignored_auth, positive_data_accept
 from safeside import Adapter, Base
 from safeside.artifact import save_adapter
 from safeside.errors import SafesideError
+from safeside.moderation import ModerationRequest
 from safeside.serve.app import AppOptions, create_app
 from safeside.serve.audit import AuditLog
 from safeside.serve.engine import Engine
@@ -25,7 +26,7 @@ from safeside.serve.keys import Keys, make_key
 from safeside.serve.policy import PolicyBook
 from safeside.serve.service import Service, ServiceLimits
 from safeside.serve.threaded import in_thread
-from safeside.serve.wire import ChatRequest, CompletionRequest, ModerationRequest
+from safeside.serve.wire import ChatRequest, CompletionRequest
 
 POLICY = """
 policies:

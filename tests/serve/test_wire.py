@@ -6,8 +6,9 @@ import pytest
 from openai.types.chat import ChatCompletion
 from pydantic import ValidationError
 
+from safeside.moderation import ModerationRequest, Record
 from safeside.serve.replies import Reply
-from safeside.serve.wire import ChatRequest, CompletionRequest, DryRunRequest, LoadRequest, ModerationRequest, Record
+from safeside.serve.wire import ChatRequest, CompletionRequest, DryRunRequest, LoadRequest
 
 
 def test_an_answer_can_be_sent_back_as_history() -> None:

@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,8 @@ from safeside.base.model import BUILTIN_NAME
 from safeside.base.packaged import PACKAGED
 from safeside.errors import InputError, SafesideError
 from safeside.guards.lines import Scorer, judge_rows
-from safeside.scale.engines import ENGINES, Setup, settings_of
+from safeside.guards.setup import Setup
+from safeside.scale.engines import ENGINES
 from safeside.scale.ledger import QUARANTINE, Claim, begin_shard, keep_shard, open_ledger
 from safeside.scale.places import Folder
 from safeside.scale.reading import Reader, Shard, Span, open_reader
@@ -65,7 +66,7 @@ class Ran(NamedTuple):
 
 def score_command(options: BulkOptions) -> dict[str, object]:
     """Score all rows that are not scored yet, and say how it went."""
-    own = settings_of(options.engine, options.setup)
+    own = ENGINES.get(options.engine).settings_of(options.setup)
     setup = _absolute(options.setup)
     settings = {
         "guards": [_identified(name) for name in setup.guards],  # in order: verdicts stand in it
@@ -177,7 +178,7 @@ def _pooled(options: BulkOptions, claim: Claim, shards: Sequence[Shard]) -> Iter
     waiting = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     yield from waiting.map(
         Worker,  # type: ignore[arg-type]
-        fn_constructor_args=(options, claim),
+        fn_constructor_args=(options, claim, ENGINES.get(options.engine).make),
         compute=ActorPoolStrategy(size=options.workers, max_tasks_in_flight_per_actor=2),
         num_cpus=1,
         num_gpus=0 if options.setup.device == "cpu" else 1,
@@ -187,8 +188,8 @@ def _pooled(options: BulkOptions, claim: Claim, shards: Sequence[Shard]) -> Iter
 class Worker:
     """An actor: it holds a scorer, and scores one shard after the other."""
 
-    def __init__(self, options: BulkOptions, claim: Claim) -> None:
-        self.options = options
+    def __init__(self, options: BulkOptions, claim: Claim, make: Callable[[Setup], Scorer]) -> None:
+        self.options, self.make = options, make
         self.folder, self.run = Folder(claim.output, claim.writer), claim.run
         self.file = ""
         self.reader: Reader | None = None
@@ -201,7 +202,7 @@ class Worker:
         try:
             attempt = begin_shard(self.folder, shard)
             if self.scorer is None:
-                self.scorer = ENGINES.get(self.options.engine)(self.options.setup)
+                self.scorer = self.make(self.options.setup)
             if self.reader is None or self.file != shard.file:
                 self.file, self.reader = shard.file, open_reader(shard.file)
             score_shard(self.scorer, self.reader, shard, self.folder, self.run)

@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from safeside.serve.moderation import chosen, inline
+from safeside.moderation import chosen
+from safeside.serve.moderation import inline
 from safeside.serve.problems import problem_of
 from safeside.serve.replies import DONE, Kind, Reply, SafetyTold, TokenTold, Usage, VerdictTold, event, logprobs_of
 from safeside.serve.row import Ended, Event, Judged, Piece, Trace

@@ -10,13 +10,13 @@ from dataclasses import replace
 from safeside.adapters.adapter import Adapter
 from safeside.errors import ServingError
 from safeside.guards.score import Scores
+from safeside.moderation import ModerationRequest, chosen, result_of, unsupported
 from safeside.serve.audit import AuditRecord
 from safeside.serve.effective import EffectivePolicy
 from safeside.serve.keys import Caller
-from safeside.serve.moderation import chosen, result_of, unsupported
 from safeside.serve.replies import VerdictTold
 from safeside.serve.service import Service
-from safeside.serve.wire import DryRunRequest, ModerationRequest
+from safeside.serve.wire import DryRunRequest
 from safeside.types import Message, Verdict
 
 IsGone = Callable[[], Awaitable[bool]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from safeside.moderation import finite
 from safeside.serve.row import Finish, Trace
 from safeside.serve.rules import Action
 from safeside.serve.sampling import Token
@@ -199,8 +199,3 @@ _HALF = "\ufffd"  # what a decoder writes for bytes that are no whole character
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 # Of byte-level vocabularies: the byte behind each character.
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
-
-
-def finite(value: float) -> float | None:
-    """The number, or None where it is none: NaN is not JSON."""
-    return value if math.isfinite(value) else None

@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from safeside.chat import encode_text
 from safeside.errors import AccessError
+from safeside.moderation import ModerationRequest
 from safeside.serve.admin import AdapterDesk
 from safeside.serve.answers import Answer
 from safeside.serve.judging import dry_run, moderate
@@ -21,7 +22,6 @@ from safeside.serve.wire import (
     CompletionRequest,
     DryRunRequest,
     LoadRequest,
-    ModerationRequest,
     UnloadRequest,
 )
 

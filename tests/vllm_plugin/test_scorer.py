@@ -1,9 +1,10 @@
-"""Bulk scoring on vLLM.  An engine stands in for vLLM's here; ``test_vllm_bulk`` asks vLLM's own."""
+"""Bulk scoring on vLLM.  An engine stands in for vLLM's here; ``test_scorer_engine`` asks vLLM's own."""
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -14,15 +15,16 @@ import torch
 from bulk_for_tests import read_jsonl, without_ray
 from command_line import Ran, write
 from safeside import Message, attach, load_adapter, load_base
-from safeside.errors import InputError, MissingExtraError
+from safeside.errors import InputError, UnsupportedError
 from safeside.guards.score import Scoring, judge
-from safeside.scale import engines
-from safeside.scale.engines import Setup, settings_of
+from safeside.guards.setup import Setup
+from safeside.scale.engines import ENGINES
 from safeside.vllm_plugin.plan import CONFIG_KEY
 from safeside.vllm_plugin.slots import GAP
 
 LONG = " ".join(f"word{number}" for number in range(400))
 SAME = 1e-5
+SCORER = "safeside.vllm_plugin.scorer"
 SPARE = ("<|system|>",)
 ROWS = (
     [Message("user", "How do I boil an egg?")],
@@ -63,7 +65,7 @@ class FakeEngine:
 
 
 @pytest.fixture
-def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEngine]]:
     """vLLM's package with the stand-in for its engine."""
     package = ModuleType("vllm")
     for name, value in (
@@ -73,12 +75,17 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     ):
         monkeypatch.setattr(package, name, value, raising=False)
     monkeypatch.setitem(sys.modules, "vllm", package)
-    monkeypatch.delitem(sys.modules, "safeside.scale.vllm_scorer", raising=False)
-    monkeypatch.setattr(engines, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr("safeside.vllm_plugin.plan.version", lambda name: "0.32.0")
     monkeypatch.setattr(FakeEngine, "made", [])
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "0")
-    return FakeEngine
+    yield FakeEngine
+    del sys.modules[SCORER]  # it holds the stand-in
+
+
+def plugin() -> ModuleType:
+    """The module under test, which needs vLLM to be imported."""
+    return importlib.import_module(SCORER)
 
 
 @pytest.mark.usefixtures("fake_vllm")
@@ -86,7 +93,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
 def test_scores_are_those_of_the_base_in_windows_a_token_shorter(longest: int) -> None:
     """The slow twin cuts and reads on transformers."""
     setup = Setup(("builtin:harm",), spare_tokens=SPARE, engine_options=(f"max_model_len={longest}",))
-    scorer = engines.vllm_scorer(setup)
+    scorer = plugin().make_scorer(setup)
     base = load_base("builtin")
     guard = load_adapter("builtin:harm", base)
     scoring = Scoring(base, [guard], ROWS, limit=longest - 1)
@@ -109,7 +116,7 @@ def test_scores_are_those_of_the_base_in_windows_a_token_shorter(longest: int) -
 
 def test_an_engine_that_tells_no_score_flags(fake_vllm: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_vllm, "is_masked", True)
-    scorer = engines.vllm_scorer(Setup(("builtin:harm",), spare_tokens=SPARE))
+    scorer = plugin().make_scorer(Setup(("builtin:harm",), spare_tokens=SPARE))
     (scores,) = scorer.score([ROWS[0]])
     assert scores.problem == "a score is not a number"
     (verdict,) = scorer.verdicts(scores)
@@ -120,7 +127,7 @@ def test_an_engine_that_tells_no_score_flags(fake_vllm: type[FakeEngine], monkey
 def test_presets_and_options_reach_the_engine(fake_vllm: type[FakeEngine]) -> None:
     options = ("max_model_len=256", "gpu-memory-utilization=0.5", "quantization=fp8", "enforce_eager=true")
     setup = Setup(("builtin:harm",), preset="strict", spare_tokens=SPARE, engine_options=options)
-    scorer = engines.vllm_scorer(setup)
+    scorer = plugin().make_scorer(setup)
     (made,) = fake_vllm.made
     given = {name: made[name] for name in ("max_model_len", "gpu_memory_utilization", "quantization", "enforce_eager")}
     assert given == {
@@ -130,7 +137,7 @@ def test_presets_and_options_reach_the_engine(fake_vllm: type[FakeEngine]) -> No
     base = load_base("builtin")
     strict = load_adapter("builtin:harm", base).with_preset("strict")
     assert scorer.guards[0].thresholds_in("prompt") == strict.thresholds_in("prompt")
-    engines.vllm_scorer(Setup(("builtin:harm",), spare_tokens=SPARE, device="cuda"))
+    plugin().make_scorer(Setup(("builtin:harm",), spare_tokens=SPARE, device="cuda"))
     assert fake_vllm.made[-1]["dtype"] == "auto"
 
 
@@ -149,17 +156,17 @@ def test_presets_and_options_reach_the_engine(fake_vllm: type[FakeEngine]) -> No
 )
 def test_options_that_cannot_be_are_refused_before_anything_starts(option: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        settings_of("vllm", Setup((), engine_options=(option,)))
+        plugin().settings_of(Setup((), engine_options=(option,)))
     with pytest.raises(InputError, match="given twice"):
-        settings_of("vllm", Setup((), engine_options=("max_model_len=1", "max-model-len=2")))
+        plugin().settings_of(Setup((), engine_options=("max_model_len=1", "max-model-len=2")))
 
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_scores_depend_on_the_engines_options() -> None:
-    made = [settings_of("vllm", Setup((), engine_options=options)) for options in ((), ("max_model_len=256",))]
+    made = [plugin().settings_of(Setup((), engine_options=options)) for options in ((), ("max_model_len=256",))]
     assert made[0] != made[1]
-    assert settings_of("vllm", Setup((), device="cuda")) != made[0]
-    assert settings_of("hf", Setup(())) == {}
+    assert plugin().settings_of(Setup((), device="cuda")) != made[0]
+    assert ENGINES.get("hf").settings_of(Setup(())) == {}
 
 
 def test_an_engine_that_does_not_start_is_told(fake_vllm: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,17 +175,20 @@ def test_an_engine_that_does_not_start_is_told(fake_vllm: type[FakeEngine], monk
 
     monkeypatch.setattr(fake_vllm, "__init__", refuse)
     with pytest.raises(InputError, match=r"vLLM did not start with .*no such argument"):
-        engines.vllm_scorer(Setup(("builtin:harm",), spare_tokens=SPARE, engine_options=("gpu_memory=1",)))
+        plugin().make_scorer(Setup(("builtin:harm",), spare_tokens=SPARE, engine_options=("gpu_memory=1",)))
 
 
-def test_without_vllm_or_with_options_for_it_nothing_starts() -> None:
-    with pytest.raises(MissingExtraError, match=r"safeside\[vllm\]"):
-        settings_of("vllm", Setup(()))
+def test_options_for_vllm_are_not_for_transformers() -> None:
     for setup in (Setup((), spare_tokens=("x",)), Setup((), engine_options=("a=1",))):
         with pytest.raises(InputError, match="reads no --spare-token"):
-            settings_of("hf", setup)
-    with pytest.raises(InputError, match="does not score in bulk; expected one of hf, vllm"):
-        settings_of("tpu", Setup(()))
+            ENGINES.get("hf").settings_of(setup)
+
+
+def test_a_release_that_is_not_tested_is_refused(fake_vllm: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safeside.vllm_plugin.plan.version", lambda name: "0.31.2")
+    with pytest.raises(UnsupportedError, match=r"vLLM 0\.31\.2 is installed"):
+        plugin().settings_of(Setup(()))
+    assert fake_vllm.made == []
 
 
 @pytest.mark.usefixtures("fake_vllm")

@@ -15,9 +15,10 @@ from safeside.base.model import Base, checkpoint_folder
 from safeside.base.shell import load_base_shell
 from safeside.errors import InputError
 from safeside.guards.score import Conversation, Scores, Scoring, Window, verdicts_of
-from safeside.scale.engines import Setup, engine_options
+from safeside.guards.setup import Setup
 from safeside.types import Verdict
-from safeside.vllm_plugin.plan import Plan, plan_engine, shell_of
+from safeside.vllm_plugin.options import engine_options
+from safeside.vllm_plugin.plan import Plan, check_version, installed_version, plan_engine, shell_of
 from safeside.vllm_plugin.slots import read
 
 _BATCH = 1024  # windows that vLLM is given at once: it makes its own batches of them
@@ -81,3 +82,12 @@ def make_scorer(setup: Setup) -> VllmScorer:
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"vLLM did not start with {settings}: {error} Check --vllm-option and its memory.") from error
     return VllmScorer(shell, plan, guards, llm)
+
+
+def settings_of(setup: Setup) -> dict[str, object]:
+    """What scores depend on beside guards and base: where the engine runs, and its options.
+
+    An option that cannot be is an InputError, a release of vLLM that is not tested an UnsupportedError.
+    """
+    check_version(installed_version())
+    return {"device": setup.device, "engine_options": engine_options(setup.engine_options)}
