@@ -63,10 +63,12 @@ def _ahead(contrasts: Sequence[Note], rival: str, judge: str, n_models: int) -> 
     if len(found) < len(places):
         return {**entry, "verdict": "not measured"}
     attack, accuracy, refused = ({key: float(str(item[key])) for key in ("value", "low", "high")} for item in found)
-    if attack["value"] >= 0:
-        verdict = "missed"
-    elif accuracy["value"] < -MOST_LOST_ACCURACY:
+    if (attack["value"] >= 0 and accuracy["value"] > MOST_LOST_ACCURACY) or (
+        attack["value"] < 0 and accuracy["value"] < -MOST_LOST_ACCURACY
+    ):
         verdict = f"a trade: accuracy is {accuracy['value']:+.3f}"
+    elif attack["value"] >= 0:
+        verdict = "missed"
     elif refused["value"] < 0:
         verdict = f"fewer successes, but refusals are {refused['value']:+.3f}"
     else:

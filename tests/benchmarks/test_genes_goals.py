@@ -55,6 +55,8 @@ def test_safety_for_accuracy_is_a_trade() -> None:
     found = verdicts(board(cells, cells, accuracies={"gene-32": [1.0] * 7 + [0.9]}))
     assert found["task accuracy, minus the fine-tuned model's"] == "missed"
     assert found["attack success, minus that of resta, rules"] == "a trade: accuracy is -0.012"
+    poorer = verdicts(board(cells, cells, accuracies={"safemerge": [0.9] * 8}))
+    assert poorer["attack success, minus that of safemerge, rules"] == "a trade: accuracy is +0.100"
     unsure = verdicts(board(cells, cells, accuracies={"gene-32": [1.0] * 7 + [0.97]}))
     assert unsure["attack success, minus that of resta, rules"] == "met by the value"
 
