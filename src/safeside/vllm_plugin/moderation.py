@@ -31,7 +31,7 @@ class Moderation:
         self.texts = asked.texts
         self.model = asked.model or served[0]
         self._config, self._told = config, told
-        whole = asked.model if asked.model in served else served[0]
+        whole = asked.model if asked.model is not None and asked.model in served else served[0]
         self._guards = chosen(asked.model, [guard.name for guard in config.guards], whole)
 
     def chat(self, text: str) -> dict[str, Any]:
