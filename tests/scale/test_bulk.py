@@ -191,8 +191,8 @@ def test_ray_hands_every_shard_to_a_worker_and_gives_back_what_came_of_it(
     """To the end, with a worker that imports nothing: the real one is in the run that is killed."""
 
     class Echo:
-        def __init__(self, options: object, claim: object) -> None:
-            self.claim = claim
+        def __init__(self, options: object, claim: object, make: object) -> None:
+            self.claim, self.engine = claim, make.__name__
 
         def __call__(self, values: dict[str, object]) -> dict[str, object]:
             number = values["number"]
@@ -202,11 +202,12 @@ def test_ray_hands_every_shard_to_a_worker_and_gives_back_what_came_of_it(
                 "peak_bytes": number,
                 "attempt": 1 + number // 9,
                 "claim": self.claim,
+                "engine": self.engine,
             }
 
     monkeypatch.setattr(bulk, "Worker", Echo)
     advanced: list[int] = []
-    options = SimpleNamespace(workers=1, setup=SimpleNamespace(device="cpu"))
+    options = SimpleNamespace(workers=1, engine="hf", setup=SimpleNamespace(device="cpu"))
     shards = [Shard(number, "rows.jsonl", Span(1, 1, 1)) for number in range(10)]
     ran = bulk._run(options, ("out", "run", "writer"), shards, advanced.append)
     assert sorted(advanced) == list(range(10))
