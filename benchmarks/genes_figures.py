@@ -118,7 +118,8 @@ def ports_of(moves: Sequence[Move]) -> list[Port]:
 
 
 def port_rows(ports: Sequence[Port]) -> list[Row]:
-    """Over the target's models that qualify: what a ported gene brings back, what the target's own does, and a control.
+    """Over the target's models that qualify and were ported to: what a ported gene brings back, what the target's own
+    does, and a control; ``n`` counts the models.
 
     ``kept_share`` is what is back divided by what the target's own gene brings back; there is none where that is
     nothing.
@@ -129,7 +130,8 @@ def port_rows(ports: Sequence[Port]) -> list[Row]:
         for (method, name), judge in product(names.items(), JUDGE_NAMES):
             labels = {"source": port.source, "target": port.target, "method": method, "task": "all", "seed": -1}
             labels |= {"judge": judge, "shots": MAIN_SHOTS}
-            pairs = port.board.qualifying
+            board = port.board
+            pairs = [pair for pair in board.qualifying if set(names.values()) <= set(board.cells[pair])]
             found = share_back(port.board, pairs, (name, "aligned"), judge)
             rows += _share_row(found, labels, "recovered_share", len(pairs))
             if found and method != "gene_own":
