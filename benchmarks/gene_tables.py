@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from genes_rows import MIXED
@@ -69,18 +69,24 @@ def _methods(rows: Sequence[Row], notes: Note) -> tuple[Sequence[str], list[list
 
 def _transfers(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str]]]:
     """Fitted on a row's task, used on a column's: recovered share by rules, over seeds."""
-    found = [
-        row
-        for row in rows
-        if row["metric"] == "recovered_share" and (row.get("judge"), row["seed"]) == ("rules", -1) and "source" in row
-        and row["method"] == "gene"
-    ]  # fmt: skip
-    sources, targets = (list(dict.fromkeys(str(row[side]) for row in found)) for side in ("source", "target"))
-    lines = []
-    for source in sources:
-        by_target = {str(row["target"]): row for row in found if row["source"] == source}
-        lines.append([source, *(ratio_cell(by_target[name]) if name in by_target else "" for name in targets)])
+    targets, lines = transfers_of(rows, ratio_cell)
     return ("one gene, fitted on", *(f"in a model of {target}" for target in targets)), lines
+
+
+def transfers_of(rows: Sequence[Row], cell_of: Callable[[Row], str]) -> tuple[list[str], list[list[str]]]:
+    """The tasks that a gene was used on, and a line for each that it was fitted on: its name, a cell for each use."""
+    found = {
+        (str(row["source"]), str(row["target"])): row
+        for row in rows
+        if "source" in row and row["method"] == "gene"
+        and (row["metric"], row["judge"], row["seed"]) == ("recovered_share", "rules", -1)
+    }  # fmt: skip
+    sources, targets = (list(dict.fromkeys(pair[side] for pair in found)) for side in (0, 1))
+    lines = [
+        [source, *(cell_of(found[source, target]) if (source, target) in found else "" for target in targets)]
+        for source in sources
+    ]
+    return targets, lines
 
 
 def _ports(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str]]]:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gene_tables import figure_text
+from gene_tables import figure_text, transfers_of
 from part_sections import GREEN, SECOND, Row, pooled, text_of
 from safeside.errors import InputError
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
@@ -176,17 +176,9 @@ def _mean(items: Sequence[Mapping[str, object]], key: str) -> float:
 
 def transfer_section(rows: Sequence[Row]) -> Section | None:
     """One gene, fitted on one task's model and used on another's."""
-    found = [row for row in of(rows, metric="recovered_share", judge=JUDGE, method="gene", seed=-1) if "source" in row]
-    if not found:
+    targets, table = transfers_of(rows, lambda row: text_of([row], "{:.2f}"))
+    if not table:
         return None
-    sources, targets = (list(dict.fromkeys(str(row[side]) for row in found)) for side in ("source", "target"))
-    table = [
-        (
-            source,
-            *(text_of(of(found, source=source, target=target), "{:.2f}") for target in targets),
-        )
-        for source in sources
-    ]
     text = (
         "Recovered share on each column's models with coefficients fitted on each row's; the updates are the same. "
         "Ratios of means over seeds."

@@ -148,10 +148,15 @@ def load_adapter(
 
 def base_of(name_or_path: str | Path, base_name: str | None = None, device: str = "cpu") -> Base:
     """The base that an adapter was made for, at the revision that it names; with ``base_name`` that one instead."""
+    return load_base(*base_named(name_or_path, base_name), device)
+
+
+def base_named(name_or_path: str | Path, base_name: str | None = None) -> tuple[str, str | None]:
+    """Name and revision of the base of ``base_of``."""
     if base_name is not None:
-        return load_base(base_name, device=device)
+        return base_name, None
     made_for = read_config(find_adapter(name_or_path)).base
-    return load_base(made_for.name, made_for.revision, device)
+    return made_for.name, made_for.revision
 
 
 def make_folder(folder: Path) -> Path:

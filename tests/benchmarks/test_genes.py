@@ -216,7 +216,7 @@ def test_seeds_are_drawn_too() -> None:
     assert pooled == {"sst2": 0.5, "dolly": 0.0}
     ported = {**rows[0], "source": "small", "target": "sst2", "method": "gene_ported", "task": "all", "seed": -1}
     page = genes_report.transfer_section([*rows, {**ported, "value": 9.0}])
-    assert [row[:2] for row in page.rows] == [("sst2", "0.50 (0.00 to 1.00)"), ("dolly", "0.00")]
+    assert [tuple(row[:2]) for row in page.rows] == [("sst2", "0.50 (0.00 to 1.00)"), ("dolly", "0.00")]
     notes = {"accuracy_change": {}, "qualifying": pairs, "n_excluded": 0}
     assert genes_report.recovered_section([{**ported, "value": 9.0}], notes) is None
 

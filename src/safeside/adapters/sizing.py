@@ -34,7 +34,8 @@ def geometry_base(config: PreTrainedConfig, name: str = "geometry") -> Base:
 
     Its fingerprint is empty, so an adapter made for it fits no real base.
     """
-    family, model = find_family(config.model_type), meta_model(config)
+    family = find_family(config.model_type)
+    model = meta_model(config, family)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))  # type: ignore[no-untyped-call]
     base = Base(model, tokenizer, family, name, Path())
     base.fingerprint = Fingerprint(architecture="", tokenizer="", template="", weights="")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from safeside.base.families import find_family
+from safeside.base.families import Family, find_family
 from safeside.base.fingerprint import check_tokenizer, weight_files
 from safeside.base.loading import explained_loading, model_type_of
 from safeside.base.model import Base, checkpoint_folder
@@ -25,12 +25,11 @@ def load_base_shell(name_or_path: str | Path, revision: str | None = None) -> Ba
         weight_files(folder)
         check_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = meta_model(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        model = meta_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), family)
     return Base(model, tokenizer, family, name, folder, revision)
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig, family: Family) -> PreTrainedModel:
     """The model of ``config`` without weights."""
-    family = find_family(config.model_type)
     with torch.device("meta"):
         return (AutoModel if family.is_encoder else AutoModelForCausalLM).from_config(config)  # type: ignore[no-any-return, no-untyped-call]

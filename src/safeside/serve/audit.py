@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import queue
 import secrets
 import threading
@@ -22,6 +21,7 @@ from sqlalchemy import Connection, insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from safeside.errors import AuditError, ConfigError
+from safeside.moderation import finite
 from safeside.serve.audit_tables import DECISIONS, WAIT_S, first_line, open_database
 from safeside.serve.rules import Action, Stage
 
@@ -130,7 +130,7 @@ class AuditLog:
             "policy": record.policy,
             "policy_version": record.policy_version,
             "adapters": dict(record.adapters),
-            "scores": {name: score if math.isfinite(score) else None for name, score in record.scores.items()},
+            "scores": {name: finite(score) for name, score in record.scores.items()},
             "strength": record.strength,
             "action": record.action,
             "intended": record.intended or record.action,

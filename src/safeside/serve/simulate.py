@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base, load_base
 from safeside.errors import InputError, UnknownNameError
 from safeside.guards.score import Scores, score_conversations, unscored
+from safeside.moderation import finite
 from safeside.registry import did_you_mean
 from safeside.serve.effective import Decision, EffectivePolicy
 from safeside.serve.keys import Caller
@@ -154,13 +154,9 @@ def _line(line: int, guards: Sequence[Adapter], policy: EffectivePolicy, found: 
         "guard": decision.guard,
         "reason": decision.reason,
         "strength": max(each.strength for each, _, _ in decisions),
-        "scores": {f"{each.task}/{each.label}": _number(each.score) for each in verdicts_of_it},
+        "scores": {f"{each.task}/{each.label}": finite(each.score) for each in verdicts_of_it},
     }
 
 
 def _severity(decision: Decision) -> tuple[int, int]:
     return SEVERITY[decision.action], SEVERITY[decision.intended]
-
-
-def _number(score: float) -> float | None:
-    return score if math.isfinite(score) else None  # NaN is not JSON

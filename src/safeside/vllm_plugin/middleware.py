@@ -1,9 +1,9 @@
 """``safety`` in the answers of vLLM's own server, by its ``--middleware`` flag.
 
 It asks for the log-probabilities of the slots, takes them out of the answer again, and puts ``safety`` in their place:
-into each choice of a whole answer, and into the last chunk of each choice of a stream.  ``/v1/moderations`` is made of
-chats.  A request may hold ``safety``
+into each choice of a whole answer, and into the last chunk of each choice of a stream.  A request may hold ``safety``
 itself: ``{"strength": 0.5}`` or a policy in its place, and ``"tokens": true`` for the risk of every token.
+``/v1/moderations`` is made of chats.
 """
 
 from __future__ import annotations
@@ -124,10 +124,8 @@ class SafetyMiddleware:
             return
         path = scope["path"].removesuffix(MODERATIONS) + PATHS[0]
         headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"x-request-id")]
-        chat, places = (
-            {**scope, "path": path, "raw_path": path.encode(), "headers": headers},
-            asyncio.Semaphore(AT_ONCE),
-        )
+        chat = {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
+        places = asyncio.Semaphore(AT_ONCE)
 
         async def judged(text: str) -> bytes:
             async with places:

@@ -10,7 +10,7 @@ import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import find_adapter, read_config
+from safeside.artifact import base_named
 from safeside.base.model import Base, checkpoint_folder
 from safeside.base.shell import load_base_shell
 from safeside.errors import InputError
@@ -68,8 +68,7 @@ def make_scorer(setup: Setup) -> VllmScorer:
     On a CPU its weights are float32, as ``load_base`` has them; elsewhere they are the checkpoint's.  What the guards,
     the base or vLLM cannot do together is the error of ``plan_engine``; an engine that does not start is an InputError.
     """
-    made_for = read_config(find_adapter(setup.guards[0])).base
-    name, revision = (made_for.name, made_for.revision) if setup.base is None else (setup.base, None)
+    name, revision = base_named(setup.guards[0], setup.base)
     folder = checkpoint_folder(name, revision)
     plan = plan_engine(folder, setup.guards, allow_mismatch=setup.allow_mismatch, spare_tokens=setup.spare_tokens)
     guards = [shell_of(config).with_preset(setup.preset) for config in plan.config.guards]
