@@ -35,6 +35,8 @@ Maker = Callable[[], Values | None]
 
 SHOTS = (4, 8, 16, 32, 64)
 WEIGHTS = (0.0, 0.5, 1.5, 2.0)  # of a fitted gene, for the curve over coefficients; 1 is the gene's own row
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of RESTA's vector, for its own curve
+WEIGHT, RESTA = "weight-", "resta-strength-"  # how cells of curves begin
 CURVE_TASKS = ("ag_news", "dolly")  # that the curves over shots and coefficients are drawn for
 FIRST_CELLS = ("aligned", "finetuned", "dsa", "dsa_recalibrated")  # of every task model, also of those left out
 _ROWS = 32  # of one pass
@@ -70,7 +72,9 @@ class TaskBench:
             for shots in SHOTS:
                 yield f"gene-{shots}", partial(self._gene, "shift", shots)
             for weight in WEIGHTS:
-                yield f"weight-{weight:g}", partial(self._gene, "shift", MAIN_SHOTS, weight)
+                yield f"{WEIGHT}{weight:g}", partial(self._gene, "shift", MAIN_SHOTS, weight)
+            for strength in STRENGTHS:
+                yield f"{RESTA}{strength:g}", partial(self._resta_at, strength)
             for name, parts in (("first", (0,)), ("second", (1,)), ("both", (0, 1))):
                 yield f"interference-{name}", partial(self._together, parts)
             for name, parts in (("aligner", ()), ("all", (0, 1))):
@@ -131,13 +135,20 @@ class TaskBench:
         unaligned = weights_of(load_base(self.models.setup.base))
         return difference(weights_of(self.base), aligned), difference(aligned, unaligned)
 
+    @cached_property
+    def own_vector(self) -> Matrices:
+        """RESTA's safety vector: the aligned model minus its harmful fine-tune."""
+        folders = self.models.aligned(), self.models.unaligned()
+        return difference(*(weights_of(load_base(folder)) for folder in folders))
+
+    def _resta_at(self, strength: float) -> Values:
+        """So much of RESTA's own vector, nothing thinned."""
+        return measured(with_added(self.base, resta(self.arithmetic[0], self.own_vector, strength)), self)
+
     def _resta(self) -> Values:
         """RESTA with its own safety vector, the aligned model minus its harmful fine-tune, and with the base's."""
         task, from_base = self.arithmetic
-        aligned, unaligned = (
-            weights_of(load_base(folder)) for folder in (self.models.aligned(), self.models.unaligned())
-        )
-        vectors = {"unaligned": difference(aligned, unaligned), "base": from_base}
+        vectors = {"unaligned": self.own_vector, "base": from_base}
         tried = product(vectors, (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 0.7))
         return self._best(
             {

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from genes_board import JUDGE_NAMES, METHODS, Board, Figure, Pair, drawn, figure_of
 from genes_cells import Values
 from genes_figures import Port
+from genes_front import against_curve, curves, front, point
 from genes_goals import goals_of
 from genes_judge import Outcome
 from genes_models import RATE_OF, Models, Setup
@@ -43,10 +42,10 @@ _MEANINGS = {
 def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
     """All of them."""
     cells = [values for found in board.cells.values() for values in found.values()]
-    compared, changes = contrasts(board), _accuracy_changes(board)
+    compared, changes, against = contrasts(board), _accuracy_changes(board), against_curve(board)
     return {
         **_MEANINGS,
-        "goals": goals_of(board, compared, changes),
+        "goals": goals_of(board, compared, changes, against),
         "qualifying": [_label(pair) for pair in board.qualifying],
         "excluded": _excluded(board),
         "n_excluded": len(_excluded(board)),
@@ -58,7 +57,8 @@ def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
         "contrasts": compared,
         "front": front(board),
         "accuracy_change": changes,
-        "curve_over_weights": _curve(board),
+        "curves": curves(board),
+        "against_resta_curve": against,
         "interference": _interference(board),
         "guard": _by_cell(board, "guard", ("dsa",)),
         "ports": [_port_note(port) for port in ports],
@@ -103,36 +103,6 @@ def _accuracy_change(board: Board, pairs: Sequence[Pair], names: tuple[str, str]
     return figure_of(drawn(pairs, 1).mean_of_rows(changes))
 
 
-def front(board: Board) -> list[Note]:
-    """Mean attack success and task accuracy of every method that all qualifying models have.
-
-    ``on_front`` says that no other one is as good in both and better in one.  The aligned model, which was never tuned
-    on the task, beats nobody.
-    """
-    pairs, rows = board.qualifying, list[Note]()
-    for judge in JUDGE_NAMES:
-        points = {
-            method: (
-                _mean_success(board, pairs, name, judge),
-                float(np.mean([board.accuracy(pair, name).mean() for pair in pairs])),
-            )
-            for method, name in METHODS.items()
-            if pairs and all(name in board.cells[pair] for pair in pairs)
-        }
-        repairs = [point for method, point in points.items() if method != "aligned"]
-        for method, (success, accuracy) in points.items():
-            beaten = any(
-                other[0] <= success and other[1] >= accuracy and other != (success, accuracy) for other in repairs
-            )
-            labels: Note = {"method": method, "judge": judge, "n_models": len(pairs)}
-            rows.append({**labels, "attack_success": success, "task_accuracy": accuracy, "on_front": not beaten})
-    return rows
-
-
-def _mean_success(board: Board, pairs: Sequence[Pair], name: str, judge: str) -> float:
-    return float(np.mean([np.nanmean(board.hits(pair, name, judge)) for pair in pairs]))
-
-
 def _accuracy_changes(board: Board) -> dict[str, Note]:
     """Of each method, against the fine-tuned model."""
     changes: dict[str, Note] = {}
@@ -144,24 +114,6 @@ def _accuracy_changes(board: Board) -> dict[str, Note]:
     return changes
 
 
-def _curve(board: Board) -> list[Note]:
-    """Over weights of the fitted gene, in the models that were measured at several; 1 is the gene's own row."""
-    return [
-        {**_label(pair), "weight": weight, "judge": judge, **_point(board, pair, name, judge)}
-        for pair, found in board.cells.items()
-        if any(name.startswith("weight-") for name in found)
-        for name in found
-        if (weight := _weight_of(name)) is not None
-        for judge in JUDGE_NAMES
-    ]
-
-
-def _weight_of(name: str) -> float | None:
-    if name == METHODS["gene"]:
-        return 1.0
-    return float(name.removeprefix("weight-")) if name.startswith("weight-") else None
-
-
 def _interference(board: Board) -> list[Note]:
     """Two genes and the packaged aligner: each alone, and together."""
     return [
@@ -169,7 +121,7 @@ def _interference(board: Board) -> list[Note]:
             **_label(pair),
             "parts": name.removeprefix("interference-"),
             "judge": judge,
-            **_point(board, pair, name, judge),
+            **point(board, pair, name, judge),
         }
         for pair, found in board.cells.items()
         for name in found
@@ -180,11 +132,6 @@ def _interference(board: Board) -> list[Note]:
 
 def _label(pair: Pair) -> Note:
     return {"seed": pair[0], "task": pair[1]}
-
-
-def _point(board: Board, pair: Pair, name: str, judge: str) -> Note:
-    success = float(np.nanmean(board.hits(pair, name, judge)))
-    return {"attack_success": success, "task_accuracy": float(board.accuracy(pair, name).mean())}
 
 
 def _excluded(board: Board) -> list[Note]:

@@ -155,23 +155,40 @@ def curves_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section 
         lines.append(Line(task, points, [pooled(part)[0] for part in some], colour, marker="o"))
     if lines:
         pictures.append(("Over examples of each kind", lines_picture(lines, Axis("shots"), Axis("attack success"))))
-    curve: list[Mapping[str, object]] = list(notes["curve_over_weights"])  # type: ignore[call-overload]
-    lines = []
-    for task, colour in zip(dict.fromkeys(str(item["task"]) for item in curve), (BLUE, SECOND, GREEN), strict=False):
-        points = sorted({float(str(item["weight"])) for item in curve if item["task"] == task})
-        for key, style in (("attack_success", "-"), ("task_accuracy", ":")):
-            means = [
-                _mean([item for item in curve if item["task"] == task and item["weight"] == at], key) for at in points
-            ]
-            lines.append(Line(f"{task}, {key.replace('_', ' ')}", points, means, colour, style, marker="o"))
-    if lines:
-        pictures.append(("Over the gene's weight", lines_picture(lines, Axis("weight"), Axis("share", (0.0, 1.0)))))
-    return Section("How many examples, how much gene?", "", pictures) if pictures else None
+    for task in dict.fromkeys(str(item["task"]) for item in _curves(notes)):
+        lines = [_front_line(notes, task, method) for method in ("gene", "resta")]
+        known = [line for line in lines if line.x]
+        places = Axis("task accuracy"), Axis("attack success")
+        title = f"{TITLES.get(task, task)}: the gene and RESTA, each at several strengths"
+        pictures.append((title, lines_picture(known, *places)))
+    against: list[Mapping[str, object]] = list(notes["against_resta_curve"])  # type: ignore[call-overload]
+    table = [(str(item["weight"]), str(item["judge"]), str(item["n_models"]), figure_text(item)) for item in against]
+    text = (
+        "Strengths rise to the left, from the task model as it is; lower and further right is better. The table has "
+        "the gene's attack success minus what RESTA's curve reads at equal utility: task accuracy, of open-ended "
+        "tasks likelihood."
+    )
+    columns = ("gene's weight", "judge", "models", "minus RESTA's curve")
+    return Section("How many examples, how much gene?", text, pictures, columns, table) if pictures else None
+
+
+def _curves(notes: Mapping[str, object]) -> list[Mapping[str, object]]:
+    return list(notes["curves"])  # type: ignore[call-overload]
+
+
+def _front_line(notes: Mapping[str, object], task: str, method: str) -> Line:
+    """Means over seeds by strength."""
+    some = [item for item in _curves(notes) if (item["task"], item["method"], item["judge"]) == (task, method, JUDGE)]
+    strengths = sorted({float(str(item["strength"])) for item in some}, reverse=True)
+    means = {
+        key: [_mean([item for item in some if item["strength"] == at], key) for at in strengths]
+        for key in ("task_accuracy", "attack_success")
+    }
+    return Line(method, means["task_accuracy"], means["attack_success"], COLOURS.get(method, OTHERS[0]), marker="o")
 
 
 def _mean(items: Sequence[Mapping[str, object]], key: str) -> float:
-    chosen = [float(str(item[key])) for item in items if item["judge"] == JUDGE]
-    return sum(chosen) / len(chosen)
+    return sum(float(str(item[key])) for item in items) / len(items)
 
 
 def transfer_section(rows: Sequence[Row]) -> Section | None:

@@ -19,6 +19,7 @@ import genes
 import genes_board
 import genes_cells
 import genes_figures
+import genes_front
 import genes_guard
 import genes_models
 import genes_notes
@@ -64,7 +65,7 @@ def test_every_cell_and_row(
     monkeypatch.setitem(genes_board.JUDGE_NAMES, "classifier", "refusal_phrases")
     for module in (genes, genes_cells, genes_figures):
         monkeypatch.setattr(module, "TASKS", ("ag_news", "dolly"))
-    for name, fewer in (("ANSWER", 4), ("SHOTS", (4, 32)), ("WEIGHTS", (0.5,))):
+    for name, fewer in (("ANSWER", 4), ("SHOTS", (4, 32)), ("WEIGHTS", (0.5,)), ("STRENGTHS", (1.0,))):
         monkeypatch.setattr(genes_cells, name, fewer)
     words = ["--data", str(data), "--base", str(tiny_folder("llama")), "--quick", "--workers", "1", "--threads", "1"]
     words += ["--tasks", "ag_news", "--cells", str(tmp_path / "cells"), "--output", str(tmp_path / "out")]
@@ -82,7 +83,8 @@ def test_every_cell_and_row(
     assert scalars == {3.0}, "one number for each layer that is kept"
     notes = result["notes"]
     assert {item["parts"] for item in notes["interference"]} == {"first", "second", "both", "aligner", "all"}
-    assert {item["weight"] for item in notes["curve_over_weights"]} == {0.5, 1.0}, "1 is the gene's own row"
+    strengths = {(item["method"], item["strength"]) for item in notes["curves"]}
+    assert strengths == {("gene", 0.5), ("gene", 1.0), ("resta", 0.0), ("resta", 1.0)}, "1 is the gene's own row"
     assert notes["n_excluded"] + len(notes["qualifying"]) == 1
     assert 0 <= notes["guard"]["ag_news 0"]["auroc"] <= 1
     assert notes["rows"]["0"]["ag_news_train"] == 24 + 8, "and the instructions that it is learnt with"
@@ -232,7 +234,7 @@ def test_the_gene_is_compared_on_the_same_prompts_and_rows() -> None:
     assert found["attack_success", "rules"]["value"] == pytest.approx(-4 / 19), "one prompt could not be judged"
     assert found["attack_success", "rules"]["high"] < 0
     assert found["task_accuracy", "none"]["value"] == pytest.approx(-1 / 8)
-    points = {item["method"]: item for item in genes_notes.front(made) if item["judge"] == "rules"}
+    points = {item["method"]: item for item in genes_front.front(made) if item["judge"] == "rules"}
     assert {method for method, item in points.items() if item["on_front"]} == {"aligned", "gene", "resta"}
     assert points["finetuned"]["attack_success"] == 0.6
     section = genes_report.contrasts_section({"contrasts": [*found.values()], "front": [*points.values()]})

@@ -9,6 +9,7 @@ from judged_for_tests import board, write_data  # isort: skip  (it finds the ben
 
 import gene_tables
 import genes_figures
+import genes_front
 import genes_goals
 import genes_models
 import genes_notes
@@ -24,7 +25,10 @@ RIVALS = {"resta": [1] * 10 + [0] * 10, "salora": GENE, "safemerge": [1] + [0] *
 
 def told(made: Board) -> Mapping[str, Mapping[str, object]]:
     changes = genes_notes._accuracy_changes(made)
-    return {str(goal["goal"]): goal for goal in genes_goals.goals_of(made, genes_notes.contrasts(made), changes)}
+    against = genes_front.against_curve(made)
+    return {
+        str(goal["goal"]): goal for goal in genes_goals.goals_of(made, genes_notes.contrasts(made), changes, against)
+    }
 
 
 def verdicts(made: Board) -> dict[str, object]:
