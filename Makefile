@@ -10,7 +10,7 @@ COST := benchmarks/.cells/align/cost.json
 SPLIT := -n 2 --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-transformers-5.19 setup-vllm test-vllm test-gpu bench-vllm check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-genes bench-overhead bench-gate bench-serve bench-bulk builtin builtin-adapters clean
+.PHONY: setup demo test test-transformers-5.19 setup-vllm test-vllm test-gpu bench-vllm check format docs bench-core bench-geometry bench-taps bench-guards report-guards bench-align report-align bench-genes bench-overhead bench-gate bench-serve bench-bulk bench-memory builtin builtin-adapters clean
 
 setup: $(STAMP)
 
@@ -127,6 +127,10 @@ report-align: setup
 # kill).
 bench-genes: setup $(SMALL)/config.json
 	$(BIN)/python benchmarks/genes.py --data $(DATA) --port $(SMALL)
+
+# What training takes, beside what the memory model says (2 minutes).
+bench-memory: setup
+	$(BIN)/python benchmarks/memory.py
 
 # Time and memory of a guard beside its base: a 0.5B geometry with random weights, and the built-in base.
 bench-overhead: setup

@@ -42,6 +42,26 @@ def _amount(value: float) -> str:
     return f"{value:,.3g}" if value >= 1e-3 else "under 0.001"
 
 
+def memory_table(path: Path) -> str:
+    """What training takes by the memory model, part by part, beside what was held."""
+    result = read_result(path)
+    if result is None:
+        return absent(path)
+    rows = result["rows"]
+    parts = ("weights", "gradients", "optimiser", "base_pass", "taps", "activations")
+    lines = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        found = {row["metric"]: float(row["value"]) for row in rows if row["batch"] == batch}
+        sizes = [found[f"{name}_bytes"] for name in (*parts, "predicted", "held")]
+        lines.append([str(batch), *(f"{size / 1e6:,.0f}" for size in sizes), f"{found['predicted_to_held'] - 1:+.1%}"])
+    verdict = "met" if result["notes"]["met"] else "missed"
+    head = (
+        f"MB of 10^6 bytes, by batch of {rows[0]['tokens']} tokens a row: an `lst` guard beside {rows[0]['geometry']} "
+        f"in bfloat16. Goal: within 10%: {verdict}. Commit `{result['commit']}`, {result['machine']}.\n\n"
+    )
+    return head + markdown(["batch", *(name.replace("_", " ") for name in parts), "all", "held", ""], lines)
+
+
 def bulk_table(path: Path) -> str:
     """Rows a second, memory and what kills lost, by guard, rows and workers."""
     result = read_result(path)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gene_tables import genes_table
-from scale_tables import bulk_table, capacity_table, serve_table, vllm_table
+from scale_tables import bulk_table, capacity_table, memory_table, serve_table, vllm_table
 from table_cells import (
     Row,
     absent,
@@ -308,6 +308,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "align": align_table,
     "decode": decode_table,
     "genes": genes_table,
+    "memory": memory_table,
     "gate": gate_table,
     "serve": serve_table,
     "vllm": vllm_table,
