@@ -23,11 +23,12 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from safeside import create_adapter, load_base, save_adapter, sized_config
+from safeside.errors import InputError
 from safeside.provenance import config_hash, git_commit
 from safeside.terminal import note
 from safeside.vllm_plugin.plan import Plan, installed_version, plan_engine
 from tidy import RESULTS, Row, figure_row, result_of, write_json
-from vllm_matrix import CASES, Case, compare, execute, randomise, tiny_tokenizer
+from vllm_matrix import Case, compare, execute, matrix, randomise, tiny_tokenizer
 
 # Qwen/Qwen2.5-0.5B's config.json, and a toy of which more fits in an hour.
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -153,6 +154,14 @@ def title(case: Case) -> str:
     return f"{case.name}-{case.model}-{case.runner}"
 
 
+def chosen_cases(titles: Sequence[str] | None) -> list[Case]:
+    """The cases of these titles, all of the matrix without any; an unknown title is an InputError."""
+    known = {title(case): case for case in matrix()}
+    if unknown := [name for name in titles or () if name not in known]:
+        raise InputError(f"There is no case {', '.join(unknown)}; expected some of {', '.join(known)}.")
+    return [known[name] for name in titles or known]
+
+
 def place_of(row: Row) -> tuple[object, ...]:
     """What a figure is of, so that a new one replaces it."""
     return tuple(row.get(name) for name in ("case", "runner", "model", "variant", "phase", "geometry", "metric"))
@@ -162,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("parity", "cost"), help="one part; the other's rows stay")
-    parser.add_argument("--cases", nargs="*", help=f"some cases, such as {title(CASES[0])}; the others' rows stay")
+    parser.add_argument("--cases", nargs="*", help="some cases, such as eager-llama-v1; the others' rows stay")
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=list(GEOMETRIES))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="of each prompt")
@@ -174,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(arguments)
     started, path = time.perf_counter(), options.output / "vllm.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "notes": {"settings": {}}}
-    chosen = [case for case in CASES if not options.cases or title(case) in options.cases]
+    chosen = chosen_cases(options.cases)
     new = parity_rows(chosen) if options.only != "cost" else []
     for geometry in options.geometries if options.only != "parity" else ():
         new += cost_rows(geometry, options)

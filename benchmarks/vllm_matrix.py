@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ __all__ = [
     "compare",
     "execute",
     "make_bench",
+    "matrix",
     "prompts_of",
     "randomise",
     "run_engine",
@@ -88,24 +90,54 @@ class Case:
     """Of both ways.  FlashAttention and FlashInfer refuse float32."""
 
 
-_CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "enable_chunked_prefill": True}
-_TIGHT = {"num_gpu_blocks_override": 12, "max_num_seqs": 8}
+_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+_V2: dict[str, Any] = {"runner": "v2", "n_new": 4, "lengths": (5, 17, 40, 9, 30, 64, 12, 33)}  # interpreted, so slow
+_LONG = (260, 300, 280, 270, 290, 310, 265, 150)
+_WAYS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"engine": {"enforce_eager": False}},
+    "prefix_cache": {"lengths": _LONG, "rounds": 2},
+    "chunked_prefill": {"engine": {"max_num_batched_tokens": 64, "max_num_seqs": 16, "enable_chunked_prefill": True}},
+    "preemption": {
+        "engine": {"num_gpu_blocks_override": 12, "max_num_seqs": 8},
+        "lengths": (100, 120, 90, 110, 126, 101, 95, 118),
+        "n_new": 150,
+    },
+    "tensor_parallel": {"engine": {"tensor_parallel_size": 2}},
+}
+
+
+def case_of(way: str, model: str = "llama", **more: Any) -> Case:
+    """A way of running an engine, with ``more`` of its own."""
+    return Case(way, model, **{**_WAYS[way], **more})
+
+
 CASES = (
-    Case("eager"),
-    Case("eager", "qwen2", kinds=("lst", "plr", "lst")),
-    Case("eager", "qwen3"),
-    Case("eager", "mistral"),
-    Case("transformers_backend", "gemma3"),
-    Case("prefix_cache", lengths=(260, 300, 280, 270, 290, 310, 265, 150), rounds=2),
-    Case("chunked_prefill", engine=_CHUNKS),
-    Case("chunked_prefill", "mistral", engine=_CHUNKS),
-    Case("preemption", engine=_TIGHT, lengths=(100, 120, 90, 110, 126, 101, 95, 118), n_new=150),
+    case_of("eager"),
+    case_of("eager", "qwen2", kinds=("lst", "plr", "lst")),
+    case_of("eager", "qwen3"),
+    case_of("eager", "mistral"),
+    Case("transformers_backend", "gemma3"),  # which is how this model runs in every case
+    case_of("prefix_cache"),
+    case_of("chunked_prefill"),
+    case_of("chunked_prefill", "mistral"),
+    case_of("preemption"),
     Case("lst_plus", "qwen3", kinds=("lst_plus", "plr", "rtb"), aligner="lst_plus"),
     Case("state_map", "qwen2", aligner="state_map"),
-    Case("compiled", engine={"enforce_eager": False}),
-    Case("tensor_parallel", "qwen2", engine={"tensor_parallel_size": 2}),
-    Case("eager", "llama", "v2", n_new=4, lengths=(5, 17, 40, 9, 30, 64, 12, 33)),
+    case_of("compiled"),
+    case_of("tensor_parallel", "qwen2"),
+    case_of("eager", **_V2),
 )
+"""A pairwise selection, which the tests run."""
+
+
+def matrix() -> tuple[Case, ...]:
+    """The selection, and then every other way with every model, on runner V1, and every model on V2."""
+    more = [case_of(way, model) for way, model in product(_WAYS, _MODELS)]
+    more += [case_of("eager", model, **_V2) for model in _MODELS]
+    more.append(case_of("chunked_prefill", **{**_V2, "lengths": (70, 17, 90, 9)}))
+    known = {("eager", "gemma3", "v1"), *((case.name, case.model, case.runner) for case in CASES)}
+    return (*CASES, *(case for case in more if (case.name, case.model, case.runner) not in known))
 
 
 @dataclass(frozen=True, slots=True)

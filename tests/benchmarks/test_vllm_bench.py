@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import vllm_bench
 import vllm_matrix
 from safeside import Message, attach
+from safeside.errors import InputError
 from tidy import figure_row
 from vllm_bench import goals_of, place_of
 from vllm_matrix import BLOCK, CASES, STRENGTHS, Case, difference, make_bench, policy_of, prompts_of, reference
@@ -130,3 +131,16 @@ def test_a_part_is_measured_again_and_the_others_keep_their_settings(
     settings = found["notes"]["settings"]
     assert {name: part["rounds"] for name, part in settings.items()} == {"Qwen2.5-0.5B": 3, "toy": 5}
     assert all(part["reads_scores"] and part["commit"] for part in settings.values())
+
+
+def test_the_matrix_holds_the_selection_and_every_way_with_every_model() -> None:
+    titles = [vllm_bench.title(case) for case in vllm_matrix.matrix()]
+    assert titles[: len(CASES)] == [vllm_bench.title(case) for case in CASES]
+    assert len({*titles}) == len(titles)
+    ways = ("compiled", "prefix_cache", "chunked_prefill", "preemption", "tensor_parallel")
+    models = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+    assert {f"{way}-{model}-v1" for way in ways for model in models} <= {*titles}
+    assert {f"eager-{model}-v2" for model in models} <= {*titles}
+    assert vllm_bench.chosen_cases(None) == vllm_bench.chosen_cases(titles)
+    with pytest.raises(InputError, match="There is no case eager-gpt9-v1; expected some of eager-llama-v1"):
+        vllm_bench.chosen_cases(["eager-gpt9-v1"])
