@@ -50,9 +50,9 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 setup-vllm: $(VLLM)/.installed
 
-# Engines on the CPU: a pairwise selection of the matrix, a server with OpenAI's client, and bulk scoring.
+# Engines on the CPU: a pairwise selection of the matrix, a server with OpenAI's client, pooling engines, and bulk scoring.
 test-vllm: setup-vllm
-	$(VLLM)/bin/python -m pytest --noconftest -o filterwarnings= tests/vllm_plugin/test_engine.py tests/vllm_plugin/test_server.py tests/vllm_plugin/test_scorer_engine.py
+	$(VLLM)/bin/python -m pytest --noconftest -o filterwarnings= tests/vllm_plugin/test_engine.py tests/vllm_plugin/test_server.py tests/vllm_plugin/test_scorer_engine.py tests/vllm_plugin/test_pooling_engine.py
 
 # One GPU and the extra safeside[vllm] in the environment of PYTHON.
 test-gpu:

@@ -4,8 +4,9 @@
 
 A job holds ``engine`` (arguments of ``vllm.LLM``), ``slots``, whether the last of them tells the strength, and
 ``prompts``: ids, strength, and how many tokens to draw.  ``rounds`` of it are run one after the other, so that later
-ones can meet the prefix cache.  With ``engines``, each with ``slots`` of its own that are read as a client's request
-has them read, the result is seconds by engine: of reading all prompts, and of drawing one token of each.
+ones can meet the prefix cache.  With ``pools``, the task of a pooling engine, an answer is the scores of its prompt.
+With ``engines``, each with ``slots`` of its own that are read as a client's request has them read, the result is
+seconds by engine: of reading all prompts, and of drawing one token of each.
 """
 
 from __future__ import annotations
@@ -51,6 +52,13 @@ def answers_of(llm: LLM, job: dict[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
+def pooled_of(llm: LLM, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a pooling engine gives of each prompt, for all prompts in one batch."""
+    prompts = [TokensPrompt(prompt_token_ids=prompt["ids"]) for prompt in job["prompts"]]
+    outputs = llm.encode(prompts, pooling_task=job["pools"], use_tqdm=False)
+    return [{"scores": output.outputs.data.tolist(), "n_cached": output.num_cached_tokens} for output in outputs]
+
+
 def seconds_of(job: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
     """By variant and round, seconds of a prefill and of a step of decoding; one round before is thrown away.
 
@@ -85,7 +93,8 @@ def main(job_file: str, result_file: str) -> None:
         Path(result_file).write_text(json.dumps(seconds_of(job)), encoding="utf-8")
         return
     llm = LLM(**job["engine"], disable_log_stats=False)
-    rounds = [answers_of(llm, job) for _ in range(job.get("rounds", 1))]
+    read_prompts = pooled_of if "pools" in job else answers_of
+    rounds = [read_prompts(llm, job) for _ in range(job.get("rounds", 1))]
     counters = {metric.name: metric.value for metric in llm.get_metrics() if metric.name in (_PREEMPTIONS, _HITS)}
     runner = "v2" if llm.llm_engine.vllm_config.use_v2_model_runner else "v1"
     result = {

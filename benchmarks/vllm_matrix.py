@@ -43,7 +43,7 @@ from references import randomise
 from tiny import N_TOKENS, make_tiny, tiny_tokenizer
 
 # vLLM's CPU kernels know no head narrower than 32.
-_GEOMETRY = {"max_position_embeddings": 1024, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+GEOMETRY = {"max_position_embeddings": 1024, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 _WIDTHS = {"harm": 64, "refuse": 32}  # of ladders: two heads, other than the base's, and one
 BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
 STRENGTHS: tuple[Any, ...] = (
@@ -64,6 +64,7 @@ __all__ = [
     "compare",
     "execute",
     "make_bench",
+    "make_tiny",
     "matrix",
     "prompts_of",
     "randomise",
@@ -152,7 +153,7 @@ class Bench:
 
 def make_bench(case: Case, root: Path) -> Bench:
     """The tiny base of a case, three guards and an aligner with random weights, saved and loaded."""
-    folder = make_tiny(case.model, root / "base", **_GEOMETRY)
+    folder = make_tiny(case.model, root / "base", **GEOMETRY)
     silence_spare_ids(folder)
     base = load_base(folder, dtype=case.dtype)
     kinds = dict(zip(("harm", "probe", "toxic"), case.kinds, strict=True))

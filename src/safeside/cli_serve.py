@@ -121,7 +121,6 @@ def score(
     base: BaseName = None,
     device: Annotated[str, typer.Option(help="Where each worker runs the base, such as cuda.")] = "cpu",
     allow_mismatch: Mismatch = None,
-    spare_token: Annotated[list[str] | None, typer.Option(help="vllm: a token never written, to carry scores.")] = None,
     vllm_option: Annotated[list[str] | None, typer.Option(help="vllm: name=value for its engine.")] = None,
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows in each file of the output.")] = 1000,
     as_json: Json = False,
@@ -132,8 +131,7 @@ def score(
         from safeside.scale.bulk import BulkOptions, score_command
     if engine == "vllm":
         _add_vllm_engine()
-    own = tuple(spare_token or ()), tuple(vllm_option or ())
-    setup = Setup(tuple(guard), base, preset, allow_mismatch, device, *own)
+    setup = Setup(tuple(guard), base, preset, allow_mismatch, device, tuple(vllm_option or ()))
     summary = score_command(BulkOptions(source, output, setup, engine, workers, shard_rows))
     print_summary(summary, source, as_json)
     if summary["n_bad"]:

@@ -155,7 +155,7 @@ def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Pat
             [adapters / "harm", "--engine", "vllm"],
             "This command needs 'vllm', which is not installed. Run: pip install 'safeside[vllm]'",
         ),
-        ([adapters / "harm", "--spare-token", "x"], "Engine 'hf' reads no --spare-token and no --vllm-option"),
+        ([adapters / "harm", "--vllm-option", "a=1"], "Engine 'hf' reads no --vllm-option"),
         ([adapters / "refuse"], "is an aligner and gives no scores"),
         ([adapters / "harm", "--workers", 3], "3 workers need a CPU each; Ray has 2"),
         ([adapters / "harm", "--device", "cuda"], "1 workers need a GPU each; Ray has 0"),

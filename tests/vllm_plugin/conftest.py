@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 WIDTH = 64  # of the tiny llama
-OURS = tuple(f"safeside.vllm_plugin.{name}" for name in ("register", "model", "runner_v1", "runner_v2", "side"))
+OURS = tuple(
+    f"safeside.vllm_plugin.{name}" for name in ("register", "model", "pooling", "runner_v1", "runner_v2", "side")
+)
 
 
 class StandInBase(nn.Module):
@@ -40,6 +42,14 @@ class StandInBase(nn.Module):
 
     def load_weights(self, weights: object) -> set[str]:
         return {"head.weight"}
+
+
+class StandInPooler(nn.Module):
+    """Any of vLLM's poolers: it keeps what it was made of."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__()
+        self.parts = parts
 
 
 class StandInRegistry:
@@ -72,6 +82,11 @@ def stand_ins() -> dict[str, dict[str, object]]:
         "forward_context.get_forward_context": lambda: None,
         "model_executor.layers.attention.Attention": nn.Module,
         "model_executor.models.interfaces.supports_eagle3": lambda base: True,
+        "model_executor.layers.pooler.DispatchPooler": StandInPooler, "v1.pool.metadata.PoolingMetadata": object,
+        "model_executor.layers.pooler.tokwise.AllPool": nn.Identity,
+        "model_executor.layers.pooler.tokwise.TokenPooler": StandInPooler,
+        "model_executor.layers.pooler.seqwise.LastPool": nn.Identity,
+        "model_executor.layers.pooler.seqwise.SequencePooler": StandInPooler,
     }  # fmt: skip
     modules: dict[str, dict[str, object]] = {
         "vllm": {"ModelRegistry": StandInRegistry(), "SamplingParams": SimpleNamespace, "__version__": "0.32.0"}

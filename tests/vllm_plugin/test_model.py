@@ -13,7 +13,7 @@ import torch
 from safeside import Adapter, Base, save_adapter
 from safeside.errors import UnsupportedError
 from safeside.vllm_plugin import slots
-from safeside.vllm_plugin.plan import plan_engine
+from safeside.vllm_plugin.plan import Pooled, plan_engine, read_engine_config
 
 SAME = 1e-5  # differences of float32 near -60
 
@@ -36,6 +36,15 @@ def config(session_base: Base, random_guard: Callable[..., Adapter], tmp_path: P
     )  # fmt: skip
 
 
+def pool(config: SimpleNamespace, base: Base, task: Pooled) -> None:
+    """Make it the configuration of a pooling engine with the same probe."""
+    (entry,) = read_engine_config(config.additional_config).adapters
+    config.additional_config = plan_engine(base.folder, [entry.folder], pools=task).engine_options()[
+        "additional_config"
+    ]
+    config.model_config.runner_type, config.model_config.logits_processors = "pooling", None
+
+
 def test_scores_come_out_of_the_slots(plugin: Callable[[str], Any], config: SimpleNamespace) -> None:
     model = plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
     model.load_weights([])
@@ -46,6 +55,43 @@ def test_scores_come_out_of_the_slots(plugin: Callable[[str], Any], config: Simp
     assert 0 < float(scores.min()) < float(scores.max()) < 1
     found = torch.tensor([slots.read(row) for row in logprobs[:, model.places].tolist()])
     torch.testing.assert_close(found, scores, atol=SAME, rtol=0)
+
+
+def test_a_pooling_engine_gives_the_scores_alone(
+    plugin: Callable[[str], Any], config: SimpleNamespace, session_base: Base
+) -> None:
+    """The scores of the engine that generates are the slow twin."""
+    ids, made = torch.arange(7), plugin("model").SafesideLlamaForCausalLM
+    generating = made(vllm_config=config)
+    pool(config, session_base, "token_classify")
+    pooling = made(vllm_config=config)
+    for model in (generating, pooling):
+        model.load_weights([])
+    with torch.no_grad():
+        _, wanted = slots.unpack(generating(ids, ids), generating.state_width)
+        torch.testing.assert_close(pooling(ids, ids), wanted, atol=0, rtol=0)
+    assert (generating.pooler, len(pooling.places)) == (None, 0)
+    assert list(pooling.pooler.parts[0]) == ["token_classify"]
+
+
+def test_a_prompt_that_was_preempted_has_the_rows_of_its_second_reading(plugin: Callable[[str], Any]) -> None:
+    """vLLM keeps the rows of a chunk that it reads again."""
+    poolers = plugin("pooling").guard_pooler("token_classify").parts[0]
+    rows = torch.arange(12.0)[:, None]
+    found = poolers["token_classify"].parts[1]([rows, None], SimpleNamespace(prompt_lens=torch.tensor([8, 3])))
+    assert found[0].flatten().tolist() == [4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+    assert found[1] is None, "a prompt that is not read to its end"
+
+
+def test_the_runner_is_the_planned(plugin: Callable[[str], Any], config: SimpleNamespace, session_base: Base) -> None:
+    made = plugin("model").SafesideLlamaForCausalLM
+    config.model_config.runner_type = "pooling"
+    with pytest.raises(UnsupportedError, match="Runner pooling of an engine that was planned to generate"):
+        made(vllm_config=config)
+    pool(config, session_base, "classify")
+    config.model_config.runner_type = "generate"
+    with pytest.raises(UnsupportedError, match="Runner generate of an engine that was planned to pool"):
+        made(vllm_config=config)
 
 
 def test_adapters_without_weights_are_refused(plugin: Callable[[str], Any], config: SimpleNamespace) -> None:

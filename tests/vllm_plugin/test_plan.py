@@ -92,6 +92,25 @@ def test_what_does_not_fit_is_refused(session_base: Base, folders: dict[str, Pat
         plan_engine(base, [folders["harm"]], spare_tokens=["<|nothing|>"])
 
 
+def test_a_pooling_engine_takes_guards_alone_and_no_ids(folders: dict[str, Path], session_base: Base) -> None:
+    planned = plan_engine(session_base.folder, [folders["harm"], folders["probe"]], pools="token_classify")
+    options = planned.engine_options()
+    assert {name: options.get(name) for name in ("runner", "convert", "logits_processors")} == {
+        "runner": "pooling", "convert": "embed", "logits_processors": None,
+    }  # fmt: skip
+    assert read_engine_config(options["additional_config"]) == planned.config
+    assert (planned.config.slots, planned.config.pools) == ((), "token_classify")
+    with pytest.raises(UnsupportedError, match="A pooling engine is not served"):
+        planned.serve_flags()
+    for guards in ([folders["harm"]], []):
+        with pytest.raises(InputError, match="takes guards alone, no aligner"):
+            plan_engine(session_base.folder, guards, folders["refuse"], pools="classify")
+    with pytest.raises(InputError, match="'token_classify' or 'classify'"):
+        plan_engine(session_base.folder, [folders["harm"]], pools="embed")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="would not be read"):
+        plan_engine(session_base.folder, [folders["harm"]], pools="classify", spare_tokens=["<|system|>"])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_another_architecture_is_refused(family: str, tiny_folder: Callable[[str], Path]) -> None:
     with pytest.raises(UnsupportedError, match=r"called \.\.\.ForCausalLM"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,18 +15,16 @@ import torch
 
 from bulk_for_tests import read_jsonl, without_ray
 from command_line import Ran, write
-from safeside import Message, attach, load_adapter, load_base
+from safeside import Adapter, Message, attach, load_adapter, load_base, save_adapter
 from safeside.errors import InputError, UnsupportedError
-from safeside.guards.score import Scoring, judge
+from safeside.guards.score import Scoring, judge, score_conversations
 from safeside.guards.setup import Setup
 from safeside.scale.engines import ENGINES
 from safeside.vllm_plugin.plan import CONFIG_KEY
-from safeside.vllm_plugin.slots import GAP
 
 LONG = " ".join(f"word{number}" for number in range(400))
 SAME = 1e-5
 SCORER = "safeside.vllm_plugin.scorer"
-SPARE = ("<|system|>",)
 ROWS = (
     [Message("user", "How do I boil an egg?")],
     [Message("user", "Hello!"), Message("assistant", "I hate you and all of your kind.")],
@@ -38,7 +37,8 @@ class FakeEngine:
     """What ``vllm.LLM`` gives, by transformers and one prompt at a time."""
 
     made: ClassVar[list[dict[str, Any]]] = []
-    is_masked = False
+    told: torch.Tensor | None = None
+    """In place of the scores."""
 
     def __init__(self, **options: Any) -> None:
         self.made.append(options)
@@ -49,19 +49,17 @@ class FakeEngine:
         entries = options["additional_config"][CONFIG_KEY]["adapters"]
         self.guards = [load_adapter(entry["folder"], self.base, allow_mismatch="weights") for entry in entries]
 
-    def generate(self, prompts: Sequence[Any], params: Any, use_tqdm: bool) -> list[Any]:
-        assert (params.max_tokens, params.temperature, use_tqdm) == (1, 0.0, False)
-        return [self._answer(prompt["prompt_token_ids"], params.logprob_token_ids) for prompt in prompts]
+    def encode(self, prompts: Sequence[Any], pooling_task: str, use_tqdm: bool) -> list[Any]:
+        assert (pooling_task, use_tqdm) == ("classify", False)
+        return [self._answer(prompt["prompt_token_ids"]) for prompt in prompts]
 
     @torch.no_grad()
-    def _answer(self, ids: list[int], slots: Sequence[int]) -> Any:
-        assert len(ids) < self.longest, "vLLM needs a place for the token that is drawn"
+    def _answer(self, ids: list[int]) -> Any:
+        assert len(ids) <= self.longest
         with attach(self.base, guards=self.guards) as attached:
             self.base.decoder(input_ids=torch.tensor([ids]), use_cache=False)
-            values = [attached.record.scores[guard.name][0, -1] for guard in self.guards]
-        told = [-GAP, *(-GAP + float(value) for value in torch.cat(values))]
-        step = {slot: SimpleNamespace(logprob=value) for slot, value in zip(slots, told, strict=True)}
-        return SimpleNamespace(outputs=[SimpleNamespace(logprobs=[] if self.is_masked else [step])])
+            values = torch.cat([attached.record.scores[guard.name][0, -1] for guard in self.guards])
+        return SimpleNamespace(outputs=SimpleNamespace(data=values if self.told is None else self.told))
 
 
 @pytest.fixture
@@ -70,7 +68,6 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEngine]]:
     package = ModuleType("vllm")
     for name, value in (
         ("LLM", FakeEngine),
-        ("SamplingParams", lambda **values: SimpleNamespace(**values)),
         ("TokensPrompt", dict),
     ):
         monkeypatch.setattr(package, name, value, raising=False)
@@ -90,13 +87,13 @@ def plugin() -> ModuleType:
 
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize("longest", [512, 200])
-def test_scores_are_those_of_the_base_in_windows_a_token_shorter(longest: int) -> None:
+def test_scores_are_those_of_the_base_in_windows_as_long_as_vllms_context(longest: int) -> None:
     """The slow twin cuts and reads on transformers."""
-    setup = Setup(("builtin:harm",), spare_tokens=SPARE, engine_options=(f"max_model_len={longest}",))
+    setup = Setup(("builtin:harm",), engine_options=(f"max_model_len={longest}",))
     scorer = plugin().make_scorer(setup)
     base = load_base("builtin")
     guard = load_adapter("builtin:harm", base)
-    scoring = Scoring(base, [guard], ROWS, limit=longest - 1)
+    scoring = Scoring(base, [guard], ROWS, limit=longest)
     with attach(base, guards=[guard]) as attached:
         for batch in scoring.batches(1):
             scoring.read(batch, attached)
@@ -114,9 +111,25 @@ def test_scores_are_those_of_the_base_in_windows_a_token_shorter(longest: int) -
             )  # fmt: skip
 
 
-def test_an_engine_that_tells_no_score_flags(fake_vllm: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_vllm, "is_masked", True)
-    scorer = plugin().make_scorer(Setup(("builtin:harm",), spare_tokens=SPARE))
+@pytest.mark.usefixtures("fake_vllm")
+def test_several_guards_keep_their_labels_apart(random_guard: Callable[..., Adapter], tmp_path: Path) -> None:
+    base = load_base("builtin")
+    other = save_adapter(random_guard(base, "other", labels=("harm", "hate")), tmp_path / "other")
+    scorer = plugin().make_scorer(Setup((str(other), "builtin:harm"), base="builtin"))
+    guards = [load_adapter(other, base), load_adapter("builtin:harm", base)]
+    for wanted, found in zip(score_conversations(base, guards, ROWS), scorer.score(ROWS), strict=True):
+        assert list(map(len, found.by_guard.values())) == [2, 1]
+        for name, scores in wanted.by_guard.items():
+            assert found.by_guard[name] == pytest.approx(scores, abs=SAME)
+        assert (found.n_windows, found.problem) == (wanted.n_windows, wanted.problem)
+
+
+@pytest.mark.parametrize("told", [[], [math.nan], [math.inf], [-0.1], [1.5], [[0.1], [0.1]], [0.1, 0.1]], ids=str)
+def test_an_engine_that_tells_no_score_flags(
+    fake_vllm: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, told: list[Any]
+) -> None:
+    monkeypatch.setattr(fake_vllm, "told", torch.tensor(told))
+    scorer = plugin().make_scorer(Setup(("builtin:harm",)))
     (scores,) = scorer.score([ROWS[0]])
     assert scores.problem == "a score is not a number"
     (verdict,) = scorer.verdicts(scores)
@@ -126,18 +139,18 @@ def test_an_engine_that_tells_no_score_flags(fake_vllm: type[FakeEngine], monkey
 
 def test_presets_and_options_reach_the_engine(fake_vllm: type[FakeEngine]) -> None:
     options = ("max_model_len=256", "gpu-memory-utilization=0.5", "quantization=fp8", "enforce_eager=true")
-    setup = Setup(("builtin:harm",), preset="strict", spare_tokens=SPARE, engine_options=options)
+    setup = Setup(("builtin:harm",), preset="strict", engine_options=options)
     scorer = plugin().make_scorer(setup)
     (made,) = fake_vllm.made
     given = {name: made[name] for name in ("max_model_len", "gpu_memory_utilization", "quantization", "enforce_eager")}
     assert given == {
         "max_model_len": 256, "gpu_memory_utilization": 0.5, "quantization": "fp8", "enforce_eager": True,
     }  # fmt: skip
-    assert made["dtype"] == "float32"
+    assert (made["dtype"], made["runner"]) == ("float32", "pooling")
     base = load_base("builtin")
     strict = load_adapter("builtin:harm", base).with_preset("strict")
     assert scorer.guards[0].thresholds_in("prompt") == strict.thresholds_in("prompt")
-    plugin().make_scorer(Setup(("builtin:harm",), spare_tokens=SPARE, device="cuda"))
+    plugin().make_scorer(Setup(("builtin:harm",), device="cuda"))
     assert fake_vllm.made[-1]["dtype"] == "auto"
 
 
@@ -146,6 +159,7 @@ def test_presets_and_options_reach_the_engine(fake_vllm: type[FakeEngine]) -> No
     ("option", "said"),
     [
         ("hf_overrides={}", "part of what runs the guards"),
+        ("runner=generate", "would hide the scores"),
         ("enable-lora=true", "do not run beside it"),
         ("trust_remote_code=true", "no code of a checkpoint"),
         ("tensor_parallel_size=2", "a worker has one accelerator"),
@@ -175,13 +189,12 @@ def test_an_engine_that_does_not_start_is_told(fake_vllm: type[FakeEngine], monk
 
     monkeypatch.setattr(fake_vllm, "__init__", refuse)
     with pytest.raises(InputError, match=r"vLLM did not start with .*no such argument"):
-        plugin().make_scorer(Setup(("builtin:harm",), spare_tokens=SPARE, engine_options=("gpu_memory=1",)))
+        plugin().make_scorer(Setup(("builtin:harm",), engine_options=("gpu_memory=1",)))
 
 
 def test_options_for_vllm_are_not_for_transformers() -> None:
-    for setup in (Setup((), spare_tokens=("x",)), Setup((), engine_options=("a=1",))):
-        with pytest.raises(InputError, match="reads no --spare-token"):
-            ENGINES.get("hf").settings_of(setup)
+    with pytest.raises(InputError, match="reads no --vllm-option"):
+        ENGINES.get("hf").settings_of(Setup((), engine_options=("a=1",)))
 
 
 def test_a_release_that_is_not_tested_is_refused(fake_vllm: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +211,7 @@ def test_a_bulk_run_on_vllm_gives_the_lines_of_one_on_transformers(
     without_ray(monkeypatch)
     rows = [{"text": "How do I boil an egg?"}, {"prompt": "Hello!", "response": "I hate you."}, {"text": " "}]
     words = ["--input", write(tmp_path / "rows.jsonl", rows), "--guard", "builtin:harm", "--json"]
-    for engine, own in (("hf", []), ("vllm", ["--spare-token", *SPARE, "--vllm-option", "max_model_len=400"])):
+    for engine, own in (("hf", []), ("vllm", ["--vllm-option", "max_model_len=400"])):
         assert run("score", *words, "--engine", engine, "--output", tmp_path / engine, *own).code == 1, "a bad row"
     pairs = zip(*(read_jsonl(tmp_path / engine) for engine in ("hf", "vllm")), strict=True)
     for one, other in pairs:

@@ -19,7 +19,7 @@ from safeside.guards.setup import Setup
 from safeside.vllm_plugin.scorer import make_scorer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-SAME = 1e-4  # differences of log-probabilities near 60
+SAME = 1e-4  # float32 sums in another order
 LONG = " ".join(f"word{number}" for number in range(300))
 ROWS = (
     [Message("user", "How do I boil an egg?")],
@@ -34,10 +34,10 @@ def test_bulk_scores_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) 
     for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
         monkeypatch.setenv(name, value)
     options = ("max_model_len=256", "enforce_eager=true", "enable_prefix_caching=true")
-    scorer = make_scorer(Setup(("builtin:harm",), spare_tokens=("<|system|>",), engine_options=options))
+    scorer = make_scorer(Setup(("builtin:harm",), engine_options=options))
     base = load_base("builtin")
     guard = load_adapter("builtin:harm", base)
-    scoring = Scoring(base, [guard], ROWS, limit=255)
+    scoring = Scoring(base, [guard], ROWS, limit=256)
     with attach(base, guards=[guard]) as attached:
         for batch in scoring.batches(1):
             scoring.read(batch, attached)
@@ -56,7 +56,7 @@ def test_a_run_through_ray_gives_the_lines_of_guard(tmp_path: Path) -> None:
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "RAY_ADDRESS": "local"}
     words = [
         "score", "--input", rows, "--output", tmp_path / "out", "--guard", "builtin:harm", "--engine", "vllm",
-        "--spare-token", "<|system|>", "--vllm-option", "enforce_eager=true", "--shard-rows", "3",
+        "--vllm-option", "enforce_eager=true", "--shard-rows", "3",
     ]  # fmt: skip
     command = [sys.executable, "-c", "from safeside.cli import main; main()"]
     ended = subprocess.run(

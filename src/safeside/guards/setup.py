@@ -21,7 +21,5 @@ class Setup:
     """``weights`` lets a guard run on other weights."""
     device: str = "cpu"
     """Where the base runs."""
-    spare_tokens: tuple[str, ...] = ()
-    """vLLM: control tokens that the base never writes, to carry scores."""
     engine_options: tuple[str, ...] = ()
     """vLLM: arguments of ``vllm.LLM``, each ``name=value``."""

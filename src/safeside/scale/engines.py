@@ -38,8 +38,8 @@ def base_scorer(setup: Setup) -> BaseScorer:
 
 def base_settings(setup: Setup) -> dict[str, object]:
     """None; options for vLLM are an InputError."""
-    if setup.spare_tokens or setup.engine_options:
-        raise InputError("Engine 'hf' reads no --spare-token and no --vllm-option. Leave them out.")
+    if setup.engine_options:
+        raise InputError("Engine 'hf' reads no --vllm-option. Leave it out.")
     return {}
 
 

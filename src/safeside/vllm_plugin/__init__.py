@@ -1,6 +1,6 @@
 """Guards and aligners inside vLLM; ``plan`` comes first.
 
-Only ``register``, ``model``, ``side`` and the runners import vLLM.
+Only ``register``, ``model``, ``side``, ``pooling``, ``scorer`` and the runners import vLLM.
 """
 
 PREFIX = "Safeside"

@@ -1,7 +1,8 @@
 """Any of vLLM's causal language models with adapters: ``SafesideLlamaForCausalLM`` and so on, made when asked for.
 
 ``forward`` gives the base's final states, moved by the aligner at each token's strength, with the scores behind them;
-``compute_logits`` runs the base's own head, once, and writes the scores into logits that no text uses.
+``compute_logits`` runs the base's own head, once, and writes the scores into logits that no text uses.  In a pooling
+engine there is no head: ``forward`` gives the scores alone, and vLLM's pooler takes what was asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safeside.errors import MismatchError, UnsupportedError
 from safeside.mixing import moved, weighted
 from safeside.vllm_plugin import PREFIX, slots
 from safeside.vllm_plugin.plan import PROCESSOR, EngineConfig, check_version, read_engine_config
+from safeside.vllm_plugin.pooling import guard_pooler
 from safeside.vllm_plugin.runner_v1 import batch_rows, table_of
 from safeside.vllm_plugin.runner_v2 import SafesideModelState
 from safeside.vllm_plugin.side import SideNetworks
@@ -38,8 +40,8 @@ class SafesideModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_version(vllm_version)
-        _refuse(vllm_config)
         config = read_engine_config(vllm_config.additional_config)
+        _refuse(vllm_config, config)
         if get_tensor_model_parallel_rank() == 0:
             _check_base(vllm_config, config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -51,6 +53,7 @@ class SafesideModel(nn.Module):
         self.state_width = int(text.hidden_size)
         self.aligns, self.tells_strength = config.aligner is not None, config.tells_strength
         self.requests = table_of(vllm_config, torch.empty(0).device)
+        self.pooler = guard_pooler(config.pools) if config.pools else None
         self.register_buffer("places", torch.tensor(config.slots, dtype=torch.long), persistent=False)
         self.stop_id = _stop_id(text.eos_token_id)
         if above := [layer for layer in self.side.layers if layer]:
@@ -64,7 +67,10 @@ class SafesideModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         safeside_rows: Tensor | None = None,
     ) -> Tensor:
-        """Final states (T, D), and behind them the scores; ``safeside_rows`` (T) is each token's row of the table."""
+        """Final states (T, D), and behind them the scores; ``safeside_rows`` (T) is each token's row of the table.
+
+        In a pooling engine the scores alone (T, K).
+        """
         if not self.is_loaded:
             raise UnsupportedError(
                 "The adapters have no weights: this --load-format (such as dummy or sharded_state) does not load them. "
@@ -73,7 +79,10 @@ class SafesideModel(nn.Module):
         taps = [self._embedded(input_ids, inputs_embeds)] if self.side.layers[0] == 0 else []
         output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         final, above = output if isinstance(output, tuple) else (output, [])
+        scores: Tensor
         scores, delta = self.side(positions, torch.stack([*taps, *above]))
+        if self.pooler is not None:
+            return scores
         if self.aligns:
             rows = batch_rows(self.requests, positions) if safeside_rows is None else safeside_rows
             strength = self.requests.strengths(rows, positions, scores)
@@ -134,8 +143,9 @@ def _check_base(vllm_config: VllmConfig, config: EngineConfig) -> None:
         )
 
 
-def _refuse(vllm_config: VllmConfig) -> None:
+def _refuse(vllm_config: VllmConfig, config: EngineConfig) -> None:
     """Raise an UnsupportedError for what adapters cannot follow."""
+    pools = config.pools is not None
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     processors = [str(name) for name in model.logits_processors or ()]
     reasons = {
@@ -145,12 +155,12 @@ def _refuse(vllm_config: VllmConfig) -> None:
         "Context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "Positions of several dimensions": model.uses_mrope,
         "Micro-batching": parallel.use_ubatching,
-        "A pooling engine": model.runner_type == "pooling",
-        f"Log-probabilities as {model.logprobs_mode}: scores are read from raw_logprobs": model.logprobs_mode
-        != "raw_logprobs",
-        "No logits processor to tell of requests (--logits-processors)": not any(
-            PROCESSOR in name for name in processors
-        ),
+        f"Runner {model.runner_type} of an engine that was planned to {'pool' if pools else 'generate'}": pools
+        != (model.runner_type == "pooling"),
+        f"Log-probabilities as {model.logprobs_mode}: scores are read from raw_logprobs": not pools
+        and model.logprobs_mode != "raw_logprobs",
+        "No logits processor to tell of requests (--logits-processors)": not pools
+        and not any(PROCESSOR in name for name in processors),
     }
     if found := [reason for reason, is_asked in reasons.items() if is_asked]:
         raise UnsupportedError(f"Refused with adapters: {'; '.join(found)}. Start the engine with other options.")

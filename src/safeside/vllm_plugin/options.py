@@ -11,7 +11,7 @@ from safeside.errors import InputError
 _PLANNED = "it is part of what runs the guards"
 OWN_OPTIONS = {
     **dict.fromkeys(("model", "tokenizer", "hf_overrides", "additional_config", "logits_processors"), _PLANNED),
-    **dict.fromkeys(("logprobs_mode", "runner", "convert", "pooler_config"), "it would hide the scores"),
+    **dict.fromkeys(("runner", "convert", "pooler_config"), "it would hide the scores"),
     **dict.fromkeys(("speculative_config", "spec_method", "enable_lora"), "guards do not run beside it"),
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), "a worker has one accelerator"),
     "trust_remote_code": "no code of a checkpoint is ever run",

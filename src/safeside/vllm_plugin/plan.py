@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -35,6 +35,8 @@ CONFIG_KEY = "safeside"
 """Where the configuration stands in vLLM's ``additional_config``."""
 KINDS = ("lst", "lst_plus", "plr", "rtb", "state_map")
 """Kinds of adapters whose trunks run in vLLM."""
+Pooled = Literal["token_classify", "classify"]
+"""vLLM's names of what a pooling engine gives: the scores of every token of a prompt, or of its last token alone."""
 _SPARE_NAME = re.compile(r"reserved|unused|extra_id|placeholder", re.IGNORECASE)
 _MODULE = "safeside.vllm_plugin"
 PROCESSOR = f"{_MODULE}.runner_v1:Strengths_"
@@ -68,11 +70,15 @@ class EngineConfig(BaseModel):
     """Ids that no answer holds: their logits carry a reference, every guard's scores, and perhaps the strength."""
     strength: float | dict[str, Any] = 1.0
     """Of a request that asks for none: a number or a policy (see ``strengths``)."""
+    pools: Pooled | None = None
+    """What a pooling engine gives; None for an engine that generates."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.adapters:
             raise ValueError("an engine needs at least one guard or aligner")
+        if self.pools and self.aligner is not None:
+            raise ValueError("a pooling engine scores prompts and draws nothing: it takes guards alone, no aligner")
         parse_strength(self.strength, self.thresholds)
         return self
 
@@ -163,15 +169,20 @@ class Plan:
 
     def engine_options(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``."""
+        pooling = {"runner": "pooling", "convert": "embed"}  # how vLLM takes any model's head off; the pooler is ours
         return {
             "model": str(self.folder),
             "hf_overrides": {"architectures": [PREFIX + self.architecture]},
             "additional_config": {CONFIG_KEY: self.config.as_json()},
-            "logits_processors": [self.processor],
+            **(pooling if self.config.pools else {"logits_processors": [self.processor]}),
         }
 
     def serve_flags(self) -> list[str]:
-        """Flags of ``vllm serve`` behind the base's folder."""
+        """Flags of ``vllm serve`` behind the base's folder; a pooling engine has none."""
+        if self.config.pools:
+            raise UnsupportedError(
+                "A pooling engine is not served. Give engine_options to vllm.LLM, or plan without pools."
+            )
         options = self.engine_options()
         return [
             "--hf-overrides", json.dumps(options["hf_overrides"]),
@@ -194,14 +205,18 @@ def plan_engine(
     strength: float | dict[str, Any] = 1.0,
     allow_mismatch: str | None = None,
     spare_tokens: Sequence[str] = (),
+    pools: Pooled | None = None,
 ) -> Plan:
     """Check adapters (folders, hub names or built-in ones) against ``base`` for vLLM; no weights of it are loaded.
 
     ``strength`` holds for requests that ask for none.  ``spare_tokens`` names control tokens that the base never
-    writes, for a vocabulary that has too few free ids to carry the scores (see ``spare_ids``).  An adapter of another
-    base is a MismatchError, as in ``load_adapter``; a base, kind or read-out that vLLM cannot run is an
-    UnsupportedError.
+    writes, for a vocabulary that has too few free ids to carry the scores (see ``spare_ids``).  ``pools`` makes it a
+    pooling engine, which scores prompts by ``LLM.encode(prompts, pooling_task=pools)``: guards alone, without the
+    base's head, a token that is drawn, and ids to carry scores.  An adapter of another base is a MismatchError, as in
+    ``load_adapter``; a base, kind or read-out that vLLM cannot run is an UnsupportedError.
     """
+    if pools and spare_tokens:
+        raise InputError("A pooling engine carries scores without ids: spare_tokens would not be read. Leave them out.")
     folder = checkpoint_folder(str(base), None)
     architecture = _architecture(folder)
     fingerprint = take_fingerprint(folder)
@@ -210,8 +225,9 @@ def plan_engine(
     names = [entry.config.name for entry in entries]
     if len(set(names)) != len(names):
         raise InputError(f"Adapter names must differ within an engine; got {', '.join(names)}. Rename one.")
-    slots = _slots(folder, sum(len(entry.config.labels) for entry in entries), aligner is not None, spare_tokens)
-    values = {"base": fingerprint, "adapters": tuple(entries), "slots": slots, "strength": strength}
+    n_scores = 0 if pools else sum(len(entry.config.labels) for entry in entries)
+    slots = _slots(folder, n_scores, aligner is not None, spare_tokens)
+    values = {"base": fingerprint, "adapters": tuple(entries), "slots": slots, "strength": strength, "pools": pools}
     try:
         return Plan(folder, architecture, EngineConfig.model_validate(values))
     except ValidationError as error:

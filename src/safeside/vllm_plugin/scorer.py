@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import LLM, TokensPrompt
 
 from safeside.adapters.adapter import Adapter
 from safeside.artifact import base_named
@@ -18,28 +17,25 @@ from safeside.guards.score import Conversation, Scores, Scoring, Window, verdict
 from safeside.guards.setup import Setup
 from safeside.types import Verdict
 from safeside.vllm_plugin.options import engine_options
-from safeside.vllm_plugin.plan import Plan, check_version, installed_version, plan_engine, shell_of
-from safeside.vllm_plugin.slots import read
+from safeside.vllm_plugin.plan import Pooled, check_version, installed_version, plan_engine, shell_of
 
+_TASK: Pooled = "classify"  # a window's last token alone, so that vLLM reads the others from its prefix cache
 _BATCH = 1024  # windows that vLLM is given at once: it makes its own batches of them
 
 
 class VllmScorer:
-    """Guards on a vLLM engine: each window is a prompt, and its scores stand behind the one token that is drawn."""
+    """Guards on a pooling engine of vLLM that gives the scores at a prompt's last token: each window is a prompt."""
 
-    def __init__(self, base: Base, plan: Plan, guards: Sequence[Adapter], llm: LLM) -> None:
+    def __init__(self, base: Base, guards: Sequence[Adapter], llm: LLM) -> None:
         self.base = base
         """The base without weights: texts are cut by its tokenizer."""
         self.guards = guards
         """Without weights: their thresholds and labels."""
         self._llm = llm
-        self._slots = list(plan.config.slots)
-        longest = min(base.max_tokens, int(llm.llm_engine.vllm_config.model_config.max_model_len))
-        self._limit = longest - 1  # for the token that is drawn
-        self._params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, logprob_token_ids=self._slots)
+        self._limit = min(base.max_tokens, int(llm.llm_engine.vllm_config.model_config.max_model_len))
 
     def score(self, conversations: Sequence[Conversation]) -> list[Scores]:
-        """Scores in the order given, as ``score_conversations`` gives them, from windows a token shorter."""
+        """Scores in the order given, as ``score_conversations`` gives them."""
         scoring = Scoring(self.base, self.guards, conversations, limit=self._limit)
         for batch in scoring.batches(_BATCH):
             scoring.keep(batch, self._ends(batch))
@@ -50,16 +46,17 @@ class VllmScorer:
         return verdicts_of(self.base, self.guards, scores)
 
     def _ends(self, batch: Sequence[Window]) -> Mapping[str, torch.Tensor]:
-        """By guard, each window's scores at its last token; NaN where they could not be read."""
+        """By guard, each window's scores at its last token; NaN where there are none, or what is no score."""
         prompts = [TokensPrompt(prompt_token_ids=list(window.ids)) for window in batch]
-        outputs = self._llm.generate(prompts, self._params, use_tqdm=False)
-        found = torch.tensor([read(self._logprobs(output)) for output in outputs])
-        parts = torch.split(found, [len(guard.config.labels) for guard in self.guards], 1)
+        outputs = self._llm.encode(prompts, pooling_task=_TASK, use_tqdm=False)
+        counts = [len(guard.config.labels) for guard in self.guards]
+        found = torch.full((len(batch), sum(counts)), torch.nan)
+        for row, output in zip(found, outputs, strict=True):
+            values = output.outputs.data
+            if values.shape == row.shape:
+                row.copy_(torch.where((values >= 0) & (values <= 1), values, torch.nan))
+        parts = torch.split(found, counts, 1)
         return {guard.name: part for guard, part in zip(self.guards, parts, strict=True)}
-
-    def _logprobs(self, output: Any) -> list[float]:
-        step = (output.outputs[0].logprobs or [{}])[0]
-        return [step[slot].logprob if slot in step else float("nan") for slot in self._slots]
 
 
 def make_scorer(setup: Setup) -> VllmScorer:
@@ -70,7 +67,7 @@ def make_scorer(setup: Setup) -> VllmScorer:
     """
     name, revision = base_named(setup.guards[0], setup.base)
     folder = checkpoint_folder(name, revision)
-    plan = plan_engine(folder, setup.guards, allow_mismatch=setup.allow_mismatch, spare_tokens=setup.spare_tokens)
+    plan = plan_engine(folder, setup.guards, allow_mismatch=setup.allow_mismatch, pools=_TASK)
     guards = [shell_of(config).with_preset(setup.preset) for config in plan.config.guards]
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a worker is a process already
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is told to anybody
@@ -80,7 +77,7 @@ def make_scorer(setup: Setup) -> VllmScorer:
         llm = LLM(**plan.engine_options(), **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"vLLM did not start with {settings}: {error} Check --vllm-option and its memory.") from error
-    return VllmScorer(shell, plan, guards, llm)
+    return VllmScorer(shell, guards, llm)
 
 
 def settings_of(setup: Setup) -> dict[str, object]:
