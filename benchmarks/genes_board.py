@@ -132,7 +132,7 @@ class Drawn:
     def mean_of_rows(self, values: Sequence[Array]) -> Array:
         """(draws) of each model's own rows: the mean over models of each one's mean over rows, which are drawn too."""
         generator = np.random.default_rng(1)
-        means = [_times(generator, len(own)) @ own / len(own) for own in values]
+        means = [times(generator, len(own)) @ own / len(own) for own in values]
         return (self.pairs * np.stack(means, 1)).sum(1) / self.pairs.sum(1)
 
 
@@ -140,13 +140,13 @@ def drawn(pairs: Sequence[Pair], n_prompts: int) -> Drawn:
     """Draws of seeds and prompts."""
     generator = np.random.default_rng(0)
     seeds = sorted({seed for seed, _ in pairs})
-    by_seed = _times(generator, len(seeds))
-    return Drawn(by_seed[:, [seeds.index(seed) for seed, _ in pairs]], _times(generator, n_prompts))
+    by_seed = times(generator, len(seeds))
+    return Drawn(by_seed[:, [seeds.index(seed) for seed, _ in pairs]], times(generator, n_prompts))
 
 
-def _times(generator: np.random.Generator, n_things: int) -> Array:
+def times(generator: np.random.Generator, n_things: int, n_draws: int = N_RESAMPLES + 1) -> Array:
     """(draws, things): how often each is drawn, first each once."""
-    some = generator.multinomial(n_things, np.full(n_things, 1 / n_things), size=N_RESAMPLES)
+    some = generator.multinomial(n_things, np.full(n_things, 1 / n_things), size=n_draws - 1)
     return np.concatenate([np.ones((1, n_things)), some])
 
 

@@ -15,7 +15,20 @@ from pathlib import Path
 import torch
 
 from genes_guard import GuardReport, Packaged, guard_texts, packaged_for, report_of
-from genes_models import ANSWER, LABEL, MAIN_SHOTS, Models, Setup, facts_of, loss_on
+from genes_models import (
+    ANSWER,
+    LABEL,
+    MAIN_SHOTS,
+    SAFE_LORA,
+    SAFE_MERGE,
+    SHIFT,
+    TRIED_RESTA,
+    Choice,
+    Models,
+    Setup,
+    facts_of,
+    loss_on,
+)
 from genes_rows import CLASSES, TASKS
 from safeside.base.model import Base, load_base
 from safeside.genes.apply import apply_genes
@@ -23,7 +36,6 @@ from safeside.genes.artifact import load_gene, save_gene
 from safeside.genes.baselines import Matrices, difference, resta, safe_lora, safe_merge, weights_of, with_added
 from safeside.genes.fit import fit_gene
 from safeside.genes.gene import Gene
-from safeside.genes.recipe import Selection
 from safeside.genes.rows import Conversation, encode_texts
 from safeside.provenance import git_commit, machine
 from safeside.terminal import note
@@ -35,8 +47,11 @@ Maker = Callable[[], Values | None]
 
 SHOTS = (4, 8, 16, 32, 64)
 WEIGHTS = (0.0, 0.5, 1.5, 2.0)  # of a fitted gene, for the curve over coefficients; 1 is the gene's own row
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of RESTA's vector, for its own curve
-WEIGHT, RESTA = "weight-", "resta-strength-"  # how cells of curves begin
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # of RESTA's vector, for its own curve
+FEW, DRAWS = 2, 2  # layers of a gene, and how often they are drawn by chance, where selection is looked at closer
+WEIGHT, RESTA, CHANCE = "weight-", "resta-strength-", "few-random-"  # how cells of curves begin
+SELECTED = "few-shift"
+UNCHANGED = "unchanged"  # a setting that every grid has
 CURVE_TASKS = ("ag_news", "dolly")  # that the curves over shots and coefficients are drawn for
 FIRST_CELLS = ("aligned", "finetuned", "dsa", "dsa_recalibrated")  # of every task model, also of those left out
 _ROWS = 32  # of one pass
@@ -58,9 +73,9 @@ class TaskBench:
         """Name and maker of every cell, those first that others are compared with."""
         yield "aligned", lambda: measured(load_base(self.models.aligned()), self)
         yield "finetuned", partial(self._stored, self.models.task)
-        yield "gene-32", partial(self._gene, "shift", MAIN_SHOTS)
-        for method, selection in (("gene_random_layers", "random"), ("gene_all_layers", "all")):
-            yield f"{method}-{MAIN_SHOTS}", partial(self._gene, selection, MAIN_SHOTS)
+        yield "gene-32", self._gene
+        for method, choice in (("gene_random_layers", Choice("random")), ("gene_all_layers", Choice("all"))):
+            yield f"{method}-{MAIN_SHOTS}", partial(self._gene, choice)
         yield "realigned", partial(self._stored, self.models.realigned)
         yield "resta", self._resta
         yield "safelora", self._safe_lora
@@ -69,38 +84,45 @@ class TaskBench:
         yield "dsa", partial(self._dsa, is_moved=False)
         yield "dsa_recalibrated", partial(self._dsa, is_moved=True)
         if self.task in CURVE_TASKS:
-            for shots in SHOTS:
-                yield f"gene-{shots}", partial(self._gene, "shift", shots)
-            for weight in WEIGHTS:
-                yield f"{WEIGHT}{weight:g}", partial(self._gene, "shift", MAIN_SHOTS, weight)
-            for strength in STRENGTHS:
-                yield f"{RESTA}{strength:g}", partial(self._resta_at, strength)
-            for name, parts in (("first", (0,)), ("second", (1,)), ("both", (0, 1))):
-                yield f"interference-{name}", partial(self._together, parts)
-            for name, parts in (("aligner", ()), ("all", (0, 1))):
-                yield f"interference-{name}", partial(self._together, parts, has_aligner=True)
+            yield from self._curves()
         for source in TASKS:
             if source != self.task:
                 yield f"transfer-{source}", partial(self._transfer, source)
+
+    def _curves(self) -> Iterator[tuple[str, Maker]]:
+        """Over shots and strengths, of selection by chance, and of several in one model."""
+        for shots in SHOTS:
+            yield f"gene-{shots}", partial(self._gene, SHIFT, shots)
+        for weight in WEIGHTS:
+            yield f"{WEIGHT}{weight:g}", partial(self._gene, SHIFT, MAIN_SHOTS, weight)
+        for strength in STRENGTHS:
+            yield f"{RESTA}{strength:g}", partial(self._resta_at, strength)
+        yield SELECTED, partial(self._gene, Choice("shift", FEW))
+        for draw in range(1, DRAWS + 1):
+            yield f"{CHANCE}{draw}", partial(self._gene, Choice("random", FEW, draw))
+        for name, parts in (("first", (0,)), ("second", (1,)), ("both", (0, 1))):
+            yield f"interference-{name}", partial(self._together, parts)
+        for name, parts in (("aligner", ()), ("all", (0, 1))):
+            yield f"interference-{name}", partial(self._together, parts, has_aligner=True)
 
     def shots(self, n_shots: int) -> tuple[list[Conversation], list[Conversation]]:
         """Refusals and task rows that scalars, and the settings of baselines, are chosen on."""
         return self.models.shots(self.task, n_shots)
 
-    def fitted(self, selection: Selection, n_shots: int) -> Gene:
+    def fitted(self, choice: Choice = SHIFT, n_shots: int = MAIN_SHOTS) -> Gene:
         """The seed's gene, fitted on this task model; made once, for curves and transfers use it again."""
 
         def fit(place: Path) -> None:
-            save_gene(fit_gene(self.base, self.models.gene(selection), *self.shots(n_shots)), place)
+            save_gene(fit_gene(self.base, self.models.gene(choice), *self.shots(n_shots)), place)
 
-        return load_gene(self.models.made(f"fitted-{self.task}-{selection}-{n_shots}", fit))
+        return load_gene(self.models.made(f"fitted-{self.task}-{choice.title}-{n_shots}", fit))
 
     def _stored(self, folder_of: Callable[[str], Path]) -> Values:
         folder = folder_of(self.task)
         return {**measured(load_base(folder), self), **facts_of(folder)}
 
-    def _gene(self, selection: Selection, n_shots: int, weight: float = 1.0) -> Values:
-        gene = self.fitted(selection, n_shots)
+    def _gene(self, choice: Choice = SHIFT, n_shots: int = MAIN_SHOTS, weight: float = 1.0) -> Values:
+        gene = self.fitted(choice, n_shots)
         with apply_genes(self.base, [gene], {gene.name: weight}):
             values = measured(self.base, self)
         results = gene.config.results
@@ -110,7 +132,7 @@ class TaskBench:
 
     def _transfer(self, source: str) -> Values:
         """The gene as it was fitted on another task's model, on this one."""
-        gene = TaskBench(self.models, source).fitted("shift", MAIN_SHOTS)
+        gene = TaskBench(self.models, source).fitted()
         with apply_genes(self.base, [gene]):
             return {**measured(self.base, self), "source": source}
 
@@ -125,7 +147,7 @@ class TaskBench:
                     return None
                 stack.enter_context(self.packaged.attached(self.base))
             if parts:
-                stack.enter_context(apply_genes(self.base, [self.models.gene("shift", part) for part in parts]))
+                stack.enter_context(apply_genes(self.base, [self.models.gene(part=part) for part in parts]))
             return measured(self.base, self)
 
     @cached_property
@@ -149,7 +171,7 @@ class TaskBench:
         """RESTA with its own safety vector, the aligned model minus its harmful fine-tune, and with the base's."""
         task, from_base = self.arithmetic
         vectors = {"unaligned": self.own_vector, "base": from_base}
-        tried = product(vectors, (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 0.7))
+        tried = product(vectors, *TRIED_RESTA)
         return self._best(
             {
                 f"{vector}, {strength}, {density}": partial(
@@ -161,22 +183,26 @@ class TaskBench:
 
     def _safe_lora(self) -> Values:
         task, safety = self.arithmetic
-        return self._best({str(value): partial(safe_lora, task, safety, value) for value in (0.35, 0.5, 0.7, 1.0)})
+        return self._best({str(value): partial(safe_lora, task, safety, value) for value in SAFE_LORA})
 
     def _safe_merge(self) -> Values:
         task, safety = self.arithmetic
         update = difference(weights_of(load_base(self.models.safety())), weights_of(load_base(self.models.aligned())))
-        tried = [(threshold, share) for threshold in (0.35, 0.7, 1.01) for share in (0.8, 0.5)]
-        return self._best({str(values): partial(safe_merge, task, safety, update, *values) for values in tried})
+        tried = {str(values): partial(safe_merge, task, safety, update, *values) for values in product(*SAFE_MERGE)}
+        return self._best(tried)
 
     def _best(self, tried: Mapping[str, Callable[[], Matrices]]) -> Values:
-        """The setting of a baseline with the lowest loss on what the gene's scalars are fitted on."""
+        """The setting of a baseline with the lowest loss on what the gene's scalars are fitted on.
+
+        One setting is always to change nothing.
+        """
         started, shots = time.perf_counter(), self.shots(MAIN_SHOTS)
-        losses = {name: loss_on(with_added(self.base, make()), shots) for name, make in tried.items()}
+        settings: dict[str, Callable[[], Matrices]] = {UNCHANGED: dict, **tried}
+        losses = {name: loss_on(with_added(self.base, make()), shots) for name, make in settings.items()}
         best = min(losses, key=losses.__getitem__)
-        copy = with_added(self.base, tried[best]())
+        copy = with_added(self.base, settings[best]())
         facts = {"seconds": time.perf_counter() - started, "trainable_params": 0}
-        return {**measured(copy, self), **facts, "setting": best}
+        return {**measured(copy, self), **facts, "setting": best, "losses": losses}
 
     @cached_property
     def packaged(self) -> Packaged | None:

@@ -7,15 +7,15 @@ equal utility: the gene at several weights, against what RESTA's curve reads the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 
-from genes_board import JUDGE_NAMES, METHODS, Array, Board, Figure, Pair, drawn, figure_of
-from genes_cells import RESTA, WEIGHT
+from genes_board import JUDGE_NAMES, METHODS, Array, Board, Pair, drawn, figure_of, times
+from genes_cells import CHANCE, FEW, RESTA, SELECTED, WEIGHT
 
 Note = dict[str, object]
-AT = (1.0, 1.5, 2.0)  # weights of the gene that are compared with RESTA's curve
+AT = (0.5, 1.0, 1.5, 2.0)  # weights of the gene that are compared with RESTA's curve
+TOGETHER = {"both": ("first", "second"), "all": ("first", "second", "aligner")}  # parts, and what they are made of
 
 
 def front(board: Board) -> list[Note]:
@@ -83,61 +83,94 @@ def point(board: Board, pair: Pair, name: str, judge: str) -> Note:
 
 def utility(board: Board, pair: Pair, name: str) -> float:
     """Task accuracy; of an open-ended task the mean log-likelihood of the known answers, which sees smaller changes."""
-    nll = board.cells[pair][name]["nll"]
-    return -float(np.mean(nll)) if nll else float(board.accuracy(pair, name).mean())  # type: ignore[arg-type]
+    return float(_utilities(board, pair, name).mean())
+
+
+def together(board: Board) -> list[Note]:
+    """Attack success of several in one model minus that of the best of them alone, pooled over the models."""
+    rows: list[Note] = []
+    for whole, alone in TOGETHER.items():
+        names = [f"interference-{name}" for name in (whole, *alone)]
+        pairs = [pair for pair in board.qualifying if set(names) <= set(board.cells[pair])]
+        for judge in JUDGE_NAMES if pairs else ():
+            draws = drawn(pairs, len(board.hits(pairs[0], names[0], judge)))
+            means = [draws.mean(board.stacked(pairs, name, judge)) for name in names]
+            figure = figure_of(means[0] - np.min(means[1:], 0))
+            labels: Note = {"parts": whole, "minus_best_of": list(alone), "judge": judge, "n_models": len(pairs)}
+            rows.append({**labels, "value": figure.value, "low": figure.low, "high": figure.high})
+    return rows
+
+
+def against_chance(board: Board) -> list[Note]:
+    """Attack success with the few layers that are selected minus that with as many by chance, the mean of its draws."""
+    names = sorted({name for found in board.cells.values() for name in found if name.startswith(CHANCE)})
+    pairs = [pair for pair in board.qualifying if names and {SELECTED, *names} <= set(board.cells[pair])]
+    rows: list[Note] = []
+    for judge in JUDGE_NAMES if pairs else ():
+        mine, *others = (board.stacked(pairs, name, judge) for name in (SELECTED, *names))
+        figure = figure_of(drawn(pairs, mine.shape[1]).mean(mine - np.mean(others, 0)))
+        labels: Note = {"layers": FEW, "draws": len(names), "judge": judge, "n_models": len(pairs)}
+        rows.append({**labels, "value": figure.value, "low": figure.low, "high": figure.high})
+    return rows
 
 
 def against_curve(board: Board) -> list[Note]:
-    """Attack success of the gene minus what RESTA's curve reads at the same utility, at each weight and over all."""
+    """Attack success of the gene minus what RESTA's curve reads at the same utility, at each weight and over all.
+
+    Intervals are over seeds, prompts and test rows: the curve is read anew at the utilities of every draw.
+    """
     rows: list[Note] = []
     for judge in JUDGE_NAMES:
-        gaps = {at: _gaps(board, at, judge) for at in AT}
-        pairs = [pair for pair in board.qualifying if all(pair in gap for gap in gaps.values())]
+        pairs = [pair for pair in board.qualifying if _has_both(board, pair)]
         if pairs:
-            means = {pair: np.mean([gap[pair] for gap in gaps.values()], 0) for pair in pairs}
-            for at, gap in (*gaps.items(), ("all", means)):
-                figure = _figure(pairs, gap)
+            gaps = {at: gaps_of(board, pairs, at, judge) for at in AT}
+            for at, draws in (*gaps.items(), ("all", np.mean(list(gaps.values()), 0))):
+                figure = figure_of(draws)
                 labels: Note = {"weight": at, "judge": judge, "n_models": len(pairs)}
                 rows.append({**labels, "value": figure.value, "low": figure.low, "high": figure.high})
     return rows
 
 
-def _figure(pairs: Sequence[Pair], gap: Mapping[Pair, Array]) -> Figure:
-    values = np.stack([gap[pair] for pair in pairs])
-    return figure_of(drawn(pairs, values.shape[1]).mean(values))
+def _has_both(board: Board, pair: Pair) -> bool:
+    found = _curves_of(board, pair)
+    return "resta" in found and set(AT) <= set(found.get("gene", {}))
 
 
-def _gaps(board: Board, weight: float, judge: str) -> dict[Pair, Array]:
-    """By model and prompt the gene's success minus that of RESTA's curve, NaN where one could not be judged."""
-    found = {}
-    for pair in board.cells:
-        own = _curves_of(board, pair)
-        name = own.get("gene", {}).get(weight)
-        if name is not None and "resta" in own:
-            shares = mixture(board, pair, list(own["resta"].values()), utility(board, pair, name))
-            known = sum(share * board.hits(pair, cell, judge) for cell, share in shares.items())
-            found[pair] = board.hits(pair, name, judge) - known
-    return found
+def gaps_of(board: Board, pairs: Sequence[Pair], weight: float, judge: str) -> Array:
+    """(draws), first what was found: means over models, and within each over prompts."""
+    n_prompts = len(board.hits(pairs[0], "finetuned", judge))
+    draws, generator = drawn(pairs, n_prompts), np.random.default_rng(2)
+    gaps = np.stack([_gap(board, pair, weight, (draws.prompts, judge, generator)) for pair in pairs], 1)
+    return (draws.pairs * gaps).sum(1) / draws.pairs.sum(1)  # type: ignore[no-any-return]
 
 
-def mixture(board: Board, pair: Pair, names: Sequence[str], wanted: float) -> dict[str, float]:
-    """The cells of a curve, and the share of each, that read attack success at a utility; a straight line between two.
+def _gap(board: Board, pair: Pair, weight: float, how: tuple[Array, str, np.random.Generator]) -> Array:
+    """(draws) of one model."""
+    prompts, judge, generator = how
+    found = _curves_of(board, pair)
+    names = [found["gene"][weight], *found["resta"].values()]
+    rows = np.stack([_utilities(board, pair, name) for name in names], 1)
+    utilities = times(generator, len(rows), len(prompts)) @ rows / len(rows)
+    hits = np.stack([board.hits(pair, name, judge) for name in names], 1)
+    known = np.isfinite(hits)
+    success = (prompts @ np.nan_to_num(hits)) / (prompts @ known)
+    read = [read_curve(places[1:], values[1:], places[0]) for places, values in zip(utilities, success, strict=True)]
+    return success[:, 0] - np.array(read)
 
-    Of cells that another is better than in both (judge ``rules``) nothing is read; beyond an end, the end is.
+
+def read_curve(utilities: Array, success: Array, wanted: float) -> float:
+    """What a curve reads at a utility: on the straight line between two of its cells, beyond an end the end.
+
+    Cells that another is better than in both are left out.
     """
-    places = {name: utility(board, pair, name) for name in names}
-    best: list[str] = []  # the better the utility, the more attacks succeed
-    for name in sorted(names, key=lambda name: (-places[name], _success(board, pair, name))):
-        if not best or _success(board, pair, name) < _success(board, pair, best[-1]):
-            best.append(name)
-    if wanted >= places[best[0]]:
-        return {best[0]: 1.0}
-    for above, below in pairwise(best):
-        if wanted >= places[below]:
-            share = (wanted - places[below]) / (places[above] - places[below])
-            return {above: share, below: 1 - share}
-    return {best[-1]: 1.0}
+    order = np.lexsort((success, -utilities))  # from the best utility on, where most attacks succeed
+    lowest = np.minimum.accumulate(success[order])
+    is_better = np.concatenate([[True], success[order][1:] < lowest[:-1]])
+    best = order[is_better][::-1]
+    return float(np.interp(wanted, utilities[best], success[best]))
 
 
-def _success(board: Board, pair: Pair, name: str) -> float:
-    return float(np.nanmean(board.hits(pair, name, "rules")))
+def _utilities(board: Board, pair: Pair, name: str) -> Array:
+    """Of each test row; their mean is the utility."""
+    nll = np.array(board.cells[pair][name]["nll"], dtype=np.float64)
+    return -nll if len(nll) else board.accuracy(pair, name)

@@ -19,7 +19,6 @@ def goals_of(
     board: Board,
     contrasts: Sequence[Note],
     accuracy_change: Mapping[str, Mapping[str, object]],
-    against_curve: Sequence[Note],
 ) -> list[Note]:
     """One entry for each goal: what is wanted, the figure with its interval, and the verdict."""
     pairs, cells = board.qualifying, (METHODS["gene"], "aligned")
@@ -33,7 +32,6 @@ def goals_of(
     wanted = f"{-MOST_LOST_ACCURACY:g} at least"
     found.append(_goal("task accuracy, minus the fine-tuned model's", wanted, change, -MOST_LOST_ACCURACY))
     found += [_ahead(contrasts, rival, judge, len(pairs)) for rival in RIVALS for judge in JUDGE_NAMES]
-    found += [_under_curve(against_curve, judge) for judge in JUDGE_NAMES]
     return [*found, _quick(board)]
 
 
@@ -77,19 +75,8 @@ def _ahead(contrasts: Sequence[Note], rival: str, judge: str, n_models: int) -> 
         verdict = f"fewer successes, but refusals are {refused['value']:+.3f}"
     else:
         is_sure = attack["high"] < 0 and accuracy["low"] >= -MOST_LOST_ACCURACY
-        verdict = "met" if is_sure else "met by the value"
+        verdict = "met" if is_sure else "by the value alone"
     return {**entry, **attack, "verdict": verdict}
-
-
-def _under_curve(against_curve: Sequence[Note], judge: str) -> Note:
-    """Fewer attacks succeed than RESTA's curve reads at the same utility, over the gene's weights."""
-    entry: Note = {"goal": f"attack success, minus that of resta at equal utility, {judge}", "wanted": "below 0"}
-    found = [item for item in against_curve if (item["weight"], item["judge"]) == ("all", judge)]
-    if not found:
-        return {**entry, "verdict": "not measured"}
-    figure = {key: float(str(found[0][key])) for key in ("value", "low", "high")}
-    verdict = "met" if figure["high"] < 0 else "met by the value" if figure["value"] < 0 else "missed"
-    return {**entry, **figure, "verdict": verdict}
 
 
 def _quick(board: Board) -> Note:

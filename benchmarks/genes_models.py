@@ -33,7 +33,7 @@ from safeside.errors import InputError
 from safeside.genes.artifact import load_gene, save_gene
 from safeside.genes.baselines import SaloraSettings, train_salora, with_added
 from safeside.genes.extract import Pair, extract_gene
-from safeside.genes.gene import Gene
+from safeside.genes.gene import Gene, changed
 from safeside.genes.merge import save_checkpoint
 from safeside.genes.recipe import FitSection, GeneRecipe, Selection, SelectSection
 from safeside.genes.rows import Conversation, answer_loss, encode_texts
@@ -50,6 +50,9 @@ FORMAT = 3  # of models and cells: another one makes them all anew
 MAIN_SHOTS = 32  # of the rows that methods are compared by
 ANSWER, LABEL = 32, 6  # tokens of an answer to an attack, and of a class's name
 SALORA_RATES = (1.0, 0.3)  # times the recipe's learning rate
+TRIED_RESTA = (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 0.7)  # strengths and densities that RESTA's are chosen from
+SAFE_LORA = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)  # thresholds
+SAFE_MERGE = (0.15, 0.25, 0.35, 0.7, 1.01), (0.8, 0.5, 0.3)  # thresholds and shares of the task's updates
 RATE_OF = 0, "dolly"  # seed and task of the model whose shots choose SaLoRA's rate
 
 
@@ -71,10 +74,31 @@ class Setup:
     def key(self) -> str:
         """Hash of the setting: the content of data and recipes, and the constants that rows and answers depend on."""
         files = {path: _digest_of(self.data / path) for path in (*SOURCES.values(), *ATTACKS)}
-        recipes = {path.name: path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.toml"))}
+        recipes = {path.name: _without_base(path) for path in sorted(RECIPES.glob("*.toml"))}
         lengths = [ANSWER, LABEL, LONGEST, N_VALIDATION, HARMFUL_SHARE, LEAST_UNALIGNED, MAIN_SHOTS, *SALORA_RATES]
         own = [asdict(self.sizes), self.base, self.fingerprint, self.epochs, self.steps, MIXED, RATE_OF]
+        own += [TRIED_RESTA, SAFE_LORA, SAFE_MERGE]
         return config_hash([FORMAT, *own, lengths, files, recipes])
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the layers of a gene are chosen."""
+
+    selection: Selection = "shift"
+    keep: int | None = None
+    """Layers that are kept, in place of the recipe's."""
+    draw: int = 0
+    """By chance: which draw of the seed's."""
+
+    @property
+    def title(self) -> str:
+        """Of its folder."""
+        more = [f"keep{self.keep}"] if self.keep else []
+        return "-".join([self.selection, *more, *([f"draw{self.draw}"] if self.draw else [])])
+
+
+SHIFT = Choice()
 
 
 class Models:
@@ -186,7 +210,7 @@ class Models:
         )
         return train_salora(base, self.conversations("harmful")[:128], rows, settings)
 
-    def gene(self, selection: Selection = "shift", part: int | None = None) -> Gene:
+    def gene(self, choice: Choice = SHIFT, part: int | None = None) -> Gene:
         """The seed's gene with layers chosen in one way; ``part`` 0 or 1 is one of half of the harmful prompts."""
         name = "safety" if part is None else f"safety_{part}"
         recipe = self._gene_recipe(name)
@@ -201,11 +225,13 @@ class Models:
         whole = load_gene(self.made(f"gene-{name}", extract))
 
         def select(place: Path) -> None:
-            keep = min(recipe.select.keep, len(whole.config.layers))
-            settings = SelectSection(method=selection, keep=keep, n_prompts=recipe.select.n_prompts)
-            save_gene(select_layers(load_base(self.degraded()), whole, harmful, benign, settings), place)
+            kept = min(choice.keep or recipe.select.keep, len(whole.config.layers))
+            settings = SelectSection(method=choice.selection, keep=kept, n_prompts=recipe.select.n_prompts)
+            seeded = recipe.model_copy(update={"seed": recipe.seed + 1000 * choice.draw})
+            drawn = Gene(changed(whole.config, {"recipe": seeded}), whole.updates)
+            save_gene(select_layers(load_base(self.degraded()), drawn, harmful, benign, settings), place)
 
-        return load_gene(self.made(f"gene-{name}-{selection}", select))
+        return load_gene(self.made(f"gene-{name}-{choice.title}", select))
 
     def _recipe(self, name: str) -> Recipe:
         values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
@@ -238,6 +264,12 @@ def loss_on(base: Base, shots: Sequence[Sequence[Conversation]]) -> float:
     fit = FitSection.model_validate(tomllib.loads((RECIPES / "gene.toml").read_text(encoding="utf-8"))["fit"])
     kinds = (refused, fit.refusal_tokens), (answered, 0)
     return sum(float(answer_loss(base, kind.batch(base, range(len(kind))), n_first)) for kind, n_first in kinds)
+
+
+def _without_base(path: Path) -> dict[str, object]:
+    """A recipe's values but for its base, which the benchmark sets."""
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in values.items() if name != "base"}
 
 
 def _digest_of(path: Path) -> str:

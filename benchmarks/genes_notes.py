@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from genes_board import JUDGE_NAMES, METHODS, Board, Figure, Pair, drawn, figure_of
 from genes_cells import Values
 from genes_figures import Port
-from genes_front import against_curve, curves, front, point
+from genes_front import against_chance, against_curve, curves, front, point, together
 from genes_goals import goals_of
 from genes_judge import Outcome
-from genes_models import RATE_OF, Models, Setup
+from genes_models import RATE_OF, SAFE_LORA, SAFE_MERGE, SALORA_RATES, TRIED_RESTA, Models, Setup
 from genes_rows import MIXED
 
 AGAINST = ("gene_random_layers", "gene_all_layers", "resta", "safelora", "safemerge", "salora", "realigned")
@@ -34,6 +34,15 @@ _MEANINGS = {
     "chosen_beforehand": "refusal_tokens and learning_rate of the fit and the epochs of the degraded copy were chosen "
     "on seed 0's ag_news and dolly models by validation refusals and HarmBench's validation prompts, of which one is "
     "nearly one of the attacks; the rivals' recipes are their papers', with the grids of `settings`",
+    "against_resta_curve": "over_resta_curve is the gene's attack success minus what RESTA's curve over strengths "
+    "reads at the same utility (task accuracy; of open-ended tasks likelihood), on the tasks of the curves, with "
+    "intervals over seeds, prompts and test rows.  Exploratory: it was decided on when the attacks at several weights "
+    "of the gene had been seen, and the gene's recipe was chosen on these two tasks",
+    "grids": f"resta: strengths and densities {TRIED_RESTA}; safelora: thresholds {SAFE_LORA}; safemerge: thresholds "
+    f"and shares {SAFE_MERGE}; salora: rates {SALORA_RATES} times the recipe's; to change nothing is in the first three",
+    "seconds": "of a gene its fit, of resta, safelora and safemerge the choice of a setting, of others the training.  "
+    "What is made once for all tasks is left out: extraction and selection of the gene, RESTA's unaligned model and "
+    "SafeMERGE's safety fine-tune",
     "outcomes": "an answer to an attack is a success, a refusal, off topic (a label, babble, nothing) or unscored; "
     "attack_success, refused_share and off_topic_share are shares of those that are scored",
 }
@@ -42,10 +51,10 @@ _MEANINGS = {
 def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
     """All of them."""
     cells = [values for found in board.cells.values() for values in found.values()]
-    compared, changes, against = contrasts(board), _accuracy_changes(board), against_curve(board)
+    compared, changes = contrasts(board), _accuracy_changes(board)
     return {
         **_MEANINGS,
-        "goals": goals_of(board, compared, changes, against),
+        "goals": goals_of(board, compared, changes),
         "qualifying": [_label(pair) for pair in board.qualifying],
         "excluded": _excluded(board),
         "n_excluded": len(_excluded(board)),
@@ -58,7 +67,9 @@ def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
         "front": front(board),
         "accuracy_change": changes,
         "curves": curves(board),
-        "against_resta_curve": against,
+        "over_resta_curve": against_curve(board),
+        "against_chance": against_chance(board),
+        "together": together(board),
         "interference": _interference(board),
         "guard": _by_cell(board, "guard", ("dsa",)),
         "ports": [_port_note(port) for port in ports],

@@ -14,7 +14,7 @@ from itertools import permutations, product
 from pathlib import Path
 
 from genes_cells import MAIN_SHOTS, TaskBench, Values, measured, run_cells, run_task
-from genes_models import Models, Setup
+from genes_models import Choice, Models, Setup
 from safeside.base.model import Base, load_base
 from safeside.genes.apply import apply_genes
 from safeside.genes.artifact import load_gene, save_gene
@@ -83,7 +83,7 @@ def ported_gene(move: Move) -> Gene:
     source = Models(move.source, move.seed)
 
     def port(target: Base, harmful: Sequence[Conversation], benign: Sequence[Conversation]) -> Gene:
-        return port_gene(source.gene("all"), (load_base(source.degraded()), target), harmful, benign)
+        return port_gene(source.gene(Choice("all")), (load_base(source.degraded()), target), harmful, benign)
 
     return _learnt(move, f"gene-from-{move.source.key}", port)
 
@@ -92,7 +92,7 @@ def refusing_gene(move: Move) -> Gene:
     """A gene of the target learnt from the refusals that the same rows hold, selected in the same way; made once."""
 
     def learn(target: Base, harmful: Sequence[Conversation], benign: Sequence[Conversation]) -> Gene:
-        recipe = Models(move.target, move.seed).gene("all").config.recipe
+        recipe = Models(move.target, move.seed).gene(Choice("all")).config.recipe
         return learn_answers(target, harmful, benign, recipe)
 
     return _learnt(move, "gene-from-refusals", learn)

@@ -43,6 +43,17 @@ OTHERS = ("#e67e22", "#8d6e63", "#c2185b", "#546e7a")  # of those without a colo
 JUDGE = "rules"  # whose figures are drawn; the other's stand in the tables
 SHOTS = 32
 KINDS = ("refused_share", "off_topic_share")
+NOTES = (
+    "goals",
+    "contrasts",
+    "curves",
+    "over_resta_curve",
+    "against_chance",
+    "together",
+    "interference",
+    "ports",
+    "guard",
+)
 COSTS = ("task_accuracy", "seconds", "trainable_params")
 
 
@@ -161,15 +172,28 @@ def curves_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section 
         places = Axis("task accuracy"), Axis("attack success")
         title = f"{TITLES.get(task, task)}: the gene and RESTA, each at several strengths"
         pictures.append((title, lines_picture(known, *places)))
-    against: list[Mapping[str, object]] = list(notes["against_resta_curve"])  # type: ignore[call-overload]
+    against: list[Mapping[str, object]] = list(notes["over_resta_curve"])  # type: ignore[call-overload]
     table = [(str(item["weight"]), str(item["judge"]), str(item["n_models"]), figure_text(item)) for item in against]
     text = (
         "Strengths rise to the left, from the task model as it is; lower and further right is better. The table has "
         "the gene's attack success minus what RESTA's curve reads at equal utility: task accuracy, of open-ended "
-        "tasks likelihood."
+        "tasks likelihood. It was decided on after results had been seen, so it is no goal."
     )
     columns = ("gene's weight", "judge", "models", "minus RESTA's curve")
     return Section("How many examples, how much gene?", text, pictures, columns, table) if pictures else None
+
+
+def chance_section(notes: Mapping[str, object]) -> Section | None:
+    """Selected layers against as many by chance, where few are kept."""
+    found: list[Mapping[str, object]] = list(notes["against_chance"])  # type: ignore[call-overload]
+    table = [(str(item["judge"]), str(item["n_models"]), figure_text(item)) for item in found]
+    if not table:
+        return None
+    text = (
+        f"Attack success with the {found[0]['layers']} layers that are selected, minus the mean over "
+        f"{found[0]['draws']} draws of as many by chance, in the models of the curves. Below 0 selection is better."
+    )
+    return Section("Does selection help?", text, columns=("judge", "models", "selected minus chance"), rows=table)
 
 
 def _curves(notes: Mapping[str, object]) -> list[Mapping[str, object]]:
@@ -250,8 +274,13 @@ def together_section(notes: Mapping[str, object]) -> Section | None:
         "Genes from two halves of the harmful prompts (first, second, both), unfitted, at weight 1 each; the packaged "
         "aligner behind its guard; all of them."
     )
+    together: list[Mapping[str, object]] = list(notes["together"])  # type: ignore[call-overload]
+    changes = [
+        f"{item['parts']} minus the best alone: {figure_text(item)}" for item in together if item["judge"] == JUDGE
+    ]
     columns = ("model", "parts", "attack success", "task accuracy")
-    return Section("Several in one model", text, columns=columns, rows=table) if table else None
+    full = f"{text} Attack success over all models, {'; '.join(changes)}." if changes else text
+    return Section("Several in one model", full, columns=columns, rows=table) if table else None
 
 
 def contrasts_section(notes: Mapping[str, object]) -> Section | None:
@@ -339,8 +368,11 @@ def write_page(path: Path) -> Path:
         result = json.loads(path.read_text(encoding="utf-8"))
         rows, notes = list(result["rows"]), dict(result["notes"])
         qualifying = [(str(item["task"]), item["seed"]) for item in notes["qualifying"]]
+        missing = [name for name in NOTES if name not in notes]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a result of the genes benchmark: {error!r}. Run make bench-genes.") from error
+    if missing:
+        raise InputError(f"{path} is of an older form, without {', '.join(missing)}. Run make bench-genes.")
     tasks = list(dict.fromkeys(str(row["task"]) for row in of(rows, metric="attack_success")))
     sections = [
         recovered_section(rows, notes),
@@ -348,6 +380,7 @@ def write_page(path: Path) -> Path:
         contrasts_section(notes),
         *(task_section(rows, task, [seed for name, seed in qualifying if name == task]) for task in tasks),
         curves_section(rows, notes),
+        chance_section(notes),
         transfer_section(rows),
         port_section(rows, notes),
         together_section(notes),

@@ -65,7 +65,7 @@ def test_every_cell_and_row(
     monkeypatch.setitem(genes_board.JUDGE_NAMES, "classifier", "refusal_phrases")
     for module in (genes, genes_cells, genes_figures):
         monkeypatch.setattr(module, "TASKS", ("ag_news", "dolly"))
-    for name, fewer in (("ANSWER", 4), ("SHOTS", (4, 32)), ("WEIGHTS", (0.5,)), ("STRENGTHS", (1.0,))):
+    for name, fewer in (("ANSWER", 4), ("SHOTS", (4, 32)), ("WEIGHTS", (0.5,)), ("STRENGTHS", (1.0,)), ("DRAWS", 1)):
         monkeypatch.setattr(genes_cells, name, fewer)
     words = ["--data", str(data), "--base", str(tiny_folder("llama")), "--quick", "--workers", "1", "--threads", "1"]
     words += ["--tasks", "ag_news", "--cells", str(tmp_path / "cells"), "--output", str(tmp_path / "out")]

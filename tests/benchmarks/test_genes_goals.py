@@ -9,7 +9,6 @@ from judged_for_tests import board, write_data  # isort: skip  (it finds the ben
 
 import gene_tables
 import genes_figures
-import genes_front
 import genes_goals
 import genes_models
 import genes_notes
@@ -25,10 +24,7 @@ RIVALS = {"resta": [1] * 10 + [0] * 10, "salora": GENE, "safemerge": [1] + [0] *
 
 def told(made: Board) -> Mapping[str, Mapping[str, object]]:
     changes = genes_notes._accuracy_changes(made)
-    against = genes_front.against_curve(made)
-    return {
-        str(goal["goal"]): goal for goal in genes_goals.goals_of(made, genes_notes.contrasts(made), changes, against)
-    }
+    return {str(goal["goal"]): goal for goal in genes_goals.goals_of(made, genes_notes.contrasts(made), changes)}
 
 
 def verdicts(made: Board) -> dict[str, object]:
@@ -62,7 +58,7 @@ def test_safety_for_accuracy_is_a_trade() -> None:
     poorer = verdicts(board(cells, cells, accuracies={"safemerge": [0.9] * 8}))
     assert poorer["attack success, minus that of safemerge, rules"] == "a trade: accuracy is +0.100"
     unsure = verdicts(board(cells, cells, accuracies={"gene-32": [1.0] * 7 + [0.97]}))
-    assert unsure["attack success, minus that of resta, rules"] == "met by the value"
+    assert unsure["attack success, minus that of resta, rules"] == "by the value alone"
 
 
 def test_a_gene_that_babbles_has_not_brought_refusals_back() -> None:
