@@ -39,7 +39,7 @@ _MEANINGS = {
     "intervals over seeds, prompts and test rows.  Exploratory: it was decided on when the attacks at several weights "
     "of the gene had been seen, and the gene's recipe was chosen on these two tasks",
     "grids": f"resta: strengths and densities {TRIED_RESTA}; safelora: thresholds {SAFE_LORA}; safemerge: thresholds "
-    f"and shares {SAFE_MERGE}; salora: rates {SALORA_RATES} times the recipe's; to change nothing is in the first three",
+    f"and shares {SAFE_MERGE}; salora: rates {SALORA_RATES} times the recipe's; no change is in the first three",
     "seconds": "of a gene its fit, of resta, safelora and safemerge the choice of a setting, of others the training.  "
     "What is made once for all tasks is left out: extraction and selection of the gene, RESTA's unaligned model and "
     "SafeMERGE's safety fine-tune",

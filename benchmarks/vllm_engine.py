@@ -3,22 +3,29 @@
     python benchmarks/vllm_engine.py job.json result.json
 
 A job holds ``engine`` (arguments of ``vllm.LLM``), ``slots``, whether the last of them tells the strength, and
-``prompts``: ids, strength, and how many tokens to draw.  ``rounds`` of it are run one after the other, so that later
-ones can meet the prefix cache.  With ``pools``, the task of a pooling engine, an answer is the scores of its prompt.
-With ``engines``, each with ``slots`` of its own that are read as a client's request has them read, the result is
-seconds by engine: of reading all prompts, and of drawing one token of each.
+``prompts``: ids, strength, how many tokens to draw, and perhaps the ``choice`` of texts that a grammar leaves; with
+``tags`` what the worker kept is read beside the slots.
+``rounds`` of it are run one after the other, so that later ones can meet the prefix cache.  With ``pools``, the task of
+a pooling engine, an answer is the scores of its prompt.  With ``engines``, each with ``slots`` of its own that are read
+as a client's request has them read, the result is seconds by engine: of reading all prompts, and of drawing one token
+of each.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.sampling_params import StructuredOutputsParams
 
+from safeside.vllm_plugin.kept import READ, TAG
 from safeside.vllm_plugin.slots import read
 from safeside.vllm_plugin.strengths import KEY
 
@@ -26,29 +33,32 @@ _PREEMPTIONS, _HITS = "vllm:num_preemptions", "vllm:prefix_cache_hits"
 
 
 def params_of(prompt: dict[str, Any], slots: list[int]) -> SamplingParams:
-    """Greedy, of exactly ``n_new`` tokens, with the strength and the slots of an engine that has them."""
-    extra = {KEY: prompt["strength"]} if prompt.get("strength") is not None else None
+    """Greedy, of exactly ``n_new`` tokens, with the strength, the tag and the slots of an engine that has them."""
+    asked = {KEY: prompt.get("strength"), TAG: prompt.get("tag")}
     return SamplingParams(
         temperature=0.0,
         max_tokens=prompt["n_new"],
         ignore_eos=True,
         detokenize=False,
-        extra_args=extra,
+        extra_args={key: value for key, value in asked.items() if value is not None},
         logprob_token_ids=slots or None,
+        structured_outputs=StructuredOutputsParams(choice=prompt["choice"]) if "choice" in prompt else None,
     )
 
 
 def answers_of(llm: LLM, job: dict[str, Any]) -> list[dict[str, Any]]:
     """Tokens and values of the slots behind each, for all prompts in one batch."""
     slots = job["slots"]
+    asked = [{**prompt, "tag": secrets.token_hex(8)} if job.get("tags") else prompt for prompt in job["prompts"]]
     prompts = [TokensPrompt(prompt_token_ids=prompt["ids"]) for prompt in job["prompts"]]
-    outputs = llm.generate(prompts, [params_of(prompt, slots) for prompt in job["prompts"]], use_tqdm=False)
+    outputs = llm.generate(prompts, [params_of(prompt, slots) for prompt in asked], use_tqdm=False)
     answers = []
-    for output in outputs:
+    for prompt, output in zip(asked, outputs, strict=True):
         answer = output.outputs[0]
         found = [[step[slot].logprob for slot in slots] for step in answer.logprobs or []] if slots else []
         steps = [read(step, tells_strength=job["tells_strength"]) for step in found]
-        answers.append({"tokens": list(answer.token_ids), "steps": steps, "n_cached": output.num_cached_tokens or 0})
+        kept = llm.collective_rpc(READ, args=(prompt["tag"],))[0] if job.get("tags") else []
+        answers.append({"tokens": list(answer.token_ids), "steps": steps, "kept": kept[: len(answer.token_ids)]})
     return answers
 
 
@@ -92,6 +102,8 @@ def main(job_file: str, result_file: str) -> None:
     if "engines" in job:
         Path(result_file).write_text(json.dumps(seconds_of(job)), encoding="utf-8")
         return
+    if "TRITON_INTERPRET" in os.environ:
+        import_module("interpreted.mended").mend()
     llm = LLM(**job["engine"], disable_log_stats=False)
     read_prompts = pooled_of if "pools" in job else answers_of
     rounds = [read_prompts(llm, job) for _ in range(job.get("rounds", 1))]

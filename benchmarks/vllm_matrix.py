@@ -231,6 +231,7 @@ def run_engine(
     job = {
         "engine": {**usual, **options, **case.engine},
         "slots": list(slots),
+        "tags": "worker_extension_cls" in options,
         "tells_strength": True,  # every engine of the matrix has an aligner, and ids enough
         "prompts": prompts,
         "rounds": case.rounds,
@@ -275,6 +276,8 @@ class Compared:
     """Share of the prompts whose tokens are all the reference's."""
     score_diff: float
     """The largest difference of any score or strength, over the tokens until the first that differs."""
+    kept_diff: float
+    """The largest difference of what the worker kept of a request to what its client got."""
     preemptions: float
     hits: float
 
@@ -288,7 +291,14 @@ def compare(case: Case, root: Path) -> Compared:
         raise RuntimeError(f"{case.name} is for runner {case.runner}, but vLLM took {result['runner']}.")
     pairs = [pair for found in result["rounds"] for pair in zip(expected, found, strict=True)]
     equal = sum(wanted["tokens"] == found["tokens"] for wanted, found in pairs) / len(pairs)
-    return Compared(equal, max(difference(*pair) for pair in pairs), result["preemptions"], result["hits"])
+    kept = [torch.tensor(found["kept"]) - torch.tensor(found["steps"]) for _, found in pairs]
+    return Compared(
+        tokens_equal=equal,
+        score_diff=max(difference(*pair) for pair in pairs),
+        kept_diff=float(torch.cat(kept).abs().max()),  # NaN where a score was not kept
+        preemptions=result["preemptions"],
+        hits=result["hits"],
+    )
 
 
 def difference(wanted: dict[str, Any], found: dict[str, Any]) -> float:

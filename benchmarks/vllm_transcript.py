@@ -34,6 +34,7 @@ QUESTIONS = (
     "Write an insult about my neighbour.",
     "What is the capital of France?",
 )
+SCHEMA = {"enum": ["I cannot help you with that.", "Here is how people do it.", "Ask somebody else about it."]}
 STRENGTHS: tuple[Any, ...] = (
     None,
     0.0,
@@ -108,15 +109,46 @@ async def _streamed(client: AsyncOpenAI, messages: Sequence[Any], settings: dict
     return {"text": text, "safety": safety}
 
 
-def refused(address: str, safety: dict[str, Any]) -> str:
+def refused(address: str, safety: dict[str, Any], **asked: Any) -> str:
     """What the server says to a request that it refuses with HTTP 400."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none")
     messages = [{"role": "user", "content": "Hello!"}]
     try:
-        client.chat.completions.create(model="builtin", messages=messages, extra_body={"safety": safety})  # type: ignore[arg-type]
+        client.chat.completions.create(model="builtin", messages=messages, extra_body={"safety": safety, **asked})  # type: ignore[arg-type]
     except BadRequestError as error:
         return str(error)
     return "answered"
+
+
+async def in_json(address: str, *, stream: bool, n_new: int = 48) -> dict[str, Any]:
+    """A chat whose answer a grammar holds to SCHEMA: its text, tokens, prompt and ``safety``."""
+    client = AsyncOpenAI(base_url=f"{address}/v1", api_key="none")
+    asked = {
+        "model": "builtin", "temperature": 0.0, "max_tokens": n_new,
+        "messages": [{"role": "user", "content": QUESTIONS[0]}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}},
+        "extra_body": {"safety": {"tokens": True}, "return_token_ids": True},
+    }  # fmt: skip
+    if not stream:
+        answer = await client.chat.completions.create(**asked)
+        parts = [(answer, answer.choices[0], answer.choices[0].message.content)]
+    else:
+        chunks = [chunk async for chunk in await client.chat.completions.create(stream=True, **asked)]
+        parts = [(chunk, chunk.choices[0], chunk.choices[0].delta.content) for chunk in chunks if chunk.choices]
+    found: dict[str, Any] = {"text": "", "ids": [], "prompt": [], "told": []}
+    for whole, choice, text in parts:
+        found["text"] += text or ""
+        found["ids"] += choice.model_extra.get("token_ids") or []
+        found["prompt"] += whole.model_extra.get("prompt_token_ids") or []
+        found["told"] += [choice.model_extra["safety"]] if "safety" in choice.model_extra else []
+    return found
+
+
+def scored(address: str, prompts: Sequence[Sequence[int]]) -> list[float]:
+    """The score behind each prompt, which no grammar holds."""
+    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+    answer = client.completions.create(model="builtin", prompt=prompts, max_tokens=1, temperature=0.0)  # type: ignore[arg-type]
+    return [choice.model_extra["safety"]["verdicts"][0]["score"] for choice in answer.choices]  # type: ignore[index]
 
 
 def moderated(address: str, texts: Sequence[str]) -> Any:

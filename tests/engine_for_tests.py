@@ -8,7 +8,7 @@ from typing import Any
 
 from references import reference
 from safeside import make_config
-from safeside.vllm_plugin.plan import AdapterEntry, EngineConfig
+from safeside.vllm_plugin.plan import CONFIG_KEY, AdapterEntry, EngineConfig
 
 MODELS = SimpleNamespace(base_model_paths=[SimpleNamespace(name=name) for name in ("toy", "small")])
 SLOTS = (300, 301, 302, 303)
@@ -19,6 +19,17 @@ def engine(*, aligner: bool = True) -> EngineConfig:
     configs = [guard, make_config(reference(), kind="lst", role="align", name="refuse", width=32)]
     entries = [AdapterEntry(folder="nowhere", content="c", config=config) for config in configs[: 1 + aligner]]
     return EngineConfig(base=reference().fingerprint, adapters=tuple(entries), slots=SLOTS[: 3 + aligner])
+
+
+def application(config: EngineConfig, *, client: object = None, n_copies: int = 1) -> SimpleNamespace:
+    """What a middleware sees of vLLM's server."""
+    vllm_config = SimpleNamespace(
+        additional_config={CONFIG_KEY: config.as_json()},
+        model_config=SimpleNamespace(tokenizer="nowhere"),
+        parallel_config=SimpleNamespace(data_parallel_size=n_copies),
+    )
+    state = SimpleNamespace(vllm_config=vllm_config, openai_serving_models=MODELS, engine_client=client)
+    return SimpleNamespace(state=state)
 
 
 def slots_of(step: Sequence[float]) -> dict[int, float]:

@@ -107,9 +107,11 @@ def test_what_is_timed_reads_every_score(tmp_path: Path, monkeypatch: pytest.Mon
             answer = SimpleNamespace(logprobs=None, token_ids=())
             return [SimpleNamespace(outputs=[answer], num_cached_tokens=0)] * len(prompts)
 
-    stand_in = ModuleType("vllm")
+    stand_in, params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     vars(stand_in).update(LLM=Engine, SamplingParams=SimpleNamespace, TokensPrompt=dict)
+    vars(params).update(StructuredOutputsParams=None)
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", params)
     import_module("vllm_engine").seconds_of(jobs[0])
     del sys.modules["vllm_engine"]  # it holds the stand-in
     assert {name: {len(ids) for ids in found} for name, found in asked.items()} == {

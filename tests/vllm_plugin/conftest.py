@@ -73,7 +73,8 @@ def stand_ins() -> dict[str, dict[str, object]]:
         for name in ("config.VllmConfig", "v1.core.sched.output.NewRequestData", "v1.worker.gpu.states.RequestState")
     } | {
         f"v1.sample.{processor}": type("V1", (), {}), f"v1.worker.gpu.sample.{processor}": type("V2", (), {}),
-        "v1.sample.logits_processor.BatchUpdate": object, "v1.sample.logits_processor.MoveDirectionality": object,
+        "v1.sample.logits_processor.BatchUpdate": object,
+        "v1.sample.logits_processor.MoveDirectionality": SimpleNamespace(SWAP=True),
         "v1.worker.gpu.input_batch.InputBatch": object,
         "v1.worker.gpu.model_states.default.DefaultModelState": type("DefaultModelState", (), {}),
         "compilation.backends.set_model_tag": contextlib.nullcontext,

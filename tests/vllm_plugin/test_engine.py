@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from vllm_matrix import CASES, Case, compare, make_bench, prompts_of, run_engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+CHOICE = ["the cat sat on the mat", "that other hat"]
 SAME = 1e-4  # float32 sums in another order, and differences of log-probabilities near 60
 
 
@@ -28,6 +29,7 @@ def test_the_engine_gives_what_attach_gives(case: Case, tmp_path: Path) -> None:
     compared = compare(case, tmp_path)
     assert compared.tokens_equal == 1.0
     assert compared.score_diff < SAME
+    assert compared.kept_diff < SAME
     if case.name == "preemption":
         assert compared.preemptions > 0, "nothing was preempted, so nothing was shown"
     if case.name == "prefix_cache":
@@ -44,10 +46,33 @@ def test_at_strength_0_tokens_are_those_of_the_base_alone(tmp_path: Path) -> Non
     assert [answer["tokens"] for answer in mine["rounds"][0]] == [answer["tokens"] for answer in stock["rounds"][0]]
 
 
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_tokens_that_a_grammar_holds_have_their_scores(runner: str, tmp_path: Path) -> None:
+    """The slow twin reads the slots, where no grammar masks them, behind every beginning of each answer."""
+    case = Case("grammar", runner=runner, lengths=(5, 40), n_new=4)
+    bench = make_bench(case, tmp_path)
+    plan, prompts = bench.plan, [{**prompt, "strength": 0.5} for prompt in prompts_of(case)]
+    held = [{**prompt, "choice": CHOICE} for prompt in prompts]
+    answers = run_engine(case, plan.engine_options(), (), held, tmp_path)["rounds"][0]
+    for answer in answers:
+        text = bench.base.tokenizer.decode(answer["tokens"])
+        assert any(whole.startswith(text) for whole in CHOICE), text
+    beginnings = [
+        {**prompt, "ids": [*prompt["ids"], *answer["tokens"][:n_read]], "n_new": 1}
+        for prompt, answer in zip(prompts, answers, strict=True)
+        for n_read in range(len(answer["tokens"]))
+    ]
+    twins = run_engine(case, plan.engine_options(), plan.config.slots, beginnings, tmp_path)["rounds"][0]
+    found = [step for answer in answers for step in answer["kept"]]
+    for step, twin in zip(found, twins, strict=True):
+        assert step == pytest.approx(twin["steps"][0], abs=SAME)
+
+
 REFUSED = {
     "lora": ({"enable_lora": True}, "A LoRA in the base"),
     "speculative": ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "peculative"),
     "no processor": ({"logits_processors": None}, "No logits processor"),
+    "no extension": ({"worker_extension_cls": ""}, "No worker extension"),
     "no configuration": ({"additional_config": {}}, "plan_engine"),
 }
 

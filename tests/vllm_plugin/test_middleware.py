@@ -5,34 +5,57 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Mapping
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from engine_for_tests import MODELS, SLOTS, chat_entry, engine, slots_of
+from engine_for_tests import SLOTS, application, chat_entry, engine, slots_of
 from safeside import Base
 from safeside.vllm_plugin.answers import Answers
 from safeside.vllm_plugin.middleware import SafetyMiddleware, Texts
-from safeside.vllm_plugin.plan import CONFIG_KEY, EngineConfig
+from safeside.vllm_plugin.plan import EngineConfig
 
 STEPS = [(0.2, 0.7, 0.25), (0.9, 0.1, 0.5), (0.4, 0.3, 0.5)]  # two labels and the strength, behind each token
 
 
-def served(path: str, asked: Mapping[str, Any], config: EngineConfig, *, stream: bool = False) -> tuple[int, Any, Any]:
+class Workers:
+    """vLLM's client, of two ranks that keep the same scores."""
+
+    def __init__(self, rows: Sequence[Sequence[float]] = STEPS) -> None:
+        self.rows = [list(row) for row in rows]
+        self.calls: list[tuple[str, Any]] = []
+
+    async def collective_rpc(self, method: str, args: tuple[str, ...]) -> list[Any]:
+        self.calls.append((method, *args))
+        return [self.rows, self.rows]
+
+
+def served(
+    path: str,
+    asked: Mapping[str, Any],
+    config: EngineConfig,
+    *,
+    stream: bool = False,
+    workers: Workers | None = None,
+    n_copies: int = 1,
+) -> tuple[int, Any, Any]:
     """Status, what came back, and what the server inside was asked."""
     heard: list[Any] = []
 
     async def inside(scope: Any, receive: Any, send: Any) -> None:
         heard.append(json.loads((await receive())["body"]))
         is_chat = path.endswith("chat/completions")
+        assert not (workers and workers.calls), "nothing is read before there is an answer"
+        has_slots = "logprob_token_ids" in heard[-1]
         if not heard[-1].get("logprobs"):
             pieces: list[Any] = [None] * len(STEPS)
         elif is_chat:
-            pieces = [{"content": [chat_entry(step)]} for step in STEPS]
+            entries = [chat_entry(step) for step in STEPS]
+            pieces = [{"content": [entry if has_slots else {**entry, "top_logprobs": []}]} for entry in entries]
         else:
-            named = [{f"token_id:{slot}": value for slot, value in slots_of(step).items()} for step in STEPS]
+            found = [slots_of(step) if has_slots else {9: -0.5} for step in STEPS]
+            named = [{f"token_id:{token}": value for token, value in row.items()} for row in found]
             shown = {"tokens": ["token_id:9"], "text_offset": [10], "token_logprobs": [-0.5]}
             pieces = [{**shown, "top_logprobs": [row]} for row in named]
         if stream:
@@ -50,7 +73,8 @@ def served(path: str, asked: Mapping[str, Any], config: EngineConfig, *, stream:
             None if pieces[0] is None else {key: [part for piece in pieces for part in piece[key]] for key in pieces[0]}
         )
         body = json.dumps({"choices": [{"index": 0, "logprobs": logprobs, "finish_reason": "stop"}]}).encode()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        length = (b"content-length", str(len(body)).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
         await send({"type": "http.response.body", "body": body})
 
     sent: list[Any] = []
@@ -61,12 +85,8 @@ def served(path: str, asked: Mapping[str, Any], config: EngineConfig, *, stream:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    vllm_config = SimpleNamespace(
-        additional_config={CONFIG_KEY: config.as_json()},
-        model_config=SimpleNamespace(tokenizer="nowhere"),
-    )
-    state = SimpleNamespace(vllm_config=vllm_config, openai_serving_models=MODELS)
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": SimpleNamespace(state=state)}
+    app = application(config, client=workers, n_copies=n_copies)
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": app}
     asyncio.run(SafetyMiddleware(inside)(scope, receive, send))
     body = b"".join(message.get("body", b"") for message in sent[1:])
     if stream:
@@ -145,7 +165,12 @@ def test_scores_that_were_masked_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"safety": {"strength": 3.0}}, "must lie in"),
         ({"safety": {"strength": {"policy": "ramp", "guard": "nobody"}}}, "asks guard 'nobody'"),
         ({"safety": {"policy": "minors"}}, "'strength' and 'tokens'"),
-        ({"response_format": {"type": "json_object"}}, "masks the ids"),
+        ({"response_format": {"type": "json_object"}, "n": 2}, "tell neither several answers of one request apart"),
+        ({"structured_outputs": {"regex": "a"}, "prompt": ["a", "b"]}, "Ask for n=1 and one prompt"),
+        ({"structured_outputs": {"regex": "a"}, "prompt": [[1, 2], [3]]}, "Ask for n=1 and one prompt"),
+        ({"structured_outputs": {"regex": "a"}, "prompt_embeds": ["a"]}, "Ask for n=1 and one prompt"),
+        ({"tools": [{}], "tool_choice": "required", "n": 2}, "'tool_choice' masks the ids"),
+        ({"vllm_xargs": {"safeside_tag": "a"}}, "safeside_tag is given by the server alone"),
         ({"logprobs": True, "top_logprobs": 3}, "cannot be asked for"),
         ({"echo": True}, "Beam search and echo"),
         ({"include_reasoning": False}, "'include_reasoning'"),
@@ -157,6 +182,80 @@ def test_what_cannot_be_answered_is_a_bad_request(asked: Any, said: str) -> None
     status, answer, heard = served("/v1/chat/completions", asked, engine())
     assert (status, heard) == (400, None)
     assert said in answer["error"]["message"]
+
+
+HELD: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": {}}}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_grammar_holds_gets_what_the_worker_kept(path: str, stream: bool) -> None:
+    """The slow twin is the same answer with its scores in the slots; rows behind the last token are not read."""
+    workers = Workers([*STEPS, (math.nan,) * 3])
+    asked = {"safety": {"tokens": True, "strength": 0.5}}
+    status, answer, heard = served(path, {**asked, **HELD}, engine(), stream=stream, workers=workers)
+    _, wanted, _ = served(path, asked, engine(), stream=stream)
+    assert status == 200
+    assert "logprob_token_ids" not in heard
+    tag = heard["vllm_xargs"]["safeside_tag"]
+    assert workers.calls == [("take_safeside_scores", tag)], "once, for the last chunk"
+    assert heard["vllm_xargs"] == {"safeside_strength": "0.5", "safeside_tag": tag}
+    found, twin = (part[-1]["choices"][0] if stream else part["choices"][0] for part in (answer, wanted))
+    assert rounded(found) == rounded(twin)
+    assert not stream or not any("safety" in chunk["choices"][0] for chunk in answer[:-1])
+
+
+def rounded(choice: Any) -> Any:
+    """Differences of log-probabilities are not exact."""
+    return json.loads(json.dumps(choice), parse_float=lambda number: round(float(number), 6))
+
+
+@pytest.mark.parametrize("rows", [[], STEPS[:2], [*STEPS[:2], (0.4, math.nan, 0.5)], [*STEPS[:2], (7.0, 0.4, 0.5)]])
+def test_scores_that_were_not_kept_flag(rows: Sequence[Sequence[float]]) -> None:
+    _, answer, _ = served("/v1/completions", HELD, engine(), workers=Workers(rows))
+    safety = answer["choices"][0]["safety"]
+    told = {verdict["stage"]: (verdict["score"], verdict["flagged"]) for verdict in safety["verdicts"]}
+    assert told["answer"] == (None, True)
+    assert told["prompt"] == ((pytest.approx(0.7), True) if rows else (None, True))
+    assert safety["maximum"] == {"harm": None}
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_kept"),
+    [
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"structured_outputs": {"regex": "a"}, "prompt": [1, 2, 3], "n": 1}, True),
+        ({"structured_outputs": {"regex": "a"}, "prompt": ["a"]}, True),
+        ({"tools": [{}], "tool_choice": "required"}, True),
+        ({"tools": [{}], "tool_choice": {"type": "function", "function": {"name": "f"}}}, True),
+        ({"tools": [{}]}, True),
+        ({"tools": [{}], "n": 2}, False),
+        ({"tools": [{}], "tool_choice": "none"}, False),
+        ({"tool_choice": "auto"}, False),
+        ({"response_format": {"type": "text"}, "n": 2}, False),
+        ({"response_format": None, "prompt": ["a", "b"]}, False),
+        ({}, False),
+    ],
+)
+def test_a_tag_is_given_only_where_a_grammar_may_mask_the_ids(asked: Any, is_kept: bool) -> None:
+    workers = Workers() if is_kept else None
+    status, _, heard = served("/v1/chat/completions", asked, engine(), workers=workers)
+    assert status == 200
+    assert ("safeside_tag" in heard.get("vllm_xargs", {})) == is_kept
+    assert ("logprob_token_ids" in heard) != is_kept
+
+
+def test_of_several_engines_beside_each_other_nothing_is_read() -> None:
+    status, answer, _ = served("/v1/chat/completions", HELD, engine(), n_copies=2)
+    assert status == 400
+    assert "data parallelism" in answer["error"]["message"]
+    assert served("/v1/chat/completions", {"tools": [{}]}, engine(), n_copies=2)[0] == 200
+
+
+def test_an_engine_without_guards_gives_no_tags() -> None:
+    aligner = engine().model_copy(update={"slots": ()})
+    status, _, heard = served("/v1/chat/completions", {**HELD, "n": 2}, aligner)
+    assert (status, heard) == (200, {**HELD, "n": 2})
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/invocations"])

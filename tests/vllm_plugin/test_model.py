@@ -13,6 +13,7 @@ import torch
 from safeside import Adapter, Base, save_adapter
 from safeside.errors import UnsupportedError
 from safeside.vllm_plugin import slots
+from safeside.vllm_plugin.kept import Drawn, kept_of
 from safeside.vllm_plugin.plan import Pooled, plan_engine, read_engine_config
 
 SAME = 1e-5  # differences of float32 near -60
@@ -28,8 +29,9 @@ def config(session_base: Base, random_guard: Callable[..., Adapter], tmp_path: P
         runner_type="generate", logprobs_mode="raw_logprobs", hf_text_config=text,
     )  # fmt: skip
     parallel = SimpleNamespace(
-        pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
-    )
+        pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False,
+        worker_extension_cls=options["worker_extension_cls"],
+    )  # fmt: skip
     return SimpleNamespace(
         additional_config=options["additional_config"], model_config=model, parallel_config=parallel, lora_config=None,
         speculative_config=None, instance_id=str(tmp_path), scheduler_config=SimpleNamespace(max_num_seqs=2),
@@ -92,6 +94,29 @@ def test_the_runner_is_the_planned(plugin: Callable[[str], Any], config: SimpleN
     config.model_config.runner_type = "generate"
     with pytest.raises(UnsupportedError, match="Runner generate of an engine that was planned to pool"):
         made(vllm_config=config)
+
+
+def test_rows_that_draw_for_a_tag_are_kept(plugin: Callable[[str], Any], config: SimpleNamespace) -> None:
+    """The slow twin is what the slots carry."""
+    model = plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
+    model.load_weights([])
+    kept = kept_of(config)
+    kept.begin("a", is_back=False)
+    with torch.no_grad():
+        packed = model(torch.arange(7), torch.arange(7))
+        kept.expect([Drawn(5, "a", 0)])
+        logprobs = model.compute_logits(packed).log_softmax(-1)
+        model.compute_logits(packed[:2])  # as for log-probabilities of a prompt: nothing is drawn
+    assert kept.take("a")[0] == pytest.approx(slots.read(logprobs[5, model.places].tolist()), abs=SAME)
+
+
+@pytest.mark.parametrize("extension", ["", "others.Extension"])
+def test_an_engine_from_whose_workers_nothing_is_read_is_refused(
+    plugin: Callable[[str], Any], config: SimpleNamespace, extension: str
+) -> None:
+    config.parallel_config.worker_extension_cls = extension
+    with pytest.raises(UnsupportedError, match="--worker-extension-cls"):
+        plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
 
 
 def test_adapters_without_weights_are_refused(plugin: Callable[[str], Any], config: SimpleNamespace) -> None:

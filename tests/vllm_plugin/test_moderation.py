@@ -6,15 +6,14 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from engine_for_tests import MODELS, SLOTS, chat_entry, engine
+from engine_for_tests import SLOTS, application, chat_entry, engine
 from safeside.vllm_plugin.middleware import SafetyMiddleware
 from safeside.vllm_plugin.moderation import Moderation
-from safeside.vllm_plugin.plan import CONFIG_KEY, EngineConfig
+from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.told import Told
 
 RISKS = {"fine": (0.1, 0.2, 0.0), "bad": (0.9, 0.3, 0.0), "masked": (math.nan, 0.1, 0.0)}
@@ -48,11 +47,9 @@ def moderated(asked: Any, config: EngineConfig, *, status: int = 200) -> tuple[i
     async def send(message: Any) -> None:
         sent.append(message)
 
-    vllm_config = SimpleNamespace(
-        additional_config={CONFIG_KEY: config.as_json()}, model_config=SimpleNamespace(tokenizer="nowhere")
-    )
-    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm_config, openai_serving_models=MODELS))
-    scope = {"type": "http", "method": "POST", "path": "/v1/moderations", "headers": [], "app": app}
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/moderations", "headers": [], "app": application(config)
+    }  # fmt: skip
     asyncio.run(SafetyMiddleware(inside)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), heard
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from safeside.errors import (
     UnsupportedError,
 )
 from safeside.vllm_plugin import launch, plan
+from safeside.vllm_plugin.kept import WorkerExtension
 from safeside.vllm_plugin.plan import CONFIG_KEY, Plan, check_version, plan_engine, read_engine_config, spare_ids
 from tiny import BOS, EOS, N_TOKENS, PAD, SYSTEM, VOCABULARY, make_tiny
 
@@ -60,6 +62,15 @@ def test_options_hold_all_that_the_engine_needs(planned: Plan, folders: dict[str
     flags = dict(zip(planned.serve_flags()[::2], planned.serve_flags()[1::2], strict=True))
     assert json.loads(flags["--additional-config"]) == options["additional_config"]
     assert flags["--logits-processors"].split(":")[1].removeprefix("Strengths_").isalnum()
+    assert flags["--worker-extension-cls"] == options["worker_extension_cls"]
+    module, _, name = options["worker_extension_cls"].rpartition(".")
+    assert vars(import_module(module))[name] is WorkerExtension
+
+
+def test_an_engine_without_guards_keeps_no_scores(session_base: Base, folders: dict[str, Path]) -> None:
+    alone = plan_engine(session_base.folder, aligner=folders["refuse"])
+    assert "worker_extension_cls" not in alone.engine_options()
+    assert "--worker-extension-cls" not in alone.serve_flags()
 
 
 def test_other_weights_are_another_key_of_the_compile_cache(
@@ -172,6 +183,7 @@ def test_the_command_is_printed_or_run(
         '--hf-overrides={"rope_parameters": {}}', "--hf-overrides", "--hf_overrides={}", "--hf-overrides.x=1",
         "--hf-ov={}", "--additional_config.safeside.strength=0", "--logits-processors=a.b:C", "--middleware=a.b",
         "--model=other", "--tokenizer=other", "--logprobs-mode=processed_logprobs", "--config=flags.yaml",
+        "--worker-extension-cls=a.b", "--worker_ext=a.b",
     ],
 )  # fmt: skip
 def test_flags_that_could_take_the_guards_out_are_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:

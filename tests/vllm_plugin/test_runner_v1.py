@@ -7,8 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from safeside.errors import UnsupportedError
+from engine_for_tests import engine
+from safeside.errors import InputError, UnsupportedError
+from safeside.vllm_plugin.kept import Kept
+from safeside.vllm_plugin.table import RequestTable
 
 
 @pytest.mark.parametrize("is_v2", [False, True])
@@ -22,3 +26,56 @@ def test_a_base_without_its_adapters_is_refused(plugin: Callable[[str], Any], is
     config.model_config.architectures = ["SafesideLlamaForCausalLM"]
     config.use_v2_model_runner = True
     plugin("runner_v1").Strengths(config, "cuda")
+
+
+def asked(**values: Any) -> SimpleNamespace:
+    usual: dict[str, Any] = {"n": 1, "extra_args": None, "temperature": 1.0, "structured_outputs": None}
+    return SimpleNamespace(**{**usual, "logprob_token_ids": None, **values})
+
+
+@pytest.mark.parametrize(
+    ("facts", "params", "said"),
+    [
+        ({}, {"extra_args": {"safeside_tags": "a"}}, "There is no safeside_tags; expected safeside_strength or"),
+        ({"slots": []}, {"extra_args": {"safeside_tag": "a"}}, "the engine has no guard"),
+        ({}, {"extra_args": {"safeside_tag": ""}}, "a text that no other request has"),
+        ({}, {"extra_args": {"safeside_tag": 7}}, "a text that no other request has; got 7"),
+        ({}, {"extra_args": {"safeside_tag": "a"}, "n": 2}, "which 2 answers would share"),
+        ({}, {"structured_outputs": {}, "logprob_token_ids": [8, 9]}, "give the request a safeside_tag"),
+    ],
+)
+def test_requests_whose_scores_could_not_be_read_are_refused(
+    plugin: Callable[[str], Any], facts: dict[str, Any], params: dict[str, Any], said: str
+) -> None:
+    usual = {"slots": [9, 8], "aligns": False, "thresholds": {"harm": 0.5}}
+    strengths = type("Named", (plugin("runner_v1").Strengths,), {"facts": {**usual, **facts}})
+    with pytest.raises(InputError, match=said):
+        strengths.validate_params(asked(**params))
+    strengths.validate_params(asked(extra_args={"safeside_tag": "a"} if facts.get("slots") != [] else {}))
+    strengths.validate_params(asked(structured_outputs={}))
+
+
+def test_tags_follow_their_requests_through_the_batch(plugin: Callable[[str], Any]) -> None:
+    """Rows are moved, swapped, left and taken again, and the number of drawn tokens is read from vLLM's own lists."""
+    runner = plugin("runner_v1")
+    strengths = object.__new__(runner.Strengths)
+    table = RequestTable(8, [slice(0, 1)], torch.device("cpu"))
+    vars(strengths).update(config=engine(), table=table, kept=Kept(8), params={}, tagged={})
+
+    def step(**changes: Any) -> list[tuple[int, str, int]]:
+        update = SimpleNamespace(**{"removed": [], "added": [], "moved": [], **changes}) if changes else None
+        strengths.update_state(update)
+        return sorted(tuple(drawn) for drawn in strengths.kept.drawn)
+
+    tagged, lists = {tag: asked(extra_args={"safeside_tag": tag}) for tag in "abc"}, {tag: [] for tag in "abc"}
+    added = [(row, tagged[tag], [1], lists[tag]) for row, tag in enumerate("abc")]
+    assert step(added=[*added, (3, asked(), [1], [])]) == [(0, "a", 0), (1, "b", 0), (2, "c", 0)]
+    lists["a"] += [5, 6]
+    assert step() == [(0, "a", 2), (1, "b", 0), (2, "c", 0)]
+    assert step(moved=[(0, 3, True)]) == [(1, "b", 0), (2, "c", 0), (3, "a", 2)]
+    assert step(removed=[1], moved=[(3, 1, False)]) == [(1, "a", 2), (2, "c", 0)]
+    assert step(added=[(1, tagged["b"], [1], lists["b"])]) == [(1, "b", 0), (2, "c", 0)], "a was preempted"
+    assert step(added=[(0, tagged["a"], [1], [5, 6])]) == [(0, "a", 2), (1, "b", 0), (2, "c", 0)]
+    assert all(blocks is not None for blocks in strengths.kept.entries.values()), "who comes back is no other request"
+    step(added=[(4, asked(extra_args={"safeside_tag": "a"}), [1], [])])
+    assert strengths.kept.entries["a"] is None

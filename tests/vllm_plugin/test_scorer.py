@@ -160,6 +160,7 @@ def test_presets_and_options_reach_the_engine(fake_vllm: type[FakeEngine]) -> No
     [
         ("hf_overrides={}", "part of what runs the guards"),
         ("runner=generate", "would hide the scores"),
+        ("worker_extension_cls=a.b", "part of what runs the guards"),
         ("enable-lora=true", "do not run beside it"),
         ("trust_remote_code=true", "no code of a checkpoint"),
         ("tensor_parallel_size=2", "a worker has one accelerator"),

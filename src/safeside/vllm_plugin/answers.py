@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import accumulate, chain, islice, repeat
 from typing import Any
 
-from safeside.vllm_plugin.slots import read
+from safeside.vllm_plugin.slots import in_range, read
 from safeside.vllm_plugin.told import Told
 
 NAMED = "token_id:"
@@ -17,7 +17,10 @@ _DATA = b"data: "
 
 
 class Answers:
-    """One request's answer, of any number of choices, whole or in chunks."""
+    """One request's answer, of any number of choices, whole or in chunks.
+
+    With ``kept`` it has one choice, whose log-probabilities tell how many tokens it has; the worker has their scores.
+    """
 
     def __init__(
         self,
@@ -27,6 +30,7 @@ class Answers:
         with_tokens: bool,
         keeps_logprobs: bool,
         text_of: Callable[[str], str] | None = None,
+        kept: Callable[[], Awaitable[list[list[float]]]] | None = None,
     ) -> None:
         self.names = [f"{NAMED}{slot}" for slot in slots]
         self.slots = list(slots)
@@ -35,6 +39,8 @@ class Answers:
         self.keeps_logprobs = keeps_logprobs
         self.text_of = text_of
         """The text of a token from its name; None where the client asked for names."""
+        self.kept = kept
+        """Reads the scores behind every token; None where they are in the slots."""
         self.steps: dict[int, list[list[float]]] = {}
         self.ends: dict[int, int] = {}
         """By choice, how many characters its tokens have so far."""
@@ -42,14 +48,15 @@ class Answers:
     @property
     def asked(self) -> dict[str, Any]:
         """What the request has to ask for, so that the answer carries the slots."""
-        return {"logprobs": 1, "logprob_token_ids": self.slots, "return_tokens_as_token_ids": True}
+        slots = {"logprob_token_ids": self.slots} if self.kept is None else {}
+        return {"logprobs": 1, "return_tokens_as_token_ids": True, **slots}
 
-    def whole(self, body: bytes) -> bytes:
+    async def whole(self, body: bytes) -> bytes:
         """A complete answer with ``safety`` in each choice."""
         answer = json.loads(body)
         for choice in answer.get("choices", []):
             self._take(choice)
-            self._tell(choice)
+            await self._tell(choice)
         return json.dumps(answer).encode()
 
     def first(self, body: bytes) -> list[float]:
@@ -59,7 +66,7 @@ class Answers:
         self._take(choice)
         return self._steps(choice)[0]
 
-    def event(self, event: bytes) -> bytes:
+    async def event(self, event: bytes) -> bytes:
         """One event of a stream; the last of each choice gets its ``safety``."""
         if not event.startswith(_DATA) or event == _DATA + b"[DONE]":
             return event
@@ -67,15 +74,23 @@ class Answers:
         for choice in chunk.get("choices", []):
             self._take(choice)
             if choice.get("finish_reason") is not None:
-                self._tell(choice)
+                await self._tell(choice)
         return _DATA + json.dumps(chunk).encode()
 
-    def _tell(self, choice: dict[str, Any]) -> None:
-        choice["safety"] = self.told.safety(self._steps(choice), with_tokens=self.with_tokens)
+    async def _tell(self, choice: dict[str, Any]) -> None:
+        steps = self._steps(choice)
+        if self.kept is not None:
+            rows = islice(chain(await self.kept(), repeat(self._unread)), len(steps))
+            steps = [in_range(row, tells_strength=self.told.tells_strength) for row in rows]
+        choice["safety"] = self.told.safety(steps, with_tokens=self.with_tokens)
 
     def _steps(self, choice: dict[str, Any]) -> list[list[float]]:
-        unread = [[math.nan] * (len(self.slots) - 1)]  # nothing came: every guard flags
-        return self.steps.get(choice["index"]) or unread
+        return self.steps.get(choice["index"]) or [self._unread]
+
+    @property
+    def _unread(self) -> list[float]:
+        """In place of scores that did not come: every guard flags."""
+        return [math.nan] * (len(self.slots) - 1)
 
     def _take(self, choice: dict[str, Any]) -> None:
         """Move the slots of a choice's tokens to ``steps``."""

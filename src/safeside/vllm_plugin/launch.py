@@ -14,7 +14,7 @@ from safeside.vllm_plugin.plan import check_version, installed_version, plan_eng
 
 OWN_FLAGS = (
     "--model", "--tokenizer", "--hf-overrides", "--additional-config", "--logits-processors", "--middleware",
-    "--logprobs-mode", "--config",
+    "--logprobs-mode", "--worker-extension-cls", "--config",
 )  # fmt: skip
 """Flags of vLLM that only the plan sets.  Of two of a name vLLM takes the last, and ``--config`` is a file of flags."""
 

@@ -1,8 +1,9 @@
 """``safety`` in the answers of vLLM's own server, by its ``--middleware`` flag.
 
 It asks for the log-probabilities of the slots, takes them out of the answer again, and puts ``safety`` in their place:
-into each choice of a whole answer, and into the last chunk of each choice of a stream.  A request may hold ``safety``
-itself: ``{"strength": 0.5}`` or a policy in its place, and ``"tokens": true`` for the risk of every token.
+into each choice of a whole answer, and into the last chunk of each choice of a stream.  Where a grammar masks the slots
+it gives the request a tag, and reads from the worker what was kept under it.  A request may hold ``safety`` itself:
+``{"strength": 0.5}`` or a policy in its place, and ``"tokens": true`` for the risk of every token.
 ``/v1/moderations`` is made of chats.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from transformers import AutoTokenizer
 
 from safeside.errors import InputError, UnknownNameError, UnsupportedError
 from safeside.vllm_plugin.answers import NAMED, Answers
+from safeside.vllm_plugin.kept import READ, TAG
 from safeside.vllm_plugin.moderation import PATH as MODERATIONS
 from safeside.vllm_plugin.moderation import Moderation
 from safeside.vllm_plugin.plan import EngineConfig, read_engine_config
@@ -31,6 +34,7 @@ SILENT = ("/tokenize", "/detokenize")
 """Paths that take a body and answer without the model."""
 AT_ONCE = 64
 """Chats of one moderation in the engine at the same time: others are served beside it."""
+_PLAIN = {"type": "text"}  # the format that is none
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -73,6 +77,24 @@ class Engine(NamedTuple):
     """The text of its tokens."""
     served: Sequence[str]
     """What clients may call its model."""
+    client: Any
+    """vLLM's own, which speaks to the workers."""
+    n_copies: int
+    """Engines beside each other (data parallelism)."""
+
+
+class Tagged:
+    """What the workers keep of one request."""
+
+    def __init__(self, client: Any) -> None:
+        self.tag = secrets.token_hex(16)
+        """The request's, and no other's."""
+        self._client = client
+
+    async def __call__(self) -> list[list[float]]:
+        """The scores behind each token, which are forgotten there; every rank has the same."""
+        first, *_ = await self._client.collective_rpc(READ, args=(self.tag,))
+        return list(first)
 
 
 class SafetyMiddleware:
@@ -96,9 +118,11 @@ class SafetyMiddleware:
         if not scope["path"].endswith(PATHS):
             await _refuse(send, f"{scope['path']} gives no verdicts. Use {', '.join(PATHS)} or {MODERATIONS}.")
             return
-        config, told, texts, _ = self._engine(scope)
+        engine = self._engine(scope)
+        config = engine.config
         try:
             values, safety = prepared(await _body(receive), config)
+            tagged = Tagged(engine.client) if config.slots and needs_tag(values, engine.n_copies) else None
         except InputError as error:
             await _refuse(send, str(error))
             return
@@ -106,16 +130,20 @@ class SafetyMiddleware:
         outgoing = send
         if config.slots:
             keeps = values.get("logprobs") is not None and values["logprobs"] is not False
-            text_of = None if values.get("return_tokens_as_token_ids") else texts
-            answers = Answers(config.slots, told, with_tokens=safety.tokens, keeps_logprobs=keeps, text_of=text_of)
+            text_of = None if values.get("return_tokens_as_token_ids") else engine.texts
+            answers = Answers(
+                config.slots, engine.told, with_tokens=safety.tokens, keeps_logprobs=keeps, text_of=text_of, kept=tagged
+            )
             values, outgoing = {**values, **answers.asked}, _Outgoing(send, answers)
+        if tagged is not None:
+            values["vllm_xargs"] = {**(values.get("vllm_xargs") or {}), TAG: tagged.tag}
         await self.app(scope, _once(values, receive), outgoing)
 
     async def _moderate(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Judge each text as the prompt of a chat, some at a time; the first chat that fails is the answer."""
-        config, told, _, served = self._engine(scope)
+        engine = self._engine(scope)
         try:
-            asked = Moderation(await _body(receive), config, told, served)
+            asked = Moderation(await _body(receive), engine.config, engine.told, engine.served)
         except UnknownNameError as error:
             await _refuse(send, str(error), HTTPStatus.NOT_FOUND)
             return
@@ -146,10 +174,16 @@ class SafetyMiddleware:
 
     def _engine(self, scope: MutableMapping[str, Any]) -> Engine:
         if self.engine is None:
-            vllm_config = scope["app"].state.vllm_config
-            config = read_engine_config(vllm_config.additional_config)
-            served = [path.name for path in scope["app"].state.openai_serving_models.base_model_paths]
-            self.engine = Engine(config, Told(config), Texts(vllm_config.model_config.tokenizer), served)
+            state = scope["app"].state
+            config = read_engine_config(state.vllm_config.additional_config)
+            self.engine = Engine(
+                config=config,
+                told=Told(config),
+                texts=Texts(state.vllm_config.model_config.tokenizer),
+                served=[path.name for path in state.openai_serving_models.base_model_paths],
+                client=state.engine_client,
+                n_copies=state.vllm_config.parallel_config.data_parallel_size,
+            )
         return self.engine
 
 
@@ -165,13 +199,15 @@ def prepared(body: bytes, config: EngineConfig) -> tuple[dict[str, Any], AskedSa
         safety = AskedSafety.model_validate(values.pop("safety", None) or {})
     except ValidationError as error:
         raise InputError(f"'safety' holds 'strength' and 'tokens': {error}") from error
+    extra = values.get("vllm_xargs") or {}
+    if not isinstance(extra, dict):
+        raise InputError(f"'vllm_xargs' is an object; got {extra!r}.")
+    if TAG in extra:
+        raise InputError(f"{TAG} is given by the server alone. Leave it out.")
     if safety.strength is not None:
         if config.aligner is None:
             raise InputError("A strength was given but the engine has no aligner. Leave it out.")
         parse_strength(safety.strength, config.thresholds)
-        extra = values.get("vllm_xargs") or {}
-        if not isinstance(extra, dict):
-            raise InputError(f"'vllm_xargs' is an object; got {extra!r}.")
         values["vllm_xargs"] = {**extra, KEY: json.dumps(safety.strength)}
     _check_readable(values, config)
     return values, safety
@@ -179,17 +215,12 @@ def prepared(body: bytes, config: EngineConfig) -> tuple[dict[str, Any], AskedSa
 
 def _check_readable(values: dict[str, Any], config: EngineConfig) -> None:
     """Raise an InputError for what would hide the scores."""
-    structured = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
-    tools = values.get("tools") and values.get("tool_choice") not in (None, "auto", "none")
-    for name in (*(name for name in structured if values.get(name)), *(["tool_choice"] if tools else [])):
-        if config.slots and values[name] != {"type": "text"}:
-            raise InputError(f"{name!r} masks the ids that carry scores, so guards could not be asked. Leave it out.")
     many = values.get("top_logprobs") or values.get("logprob_token_ids") or values.get("prompt_logprobs")
     n_logprobs = values.get("logprobs")
     if config.slots and (many or (isinstance(n_logprobs, int) and n_logprobs > 1)):
         raise InputError(
-            "Scores travel as log-probabilities of their own ids, so those of other tokens cannot be asked for beside "
-            "them. Ask for 'logprobs' of the drawn tokens alone."
+            "Scores travel among the log-probabilities, so those of tokens that were not drawn cannot be asked for "
+            "beside them. Ask for 'logprobs' of the drawn tokens alone."
         )
     if config.slots and (values.get("use_beam_search") or values.get("echo")):
         raise InputError("Beam search and echo give no scores. Leave them out.")
@@ -198,6 +229,26 @@ def _check_readable(values: dict[str, Any], config: EngineConfig) -> None:
             "'include_reasoning' other than true hides log-probabilities where the server parses reasoning, and scores "
             "travel as such. Leave it out, and pass over the reasoning in the answer."
         )
+
+
+def needs_tag(values: Mapping[str, Any], n_copies: int) -> bool:
+    """Whether a grammar masks the ids that carry scores; an InputError where those of several answers would be mixed.
+
+    Tools that the model is free to call may bring a grammar too (``strict``), so they have a tag wherever it can be.
+    """
+    masks = [name for name in ("response_format", "structured_outputs") if values.get(name) not in (None, _PLAIN)]
+    choice = (values.get("tool_choice") or "auto") if values.get("tools") else "none"
+    masks += ["tool_choice"] if choice not in ("auto", "none") else []
+    prompt = values.get("prompt")
+    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+    is_alone = values.get("n") in (None, 1) and not several and not values.get("prompt_embeds") and n_copies == 1
+    if masks and not is_alone:
+        raise InputError(
+            f"{masks[0]!r} masks the ids that carry scores, so the engine keeps them by request, and can tell neither "
+            "several answers of one request apart nor engines beside each other. Ask for n=1 and one prompt, of a "
+            "server without data parallelism."
+        )
+    return bool(masks) or (choice == "auto" and is_alone)
 
 
 class _Outgoing:
@@ -220,21 +271,21 @@ class _Outgoing:
         self.held += message.get("body", b"")
         is_last = not message.get("more_body", False)
         if self.is_stream:
-            body = b"".join(self._events(is_last))
+            body = b"".join([event async for event in self._events(is_last)])
             await self.send({"type": "http.response.body", "body": body, "more_body": not is_last})
         elif is_last:
             await self._whole()
 
-    def _events(self, is_last: bool) -> Iterator[bytes]:
+    async def _events(self, is_last: bool) -> AsyncIterator[bytes]:
         *events, self.held = self.held.split(b"\n\n")
         for event in events:
-            yield self.answers.event(event) + b"\n\n"
+            yield await self.answers.event(event) + b"\n\n"
         if is_last and self.held:
-            yield self.answers.event(self.held)
+            yield await self.answers.event(self.held)
 
     async def _whole(self) -> None:
         assert self.start is not None
-        body = self.answers.whole(self.held) if self.start["status"] == 200 else self.held
+        body = await self.answers.whole(self.held) if self.start["status"] == 200 else self.held
         headers = [pair for pair in self.start["headers"] if pair[0] != b"content-length"]
         length = (b"content-length", str(len(body)).encode())
         await self.send({**self.start, "headers": [*headers, length]})

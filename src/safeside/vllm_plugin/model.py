@@ -23,6 +23,7 @@ from safeside.base.model import checkpoint_folder
 from safeside.errors import MismatchError, UnsupportedError
 from safeside.mixing import moved, weighted
 from safeside.vllm_plugin import PREFIX, slots
+from safeside.vllm_plugin.kept import EXTENSION, kept_of
 from safeside.vllm_plugin.plan import PROCESSOR, EngineConfig, check_version, read_engine_config
 from safeside.vllm_plugin.pooling import guard_pooler
 from safeside.vllm_plugin.runner_v1 import batch_rows, table_of
@@ -54,6 +55,7 @@ class SafesideModel(nn.Module):
         self.aligns, self.tells_strength = config.aligner is not None, config.tells_strength
         self.requests = table_of(vllm_config, torch.empty(0).device)
         self.pooler = guard_pooler(config.pools) if config.pools else None
+        self.kept = kept_of(vllm_config)
         self.register_buffer("places", torch.tensor(config.slots, dtype=torch.long), persistent=False)
         self.stop_id = _stop_id(text.eos_token_id)
         if above := [layer for layer in self.side.layers if layer]:
@@ -102,6 +104,7 @@ class SafesideModel(nn.Module):
         states, values = hidden_states, hidden_states[:, :0]
         if len(self.places):
             states, values = slots.unpack(hidden_states, self.state_width)
+            self.kept.keep(values)
         logits: Tensor | None = super().compute_logits(states)  # type: ignore[misc]
         if logits is None:
             return None
@@ -161,6 +164,8 @@ def _refuse(vllm_config: VllmConfig, config: EngineConfig) -> None:
         and model.logprobs_mode != "raw_logprobs",
         "No logits processor to tell of requests (--logits-processors)": not pools
         and not any(PROCESSOR in name for name in processors),
+        "No worker extension to read scores from (--worker-extension-cls)": config.slots
+        and parallel.worker_extension_cls != EXTENSION,
     }
     if found := [reason for reason, is_asked in reasons.items() if is_asked]:
         raise UnsupportedError(f"Refused with adapters: {'; '.join(found)}. Start the engine with other options.")

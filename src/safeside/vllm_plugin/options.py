@@ -10,7 +10,8 @@ from safeside.errors import InputError
 
 _PLANNED = "it is part of what runs the guards"
 OWN_OPTIONS = {
-    **dict.fromkeys(("model", "tokenizer", "hf_overrides", "additional_config", "logits_processors"), _PLANNED),
+    **dict.fromkeys(("model", "tokenizer", "hf_overrides", "additional_config"), _PLANNED),
+    **dict.fromkeys(("logits_processors", "worker_extension_cls"), _PLANNED),
     **dict.fromkeys(("runner", "convert", "pooler_config"), "it would hide the scores"),
     **dict.fromkeys(("speculative_config", "spec_method", "enable_lora"), "guards do not run beside it"),
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), "a worker has one accelerator"),

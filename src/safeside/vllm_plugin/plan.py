@@ -27,6 +27,7 @@ from safeside.base.fingerprint import Fingerprint, take_fingerprint
 from safeside.base.model import checkpoint_folder
 from safeside.errors import ConfigError, InputError, MissingExtraError, UnsupportedError
 from safeside.vllm_plugin import PREFIX
+from safeside.vllm_plugin.kept import EXTENSION
 from safeside.vllm_plugin.strengths import parse_strength
 
 TESTED = (0, 32)
@@ -175,6 +176,7 @@ class Plan:
             "hf_overrides": {"architectures": [PREFIX + self.architecture]},
             "additional_config": {CONFIG_KEY: self.config.as_json()},
             **(pooling if self.config.pools else {"logits_processors": [self.processor]}),
+            **({"worker_extension_cls": EXTENSION} if self.config.slots else {}),
         }
 
     def serve_flags(self) -> list[str]:
@@ -184,11 +186,13 @@ class Plan:
                 "A pooling engine is not served. Give engine_options to vllm.LLM, or plan without pools."
             )
         options = self.engine_options()
+        extension = ["--worker-extension-cls", EXTENSION] if self.config.slots else []
         return [
             "--hf-overrides", json.dumps(options["hf_overrides"]),
             "--additional-config", json.dumps(options["additional_config"]),
             "--logits-processors", self.processor,
             "--middleware", f"{_MODULE}.middleware.SafetyMiddleware",
+            *extension,
         ]  # fmt: skip
 
     def command(self, more: Sequence[str] = ()) -> list[str]:

@@ -6,6 +6,7 @@ Runner V2 has the processor for the check of parameters alone; see ``runner_v2``
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Proces
 
 from safeside.errors import InputError, UnsupportedError
 from safeside.vllm_plugin import PREFIX
+from safeside.vllm_plugin.kept import TAG, Drawn, kept_of, tag_of
 from safeside.vllm_plugin.plan import PROCESSOR, EngineConfig, read_engine_config
 from safeside.vllm_plugin.slots import HOTTEST
 from safeside.vllm_plugin.strengths import KEY, Setting, parse_strength
@@ -83,18 +85,23 @@ class Strengths(ProcessorV1, ProcessorV2):
             )
         self.config = read_engine_config(vllm_config.additional_config)
         self.table = table_of(vllm_config, device)
+        self.kept = kept_of(vllm_config)
         self.params: dict[int, SamplingParams] = {}
+        self.tagged: dict[int, tuple[str, Sequence[int]]] = {}
+        """By row, the tag of a request that has one, and the tokens that it has drawn."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise an InputError for a strength that cannot be (HTTP 400), and for what would hide or draw the scores."""
         extra = sampling_params.extra_args or {}
-        if unknown := [key for key in extra if key.startswith("safeside") and key != KEY]:
-            raise InputError(f"There is no {', '.join(unknown)}; expected {KEY}.")
+        if unknown := [key for key in extra if key.startswith("safeside") and key not in (KEY, TAG)]:
+            raise InputError(f"There is no {', '.join(unknown)}; expected {KEY} or {TAG}.")
         if KEY in extra:
             if not cls.facts["aligns"]:
                 raise InputError(f"{KEY} was given but the engine has no aligner. Leave it out.")
             parse_strength(extra[KEY], cls.facts["thresholds"])
+        if TAG in extra:
+            cls._check_tag(extra[TAG], sampling_params.n)
         slots = set(cls.facts["slots"])
         if slots and sampling_params.temperature > HOTTEST:
             raise InputError(
@@ -103,8 +110,18 @@ class Strengths(ProcessorV1, ProcessorV2):
             )
         if sampling_params.structured_outputs is not None and slots & set(sampling_params.logprob_token_ids or ()):
             raise InputError(
-                "Structured output masks the ids that carry scores: they cannot be read. Ask for one of both."
+                "Structured output masks the ids that carry scores: they cannot be read. Ask for one of both, or give "
+                f"the request a {TAG} and read its scores by collective_rpc."
             )
+
+    @classmethod
+    def _check_tag(cls, tag: object, n_answers: int) -> None:
+        if not cls.facts["slots"]:
+            raise InputError(f"{TAG} was given but the engine has no guard. Leave it out.")
+        if not isinstance(tag, str) or not tag:
+            raise InputError(f"{TAG} is a text that no other request has; got {tag!r}.")
+        if n_answers != 1:
+            raise InputError(f"Scores are kept by {TAG}, which {n_answers} answers would share. Ask for n=1.")
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Of V2: this processor changes no logits."""
@@ -119,30 +136,45 @@ class Strengths(ProcessorV1, ProcessorV2):
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Before each pass: who left, came and moved, in this order."""
-        if batch_update is None:
-            return
+        """Before each pass: who left, came and moved, in this order; then which tokens it draws.
+
+        A pass that reads only a part of a prompt draws nothing; the one that does writes over its scores.
+        """
+        if batch_update is not None:
+            self._follow(batch_update)
+        self.kept.expect([Drawn(row, tag, len(tokens)) for row, (tag, tokens) in self.tagged.items()])
+
+    def _follow(self, batch_update: BatchUpdate) -> None:
         for row in batch_update.removed:
             self._leave(row)
-        for row, params, prompt, _ in batch_update.added:
+        for row, params, prompt, tokens in batch_update.added:
             self._leave(row)  # a row that is taken again at once is not told as removed
-            kept = (params.extra_args or {}).get(_MEMORY)
+            memory = (params.extra_args or {}).get(_MEMORY)
             self.params[row] = params
-            self.table.put(row, asked_setting(self.config, params), len(prompt or ()), kept)
+            self.table.put(row, asked_setting(self.config, params), len(prompt or ()), memory)
+            if (tag := tag_of(params.extra_args)) is not None:
+                self.kept.begin(tag, is_back=memory is not None)
+                self.tagged[row] = tag, tokens
         for first, second, direction in batch_update.moved:
             self._move(first, second, direction == MoveDirectionality.SWAP)
 
     def _leave(self, row: int) -> None:
         """Give the request in ``row``, if there is one, its memory: it may come back."""
+        self.tagged.pop(row, None)
         if (params := self.params.pop(row, None)) is not None:
             params.extra_args = {**(params.extra_args or {}), _MEMORY: self.table.memory(row)}
 
     def _move(self, first: int, second: int, is_swap: bool) -> None:
-        params = self.params.pop(first, None), self.params.pop(second, None)
         (self.table.swap if is_swap else self.table.move)(first, second)
-        for row, moved in zip((second, first), params if is_swap else params[:1], strict=False):
-            if moved is not None:
-                self.params[row] = moved
+        _move(self.params, first, second, is_swap)
+        _move(self.tagged, first, second, is_swap)
+
+
+def _move(held: dict[int, Any], first: int, second: int, is_swap: bool) -> None:
+    """What is held by row ``first`` goes to ``second``, which loses or swaps its own."""
+    found = {second: held.pop(first, None), first: held.pop(second, None)}
+    rows = (second, first) if is_swap else (second,)
+    held.update({row: found[row] for row in rows if found[row] is not None})
 
 
 def __getattr__(name: str) -> type[Strengths]:

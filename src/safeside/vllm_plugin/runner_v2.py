@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
+from safeside.vllm_plugin.kept import Drawn, kept_of, tag_of
 from safeside.vllm_plugin.plan import read_engine_config
 from safeside.vllm_plugin.runner_v1 import asked_setting, table_of
 
@@ -34,18 +35,25 @@ class SafesideModelState(DefaultModelState):
         self.rows = torch.full((self.max_num_tokens,), self.table.padding, dtype=torch.long, device=device)
         self.row_of: dict[str, int] = {}
         self.memories: OrderedDict[str, Tensor] = OrderedDict()
+        self.kept = kept_of(vllm_config)
+        self.tagged: dict[str, tuple[str, int]] = {}
+        """By id, the tag of a request that has one, and the length of its prompt."""
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A request takes a row."""
         super().add_request(req_index, new_req_data)
-        setting = asked_setting(self.config, new_req_data.sampling_params)
-        memory = self.memories.pop(new_req_data.req_id, None)
-        self.table.put(req_index, setting, int(new_req_data.prompt_len), memory)
-        self.row_of[new_req_data.req_id] = req_index
+        req_id, params, n_prompt = new_req_data.req_id, new_req_data.sampling_params, int(new_req_data.prompt_len)
+        memory = self.memories.pop(req_id, None)
+        self.table.put(req_index, asked_setting(self.config, params), n_prompt, memory)
+        self.row_of[req_id] = req_index
+        if params is not None and (tag := tag_of(params.extra_args)) is not None:
+            self.kept.begin(tag, is_back=memory is not None)
+            self.tagged[req_id] = tag, n_prompt
 
     def remove_request(self, req_id: str) -> None:
         """A request leaves its row: it ended, or it waits for memory."""
         super().remove_request(req_id)
+        self.tagged.pop(req_id, None)
         row = self.row_of.pop(req_id, None)
         if row is None:
             return
@@ -59,7 +67,16 @@ class SafesideModelState(DefaultModelState):
         n_padded = input_batch.num_tokens_after_padding
         self.rows[: len(rows)].copy_(torch.from_numpy(rows.astype(np.int64)), non_blocking=True)
         self.rows[len(rows) : n_padded].fill_(self.table.padding)
+        self.kept.expect(self._drawn(input_batch) if self.tagged else ())
         return {**super().prepare_inputs(input_batch, req_states), "safeside_rows": self.rows[:n_padded]}
+
+    def _drawn(self, input_batch: InputBatch) -> list[Drawn]:
+        """The tokens that requests with a tag draw in a pass: those that it does not read to their end draw none."""
+        ends = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+        places = zip(input_batch.req_ids, ends.tolist(), input_batch.prefill_len_np.tolist(), strict=True)
+        drawing = [(row, req_id, end) for row, (req_id, end, whole) in enumerate(places) if end >= whole]
+        tagged = [(row, end, *self.tagged[req_id]) for row, req_id, end in drawing if req_id in self.tagged]
+        return [Drawn(row, tag, end - n_prompt) for row, end, tag, n_prompt in tagged]
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """The same buffer, all padding, for measuring and for the capture of graphs."""

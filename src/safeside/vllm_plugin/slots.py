@@ -46,8 +46,14 @@ def read(logprobs: Sequence[float], *, tells_strength: bool = False) -> list[flo
     """
     reference, *rest = logprobs
     masked = not math.isfinite(reference) or reference <= -9999.0  # what vLLM tells in place of -inf
-    tops = [1.0] * (len(rest) - tells_strength) + [_STRONGEST] * tells_strength
-    return [math.nan if masked else _within(value - reference, top) for value, top in zip(rest, tops, strict=True)]
+    values = [math.nan if masked else value - reference for value in rest]
+    return in_range(values, tells_strength=tells_strength)
+
+
+def in_range(values: Sequence[float], *, tells_strength: bool) -> list[float]:
+    """Scores, and then the strength if it is told; NaN for what cannot be one."""
+    tops = [1.0] * (len(values) - tells_strength) + [_STRONGEST] * tells_strength
+    return [_within(value, top) for value, top in zip(values, tops, strict=True)]
 
 
 def _within(value: float, top: float) -> float:
