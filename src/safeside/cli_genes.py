@@ -110,7 +110,9 @@ def apply(
     weights: Annotated[
         str | None, typer.Option(help="One weight in 0..2 for each gene, comma-separated; 1 unless given.")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="A TOML file: a table of weights for each context.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="A TOML file: a table of weights for each context; 0 unless given.")
+    ] = None,
     context: Annotated[str | None, typer.Option(help="The policy's context, in place of --weights.")] = None,
     output: Annotated[Path | None, typer.Option(help="A new folder for a copy with the genes merged.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this prompt with the genes live.")] = None,
@@ -121,9 +123,9 @@ def apply(
     if (policy is None) != (context is None) or (policy is not None and weights is not None):
         raise InputError("--policy FILE and --context NAME go together, and in place of --weights.")
     with extra("lora"):
-        from safeside.genes.command import Application, apply_command, asked_weights
-    asked = asked_weights(gene, weights, policy, context)
-    print_summary(apply_command(base, gene, Application(asked, output, prompt, max_new_tokens)), base, as_json)
+        from safeside.genes.command import Application, apply_command
+    how = Application(output, prompt, weights, policy, context, max_new_tokens)
+    print_summary(apply_command(base, gene, how), base, as_json)
 
 
 @app.command()

@@ -5,19 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from genes_for_tests import logits_of, random_gene
 from safeside import Adapter, Base, Message, attach, load_base
+from safeside.artifact import load_adapter, save_adapter
 from safeside.base.families import is_updated
-from safeside.errors import AttachmentError, ConfigError, FormatError, InputError, UnknownNameError, UnsupportedError
+from safeside.errors import (
+    AttachmentError,
+    ConfigError,
+    FormatError,
+    InputError,
+    MismatchError,
+    UnknownNameError,
+    UnsupportedError,
+)
 from safeside.genes.apply import ContextPolicy, apply_genes
 from safeside.genes.baselines import with_added
-from safeside.genes.merge import ORIGINALS_FILE, merge_genes, model_hash, unmerge_genes
+from safeside.genes.merge import ORIGINALS_FILE, merge_genes, model_hash, save_checkpoint, unmerge_genes
 from safeside.genes.merged import MERGED_FILE
 from safeside.lora import LoraShape, add_lora
 from safeside.train.taps import make_batch, record_states
@@ -130,7 +141,9 @@ def test_what_is_refused_leaves_the_model_alone(tiny_base: Base) -> None:
         ([gene], {"sfae": 1.0}, InputError, "Weights name sfae"),
         ([gene], {"safe": -0.1}, InputError, "between 0 and 2"),
         ([gene], {"safe": float("nan")}, InputError, "between 0 and 2"),
-        ([gene], {"safe": "1"}, InputError, "between 0 and 2"),
+        ([gene], {"safe": "1"}, InputError, "a number between 0 and 2"),
+        ([gene], {"safe": True}, InputError, "a number between 0 and 2"),
+        ([gene], {"safe": np.float32("nan")}, InputError, "a number between 0 and 2"),
         ([rival, gene], None, ConfigError, "'safe' declares a conflict with rival"),
     ):
         with pytest.raises(error, match=message):
@@ -160,7 +173,10 @@ def test_weights_by_context(tiny_base: Base) -> None:
         applied.use(policy, "school")
         assert applied.weights == {"privacy": 0.5, "violence": 2.0}
         applied.use(policy, "clinic")
-        assert applied.weights == {"privacy": 1.5, "violence": 0.0}
+        assert applied.weights == {"privacy": 1.5, "violence": 0.0}, "a policy names all that it uses"
+        applied.set_weights({})
+        assert applied.weights == {"privacy": 1.0, "violence": 1.0}, "what is not named here is at 1"
+        applied.use(policy, "clinic")
         close(logits_of(tiny_base), with_weights_added(tiny_base, [(1.5, matrices_of(genes[0]))]), TOLERANCE)
         with pytest.raises(UnknownNameError, match="Did you mean 'clinic'"):
             applied.use(policy, "clinics")
@@ -168,6 +184,17 @@ def test_weights_by_context(tiny_base: Base) -> None:
             policy.weights_for("school", genes[:1])
     with pytest.raises(InputError, match="context 'all' give privacy 3"):
         ContextPolicy({"all": {"privacy": 3.0}})
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_weights_are_any_real_numbers(tiny_base: Base, weight: object) -> None:
+    with apply_genes(tiny_base, [random_gene(tiny_base)], {"safe": weight}) as applied:
+        assert applied.weights == {"safe": 0.5}
+        assert type(applied.weights["safe"]) is float
+        applied.use(ContextPolicy({"clinic": {"safe": weight}}), "clinic")
+        assert type(applied.weights["safe"]) is float
+        applied.set_weights({"safe": np.int64(1)})
+        assert applied.weights == {"safe": 1.0}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -183,6 +210,29 @@ def test_a_merged_copy_and_its_originals(tiny_family: Callable[[str], Base], tmp
     assert torch.equal(logits_of(restored), plain)
     assert restored.fingerprint.weights == base.fingerprint.weights, "the file itself"
     assert not (tmp_path / "restored" / MERGED_FILE).exists()
+
+
+def test_a_checkpoint_in_several_files_comes_back_in_one(
+    tiny_base: Base, tmp_path: Path, random_guard: Callable[..., Adapter]
+) -> None:
+    """The same tensors, but other files: what belongs to the original has to be told so."""
+    tiny_base.model.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    tiny_base.tokenizer.save_pretrained(tmp_path / "parts")
+    base = load_base(tmp_path / "parts")
+    guard = save_adapter(random_guard(base), tmp_path / "guard")
+    merge_genes(base, [random_gene(base)], tmp_path / "merged")
+    restored = load_base(unmerge_genes(tmp_path / "merged", tmp_path / "restored"))
+    assert model_hash(restored) == model_hash(base)
+    with pytest.raises(MismatchError, match="weights"):
+        load_adapter(guard, restored)
+    load_adapter(guard, restored, allow_mismatch="weights")
+
+
+def test_a_merged_copy_that_is_saved_anew_forgets_its_genes(tiny_base: Base, tmp_path: Path) -> None:
+    gene = random_gene(tiny_base)
+    merged = load_base(merge_genes(tiny_base, [gene], tmp_path / "merged"))
+    save_checkpoint(merged, tmp_path / "anew")
+    merge_genes(load_base(tmp_path / "anew"), [gene], tmp_path / "twice")
 
 
 def test_a_copy_in_bfloat16_is_restored_bit_for_bit(tiny_base: Base, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from genes_for_tests import logits_of, random_gene
 from safeside import Base, load_base
+from safeside.base.updates import LowRank
 from safeside.errors import FormatError, InputError
 from safeside.genes.apply import apply_genes
 from safeside.genes.artifact import GENE_FILE, load_gene, read_gene_config, save_gene
+from safeside.genes.gene import Gene
 from safeside.lora import CONFIG_FILE, WEIGHTS_FILE
 
 PEFT_TOLERANCE = 1e-6  # of logits: the same sums in the same order
@@ -109,6 +111,7 @@ def test_damaged_weights(tiny_base: Base, tmp_path: Path) -> None:
         ({"coefficients": [1.0]}, "one for each layer"),
         ({"layers": [1, 2, 9]}, "layers must rise"),
         ({"layers": [1, 2]}, "one for each layer"),
+        ({"conflicts": ["other", "safe"]}, "got 'safe', which is the gene itself"),
     ],
 )
 def test_a_broken_description(tiny_base: Base, tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -163,6 +166,27 @@ def test_coefficients_are_folded_in_and_can_be_set_again(session_base: Base, val
 def test_coefficients_that_cannot_be(tiny_base: Base, values: list[float]) -> None:
     with pytest.raises(InputError, match=r"needs 3 coefficients of a size between 1e-06 and 1e.06"):
         random_gene(tiny_base).with_coefficients(values)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_updates_that_are_not_finite_make_no_gene(tiny_base: Base, value: float) -> None:
+    gene = random_gene(tiny_base)
+    name, update = next(iter(gene.updates.items()))
+    broken = LowRank(update.down, torch.full_like(update.up, value, dtype=torch.float64))
+    with pytest.raises(InputError, match=f"the update of {name} holds NaN or infinity"):
+        Gene(gene.config, {**gene.updates, name: broken})
+
+
+def test_updates_that_are_not_those_of_the_modules_make_no_gene(tiny_base: Base) -> None:
+    gene = random_gene(tiny_base)
+    name, update = next(iter(gene.updates.items()))
+    for updates, message in (
+        ({key: value for key, value in gene.updates.items() if key != name}, f"the update of {name} is missing"),
+        ({**gene.updates, "lm_head": update}, "the update of lm_head is of no module"),
+        ({**gene.updates, name: LowRank(update.down[:1], update.up)}, f"the update of {name} has the shapes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Gene(gene.config, updates)
 
 
 @pytest.mark.parametrize("layers", [[], [4], [0, 1]])

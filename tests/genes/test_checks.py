@@ -61,7 +61,9 @@ def test_another_architecture(session_base: Base, tmp_path: Path, changes: dict[
 
 
 def test_another_family(session_base: Base, tiny_family: Callable[[str], Base], tmp_path: Path) -> None:
-    assert_refused(tiny_family("gpt2"), random_gene(session_base), tmp_path, MismatchError, "does not fit .*gpt2.* is ")
+    assert_refused(
+        tiny_family("gpt2"), random_gene(session_base), tmp_path, MismatchError, "model_type is 'gpt2' where 'llama'"
+    )
 
 
 def test_another_tokenizer(session_base: Base, fresh_base: Base, tmp_path: Path) -> None:

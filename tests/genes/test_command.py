@@ -105,9 +105,14 @@ def test_weights_by_a_policy(run: Callable[..., Ran], tmp_path: Path, session_ba
 @pytest.mark.parametrize(
     ("line", "message", "code"),
     [
-        ("inspect none", "has no gene.json", 1),
+        ("inspect none", "none has no gene.json, adapter_config.json, adapter_model", 1),
+        ("apply BASE --gene none --prompt a", "none has no gene.json, adapter_config.json, adapter_model", 1),
         ("extract none.toml --output new", "There is no recipe", 2),
         ("extract bad.toml --output new", "surprise", 2),
+        ("extract itself.toml --output new", "got 'safe', which is the gene itself", 2),
+        ("extract same.toml --output new", "ok is given both for harmful and for harmless rows", 2),
+        ("apply BASE --gene gene --prompt EMPTY", "--prompt is empty; expected text", 2),
+        ("apply BASE --gene gene --prompt BLANK", "--prompt is empty; expected text", 2),
         ("apply BASE --gene gene", "one of --output FOLDER", 2),
         ("apply BASE --gene gene --prompt a --output new", "one of --output FOLDER", 2),
         ("apply BASE --gene gene --prompt a --weights 1,2", "each of 1 genes; got 2", 2),
@@ -117,13 +122,25 @@ def test_weights_by_a_policy(run: Callable[..., Ran], tmp_path: Path, session_ba
         ("apply BASE --gene gene --prompt a --policy bad.toml --context b", "bad.toml is not a policy", 2),
         ("apply BASE --gene gene --gene rival --prompt a", "declares a conflict", 2),
         ("unapply gene --output new", "has no gene_merged.json", 2),
-        ("fit gene --base BASE --refusals empty --task empty --output new", "at least", 2),
-        ("fit gene --base BASE --refusals bad --task bad --output new", "line 1", 2),
+        ("fit gene --base BASE --refusals empty --task ok --output new", "at least", 2),
+        ("fit gene --base BASE --refusals bad --task ok --output new", "line 1", 2),
         ("fit gene --base BASE --refusals no --task no --output gene", "exists already", 2),
-        ("fit gene --base BASE --refusals ok --task ok --shots 4 --output new", "1 refusals; got shots = 4", 2),
+        ("fit gene --base BASE --refusals ok --task spaced --shots 4 --output new", "1 refusals; got shots = 4", 2),
+        (
+            "fit gene --base BASE --refusals ok --task ./ok --output new",
+            "ok is given both for refusals and for task",
+            2,
+        ),
+        (
+            "fit gene --base BASE --refusals ok --task link --output new",
+            "ok is given both for refusals and for task",
+            2,
+        ),
         ("fit gene --base BASE --refusals spaced --task ok --output new", "spaced: line 2 has no answer", 2),
-        ("select gene --base BASE --harmful ok --benign ok --method all --keep 2 --output new", "keeps every layer", 2),
-        ("port gene --from builtin --to BASE --harmful ok --benign ok --output new", "does not fit", 1),
+        ("select gene --base BASE --harmful ok --benign spaced --method all --keep 2 --output new", "keeps every", 2),
+        ("select gene --base BASE --harmful ok --benign ok --output new", "both for harmful and for harmless rows", 2),
+        ("port gene --from builtin --to BASE --harmful ok --benign spaced --output new", "does not fit", 1),
+        ("port gene --from BASE --to BASE --harmful ok --benign ok --output new", "both for harmful and for", 2),
         ("port gene --from BASE --to BASE --harmful empty --benign ok --output new", "no harmful prompts", 2),
     ],
 )
@@ -140,11 +157,15 @@ def test_mistakes_are_one_line(
     save_gene(random_gene(session_base, conflicts=("rival",)), "gene")
     save_gene(random_gene(session_base, "rival"), "rival")
     Path("bad.toml").write_text("surprise = 1")
+    Path("itself.toml").write_text(RECIPE.replace("rival", "safe"))
+    Path("same.toml").write_text(RECIPE.replace("harmful.jsonl", "ok").replace("benign.jsonl", "ok"))
+    Path("link").symlink_to("ok")
     Path("empty").write_text("")
     Path("bad").write_text("{")
     Path("ok").write_text(json.dumps({"prompt": "the cat"}))
     Path("spaced").write_text("\n" + json.dumps({"prompt": "the cat"}))
-    found = run("gene", *[str(session_base.folder) if word == "BASE" else word for word in line.split()])
+    words = {"BASE": str(session_base.folder), "EMPTY": "", "BLANK": " "}
+    found = run("gene", *[words.get(word, word) for word in line.split()])
     assert found.code == code, found.err
     assert message in found.err
     assert found.err.startswith("safeside: ")

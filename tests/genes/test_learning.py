@@ -13,6 +13,7 @@ from safeside import Base, Message, load_base
 from safeside.base.families import is_updated
 from safeside.errors import ConfigError, InputError, NotFiniteError
 from safeside.genes.apply import apply_genes
+from safeside.genes.baselines import SaloraSettings, train_salora
 from safeside.genes.extract import Pair, divergence, extract_gene, parameters_of, trainable_updates
 from safeside.genes.fit import fit_gene
 from safeside.genes.merge import merge_genes, model_hash
@@ -20,6 +21,7 @@ from safeside.genes.optimise import Steps, draws, optimise
 from safeside.genes.recipe import FitSection, SelectSection
 from safeside.genes.rows import Row, answer_loss, encode_texts, named, with_answers
 from safeside.genes.select import layer_shifts, select_layers
+from safeside.lora import LoraShape, add_lora
 from twin import close
 
 HARMFUL, BENIGN = conversations(8, answer="the hat sat"), conversations(8, answer="the mat", start=30)
@@ -248,5 +250,44 @@ def test_draws_use_every_row_before_any_again() -> None:
 
 def test_a_loss_that_is_not_finite_stops() -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(NotFiniteError, match="at step 0; lower the learning rate"):
-        optimise([parameter], lambda step: (parameter * float("nan")).sum(), Steps(2, 0.1))
+    with pytest.raises(NotFiniteError, match=r"loss is nan at step 0; .*Lower \[fit\] learning_rate, which is 0\.1"):
+        optimise(
+            [parameter], lambda step: (parameter * float("nan")).sum(), Steps(2, 0.1, rate_name="[fit] learning_rate")
+        )
+
+
+def test_a_last_step_that_is_not_finite_is_noticed_too() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(NotFiniteError, match=r"NaN or infinity at the end; .*Lower learning_rate, which is 0\.1"):
+        optimise([parameter], lambda step: (parameter - 1).abs().sqrt().sum(), Steps(1, 0.1))
+
+
+def test_a_parameter_that_the_loss_does_not_depend_on_stays_as_it_is() -> None:
+    used, unused = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimise([used, unused], lambda step: used.square().sum(), Steps(2, 0.1))
+    assert float(used.detach()) < 1 == float(unused.detach())
+
+
+@pytest.mark.parametrize(("learning_rate", "steps"), [(1e8, 1), (1e30, 1), (1e30, 2), (1e30, 10)])
+def test_a_fit_that_diverges_says_so(tiny_base: Base, learning_rate: float, steps: int) -> None:
+    settings, before = FitSection(steps=steps, learning_rate=learning_rate), model_hash(tiny_base)
+    with pytest.raises(NotFiniteError, match=r"diverged: .*Lower \[fit\] learning_rate, which is 1e\+"):
+        fit_gene(tiny_base, random_gene(tiny_base), HARMFUL, BENIGN, settings)
+    assert model_hash(tiny_base) == before
+    assert not is_updated(tiny_base.model)
+
+
+def test_gradients_of_the_user_stay_as_they_were(tiny_base: Base, degraded: Base) -> None:
+    """What can learn in a model beside the gene is the user's: it gets no gradient, and keeps the one that it has."""
+    quick = gene_recipe(extract={"rank": 1, "steps": 2, "batch_size": 2})
+    with add_lora(tiny_base, LoraShape(rank=2)):
+        own = [parameter for parameter in tiny_base.model.parameters() if parameter.requires_grad]
+        own[0].grad = torch.full_like(own[0], 3.0)
+        fit_gene(tiny_base, random_gene(tiny_base), HARMFUL, BENIGN, FitSection(steps=2))
+        train_salora(tiny_base, HARMFUL, BENIGN, SaloraSettings(rank=1, safety_rank=1, n_steps=1, batch_size=2))
+        assert torch.equal(own[0].grad, torch.full_like(own[0], 3.0))
+        assert all(parameter.grad is None for parameter in own[1:])
+    trainable = degraded.model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_()
+    extract_gene(Pair(tiny_base, degraded), HARMFUL, BENIGN, quick)
+    trainable.requires_grad_(requires_grad=False)
+    assert trainable.grad is None

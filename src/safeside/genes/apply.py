@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Self
 
 import torch
@@ -26,7 +27,10 @@ LIMIT = 2.0
 _applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 Weights = Mapping[str, float]
-"""By a gene's name, how much of it: from 0, which is none of it, to LIMIT."""
+"""By a gene's name, how much of it: from 0, which is none of it, to LIMIT.
+
+A gene that is not named is at 1 where genes are applied, swapped, weighed or merged, but at 0 in a context of a policy.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,17 @@ class ContextPolicy:
     """Weights by context: a deployment, a regulation, whatever the caller tells apart."""
 
     contexts: Mapping[str, Weights]
-    """By the context's name, a weight for each gene; a gene that is not named is not used."""
+    """By the context's name, a weight for each gene; a gene that is not named is at 0 there: it is not used."""
 
     def __post_init__(self) -> None:
         for context, weights in self.contexts.items():
             check_weights(weights, f"context {context!r}")
 
     def weights_for(self, context: str, genes: Sequence[Gene]) -> dict[str, float]:
-        """A weight for each of ``genes``; an unknown context is an UnknownNameError, an unknown gene a ConfigError."""
+        """A weight for each of ``genes``, 0 for those that the context does not name.
+
+        An unknown context is an UnknownNameError, an unknown gene a ConfigError.
+        """
         if context not in self.contexts:
             raise UnknownNameError(did_you_mean("context", context, list(self.contexts)))
         names = [gene.name for gene in genes]
@@ -89,7 +96,10 @@ class AppliedGenes:
         self._install()
 
     def set_weights(self, weights: Weights) -> None:
-        """Weigh the genes anew, those that are not named at 1.  At 0 a gene's hooks are gone: it changes no bit."""
+        """Weigh the genes anew, those that are not named at 1, whatever they were at (a policy's are at 0).
+
+        At 0 a gene's hooks are gone: it changes no bit.
+        """
         self._check_applied()
         checked = self._checked(list(self.genes.values()), weights)
         self._remove()
@@ -97,7 +107,7 @@ class AppliedGenes:
         self._install()
 
     def use(self, policy: ContextPolicy, context: str) -> None:
-        """Weigh the genes as the policy says for a context."""
+        """Weigh the genes as the policy says for a context, those that it does not name at 0."""
         self.set_weights(policy.weights_for(context, list(self.genes.values())))
 
     def unapply(self) -> None:
@@ -162,8 +172,10 @@ def checked_weights(genes: Sequence[Gene], weights: Weights | None) -> dict[str,
     return found
 
 
-def check_weights(weights: Weights, where: str) -> None:
-    """Raise an InputError unless every weight is a number between 0 and LIMIT."""
+def check_weights(weights: Mapping[str, object], where: str) -> None:
+    """Raise an InputError unless every weight is a real number between 0 and LIMIT, such as 0.5 or NumPy's."""
     for name, weight in weights.items():
-        if not (isinstance(weight, int | float) and 0 <= weight <= LIMIT):  # NaN is not
-            raise InputError(f"A gene's weight lies between 0 and {LIMIT:g}; {where} give {name} {weight}.")
+        if isinstance(weight, bool) or not isinstance(weight, Real) or weight < 0 or not weight <= LIMIT:  # NaN is not
+            raise InputError(
+                f"A gene's weight is a number between 0 and {LIMIT:g}; {where} give {name} {weight!r}. Correct it."
+            )

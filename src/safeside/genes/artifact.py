@@ -117,10 +117,9 @@ def _pair(weights: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
 
 def _check_weights(config: GeneConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Raise unless ``weights`` are finite floats of exactly the shapes that gene.json lists."""
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[int, int]] = {}
     for point in config.modules:
-        down, up = _names(point.name)
-        expected |= {down: (point.rank, point.n_in), up: (point.n_out, point.rank)}
+        expected |= zip(_names(point.name), point.shapes, strict=True)
     for name, shape in expected.items():
         found = tuple(weights[name].shape) if name in weights else None
         if found != shape:

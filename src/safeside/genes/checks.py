@@ -102,8 +102,9 @@ def check_pair(aligned: Base, degraded: Base) -> None:
 
 
 def _first_difference(wanted: GeneFamily, found: GeneFamily) -> str | None:
-    """The first thing in which the second family is another one, in words."""
-    for setting in sorted(set(wanted.settings) | set(found.settings)):
+    """The first thing in which the second family is another one, in words: the kind of model, if that differs."""
+    settings = set(wanted.settings) | set(found.settings)
+    for setting in sorted(settings, key=lambda name: (name != "model_type", name)):
         expected, given = wanted.settings.get(setting), found.settings.get(setting)
         if expected != given:
             return f"{setting} is {given!r} where {expected!r} is expected"

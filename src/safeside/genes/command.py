@@ -14,7 +14,7 @@ from safeside.artifact import require_new
 from safeside.base.model import Base, load_base
 from safeside.errors import ConfigError, InputError
 from safeside.genes.apply import ContextPolicy, apply_genes
-from safeside.genes.artifact import load_gene, read_gene_config, save_gene
+from safeside.genes.artifact import load_gene, save_gene
 from safeside.genes.checks import check_fits, check_model
 from safeside.genes.extract import Pair, extract_gene
 from safeside.genes.fit import fit_gene
@@ -24,7 +24,7 @@ from safeside.genes.merged import read_merged
 from safeside.genes.optimise import Report
 from safeside.genes.port import port_gene
 from safeside.genes.recipe import ExtractSection, FitSection, GeneData, SelectSection, problems_of, read_gene_recipe
-from safeside.genes.rows import read_rows
+from safeside.genes.rows import Row, read_rows
 from safeside.genes.select import select_layers
 from safeside.terminal import progress_bar
 from safeside.types import Message
@@ -42,11 +42,13 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """How genes are applied: into a new folder, or live to answer a prompt."""
+    """How genes are applied: into a new folder, or live to answer a prompt; at weights in a list, or a policy's."""
 
-    weights: Mapping[str, float] | None
-    output: Path | None
-    prompt: str | None
+    output: Path | None = None
+    prompt: str | None = None
+    weights: str | None = None
+    policy: Path | None = None
+    context: str | None = None
     max_new_tokens: int = 96
 
 
@@ -54,9 +56,8 @@ def extract_command(path: Path, data_root: Path, models: Models, output: Path) -
     """Extract the gene that a recipe describes and save it."""
     recipe = read_gene_recipe(path)
     require_new(output)
-    harmful, benign = (
-        read_rows(data_root / name for name in names) for names in (recipe.data.harmful, recipe.data.benign)
-    )
+    kinds = [[data_root / name for name in names] for names in (recipe.data.harmful, recipe.data.benign)]
+    harmful, benign = _read_kinds(kinds, "harmful and for harmless rows")
     pair = Pair(load_base(models.aligned or recipe.aligned), load_base(models.degraded or recipe.degraded))
     with _steps(f"extract {recipe.name}") as report:
         gene = extract_gene(pair, harmful, benign, recipe, report)
@@ -69,7 +70,7 @@ def select_command(
     """Keep some layers of a gene, chosen on prompts of both kinds (harmful, harmless), and save it anew."""
     gene = load_gene(folder)
     require_new(output)
-    harmful, benign = (read_rows([path]) for path in rows)
+    harmful, benign = _read_kinds([[path] for path in rows], "harmful and for harmless rows")
     found = SelectSection.model_validate({**gene.config.recipe.select.model_dump(), **settings})
     if found.method == "all" and "keep" in settings:
         raise InputError(f"Method 'all' keeps every layer; got keep = {found.keep}. Leave one of the two out.")
@@ -87,7 +88,7 @@ def fit_command(
     gene = load_gene(folder)
     require_new(output)
     shots = settings.get("shots")
-    refusals, task_rows = (read_rows([path]) for path in rows)
+    refusals, task_rows = _read_kinds([[path] for path in rows], "refusals and for task rows")
     if isinstance(shots, int) and shots > len(refusals):
         raise InputError(f"{rows[0]} has {len(refusals)} refusals; got shots = {shots}. Add rows, or use fewer shots.")
     refusals = refusals[:shots] if isinstance(shots, int) else refusals
@@ -107,7 +108,7 @@ def port_command(
     """Port a gene from one model to another with prompts of both kinds (harmful, harmless), and save it anew."""
     gene = load_gene(folder)
     require_new(output)
-    harmful, benign = (read_rows([path]) for path in rows)
+    harmful, benign = _read_kinds([[path] for path in rows], "harmful and for harmless rows")
     recipe = gene.config.recipe
     extract = ExtractSection.model_validate({**recipe.extract.model_dump(), **settings})
     source, target = map(load_base, models)
@@ -122,11 +123,14 @@ def apply_command(model: str, folders: Sequence[Path], how: Application) -> Summ
     """Merge genes into a copy of a model, or answer one prompt with them live."""
     if (how.output is None) == (how.prompt is None):
         raise InputError("apply needs one of --output FOLDER (a merged copy) and --prompt TEXT (live).")
-    genes, base = [load_gene(folder) for folder in folders], load_base(model)
+    if how.prompt is not None and not how.prompt.strip():
+        raise InputError("--prompt is empty; expected text. Ask something.")
+    genes = [load_gene(folder) for folder in folders]
+    weights, base = asked_weights(genes, how), load_base(model)
     if how.output is not None:
-        merged = merge_genes(base, genes, how.output, how.weights)
+        merged = merge_genes(base, genes, how.output, weights)
         return {"model": str(merged), "genes": read_merged(merged).genes}
-    with apply_genes(base, genes, how.weights) as applied:
+    with apply_genes(base, genes, weights) as applied:
         answer = base.chat([Message("user", str(how.prompt))], max_new_tokens=how.max_new_tokens)
         return {"answer": answer.text, "genes": applied.weights}
 
@@ -144,22 +148,19 @@ def add_genes(base: Base, folders: Mapping[str, Path]) -> dict[str, str]:
     return {name: gene.config.checksum[:16] for name, gene in genes.items()}
 
 
-def asked_weights(
-    folders: Sequence[Path], weights: str | None, policy: Path | None, context: str | None
-) -> dict[str, float] | None:
+def asked_weights(genes: Sequence[Gene], how: Application) -> dict[str, float] | None:
     """By gene, the weights that a command asks for: listed in the order of the genes, or those of a context."""
-    names = [read_gene_config(folder).name for folder in folders]
-    if policy is not None:
-        return read_policy(policy).weights_for(str(context), [load_gene(folder) for folder in folders])
-    if weights is None:
+    if how.policy is not None:
+        return read_policy(how.policy).weights_for(str(how.context), genes)
+    if how.weights is None:
         return None
     try:
-        found = [float(part) for part in weights.split(",")]
+        found = [float(part) for part in how.weights.split(",")]
     except ValueError as error:
-        raise InputError(f"Weights must be numbers like 1,0.5; got {weights!r}.") from error
-    if len(found) != len(names):
-        raise InputError(f"--weights needs a number for each of {len(names)} genes; got {len(found)}.")
-    return dict(zip(names, found, strict=True))
+        raise InputError(f"Weights must be numbers like 1,0.5; got {how.weights!r}.") from error
+    if len(found) != len(genes):
+        raise InputError(f"--weights needs a number for each of {len(genes)} genes; got {len(found)}.")
+    return {gene.name: weight for gene, weight in zip(genes, found, strict=True)}
 
 
 def read_policy(path: Path) -> ContextPolicy:
@@ -209,6 +210,17 @@ def summary_of(gene: Gene, folder: Path) -> Summary:
         "share_of_weights_touched": round(gene.n_weights_touched / config.family.n_weights, 6),
         **config.results,
     }
+
+
+def _read_kinds(paths: Sequence[Sequence[Path]], what: str) -> tuple[list[Row], list[Row]]:
+    """The rows of two kinds, which pull in opposite ways: a file that is given for both is an InputError."""
+    first, second = paths
+    shared = sorted({path.resolve() for path in first} & {path.resolve() for path in second})
+    if shared:
+        raise InputError(
+            f"{shared[0]} is given both for {what}; expected a file of its own for each kind. Correct one of the two."
+        )
+    return read_rows(first), read_rows(second)
 
 
 @contextmanager

@@ -91,7 +91,8 @@ def learn_gene(
             return lost
         return lost + settings.benign_weight * divergence(base, base, updates, benign.batch(base, next(plain_order)))
 
-    loss = optimise(parameters_of(updates), loss_at, Steps(settings.steps, settings.learning_rate, report))
+    steps = Steps(settings.steps, settings.learning_rate, report, "[extract] learning_rate")
+    loss = optimise(parameters_of(updates), loss_at, steps)
     learnt = {name: LowRank(update.down.detach(), update.up.detach()) for name, update in updates.items()}
     return _new_gene(base, points, recipe, learnt), loss
 

@@ -13,9 +13,9 @@ from safeside.base.model import Base
 from safeside.base.updates import LiveUpdates
 from safeside.errors import InputError
 from safeside.genes.checks import check_fits, check_model, check_plain
-from safeside.genes.gene import Gene, changed
+from safeside.genes.gene import SIZES, Gene, changed
 from safeside.genes.merged import check_beside_merged
-from safeside.genes.optimise import Report, Steps, draws, optimise, silent
+from safeside.genes.optimise import Report, Steps, diverged, draws, optimise, silent
 from safeside.genes.recipe import FitSection
 from safeside.genes.rows import Given, Texts, answer_loss, encode_texts
 
@@ -34,8 +34,8 @@ def fit_gene(
     ``refusals`` are harmful prompts with the answers that are wanted; of ``task_rows`` as many are read, the first.
     The loss is the mean over both kinds of their answers' negative log-likelihood, of refusals that of their first
     tokens (``refusal_tokens``); settings are the recipe's unless given, and stand in the gene's recipe then.
-    Coefficients may become negative.  A base that
-    holds the gene, or one that it conflicts with, in its weights is a ConfigError.
+    Coefficients may become negative.  A base that holds the gene, or one that it conflicts with, in its weights is a
+    ConfigError; a fit that diverges is a NotFiniteError.
     """
     settings, started = settings or gene.config.recipe.fit, time.perf_counter()
     check_model(base)
@@ -45,11 +45,15 @@ def fit_gene(
     refused, answered = _examples(base, refusals, task_rows)
     factors = {layer: nn.Parameter(torch.ones((), device=base.device)) for layer in gene.config.layers}
     updates = {name: update.to(base.device) for name, update in gene.updates.items()}
+    steps = Steps(settings.steps, settings.learning_rate, report, "[fit] learning_rate")
     with LiveUpdates(base.model, updates, {point.name: factors[point.layer] for point in gene.config.modules}):
-        steps = Steps(settings.steps, settings.learning_rate, report)
         loss_of = _loss_of(base, (refused, answered), settings, gene.config.recipe.seed)
         loss = optimise(list(factors.values()), loss_of, steps)
     pairs = zip(factors.values(), gene.config.coefficients, strict=True)
+    coefficients = [float(factor.detach()) * before for factor, before in pairs]
+    if max(map(abs, coefficients)) > SIZES[1]:
+        found = ", ".join(f"{value:.3g}" for value in coefficients)
+        raise diverged(f"the coefficients became {found}; expected sizes of at most {SIZES[1]:g}", steps)
     results: dict[str, int | float | str] = {
         "fit_loss": loss,
         "fit_seconds": time.perf_counter() - started,
@@ -57,7 +61,7 @@ def fit_gene(
         "fit_model": base.name,
         "trainable_params": len(factors),
     }
-    fitted = gene.with_coefficients([float(factor.detach()) * before for factor, before in pairs])
+    fitted = gene.with_coefficients(coefficients)
     recipe = gene.config.recipe.model_copy(update={"fit": settings})
     return Gene(changed(fitted.config, {"recipe": recipe}), fitted.updates).with_results(results)
 

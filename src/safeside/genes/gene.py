@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from safeside.base.updates import LowRank
 from safeside.errors import InputError
-from safeside.genes.recipe import GeneRecipe
+from safeside.genes.recipe import GeneRecipe, check_conflicts
 
 FORMAT: Final = 1
 SIZES: Final = (1e-6, 1e6)
@@ -35,6 +35,11 @@ class AttachmentPoint(_Frozen):
     """Width of what it reads."""
     n_out: int = Field(ge=1)
     """Width of what it gives."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of its update's ``down`` and ``up``."""
+        return (self.rank, self.n_in), (self.n_out, self.rank)
 
 
 class GeneFamily(_Frozen):
@@ -88,17 +93,25 @@ class GeneConfig(_Frozen):
             raise ValueError("modules must be those of the layers that are kept, and every layer must have one")
         if len({point.name for point in self.modules}) < len(self.modules):
             raise ValueError("modules must have names of their own")
+        check_conflicts(self.name, self.conflicts)
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Gene:
-    """A gene in memory."""
+    """A gene in memory.  Updates that are missing, not finite, or not those that ``config`` lists are an InputError."""
 
     config: GeneConfig
     """What it is and belongs to."""
     updates: Mapping[str, LowRank]
     """By module, with the coefficients in them."""
+
+    def __post_init__(self) -> None:
+        shapes = {point.name: point.shapes for point in self.config.modules}
+        for name in sorted(shapes.keys() | self.updates.keys()):
+            problem = _problem(self.updates.get(name), shapes.get(name))
+            if problem:
+                raise InputError(f"Gene {self.name!r}: the update of {name} {problem}. Make the gene anew.")
 
     @property
     def name(self) -> str:
@@ -146,6 +159,21 @@ class Gene:
         """Frobenius norm of a layer's updates, coefficients included."""
         matrices = [self.updates[point.name].matrix for point in self.config.modules if point.layer == layer]
         return math.sqrt(sum(float(matrix.square().sum()) for matrix in matrices))
+
+
+def _problem(update: LowRank | None, shapes: tuple[tuple[int, int], tuple[int, int]] | None) -> str | None:
+    """What is wrong with an update for which the configuration says ``shapes``."""
+    if update is None:
+        return "is missing; expected one for each of its modules"
+    if shapes is None:
+        return "is of no module that it lists; expected those alone"
+    pair = (update.down, update.up)
+    found = tuple(tuple(tensor.shape) for tensor in pair)
+    if found != shapes:
+        return f"has the shapes {found}; expected {shapes}"
+    if not all(tensor.float().isfinite().all() for tensor in pair):
+        return "holds NaN or infinity; expected numbers that are finite in float32"
+    return None
 
 
 def changed(config: GeneConfig, changes: Mapping[str, object]) -> GeneConfig:

@@ -32,12 +32,15 @@ class Steps:
     """Peak: linear warm-up, then cosine to a tenth."""
     report: Report = silent
     """Told of every step."""
+    rate_name: str = "learning_rate"
+    """What messages call the setting of the rate."""
 
 
 def optimise(parameters: Sequence[nn.Parameter], loss_of: Callable[[int], Tensor], steps: Steps) -> float:
     """Lower ``loss_of``, which is asked for each step's loss in turn; returns the mean of the last tenth.
 
-    A loss that is not finite is a NotFiniteError.
+    Gradients reach ``parameters`` alone, whatever else could have one.  A loss or a parameter that is not finite is a
+    NotFiniteError.
     """
     optimizer = torch.optim.AdamW(parameters, lr=steps.learning_rate, weight_decay=0.0)
     losses = []
@@ -46,15 +49,22 @@ def optimise(parameters: Sequence[nn.Parameter], loss_of: Callable[[int], Tensor
             group["lr"] = steps.learning_rate * _share_of_rate((step + 1) / steps.n_steps)
         loss = loss_of(step)
         if not loss.isfinite():
-            raise NotFiniteError(f"The loss is {float(loss.detach())} at step {step}; lower the learning rate.")
-        loss.backward()  # type: ignore[no-untyped-call]
+            raise diverged(f"the loss is {float(loss.detach())} at step {step}; expected a finite one", steps)
+        loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         steps.report(step + 1, steps.n_steps)
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise diverged("what is learnt holds NaN or infinity at the end; expected finite numbers", steps)
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
+
+
+def diverged(what: str, steps: Steps) -> NotFiniteError:
+    """The error of steps that went too far: ``what`` was wrong and expected, and the setting to lower."""
+    return NotFiniteError(f"Learning diverged: {what}. Lower {steps.rate_name}, which is {steps.learning_rate:g}.")
 
 
 def _share_of_rate(progress: float) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from safeside.errors import ConfigError
 
@@ -92,6 +93,17 @@ class GeneRecipe(_Section):
     """The choice of layers."""
     fit: FitSection = FitSection()
     """The fit of the scalars."""
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        check_conflicts(self.name, self.conflicts)
+        return self
+
+
+def check_conflicts(name: str, conflicts: Sequence[str]) -> None:
+    """Raise a ValueError, for a validator, where a gene conflicts with itself: it could never be used."""
+    if name in conflicts:
+        raise ValueError(f"conflicts must name other genes; got {name!r}, which is the gene itself: take it out")
 
 
 def read_gene_recipe(path: str | Path) -> GeneRecipe:
