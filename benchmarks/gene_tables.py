@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from genes_models import MAIN_SHOTS
 from genes_rows import MIXED
 from table_cells import Row, absent, auroc_cell, markdown, ratio_cell, read_result
 
 Note = Mapping[str, object]
-SHOTS = 32
 
 
 def genes_table(path: Path) -> str:
@@ -43,24 +43,28 @@ def figure_text(item: Note) -> str:
     return f"{value:.{digits}f}" if low == high else f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def points_text(change: Note | None) -> str:
+    """A change of accuracy in points, with its interval; nothing where there is none."""
+    if change is None:
+        return ""
+    low, high = change["interval"]  # type: ignore[misc]
+    return f"{100 * float(str(change['mean'])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
 def _methods(rows: Sequence[Row], notes: Note) -> tuple[Sequence[str], list[list[str]]]:
     """A line for each method, over all models that count."""
     changes: Mapping[str, Note] = dict(notes["accuracy_change"])  # type: ignore[call-overload]
     counted = {(row["task"], row["seed"]) for row in notes["qualifying"]}  # type: ignore[attr-defined]
-    whole = [row for row in rows if "source" not in row and row["task"] == "all" and row["shots"] in (0, SHOTS)]
+    whole = [row for row in rows if "source" not in row and row["task"] == "all" and row["shots"] in (0, MAIN_SHOTS)]
     lines = []
     for method in dict.fromkeys(str(row["method"]) for row in whole):
         mine = [row for row in whole if row["method"] == method]
         wanted = (("recovered_share", "rules"), ("recovered_share", "classifier"), ("recovered_refusals", "rules"))
         shares = [[row for row in mine if (row["metric"], row["judge"]) == one] for one in wanted]
         cells = [ratio_cell(some[0]) if some else "" for some in shares]
-        change = changes.get(method)
-        accuracy = ""
-        if change is not None:
-            low, high = change["interval"]  # type: ignore[misc]
-            accuracy = f"{100 * float(str(change['mean'])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        accuracy = points_text(changes.get(method))
         taken = [row for row in rows if (row["method"], row["metric"]) == (method, "seconds")]
-        own = [row for row in taken if row["shots"] in (0, SHOTS)]
+        own = [row for row in taken if row["shots"] in (0, MAIN_SHOTS)]
         seconds = [float(str(row["value"])) for row in own if (row["task"], row["seed"]) in counted]
         lines.append([method, *cells, accuracy, f"{sum(seconds) / len(seconds):.0f}" if seconds else ""])
     shares_of = ("recovered share (rules)", "(classifier)", "refusals back (rules)")

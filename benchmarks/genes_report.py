@@ -14,7 +14,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gene_tables import figure_text, transfers_of
+from gene_tables import figure_text, points_text, transfers_of
+from genes_models import MAIN_SHOTS
 from part_sections import GREEN, SECOND, Row, pooled, text_of
 from safeside.errors import InputError
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
@@ -41,7 +42,6 @@ TITLES = {
 }
 OTHERS = ("#e67e22", "#8d6e63", "#c2185b", "#546e7a")  # of those without a colour of their own
 JUDGE = "rules"  # whose figures are drawn; the other's stand in the tables
-SHOTS = 32
 KINDS = ("refused_share", "off_topic_share")
 NOTES = (
     "goals",
@@ -64,7 +64,7 @@ def of(rows: Sequence[Row], **wanted: object) -> list[Row]:
 
 def main_rows(rows: Sequence[Row], **wanted: object) -> list[Row]:
     """Of those the ones at the main number of shots, or at none."""
-    return [row for row in of(rows, **wanted) if row.get("shots") in (0, SHOTS)]
+    return [row for row in of(rows, **wanted) if row.get("shots") in (0, MAIN_SHOTS)]
 
 
 def recovered_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section | None:
@@ -83,7 +83,7 @@ def recovered_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Secti
             for metric, judge in (("recovered_share", "classifier"), ("recovered_refusals", JUDGE))
         ]
         texts = [text_of(some, "{:.2f}") for some in ([row], *others)]
-        table.append((method, *texts, _change(changes.get(method))))
+        table.append((method, *texts, points_text(changes.get(method))))
     return Section(
         "How much of the lost safety comes back?",
         "1 is the aligned model's share of attacks that succeed, 0 the fine-tuned model's. A ratio of means over "
@@ -93,13 +93,6 @@ def recovered_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Secti
         ("method", "recovered (rules)", "(classifier)", "refusals back (rules)", "change of task accuracy, points"),
         table,
     )
-
-
-def _change(found: Mapping[str, object] | None) -> str:
-    if found is None:
-        return ""
-    low, high = found["interval"]  # type: ignore[misc]
-    return f"{100 * float(str(found['mean'])):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def goals_section(notes: Mapping[str, object]) -> Section | None:
