@@ -49,7 +49,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "genes"
 FORMAT = 3  # of models and cells: another one makes them all anew
 MAIN_SHOTS = 32  # of the rows that methods are compared by
 ANSWER, LABEL = 32, 6  # tokens of an answer to an attack, and of a class's name
-SALORA_RATES = (1.0, 0.3, 0.1, 0.03)  # times the recipe's learning rate
+SALORA_RATES = (1.0, 0.3, 0.1)  # times the recipe's learning rate
 TRIED_RESTA = (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 0.7)  # strengths and densities that RESTA's are chosen from
 SAFE_LORA = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)  # thresholds
 SAFE_MERGE = (0.15, 0.25, 0.35, 0.7, 1.01), (0.8, 0.5, 0.3)  # thresholds and shares of the task's updates
@@ -188,14 +188,15 @@ class Models:
         return self.made(f"salora-{task}", make)
 
     def salora_rate(self) -> float:
-        """The share of the plain learning rate that SaLoRA learns at: the loss on one model's shots chooses for all."""
+        """The share of the plain learning rate that SaLoRA learns at: how well it learns one task chooses for all.
+
+        Refusals do not count, for the rate that keeps them best is the one that learns nothing.
+        """
 
         def make(place: Path) -> None:
             base, task = load_base(self.aligned()), RATE_OF[1]
-            shots = self.shots(task, MAIN_SHOTS)
-            losses = {
-                share: loss_on(with_added(base, self._salora(base, task, share)), shots) for share in SALORA_RATES
-            }
+            _, rows = self.shots(task, MAIN_SHOTS)
+            losses = {share: _loss(with_added(base, self._salora(base, task, share)), rows) for share in SALORA_RATES}
             write_json(place / "rate.json", {"rate": min(losses, key=losses.__getitem__), "losses": losses})
 
         return float(json.loads((self.made("salora-rate", make) / "rate.json").read_text(encoding="utf-8"))["rate"])
@@ -257,13 +258,17 @@ class Models:
         return place
 
 
-@torch.no_grad()
 def loss_on(base: Base, shots: Sequence[Sequence[Conversation]]) -> float:
     """What settings are chosen by, as a gene's scalars are fitted: the loss on refusals' first tokens and task rows."""
-    refused, answered = (encode_texts(base, rows, "examples", answered=True) for rows in shots)
     fit = FitSection.model_validate(tomllib.loads((RECIPES / "gene.toml").read_text(encoding="utf-8"))["fit"])
-    kinds = (refused, fit.refusal_tokens), (answered, 0)
-    return sum(float(answer_loss(base, kind.batch(base, range(len(kind))), n_first)) for kind, n_first in kinds)
+    refusals, rows = shots
+    return _loss(base, refusals, fit.refusal_tokens) + _loss(base, rows)
+
+
+@torch.no_grad()
+def _loss(base: Base, rows: Sequence[Conversation], n_first: int = 0) -> float:
+    texts = encode_texts(base, rows, "examples", answered=True)
+    return float(answer_loss(base, texts.batch(base, range(len(texts))), n_first))
 
 
 def _without_base(path: Path) -> dict[str, object]:
