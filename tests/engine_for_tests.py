@@ -21,14 +21,24 @@ def engine(*, aligner: bool = True) -> EngineConfig:
     return EngineConfig(base=reference().fingerprint, adapters=tuple(entries), slots=SLOTS[: 3 + aligner])
 
 
-def application(config: EngineConfig, *, client: object = None, n_copies: int = 1) -> SimpleNamespace:
+def application(
+    config: EngineConfig,
+    *,
+    client: object = None,
+    n_copies: int = 1,
+    parser: str | None = None,
+    reasoning: str = "",
+    keys: Sequence[str] | None = None,
+) -> SimpleNamespace:
     """What a middleware sees of vLLM's server."""
     vllm_config = SimpleNamespace(
         additional_config={CONFIG_KEY: config.as_json()},
         model_config=SimpleNamespace(tokenizer="nowhere"),
         parallel_config=SimpleNamespace(data_parallel_size=n_copies),
+        structured_outputs_config=SimpleNamespace(reasoning_parser=reasoning),
     )
-    state = SimpleNamespace(vllm_config=vllm_config, openai_serving_models=MODELS, engine_client=client)
+    args = SimpleNamespace(api_key=keys, tool_call_parser=parser)
+    state = SimpleNamespace(vllm_config=vllm_config, openai_serving_models=MODELS, engine_client=client, args=args)
     return SimpleNamespace(state=state)
 
 

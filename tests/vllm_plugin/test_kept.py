@@ -48,8 +48,10 @@ def test_taken_is_forgotten_and_passes_behind_it_begin_nothing() -> None:
     passed(kept, [Drawn(0, "a", 0)], torch.tensor([[0.5]]))
     assert kept.take("a")[0] == [0.5]
     passed(kept, [Drawn(0, "a", 1)], torch.tensor([[0.6]]))  # of a request that ended meanwhile
+    kept.leave("a")
     assert kept.take("a") == []
-    assert not kept.entries
+    assert not kept.running
+    assert not kept.left
 
 
 def test_values_that_nobody_waits_for_are_not_touched() -> None:
@@ -69,18 +71,36 @@ def test_a_copy_is_kept() -> None:
     assert kept.take("a")[0] == [0.5]
 
 
-def test_the_oldest_are_pushed_out_and_have_no_scores_then() -> None:
+def test_those_that_left_first_are_pushed_out_and_have_no_scores_then() -> None:
     kept = Kept(2)
     for tag in "abc":
         kept.begin(tag, is_back=False)
         passed(kept, [Drawn(0, tag, 0)], torch.tensor([[0.5]]))
-    assert list(kept.entries) == ["b", "c"]
+        kept.leave(tag)
+    assert list(kept.left) == ["b", "c"]
     assert kept.take("a") == []
     kept.begin("a", is_back=True)  # it was preempted, and goes on
     passed(kept, [Drawn(0, "a", 1)], torch.tensor([[0.7]]))
     first, second, *_ = kept.take("a")
     assert math.isnan(first[0])
     assert second == pytest.approx([0.7])
+
+
+def test_requests_in_the_batch_stay_whoever_leaves_it() -> None:
+    """As when many clients leave beside an answer that goes on; one that waits for memory is not gone either."""
+    kept = Kept(2)
+    for tag in ("runs", "waits"):
+        kept.begin(tag, is_back=False)
+        passed(kept, [Drawn(0, tag, 0)], torch.tensor([[0.5]]))
+    for index in range(20):
+        kept.begin(f"left{index}", is_back=False)
+        passed(kept, [Drawn(0, "runs", index + 1), Drawn(1, f"left{index}", 0)], torch.tensor([[0.25], [0.75]]))
+        kept.leave(f"left{index}")
+    kept.leave("waits")
+    kept.begin("waits", is_back=True)
+    assert [row[0] for row in kept.take("runs")[:21]] == [0.5] + [0.25] * 20
+    assert kept.take("waits")[0] == [0.5]
+    assert list(kept.left) == ["left19"]
 
 
 def test_scores_of_two_requests_with_one_tag_are_nobodys() -> None:

@@ -22,12 +22,14 @@ STEPS = [(0.2, 0.7, 0.25), (0.9, 0.1, 0.5), (0.4, 0.3, 0.5)]  # two labels and t
 class Workers:
     """vLLM's client, of two ranks that keep the same scores."""
 
-    def __init__(self, rows: Sequence[Sequence[float]] = STEPS) -> None:
-        self.rows = [list(row) for row in rows]
+    def __init__(self, rows: Sequence[Sequence[float]] = STEPS, *, fails: bool = False) -> None:
+        self.rows, self.fails = [list(row) for row in rows], fails
         self.calls: list[tuple[str, Any]] = []
 
     async def collective_rpc(self, method: str, args: tuple[str, ...]) -> list[Any]:
         self.calls.append((method, *args))
+        if self.fails:
+            raise RuntimeError("a worker has died")
         return [self.rows, self.rows]
 
 
@@ -38,7 +40,7 @@ def served(
     *,
     stream: bool = False,
     workers: Workers | None = None,
-    n_copies: int = 1,
+    **server: Any,
 ) -> tuple[int, Any, Any]:
     """Status, what came back, and what the server inside was asked."""
     heard: list[Any] = []
@@ -85,7 +87,7 @@ def served(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    app = application(config, client=workers, n_copies=n_copies)
+    app = application(config, client=workers, **server)
     scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": app}
     asyncio.run(SafetyMiddleware(inside)(scope, receive, send))
     body = b"".join(message.get("body", b"") for message in sent[1:])
@@ -243,6 +245,40 @@ def test_a_tag_is_given_only_where_a_grammar_may_mask_the_ids(asked: Any, is_kep
     assert status == 200
     assert ("safeside_tag" in heard.get("vllm_xargs", {})) == is_kept
     assert ("logprob_token_ids" in heard) != is_kept
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "server", "is_kept"),
+    [
+        ("/v1/chat/completions", {}, {"parser": "mistral"}, True),
+        ("/v1/chat/completions", {"tools": [{}], "tool_choice": "none"}, {"parser": "cohere_command3"}, True),
+        ("/v1/chat/completions", {}, {"reasoning": "mistral"}, True),
+        ("/v1/chat/completions", {"n": 2}, {"parser": "mistral"}, False),
+        ("/v1/chat/completions", {}, {"parser": "mistral", "n_copies": 2}, False),
+        ("/v1/chat/completions", {}, {"parser": "hermes", "reasoning": "qwen3"}, False),
+        ("/v1/completions", {}, {"parser": "mistral"}, False),
+    ],
+)
+def test_chats_that_the_servers_parser_may_give_a_grammar_have_a_tag(
+    path: str, asked: Any, server: dict[str, Any], is_kept: bool
+) -> None:
+    status, answer, heard = served(path, asked, engine(), workers=Workers(), **server)
+    assert status == 200
+    assert ("safeside_tag" in heard.get("vllm_xargs", {})) == is_kept
+    assert answer["choices"][0]["safety"]["maximum"] == {"harm": pytest.approx(0.9)}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_workers_that_fail_leave_an_answer_whose_guards_flag(stream: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    workers = Workers(fails=True)
+    status, answer, _ = served("/v1/completions", HELD, engine(), stream=stream, workers=workers)
+    assert status == 200
+    safety = (answer[-1] if stream else answer)["choices"][0]["safety"]
+    assert [(verdict["score"], verdict["flagged"]) for verdict in safety["verdicts"]] == [(None, True)] * 2
+    assert all("failing closed" in verdict["reason"] for verdict in safety["verdicts"])
+    assert safety["maximum"] == {"harm": None}
+    assert len(workers.calls) == 1
+    assert "a worker has died" in capsys.readouterr().err
 
 
 def test_of_several_engines_beside_each_other_nothing_is_read() -> None:

@@ -30,6 +30,7 @@ def config(session_base: Base, random_guard: Callable[..., Adapter], tmp_path: P
     )  # fmt: skip
     parallel = SimpleNamespace(
         pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False,
+        enable_batch_sharded_sampling=False,
         worker_extension_cls=options["worker_extension_cls"],
     )  # fmt: skip
     return SimpleNamespace(
@@ -124,6 +125,13 @@ def test_adapters_without_weights_are_refused(plugin: Callable[[str], Any], conf
     model = plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
     with pytest.raises(UnsupportedError, match="--load-format"):
         model(torch.arange(7), torch.arange(7))
+
+
+def test_sampling_from_shards_of_the_batch_is_refused(plugin: Callable[[str], Any], config: SimpleNamespace) -> None:
+    """Else it would end at the first request: the scores are no states of a shard."""
+    config.parallel_config.enable_batch_sharded_sampling = True
+    with pytest.raises(UnsupportedError, match="Batch-sharded sampling: adapters need whole logits"):
+        plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
 
 
 @pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits", "processed_logits"])

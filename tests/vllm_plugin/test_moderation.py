@@ -19,7 +19,20 @@ from safeside.vllm_plugin.told import Told
 RISKS = {"fine": (0.1, 0.2, 0.0), "bad": (0.9, 0.3, 0.0), "masked": (math.nan, 0.1, 0.0)}
 
 
-def moderated(asked: Any, config: EngineConfig, *, status: int = 200) -> tuple[int, Any, list[Any]]:
+class Workers:
+    """vLLM's client, of one rank that keeps the scores of each text by the tag of its chat, until they are read."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+
+    async def collective_rpc(self, method: str, args: tuple[str, ...]) -> list[Any]:
+        text = self.kept.pop(*args, None)
+        return [[] if text is None else [list(RISKS[text])]]
+
+
+def moderated(
+    asked: Any, config: EngineConfig, *, status: int = 200, workers: Workers | None = None, **server: Any
+) -> tuple[int, Any, list[Any]]:
     """Status, what came back, and each chat that the server inside was asked, with its path.
 
     The server answers the first chat last, and has no scores for a text that RISKS lacks.
@@ -32,6 +45,9 @@ def moderated(asked: Any, config: EngineConfig, *, status: int = 200) -> tuple[i
         await asyncio.sleep(0.05 / len(heard))
         text = values["messages"][0]["content"]
         content = [chat_entry(RISKS[text])] if text in RISKS else []
+        if workers is not None:
+            workers.kept[values["vllm_xargs"]["safeside_tag"]] = text
+            content = [{**entry, "top_logprobs": []} for entry in content]
         fails = status != 200 and text == "bad"
         body = {"error": "full"} if fails else {"choices": [{"index": 0, "logprobs": {"content": content}}]}
         await send({"type": "http.response.start", "status": status if fails else 200, "headers": []})
@@ -48,7 +64,8 @@ def moderated(asked: Any, config: EngineConfig, *, status: int = 200) -> tuple[i
         sent.append(message)
 
     scope = {
-        "type": "http", "method": "POST", "path": "/v1/moderations", "headers": [], "app": application(config)
+        "type": "http", "method": "POST", "path": "/v1/moderations", "headers": [],
+        "app": application(config, client=workers, **server),
     }  # fmt: skip
     asyncio.run(SafetyMiddleware(inside)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), heard
@@ -131,7 +148,21 @@ def test_some_texts_are_judged_at_a_time_and_none_after_one_has_failed(monkeypat
 def test_an_answer_without_a_choice_is_no_score(body: bytes) -> None:
     config = engine()
     asked = Moderation(b'{"input": "fine"}', config, Told(config), ["toy"])
-    assert asked.answer([body])["results"][0]["flagged"]
+    scores = asyncio.run(asked.answers(None).first(body))
+    assert asked.answer([scores])["results"][0]["flagged"]
+
+
+@pytest.mark.parametrize("server", [{"parser": "mistral"}, {"reasoning": "cohere_command4"}])
+def test_where_a_parser_gives_every_chat_a_grammar_the_workers_keep_the_scores(server: dict[str, Any]) -> None:
+    workers = Workers()
+    status, answer, heard = moderated({"input": ["bad", "fine"]}, engine(), workers=workers, **server)
+    assert status == 200
+    assert [result["flagged"] for result in answer["results"]] == [True, False]
+    assert [set(values["vllm_xargs"]) for _, values in heard] == [{"safeside_strength", "safeside_tag"}] * 2
+    assert not any("logprob_token_ids" in values for _, values in heard)
+    assert workers.kept == {}
+    status, _, _ = moderated({"input": ["bad", "fine"]}, engine(), workers=workers, status=503, **server)
+    assert (status, workers.kept) == (503, {}), "what was not read is forgotten"
 
 
 def test_without_a_guard_nothing_is_judged() -> None:

@@ -140,6 +140,20 @@ def test_tokens_in_reserve_and_those_that_are_named_carry_scores(tmp_path: Path,
     assert EOS not in spare_ids(folder, ["<|eos|>"])
 
 
+@pytest.mark.parametrize("stops", [SYSTEM, [EOS, SYSTEM]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_what_ends_an_answer_carries_no_score(
+    name: str, stops: int | list[int], tmp_path: Path, session_base: Base
+) -> None:
+    """An instruction model has ends beside its tokenizer's, and they may be called reserved."""
+    folder = shutil.copytree(session_base.folder, tmp_path / "stops")
+    path = folder / name
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**values, "eos_token_id": stops}), encoding="utf-8")
+    assert SYSTEM in spare_ids(session_base.folder, ["<|system|>"])
+    assert not {SYSTEM, EOS} & set(spare_ids(folder, ["<|system|>"]))
+
+
 def test_a_vocabulary_without_free_ids_needs_names() -> None:
     """The built-in base has none but those that begin and fill texts: one score, and no room for the strength."""
     config = plan_engine("builtin", ["builtin:harm"], "builtin:refuse").config

@@ -29,8 +29,9 @@ def test_a_base_without_its_adapters_is_refused(plugin: Callable[[str], Any], is
 
 
 def asked(**values: Any) -> SimpleNamespace:
-    usual: dict[str, Any] = {"n": 1, "extra_args": None, "temperature": 1.0, "structured_outputs": None}
-    return SimpleNamespace(**{**usual, "logprob_token_ids": None, **values})
+    usual: dict[str, Any] = {"n": 1, "temperature": 1.0}
+    absent = ("extra_args", "structured_outputs", "logprob_token_ids", "logit_bias", "allowed_token_ids")
+    return SimpleNamespace(**{**usual, **dict.fromkeys(absent), **values})
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,10 @@ def asked(**values: Any) -> SimpleNamespace:
         ({}, {"extra_args": {"safeside_tag": ""}}, "a text that no other request has"),
         ({}, {"extra_args": {"safeside_tag": 7}}, "a text that no other request has; got 7"),
         ({}, {"extra_args": {"safeside_tag": "a"}, "n": 2}, "which 2 answers would share"),
-        ({}, {"structured_outputs": {}, "logprob_token_ids": [8, 9]}, "give the request a safeside_tag"),
+        ({}, {"structured_outputs": {}, "logprob_token_ids": [8, 9]}, "In Python give it a safeside_tag"),
+        ({}, {"n": 2, "structured_outputs": {}, "logprob_token_ids": [8]}, "Over HTTP ask for n=1"),
+        ({}, {"logit_bias": {7: 1.0, 9: 100.0}}, r"'logit_bias' names \[9\]: these ids carry scores"),
+        ({}, {"allowed_token_ids": [9, 8, 7]}, r"'allowed_token_ids' names \[8, 9\]"),
     ],
 )
 def test_requests_whose_scores_could_not_be_read_are_refused(
@@ -53,6 +57,7 @@ def test_requests_whose_scores_could_not_be_read_are_refused(
         strengths.validate_params(asked(**params))
     strengths.validate_params(asked(extra_args={"safeside_tag": "a"} if facts.get("slots") != [] else {}))
     strengths.validate_params(asked(structured_outputs={}))
+    strengths.validate_params(asked(logit_bias={7: 1.0}, allowed_token_ids=[6, 7]))
 
 
 def test_tags_follow_their_requests_through_the_batch(plugin: Callable[[str], Any]) -> None:
@@ -76,6 +81,9 @@ def test_tags_follow_their_requests_through_the_batch(plugin: Callable[[str], An
     assert step(removed=[1], moved=[(3, 1, False)]) == [(1, "a", 2), (2, "c", 0)]
     assert step(added=[(1, tagged["b"], [1], lists["b"])]) == [(1, "b", 0), (2, "c", 0)], "a was preempted"
     assert step(added=[(0, tagged["a"], [1], [5, 6])]) == [(0, "a", 2), (1, "b", 0), (2, "c", 0)]
-    assert all(blocks is not None for blocks in strengths.kept.entries.values()), "who comes back is no other request"
+    assert all(blocks is not None for blocks in strengths.kept.running.values()), "who comes back is no other request"
+    assert (set(strengths.kept.running), list(strengths.kept.left)) == (set("abc"), [])
     step(added=[(4, asked(extra_args={"safeside_tag": "a"}), [1], [])])
-    assert strengths.kept.entries["a"] is None
+    assert strengths.kept.running["a"] is None
+    step(removed=[2])
+    assert list(strengths.kept.left) == ["c"]

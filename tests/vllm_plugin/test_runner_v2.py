@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
+
+from safeside.vllm_plugin.kept import Kept
+from safeside.vllm_plugin.strengths import Setting
+from safeside.vllm_plugin.table import RequestTable
 
 
 def test_only_passes_that_read_a_request_to_its_end_draw(plugin: Callable[[str], Any]) -> None:
@@ -25,3 +32,23 @@ def test_only_passes_that_read_a_request_to_its_end_draw(plugin: Callable[[str],
     tagged = {name: (name.upper(), 10) for name in rows if name != "without a tag"}
     drawn = plugin("runner_v2").SafesideModelState._drawn(SimpleNamespace(tagged=tagged), batch)
     assert [tuple(one) for one in drawn] == [(1, "ITS END", 0), (3, "THIRD TOKEN", 2), (5, "COME BACK", 3)]
+
+
+def test_requests_that_leave_can_be_pushed_out_and_those_of_the_batch_cannot(
+    plugin: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = plugin("runner_v2")
+    monkeypatch.setattr(runner.DefaultModelState, "remove_request", lambda self, req_id: None, raising=False)
+    state, table = object.__new__(runner.SafesideModelState), RequestTable(4, [slice(0, 1)], torch.device("cpu"))
+    names = ["runs", "first", "second", "third"]
+    vars(state).update(
+        table=table, kept=Kept(2), memories=OrderedDict(), row_of={name: row for row, name in enumerate(names)},
+        tagged={name: (name.upper(), 3) for name in names},
+    )  # fmt: skip
+    for row, name in enumerate(names):
+        table.put(row, Setting(0.0, 0.0, 0.5, 0.5), 3)
+        state.kept.begin(name.upper(), is_back=False)
+    for name in names[1:]:
+        state.remove_request(name)
+    assert (list(state.kept.running), list(state.kept.left)) == (["RUNS"], ["SECOND", "THIRD"])
+    assert list(state.tagged) == ["runs"]

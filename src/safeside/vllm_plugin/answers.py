@@ -14,6 +14,8 @@ from safeside.vllm_plugin.told import Told
 NAMED = "token_id:"
 """Before a token's id: how vLLM spells tokens when it is asked to, as it has to be for slots to be told apart."""
 _DATA = b"data: "
+Kept = Callable[[], Awaitable[list[list[float]]]]
+"""Reads what a worker has kept of one request: the scores behind every token."""
 
 
 class Answers:
@@ -30,7 +32,7 @@ class Answers:
         with_tokens: bool,
         keeps_logprobs: bool,
         text_of: Callable[[str], str] | None = None,
-        kept: Callable[[], Awaitable[list[list[float]]]] | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.names = [f"{NAMED}{slot}" for slot in slots]
         self.slots = list(slots)
@@ -40,7 +42,7 @@ class Answers:
         self.text_of = text_of
         """The text of a token from its name; None where the client asked for names."""
         self.kept = kept
-        """Reads the scores behind every token; None where they are in the slots."""
+        """None where the scores are in the slots."""
         self.steps: dict[int, list[list[float]]] = {}
         self.ends: dict[int, int] = {}
         """By choice, how many characters its tokens have so far."""
@@ -52,19 +54,19 @@ class Answers:
         return {"logprobs": 1, "return_tokens_as_token_ids": True, **slots}
 
     async def whole(self, body: bytes) -> bytes:
-        """A complete answer with ``safety`` in each choice."""
+        """A complete answer with ``safety`` in each choice; ``null``, as for a client that has left, has none."""
         answer = json.loads(body)
-        for choice in answer.get("choices", []):
+        for choice in (answer or {}).get("choices", []):
             self._take(choice)
             await self._tell(choice)
         return json.dumps(answer).encode()
 
-    def first(self, body: bytes) -> list[float]:
+    async def first(self, body: bytes) -> list[float]:
         """The scores behind the prompt of a complete answer's first choice; NaN where it has none, or no choice."""
         answer = json.loads(body)
         choice = next(iter(answer["choices"]), {"index": 0}) if answer is not None else {"index": 0}
         self._take(choice)
-        return self._steps(choice)[0]
+        return (await self._steps(choice))[0]
 
     async def event(self, event: bytes) -> bytes:
         """One event of a stream; the last of each choice gets its ``safety``."""
@@ -78,14 +80,15 @@ class Answers:
         return _DATA + json.dumps(chunk).encode()
 
     async def _tell(self, choice: dict[str, Any]) -> None:
-        steps = self._steps(choice)
-        if self.kept is not None:
-            rows = islice(chain(await self.kept(), repeat(self._unread)), len(steps))
-            steps = [in_range(row, tells_strength=self.told.tells_strength) for row in rows]
-        choice["safety"] = self.told.safety(steps, with_tokens=self.with_tokens)
+        choice["safety"] = self.told.safety(await self._steps(choice), with_tokens=self.with_tokens)
 
-    def _steps(self, choice: dict[str, Any]) -> list[list[float]]:
-        return self.steps.get(choice["index"]) or [self._unread]
+    async def _steps(self, choice: dict[str, Any]) -> list[list[float]]:
+        """The scores behind each token of a choice; at least those of its prompt, which may be unread."""
+        steps = self.steps.get(choice["index"]) or [self._unread]
+        if self.kept is None:
+            return steps
+        rows = islice(chain(await self.kept(), repeat(self._unread)), len(steps))
+        return [in_range(row, tells_strength=self.told.tells_strength) for row in rows]
 
     @property
     def _unread(self) -> list[float]:

@@ -23,7 +23,7 @@ READ = "take_safeside_scores"
 EXTENSION = f"{__name__}.WorkerExtension"
 """What adds it to them: vLLM's ``worker_extension_cls``."""
 _BLOCK = 64  # tokens of a request whose scores lie in one tensor
-_PER_ROW = 4  # times as many tags as rows of the batch: of requests that run, wait, or were never asked for
+_PER_ROW = 4  # times as many tags as rows of the batch: of requests that left it, to come back, to be read, or never
 _stores: dict[str, Kept] = {}
 
 
@@ -42,20 +42,25 @@ class Kept:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        """Tags that are remembered; the oldest go first."""
-        self.entries: OrderedDict[str, list[Tensor] | None] = OrderedDict()
-        """Blocks (64, K) by tag; None where two requests had the same, so that their scores are nobody's."""
+        """Tags that are remembered beside those of the batch; those that left it first go first."""
+        self.running: dict[str, list[Tensor] | None] = {}
+        """Of requests in the batch, blocks (64, K) by tag; None where two had the same: their scores are nobody's."""
+        self.left: OrderedDict[str, list[Tensor] | None] = OrderedDict()
+        """The same of requests that ended, or wait for memory."""
         self.drawn: Sequence[Drawn] = ()
 
     def begin(self, tag: str, *, is_back: bool) -> None:
         """A request with ``tag`` comes into the batch, or comes back and goes on with the scores that it has."""
-        if is_back:
-            self.entries.setdefault(tag, [])
-        else:
-            self.entries[tag] = None if tag in self.entries else []
-        self.entries.move_to_end(tag)
-        while len(self.entries) > self.most:
-            self.entries.popitem(last=False)
+        is_known = tag in self.running or tag in self.left
+        blocks = self._forget(tag)
+        self.running[tag] = (blocks if is_back else None) if is_known else []
+
+    def leave(self, tag: str) -> None:
+        """A request with ``tag`` left the batch; only now others that left it before can be pushed out."""
+        if tag in self.running:
+            self.left[tag] = self.running.pop(tag)
+        while len(self.left) > self.most:
+            self.left.popitem(last=False)
 
     def expect(self, drawn: Sequence[Drawn]) -> None:
         """Before a pass: the rows whose scores are to be kept.  The last pass that draws a token stands."""
@@ -65,7 +70,7 @@ class Kept:
         """After a pass: the scores of all its rows.  What was taken or pushed out is not begun again."""
         drawn, self.drawn = self.drawn, ()
         for row, tag, step in drawn:
-            blocks = self.entries.get(tag)
+            blocks = self.running.get(tag)
             if blocks is not None:
                 while len(blocks) * _BLOCK <= step:
                     blocks.append(values.new_full((_BLOCK, values.shape[1]), math.nan))
@@ -73,8 +78,11 @@ class Kept:
 
     def take(self, tag: str) -> list[list[float]]:
         """The scores of ``tag`` by token, and rows of NaN behind them; afterwards they are forgotten."""
-        blocks = self.entries.pop(tag, None)
+        blocks = self._forget(tag)
         return torch.cat(blocks).tolist() if blocks else []
+
+    def _forget(self, tag: str) -> list[Tensor] | None:
+        return self.running.pop(tag, self.left.pop(tag, None))
 
 
 def kept_of(vllm_config: Any) -> Kept:

@@ -2,7 +2,8 @@
 
 It asks for the log-probabilities of the slots, takes them out of the answer again, and puts ``safety`` in their place:
 into each choice of a whole answer, and into the last chunk of each choice of a stream.  Where a grammar masks the slots
-it gives the request a tag, and reads from the worker what was kept under it.  A request may hold ``safety`` itself:
+it gives the request a tag, and reads from the worker what was kept under it.  It stands in front of all else, vLLM's
+check of keys too, so what that turns away passes unread.  A request may hold ``safety`` itself:
 ``{"strength": 0.5}`` or a policy in its place, and ``"tokens": true`` for the risk of every token.
 ``/v1/moderations`` is made of chats.
 """
@@ -13,20 +14,22 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoTokenizer
 
 from safeside.errors import InputError, UnknownNameError, UnsupportedError
+from safeside.terminal import note
 from safeside.vllm_plugin.answers import NAMED, Answers
+from safeside.vllm_plugin.asked import AskedSafety, encoded, needs_tag, prepared
 from safeside.vllm_plugin.kept import READ, TAG
+from safeside.vllm_plugin.keys import Keys
 from safeside.vllm_plugin.moderation import PATH as MODERATIONS
 from safeside.vllm_plugin.moderation import Moderation
 from safeside.vllm_plugin.plan import EngineConfig, read_engine_config
-from safeside.vllm_plugin.strengths import KEY, parse_strength
 from safeside.vllm_plugin.told import Told
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
@@ -34,20 +37,12 @@ SILENT = ("/tokenize", "/detokenize")
 """Paths that take a body and answer without the model."""
 AT_ONCE = 64
 """Chats of one moderation in the engine at the same time: others are served beside it."""
-_PLAIN = {"type": "text"}  # the format that is none
+ADJUSTING = {"mistral", "cohere_command3", "cohere_command4"}
+"""vLLM's parsers of tools and reasoning that may give any chat a grammar, whatever it asks for."""
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
-
-class AskedSafety(BaseModel):
-    """What a request may ask for in ``safety``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    strength: float | dict[str, Any] | None = None
-    tokens: bool = False
 
 
 class Texts:
@@ -81,20 +76,57 @@ class Engine(NamedTuple):
     """vLLM's own, which speaks to the workers."""
     n_copies: int
     """Engines beside each other (data parallelism)."""
+    adjusts_chats: bool
+    """Whether its parser is one of ADJUSTING."""
+    keys: Keys
+    """Without one of these there is no answer."""
+
+    def tagged(self, values: Mapping[str, Any], path: str) -> Tagged | None:
+        """A tag for a request whose scores the workers are to keep."""
+        is_adjusted = self.adjusts_chats and path.endswith(PATHS[0])
+        needed = self.config.slots and needs_tag(values, self.n_copies, is_adjusted=is_adjusted)
+        return Tagged(self.client) if needed else None
+
+    def answers(self, values: Mapping[str, Any], safety: AskedSafety, tagged: Tagged | None) -> Answers | None:
+        """What puts ``safety`` into the answer; None without guards."""
+        if not self.config.slots:
+            return None
+        keeps = values.get("logprobs") is not None and values["logprobs"] is not False
+        text_of = None if values.get("return_tokens_as_token_ids") else self.texts
+        slots, with_tokens = self.config.slots, safety.tokens
+        return Answers(slots, self.told, with_tokens=with_tokens, keeps_logprobs=keeps, text_of=text_of, kept=tagged)
 
 
 class Tagged:
-    """What the workers keep of one request."""
+    """What the workers keep of one request: forgotten there when it is read, or in the end."""
 
     def __init__(self, client: Any) -> None:
         self.tag = secrets.token_hex(16)
         """The request's, and no other's."""
         self._client = client
+        self._is_read = False
+
+    def on(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The request with its tag."""
+        return {**values, "vllm_xargs": {**(values.get("vllm_xargs") or {}), TAG: self.tag}}
 
     async def __call__(self) -> list[list[float]]:
-        """The scores behind each token, which are forgotten there; every rank has the same."""
-        first, *_ = await self._client.collective_rpc(READ, args=(self.tag,))
-        return list(first)
+        """The scores behind each token, which are forgotten there; none where the workers fail, so that guards flag."""
+        self._is_read = True
+        try:
+            first, *_ = await self._client.collective_rpc(READ, args=(self.tag,))
+            return list(first)  # every rank has the same
+        except Exception as error:  # whatever it was, the answer is told without scores and not cut short
+            note(f"Scores of {self.tag} could not be read from vLLM's workers, so its guards flag: {error!r}")
+            return []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """A client that left, or a server that refused, has read nothing."""
+        if not self._is_read:
+            await self()
 
 
 class SafetyMiddleware:
@@ -112,32 +144,30 @@ class SafetyMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].endswith(SILENT):
             await self.app(scope, receive, send)
             return
-        if scope["path"].endswith(MODERATIONS):
+        engine, path = self._engine(scope), scope["path"]
+        if engine.keys.turn_away(scope):
+            await self.app(scope, _withheld, send)
+        elif path.endswith(MODERATIONS):
             await self._moderate(scope, receive, send)
-            return
-        if not scope["path"].endswith(PATHS):
-            await _refuse(send, f"{scope['path']} gives no verdicts. Use {', '.join(PATHS)} or {MODERATIONS}.")
-            return
+        elif path.endswith(PATHS):
+            await self._answer(scope, receive, send)
+        else:
+            await _refuse(send, f"{path} gives no verdicts. Use {', '.join(PATHS)} or {MODERATIONS}.")
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Ask for scores beside what the client asks for, and tell it what they say."""
         engine = self._engine(scope)
-        config = engine.config
         try:
-            values, safety = prepared(await _body(receive), config)
-            tagged = Tagged(engine.client) if config.slots and needs_tag(values, engine.n_copies) else None
+            values, safety = prepared(await _body(receive), engine.config)
+            tagged = engine.tagged(values, scope["path"])
+            answers = engine.answers(values, safety, tagged)
+            incoming = _once(_asking(values, answers, tagged), receive)
         except InputError as error:
             await _refuse(send, str(error))
             return
         scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"content-length"]}
-        outgoing = send
-        if config.slots:
-            keeps = values.get("logprobs") is not None and values["logprobs"] is not False
-            text_of = None if values.get("return_tokens_as_token_ids") else engine.texts
-            answers = Answers(
-                config.slots, engine.told, with_tokens=safety.tokens, keeps_logprobs=keeps, text_of=text_of, kept=tagged
-            )
-            values, outgoing = {**values, **answers.asked}, _Outgoing(send, answers)
-        if tagged is not None:
-            values["vllm_xargs"] = {**(values.get("vllm_xargs") or {}), TAG: tagged.tag}
-        await self.app(scope, _once(values, receive), outgoing)
+        async with tagged or nullcontext():
+            await self.app(scope, incoming, send if answers is None else _Outgoing(send, answers))
 
     async def _moderate(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Judge each text as the prompt of a chat, some at a time; the first chat that fails is the answer."""
@@ -155,13 +185,15 @@ class SafetyMiddleware:
         chat = {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
         places = asyncio.Semaphore(AT_ONCE)
 
-        async def judged(text: str) -> bytes:
-            async with places:
-                kept = _Kept()
-                await self.app(dict(chat), _once(asked.chat(text), receive), kept)
+        async def judged(text: str) -> list[float]:
+            values, kept = asked.chat(text), _Kept()
+            tagged = engine.tagged(values, path)
+            answers = asked.answers(tagged)
+            async with places, tagged or nullcontext():
+                await self.app(dict(chat), _once(_asking(values, answers, tagged), receive), kept)
                 if kept.status != HTTPStatus.OK:
                     raise _ChatFailedError(kept.status, kept.body)
-                return kept.body
+                return await answers.first(kept.body)
 
         status, body = int(HTTPStatus.OK), b""
         try:
@@ -176,6 +208,7 @@ class SafetyMiddleware:
         if self.engine is None:
             state = scope["app"].state
             config = read_engine_config(state.vllm_config.additional_config)
+            parsers = {state.args.tool_call_parser, state.vllm_config.structured_outputs_config.reasoning_parser}
             self.engine = Engine(
                 config=config,
                 told=Told(config),
@@ -183,72 +216,10 @@ class SafetyMiddleware:
                 served=[path.name for path in state.openai_serving_models.base_model_paths],
                 client=state.engine_client,
                 n_copies=state.vllm_config.parallel_config.data_parallel_size,
+                adjusts_chats=bool(ADJUSTING & parsers),
+                keys=Keys(state.args.api_key),
             )
         return self.engine
-
-
-def prepared(body: bytes, config: EngineConfig) -> tuple[dict[str, Any], AskedSafety]:
-    """The request without ``safety``, its strength among ``vllm_xargs``; what cannot be answered is an InputError."""
-    try:
-        values = json.loads(body)
-    except ValueError as error:
-        raise InputError(f"The body is not JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise InputError("The body is not a JSON object.")
-    try:
-        safety = AskedSafety.model_validate(values.pop("safety", None) or {})
-    except ValidationError as error:
-        raise InputError(f"'safety' holds 'strength' and 'tokens': {error}") from error
-    extra = values.get("vllm_xargs") or {}
-    if not isinstance(extra, dict):
-        raise InputError(f"'vllm_xargs' is an object; got {extra!r}.")
-    if TAG in extra:
-        raise InputError(f"{TAG} is given by the server alone. Leave it out.")
-    if safety.strength is not None:
-        if config.aligner is None:
-            raise InputError("A strength was given but the engine has no aligner. Leave it out.")
-        parse_strength(safety.strength, config.thresholds)
-        values["vllm_xargs"] = {**extra, KEY: json.dumps(safety.strength)}
-    _check_readable(values, config)
-    return values, safety
-
-
-def _check_readable(values: dict[str, Any], config: EngineConfig) -> None:
-    """Raise an InputError for what would hide the scores."""
-    many = values.get("top_logprobs") or values.get("logprob_token_ids") or values.get("prompt_logprobs")
-    n_logprobs = values.get("logprobs")
-    if config.slots and (many or (isinstance(n_logprobs, int) and n_logprobs > 1)):
-        raise InputError(
-            "Scores travel among the log-probabilities, so those of tokens that were not drawn cannot be asked for "
-            "beside them. Ask for 'logprobs' of the drawn tokens alone."
-        )
-    if config.slots and (values.get("use_beam_search") or values.get("echo")):
-        raise InputError("Beam search and echo give no scores. Leave them out.")
-    if config.slots and values.get("include_reasoning") not in (None, True):
-        raise InputError(
-            "'include_reasoning' other than true hides log-probabilities where the server parses reasoning, and scores "
-            "travel as such. Leave it out, and pass over the reasoning in the answer."
-        )
-
-
-def needs_tag(values: Mapping[str, Any], n_copies: int) -> bool:
-    """Whether a grammar masks the ids that carry scores; an InputError where those of several answers would be mixed.
-
-    Tools that the model is free to call may bring a grammar too (``strict``), so they have a tag wherever it can be.
-    """
-    masks = [name for name in ("response_format", "structured_outputs") if values.get(name) not in (None, _PLAIN)]
-    choice = (values.get("tool_choice") or "auto") if values.get("tools") else "none"
-    masks += ["tool_choice"] if choice not in ("auto", "none") else []
-    prompt = values.get("prompt")
-    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-    is_alone = values.get("n") in (None, 1) and not several and not values.get("prompt_embeds") and n_copies == 1
-    if masks and not is_alone:
-        raise InputError(
-            f"{masks[0]!r} masks the ids that carry scores, so the engine keeps them by request, and can tell neither "
-            "several answers of one request apart nor engines beside each other. Ask for n=1 and one prompt, of a "
-            "server without data parallelism."
-        )
-    return bool(masks) or (choice == "auto" and is_alone)
 
 
 class _Outgoing:
@@ -318,9 +289,20 @@ async def _body(receive: Receive) -> bytes:
     raise InputError("The client left before its request was whole.")
 
 
-def _once(values: dict[str, Any], receive: Receive) -> Receive:
+async def _withheld() -> Message:
+    """In place of a request that nobody may read."""
+    return {"type": "http.disconnect"}
+
+
+def _asking(values: Mapping[str, Any], answers: Answers | None, tagged: Tagged | None) -> dict[str, Any]:
+    """The request, and what it has to ask for beside."""
+    asked = {**values, **(answers.asked if answers is not None else {})}
+    return tagged.on(asked) if tagged is not None else asked
+
+
+def _once(values: Mapping[str, Any], receive: Receive) -> Receive:
     """Gives the request anew, then whatever comes: that the client has left."""
-    messages: list[Message] = [{"type": "http.request", "body": json.dumps(values).encode(), "more_body": False}]
+    messages: list[Message] = [{"type": "http.request", "body": encoded(values), "more_body": False}]
 
     async def next_message() -> Message:
         return messages.pop() if messages else await receive()

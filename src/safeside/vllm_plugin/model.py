@@ -158,6 +158,7 @@ def _refuse(vllm_config: VllmConfig, config: EngineConfig) -> None:
         "Context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "Positions of several dimensions": model.uses_mrope,
         "Micro-batching": parallel.use_ubatching,
+        "Batch-sharded sampling: adapters need whole logits": parallel.enable_batch_sharded_sampling,
         f"Runner {model.runner_type} of an engine that was planned to {'pool' if pools else 'generate'}": pools
         != (model.runner_type == "pooling"),
         f"Log-probabilities as {model.logprobs_mode}: scores are read from raw_logprobs": not pools

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from safeside.errors import InputError
 from safeside.moderation import ModerationRequest, chosen, result_of, unsupported
-from safeside.vllm_plugin.answers import Answers
+from safeside.vllm_plugin.answers import Answers, Kept
 from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.strengths import KEY
 from safeside.vllm_plugin.told import Told
@@ -38,11 +38,15 @@ class Moderation:
         """The chat that has ``text`` judged; an aligner, which its one token has no use for, stays out of it."""
         plain: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, "temperature": 0.0}
         strength = {"vllm_xargs": {KEY: "0.0"}} if self._config.aligner is not None else {}
-        return {**plain, **strength, **self._answers().asked}
+        return {**plain, **strength}
 
-    def answer(self, bodies: list[bytes]) -> dict[str, Any]:
-        """OpenAI's answer from the chats' answers, in the order of ``texts``; what has no score is flagged."""
-        found = [self._told.verdicts(self._answers().first(body), "prompt") for body in bodies]
+    def answers(self, kept: Kept | None) -> Answers:
+        """What reads the scores of one chat."""
+        return Answers(self._config.slots, self._told, with_tokens=False, keeps_logprobs=False, kept=kept)
+
+    def answer(self, scores: Sequence[list[float]]) -> dict[str, Any]:
+        """OpenAI's answer from the scores of each text's prompt, in the order of ``texts``; NaN is flagged."""
+        found = [self._told.verdicts(row, "prompt") for row in scores]
         own = [[verdict for verdict in verdicts if verdict.task in self._guards] for verdicts in found]
         return {
             "id": f"modr-{secrets.token_hex(12)}",
@@ -50,6 +54,3 @@ class Moderation:
             "results": [result_of(verdicts) for verdicts in own],
             "unsupported_categories": unsupported([one for one in self._told.guards if one.name in self._guards]),
         }
-
-    def _answers(self) -> Answers:
-        return Answers(self._config.slots, self._told, with_tokens=False, keeps_logprobs=False)

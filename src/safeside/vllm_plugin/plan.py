@@ -269,9 +269,10 @@ def spare_ids(folder: Path, named: Sequence[str] = ()) -> list[int]:
     """Ids of the vocabulary that no answer holds, best first: what carries a score can never be drawn.
 
     The tokens ``named``; ids beyond the tokenizer's; tokens whose names say that they are kept in reserve; those that
-    begin and fill texts.  A name that is no token is an InputError.
+    begin and fill texts; but none that ends an answer.  A name that is no token is an InputError.
     """
-    n_ids = int(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    n_ids = int(config.get_text_config().vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     known = {name: index for name, index in tokenizer.get_vocab().items() if index < n_ids}
     if unknown := [name for name in named if name not in known]:
@@ -280,7 +281,15 @@ def spare_ids(folder: Path, named: Sequence[str] = ()) -> list[int]:
     reserved = sorted((index for name, index in known.items() if _SPARE_NAME.search(name)), reverse=True)
     outer = [index for index in (tokenizer.pad_token_id, tokenizer.bos_token_id) if index is not None]
     found = [*(known[name] for name in named), *beyond, *reserved, *outer]
-    return [index for index in dict.fromkeys(found) if index != tokenizer.eos_token_id]
+    generation = folder / "generation_config.json"
+    told = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+    stops = [told, config.to_dict(), config.get_text_config().to_dict(), {"eos_token_id": tokenizer.eos_token_id}]
+    ends = {index for values in stops for index in _listed(values.get("eos_token_id"))}
+    return [index for index in dict.fromkeys(found) if index not in ends]
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _slots(folder: Path, n_scores: int, aligns: bool, named: Sequence[str]) -> tuple[int, ...]:

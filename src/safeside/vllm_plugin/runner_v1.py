@@ -30,6 +30,12 @@ from safeside.vllm_plugin.table import RequestTable
 _MEMORY = "safeside_memory"  # beside KEY, in the worker alone: what a preempted request remembers
 _NAME = PROCESSOR.partition(":")[2]
 _tables: dict[str, RequestTable] = {}
+_MASKED = (
+    "A grammar masks the ids that carry scores: it came with structured output, or from the server's parser with tools "
+    "or a chat. Scores of such a request are kept for one answer at a time. Over HTTP ask for n=1, of a server without "
+    f"data parallelism, or leave out what brings the grammar (such as 'strict' in a tool). In Python give it a {TAG} "
+    "and read its scores by collective_rpc, without logprob_token_ids."
+)
 
 
 def table_of(vllm_config: VllmConfig, device: torch.device) -> RequestTable:
@@ -102,17 +108,23 @@ class Strengths(ProcessorV1, ProcessorV2):
             parse_strength(extra[KEY], cls.facts["thresholds"])
         if TAG in extra:
             cls._check_tag(extra[TAG], sampling_params.n)
+        cls._check_ids(sampling_params)
+
+    @classmethod
+    def _check_ids(cls, sampling_params: SamplingParams) -> None:
+        """What could draw the ids that carry scores, or would hide them."""
         slots = set(cls.facts["slots"])
         if slots and sampling_params.temperature > HOTTEST:
             raise InputError(
                 f"A temperature above {HOTTEST:g} could draw the ids that carry scores; got "
                 f"{sampling_params.temperature}."
             )
+        named = {"logit_bias": sampling_params.logit_bias, "allowed_token_ids": sampling_params.allowed_token_ids}
+        for name, ids in named.items():
+            if found := sorted(slots & set(ids or ())):
+                raise InputError(f"{name!r} names {found}: these ids carry scores and are never drawn. Leave them out.")
         if sampling_params.structured_outputs is not None and slots & set(sampling_params.logprob_token_ids or ()):
-            raise InputError(
-                "Structured output masks the ids that carry scores: they cannot be read. Ask for one of both, or give "
-                f"the request a {TAG} and read its scores by collective_rpc."
-            )
+            raise InputError(_MASKED)
 
     @classmethod
     def _check_tag(cls, tag: object, n_answers: int) -> None:
@@ -160,7 +172,8 @@ class Strengths(ProcessorV1, ProcessorV2):
 
     def _leave(self, row: int) -> None:
         """Give the request in ``row``, if there is one, its memory: it may come back."""
-        self.tagged.pop(row, None)
+        if row in self.tagged:
+            self.kept.leave(self.tagged.pop(row)[0])
         if (params := self.params.pop(row, None)) is not None:
             params.extra_args = {**(params.extra_args or {}), _MEMORY: self.table.memory(row)}
 

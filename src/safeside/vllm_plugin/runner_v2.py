@@ -53,7 +53,8 @@ class SafesideModelState(DefaultModelState):
     def remove_request(self, req_id: str) -> None:
         """A request leaves its row: it ended, or it waits for memory."""
         super().remove_request(req_id)
-        self.tagged.pop(req_id, None)
+        if req_id in self.tagged:
+            self.kept.leave(self.tagged.pop(req_id)[0])
         row = self.row_of.pop(req_id, None)
         if row is None:
             return

@@ -35,7 +35,8 @@ class RequestTable:
 
     def put(self, row: int, setting: Setting, prompt_end: int, memory: Float[Tensor, "2 G"] | None = None) -> None:
         """A request of ``prompt_end`` prompt tokens takes ``row``, with what it remembers of before."""
-        self.settings[row] = torch.tensor(setting, dtype=torch.float32)
+        values = torch.tensor(setting, dtype=torch.float32, pin_memory=self.settings.is_cuda)
+        self.settings[row].copy_(values, non_blocking=values.is_pinned())  # nothing waits for a copy to a GPU
         self.ends[row] = prompt_end
         self.decided[row] = _UNKNOWN if memory is None else memory[0]
         self.highest[row] = _UNKNOWN if memory is None else memory[1]
