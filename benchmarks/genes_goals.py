@@ -19,6 +19,7 @@ def goals_of(
     board: Board,
     contrasts: Sequence[Note],
     accuracy_change: Mapping[str, Mapping[str, object]],
+    chance: Sequence[Note],
 ) -> list[Note]:
     """One entry for each goal: what is wanted, the figure with its interval, and the verdict."""
     pairs, cells = board.qualifying, (METHODS["gene"], "aligned")
@@ -32,6 +33,7 @@ def goals_of(
     wanted = f"{-MOST_LOST_ACCURACY:g} at least"
     found.append(_goal("task accuracy, minus the fine-tuned model's", wanted, change, -MOST_LOST_ACCURACY))
     found += [_ahead(contrasts, rival, judge, len(pairs)) for rival in RIVALS for judge in JUDGE_NAMES]
+    found += [_selected(chance, judge) for judge in JUDGE_NAMES]
     return [*found, _quick(board)]
 
 
@@ -77,6 +79,17 @@ def _ahead(contrasts: Sequence[Note], rival: str, judge: str, n_models: int) -> 
         is_sure = attack["high"] < 0 and accuracy["low"] >= -MOST_LOST_ACCURACY
         verdict = "met" if is_sure else "by the value alone"
     return {**entry, **attack, "verdict": verdict}
+
+
+def _selected(chance: Sequence[Note], judge: str) -> Note:
+    """Fewer attacks succeed with few layers that are selected than with as many by chance."""
+    entry: Note = {"goal": f"attack success, few layers, selected minus by chance, {judge}", "wanted": "below 0"}
+    found = [item for item in chance if item["judge"] == judge]
+    if not found:
+        return {**entry, "verdict": "not measured"}
+    figure = {key: float(str(found[0][key])) for key in ("value", "low", "high")}
+    verdict = "met" if figure["high"] < 0 else "by the value alone" if figure["value"] < 0 else "missed"
+    return {**entry, **figure, "verdict": verdict}
 
 
 def _quick(board: Board) -> Note:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from genes_board import JUDGE_NAMES, METHODS, Board, Figure, Pair, drawn, figure_of
-from genes_cells import Values
+from genes_cells import DRAWS, FEW, Values
 from genes_figures import Port
 from genes_front import against_chance, against_curve, curves, front, point, together
 from genes_goals import goals_of
@@ -41,6 +41,8 @@ _MEANINGS = {
     "of the gene had been seen, and the gene's recipe was chosen on these two tasks",
     "grids": f"resta: strengths and densities {TRIED_RESTA}; safelora: thresholds {SAFE_LORA}; safemerge: thresholds "
     f"and shares {SAFE_MERGE}; salora: rates {SALORA_RATES} times the recipe's; no change is in the first three",
+    "against_chance": f"{FEW} layers of a gene, selected against {DRAWS} draws by chance, on the tasks of the curves.  "
+    "Of the four that a gene keeps, three or two were the same by chance",
     "seconds": "of a gene its fit, of resta, safelora and safemerge the choice of a setting, of others the training.  "
     "What is made once for all tasks is left out: extraction and selection of the gene, RESTA's unaligned model and "
     "SafeMERGE's safety fine-tune",
@@ -52,10 +54,10 @@ _MEANINGS = {
 def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
     """All of them."""
     cells = [values for found in board.cells.values() for values in found.values()]
-    compared, changes = contrasts(board), _accuracy_changes(board)
+    compared, changes, chance = contrasts(board), _accuracy_changes(board), against_chance(board)
     return {
         **_MEANINGS,
-        "goals": goals_of(board, compared, changes),
+        "goals": goals_of(board, compared, changes, chance),
         "qualifying": [_label(pair) for pair in board.qualifying],
         "excluded": _excluded(board),
         "n_excluded": len(_excluded(board)),
@@ -69,7 +71,7 @@ def notes_of(board: Board, setup: Setup, ports: Sequence[Port]) -> Note:
         "accuracy_change": changes,
         "curves": curves(board),
         "over_resta_curve": against_curve(board),
-        "against_chance": against_chance(board),
+        "selection": chance,
         "together": together(board),
         "interference": _interference(board),
         "guard": _by_cell(board, "guard", ("dsa",)),

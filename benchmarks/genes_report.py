@@ -48,7 +48,7 @@ NOTES = (
     "contrasts",
     "curves",
     "over_resta_curve",
-    "against_chance",
+    "selection",
     "together",
     "interference",
     "ports",
@@ -178,7 +178,7 @@ def curves_section(rows: Sequence[Row], notes: Mapping[str, object]) -> Section 
 
 def chance_section(notes: Mapping[str, object]) -> Section | None:
     """Selected layers against as many by chance, where few are kept."""
-    found: list[Mapping[str, object]] = list(notes["against_chance"])  # type: ignore[call-overload]
+    found: list[Mapping[str, object]] = list(notes["selection"])  # type: ignore[call-overload]
     table = [(str(item["judge"]), str(item["n_models"]), figure_text(item)) for item in found]
     if not table:
         return None

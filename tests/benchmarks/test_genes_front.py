@@ -103,7 +103,7 @@ def test_selected_layers_against_as_many_by_chance() -> None:
     assert (rules["draws"], rules["value"]) == (2, pytest.approx(-0.1))
     assert rules["low"] <= -0.1 <= rules["high"]
     assert genes_front.against_chance(board({name: cells[name] for name in ("aligned", "finetuned")})) == []
-    section = genes_report.chance_section({"against_chance": [rules]})
+    section = genes_report.chance_section({"selection": [rules]})
     assert section is not None
     assert section.rows[0][:2] == ("rules", "2")
 

@@ -9,6 +9,7 @@ from judged_for_tests import board, write_data  # isort: skip  (it finds the ben
 
 import gene_tables
 import genes_figures
+import genes_front
 import genes_goals
 import genes_models
 import genes_notes
@@ -24,7 +25,8 @@ RIVALS = {"resta": [1] * 10 + [0] * 10, "salora": GENE, "safemerge": [1] + [0] *
 
 def told(made: Board) -> Mapping[str, Mapping[str, object]]:
     changes = genes_notes._accuracy_changes(made)
-    return {str(goal["goal"]): goal for goal in genes_goals.goals_of(made, genes_notes.contrasts(made), changes)}
+    goals = genes_goals.goals_of(made, genes_notes.contrasts(made), changes, genes_front.against_chance(made))
+    return {str(goal["goal"]): goal for goal in goals}
 
 
 def verdicts(made: Board) -> dict[str, object]:
@@ -48,6 +50,15 @@ def test_goals_are_met_by_the_worse_end_by_the_value_or_missed() -> None:
     assert found["attack success, minus that of safemerge, rules"] == "missed"
     assert found["seconds of the longest fit"] == "met"
     assert verdicts(timed(board(cells, cells), 121.0))["seconds of the longest fit"] == "missed"
+
+
+def test_selected_layers_beat_chance_or_do_not() -> None:
+    cells = {"aligned": SAFE, "finetuned": LOST, "few-shift": GENE, "few-random-1": LOST}
+    goal = "attack success, few layers, selected minus by chance, rules"
+    assert verdicts(board(cells, cells))[goal] == "met"
+    assert verdicts(board({**cells, "few-random-1": GENE}))[goal] == "missed"
+    assert verdicts(board({**cells, "few-random-1": [1] * 3 + [0] * 17}))[goal] == "by the value alone"
+    assert verdicts(board({"aligned": SAFE, "finetuned": LOST}))[goal] == "not measured"
 
 
 def test_safety_for_accuracy_is_a_trade() -> None:
