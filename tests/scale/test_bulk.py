@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_goes_on_and_loses_and_doubles_no_row(
     assert [row["line"] for row in quarantined] == list(range(50, 301, 50))
     assert all(row["row"] == "{odd" and "not JSON" in row["problem"] for row in quarantined)
     assert sorted(path.name for path in output.iterdir() if not path.name.startswith("part-")) == [
-        "_bad", "_manifest.json", "_quarantine.jsonl",
+        "_bad", "_manifest.json", "_quarantine.jsonl", "_writer",
     ]  # fmt: skip
     whole = run(*words, "--json")
     assert (whole.json["rows_before"], whole.json["n_bad"]) == (len(rows), 6)
@@ -121,7 +121,7 @@ def test_parquet_comes_back_with_verdicts(tiny_base: Base, guard: Path, tmp_path
     ledger = open_ledger(str(path), "memory://scored", {}, 10)
     scorer = BaseScorer(tiny_base, [load_adapter(guard, tiny_base)])
     (shard,) = ledger.shards
-    score_shard(scorer, open_reader(shard.file), shard, ledger.folder, ledger.run)
+    score_shard(scorer, open_reader(shard.file), shard, ledger.folder)
     (tmp_path / "scored.parquet").write_bytes(ledger.folder.read(shard.part))
     scored = pq.read_table(tmp_path / "scored.parquet").to_pylist()
     assert [(row["id"], row["line"], row["messages"]) for row in scored] == [
@@ -141,11 +141,55 @@ def test_parquet_comes_back_with_verdicts(tiny_base: Base, guard: Path, tmp_path
     }  # fmt: skip
 
 
+def test_a_value_that_cannot_be_read_costs_its_own_row_alone(
+    run: Callable[..., Ran], adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that is none, where it is read; a day too far off and an unknown time zone, where they are not."""
+    without_ray(monkeypatch)
+    whole = pa.array([b"one", b"\xff\xfe", b"two"], pa.binary())
+    table = pa.table({
+        "text": pa.Array.from_buffers(pa.string(), 3, whole.buffers()),
+        "day": pa.array([10**9] * 3, pa.int32()).cast(pa.date32()),
+        "when": pa.array([0, 1, 2], pa.timestamp("us", tz="Mars/Olympus")),
+        "share": [float("nan")] * 3,
+    })  # fmt: skip
+    path, output = tmp_path / "rows.parquet", tmp_path / "out"
+    pq.write_table(table, path)
+    ended = run("score", "--input", path, "--output", output, "--guard", adapters / "harm", "--json")
+    assert (ended.code, ended.json["rows"], ended.json["n_bad"]) == (1, 3, 1)
+    scored = pq.read_table(output / "part-000000.parquet")
+    assert scored.select(["text", "day", "when"]).equals(table.select(["text", "day", "when"]))
+    verdicts = [verdict for (verdict,) in scored["verdicts"].to_pylist()]
+    assert [verdict["score"] is None for verdict in verdicts] == [False, True, False]
+    assert (verdicts[1]["flagged"], "column 'text' cannot be read" in verdicts[1]["reason"]) == (True, True)
+    (kept,) = (json.loads(line) for line in (output / QUARANTINE).read_text().splitlines())
+    assert kept["line"] == 2
+    assert kept["row"] == {
+        "text": "\ufffd\ufffd", "day": "<value out of range: 1000000000>", "when": "1970-01-01 00:00:00.000001Z",
+        "share": None,
+    }  # fmt: skip
+
+
+def test_an_error_of_others_in_a_worker_says_where_it_was(
+    run: Callable[..., Ran], adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+
+    def breaking(scorer: BaseScorer, rows: object) -> None:
+        raise ZeroDivisionError("no rows a second")
+
+    monkeypatch.setattr(bulk, "judge_rows", breaking)
+    path = write(tmp_path / "rows.jsonl", [{"text": "hi"}] * 4)
+    ended = run("score", "--input", path, "--output", tmp_path / "out", "--guard", adapters / "harm", "--shard-rows", 3)
+    assert ended.code == 2
+    assert f"Scoring lines 1 to 3 of {path} failed: ZeroDivisionError: no rows a second" in ended.err
+
+
 def test_a_shard_whose_rows_are_gone_is_an_error(tiny_base: Base, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "one"}])
     shard = Shard(0, str(path), Span(1, 2, 2))
     with pytest.raises(InputError, match="has 1 rows from line 1 on where it had 2"):
-        score_shard(BaseScorer(tiny_base, []), open_reader(str(path)), shard, Folder("memory://x"), "run")
+        score_shard(BaseScorer(tiny_base, []), open_reader(str(path)), shard, Folder("memory://x"))
 
 
 def test_mistakes_are_told(run: Callable[..., Ran], cluster: None, adapters: Path, tmp_path: Path) -> None:
@@ -209,7 +253,7 @@ def test_ray_hands_every_shard_to_a_worker_and_gives_back_what_came_of_it(
     advanced: list[int] = []
     options = SimpleNamespace(workers=1, engine="hf", setup=SimpleNamespace(device="cpu"))
     shards = [Shard(number, "rows.jsonl", Span(1, 1, 1)) for number in range(10)]
-    ran = bulk._run(options, ("out", "run", "writer"), shards, advanced.append)
+    ran = bulk._run(options, ("out", "writer"), shards, advanced.append)
     assert sorted(advanced) == list(range(10))
     assert ran == (9, 1)
 

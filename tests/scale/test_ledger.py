@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from safeside.errors import InputError
-from safeside.scale.ledger import MANIFEST, QUARANTINE, Ledger, begin_shard, keep_shard, open_ledger
+from safeside.scale import ledger as ledgers
+from safeside.scale.ledger import MANIFEST, QUARANTINE, WRITER, Ledger, begin_shard, keep_shard, open_ledger
 from safeside.scale.places import TEMPORARY, Folder
+from safeside.scale.reading import Shard
 
 SETTINGS = {"guards": [["harm", "0123"], ["hate", "4567"]], "preset": None}
 
@@ -50,7 +53,7 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path: Path, place: str) ->
 def test_a_run_is_planned_once_and_then_found_again(rows: Path, tmp_path: Path) -> None:
     first = opened(rows, tmp_path / "out")
     assert [(shard.span.first, shard.span.n_rows) for shard in first.shards] == [(1, 10), (11, 10), (21, 5)]
-    keep_shard(first.folder, first.run, first.shards[1], b"{}\n", [{"line": 12, "problem": "odd"}])
+    keep_shard(first.folder, first.shards[1], b"{}\n", [{"line": 12, "problem": "odd"}])
     again = opened(rows, tmp_path / "out")
     assert again.shards == first.shards
     assert again.done() == {1}
@@ -61,8 +64,8 @@ def test_a_run_is_planned_once_and_then_found_again(rows: Path, tmp_path: Path) 
 def test_bad_rows_of_an_attempt_that_was_killed_are_forgotten(rows: Path, tmp_path: Path) -> None:
     """Killed between quarantine and part, and scored anew without bad rows."""
     ledger = opened(rows, tmp_path / "out")
-    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [{"line": 1}])
-    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [{"line": 1}])
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     assert ledger.finish() == 0
     assert QUARANTINE not in ledger.folder.names()
 
@@ -86,7 +89,7 @@ def test_rows_that_kill_every_worker_end_the_run(rows: Path, tmp_path: Path) -> 
 def test_another_run_is_refused(rows: Path, tmp_path: Path, changes: dict[str, object], problem: str) -> None:
     opened(rows, tmp_path / "out", preset="balanced")  # it kept nothing
     ledger = opened(rows, tmp_path / "out")
-    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     with pytest.raises(InputError, match=problem):
         opened(rows, tmp_path / "out", **changes)
     with pytest.raises(InputError, match="a run with shard_rows 10; this one has 5"):
@@ -95,7 +98,7 @@ def test_another_run_is_refused(rows: Path, tmp_path: Path, changes: dict[str, o
 
 def test_input_that_was_changed_is_refused(rows: Path, tmp_path: Path) -> None:
     ledger = opened(rows, tmp_path / "out")
-    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     with rows.open("a") as handle:
         handle.write("\n{}")
     with pytest.raises(InputError, match=r"rows.jsonl was changed since"):
@@ -108,7 +111,7 @@ def test_files_that_came_or_went_are_refused(rows: Path, tmp_path: Path, what: s
     shutil.copy(rows, tmp_path / "rows2.jsonl")
     source, out = f"{tmp_path}/rows*.jsonl", str(tmp_path / "out")
     ledger = open_ledger(source, out, SETTINGS, 10)
-    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     if what == "added":
         shutil.copy(rows, tmp_path / "rows1.jsonl")
     else:
@@ -119,7 +122,7 @@ def test_files_that_came_or_went_are_refused(rows: Path, tmp_path: Path, what: s
 
 def test_an_output_among_the_input_is_no_input(rows: Path, tmp_path: Path) -> None:
     ledger = opened(tmp_path, tmp_path / "out")
-    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     assert opened(tmp_path, tmp_path / "out").shards == ledger.shards
 
 
@@ -127,12 +130,12 @@ def test_a_run_whose_folder_was_taken_writes_nothing_more(rows: Path, tmp_path: 
     """Two commands begin in one folder before either has kept anything, or a worker outlives its command."""
     first = opened(rows, tmp_path / "out")
     second = opened(rows, tmp_path / "out", preset="strict")
-    with pytest.raises(InputError, match=r"Another run has begun in .*out"):
-        keep_shard(first.folder, first.run, first.shards[0], b"{}\n", [{"line": 1}])
+    with pytest.raises(InputError, match=r"Another command has begun in .*out"):
+        keep_shard(first.folder, first.shards[0], b"{}\n", [{"line": 1}])
     assert (second.done(), second.folder.names("_bad")) == (set(), [])
-    keep_shard(second.folder, second.run, second.shards[0], b"{}\n", [])
+    keep_shard(second.folder, second.shards[0], b"{}\n", [])
     again = opened(rows, tmp_path / "out", preset="strict")
-    assert again.run == second.run
+    assert again.shards == second.shards
     assert again.done() == {0}
 
 
@@ -150,31 +153,69 @@ def test_a_part_is_not_moved_to_its_place_once_the_folder_was_taken(
         return begins(folder, name, head)
 
     monkeypatch.setattr(Folder, "begins", asked)
-    with pytest.raises(InputError, match="Another run has begun"):
-        keep_shard(first.folder, first.run, first.shards[0], b"{}\n", [])
+    with pytest.raises(InputError, match="Another command has begun"):
+        keep_shard(first.folder, first.shards[0], b"{}\n", [])
     assert first.done() == set()
 
 
-def test_one_command_leaves_alone_what_another_is_writing(rows: Path, tmp_path: Path) -> None:
-    """The same run twice at once: the one that ends first takes away what it found unfinished, and its own."""
+def test_of_two_commands_that_go_on_with_one_run_the_first_stops(rows: Path, tmp_path: Path) -> None:
+    """The second takes away what it found unfinished, so what the first one is writing may not come to its place."""
     live = opened(rows, tmp_path / "out")
-    keep_shard(live.folder, live.run, live.shards[0], b"{}\n", [])
+    keep_shard(live.folder, live.shards[0], b"{}\n", [])
     (tmp_path / "out" / TEMPORARY / "killed").write_text("half")
     begin_shard(live.folder, live.shards[1])
     other = opened(rows, tmp_path / "out")
-
-    def written() -> Iterator[bytes]:
-        yield b"live\n"
-        for shard in other.shards[1:]:
-            begin_shard(other.folder, shard)
-            keep_shard(other.folder, other.run, shard, b"other\n", [])
-        other.finish()
-
-    live.folder.write(live.shards[1].part, written())
-    assert (tmp_path / "out" / live.shards[1].part).read_text() == "live\n"
-    assert live.folder.names(TEMPORARY) == []
-    live.finish()
+    with pytest.raises(
+        InputError, match=r"Another command has begun in .*out\. This one has stopped: let the other end"
+    ):
+        keep_shard(live.folder, live.shards[1], b"live\n", [])
+    for shard in other.shards[1:]:
+        begin_shard(other.folder, shard)
+        keep_shard(other.folder, shard, b"other\n", [])
+    assert other.finish() == 0
+    assert (tmp_path / "out" / live.shards[1].part).read_text() == "other\n"
     assert not (tmp_path / "out" / TEMPORARY).exists()
+
+
+def test_rows_that_another_run_keeps_during_the_planning_are_not_taken_over(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = opened(rows, tmp_path / "out")
+
+    def cut(files: list[str], shard_rows: int) -> list[Shard]:
+        keep_shard(first.folder, first.shards[0], b"{}\n", [])
+        return list(first.shards)
+
+    monkeypatch.setattr(ledgers, "_cut", cut)
+    with pytest.raises(InputError, match=r"Another run kept rows in .*out while this one was planned"):
+        opened(rows, tmp_path / "out", preset="strict")
+    assert opened(rows, tmp_path / "out").done() == {0}
+
+
+def test_a_command_that_was_killed_before_its_plan_leaves_a_folder_that_another_may_have(
+    rows: Path, tmp_path: Path
+) -> None:
+    Folder(str(tmp_path / "out")).write(WRITER, [b"killed"])
+    assert opened(rows, tmp_path / "out").done() == set()
+
+
+def test_files_are_replaced_where_nothing_moves_onto_a_name_that_is_taken(
+    rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad rows are gathered again each time a command ends."""
+    moved = MemoryFileSystem.mv
+
+    def strict(files: MemoryFileSystem, source: str, target: str, **options: object) -> None:
+        if files.exists(target):
+            raise FileExistsError(target)
+        moved(files, source, target, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "mv", strict)
+    for _ in range(2):
+        found = open_ledger(str(rows), "memory://strict", SETTINGS, 10)
+        keep_shard(found.folder, found.shards[0], b"{}\n", [{"line": 3}])
+        assert found.finish() == 1
+    assert found.folder.read(QUARANTINE) == b'{"line": 3}\n'
 
 
 def test_a_folder_of_something_else_is_refused(rows: Path, tmp_path: Path) -> None:
@@ -186,7 +227,7 @@ def test_a_folder_of_something_else_is_refused(rows: Path, tmp_path: Path) -> No
         opened(rows, rows)
     out = tmp_path / "out"
     ledger = opened(rows, out)
-    keep_shard(ledger.folder, ledger.run, ledger.shards[0], b"{}\n", [])
+    keep_shard(ledger.folder, ledger.shards[0], b"{}\n", [])
     for damaged in ("[", "[]", "{}", json.dumps({**json.loads((out / MANIFEST).read_text()), "shards": [{}]})):
         (out / MANIFEST).write_text(damaged)
         with pytest.raises(InputError, match="is damaged"):

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
+from command_line import write
 from safeside.errors import InputError
 from safeside.scale.places import Folder, address, opened
 from safeside.scale.reading import Shard, Span, find_files, open_reader
@@ -36,6 +40,21 @@ class Hosted(MemoryFileSystem):
     @staticmethod
     def _get_kwargs_from_urls(path: str) -> dict[str, str]:
         return {"host": path.removeprefix("hosted://").partition("/")[0]}
+
+
+class Web(MemoryFileSystem):
+    """Files by their whole address, as fsspec's file system of HTTP has them; none can be listed."""
+
+    protocol = "https"
+    store: dict[str, Any] = {}  # noqa: RUF012  # as the parent declares it
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path
+
+    def isdir(self, path: str) -> bool:
+        raise PermissionError(f"403 for the folder {path}")
 
 
 @pytest.fixture
@@ -69,6 +88,22 @@ def test_the_end_of_a_chain_is_found_from_another_folder(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert find_files("zip://rows.jsonl::all.zip") == [f"zip://rows.jsonl::{tmp_path}/all.zip"]
     assert Shard(0, "zip://deep/rows.parquet::all.zip", Span(1, 1, 1)).part == "part-000000.parquet"
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl.gz"])
+def test_a_web_address_may_end_with_a_signature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.setitem(_registry, "https", Web)
+    place, other = (f"https://host/{file}?sig=a%2Fb&until=2030.txt" for file in (name, "notes.txt"))
+    if name.endswith("t"):
+        pq.write_table(pa.table({"text": ["hi"]}), tmp_path / name)
+    else:
+        write(tmp_path / name, [{"text": "hi"}])
+    Web().pipe_file(place, (tmp_path / name).read_bytes())
+    assert find_files(place) == [place]
+    assert open_reader(place).read(Span(1, 1, 1)).rows == [(1, {"text": "hi"})]
+    assert Shard(0, place, Span(1, 1, 1)).part == f"part-000000.{name.split('.')[1]}"
+    with pytest.raises(InputError, match="403"):
+        find_files(other)
 
 
 def test_a_url_that_cannot_be_named_again_is_refused(hosted: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from command_line import write
 from safeside.errors import InputError
-from safeside.scale.reading import ADDED, LineReader, Shard, Span, TableReader, find_files, open_reader
+from safeside.scale.reading import ADDED, LineReader, Shard, Span, TableReader, as_json, find_files, open_reader
 from safeside.tasks.rows import BadRow
 
 
@@ -117,10 +118,75 @@ def test_what_scoring_adds_may_not_be_there_already(tmp_path: Path) -> None:
     assert part.original(0) == '{"text": "a", "verdicts": []}'
 
 
+def broken_text(*texts: bytes) -> pa.Array:
+    """A column of text that is not valid everywhere, as other writers leave it."""
+    whole = pa.array([*texts], pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(texts), whole.buffers())
+
+
+def unreadable(path: Path) -> Path:
+    """Three rows: the first one's text is none, and no value of two other columns has a form in Python."""
+    table = pa.table({
+        "text": broken_text(b"\xff\xfe", b"one", b"two"),
+        "summary": broken_text(b"fine", b"\xff", b"fine"),
+        "day": pa.array([10**9, 1, None], pa.int32()).cast(pa.date32()),
+        "when": pa.array([0, 1, 2], pa.timestamp("us", tz="Mars/Olympus")),
+        "share": [0.5, float("nan"), float("inf")],
+    })  # fmt: skip
+    pq.write_table(table, path)
+    return path
+
+
+def test_what_python_cannot_hold_spoils_its_own_row_and_only_where_it_is_read(tmp_path: Path) -> None:
+    path = unreadable(tmp_path / "rows.parquet")
+    part = open_reader(str(path)).read(Span(1, 3, 3))
+    bad, *good = part.rows
+    assert isinstance(bad, BadRow)
+    assert (bad.line, "column 'text' cannot be read: 'utf-8' codec" in bad.problem) == (1, True)
+    assert [(line, values["text"]) for line, values in good] == [(2, "one"), (3, "two")]
+    day, when = "<value out of range: 1000000000>", "1970-01-01 00:00:00.000000Z"
+    assert part.original(0) == {"text": "\ufffd\ufffd", "summary": "fine", "day": day, "when": when, "share": 0.5}
+    lines = [{"line": line, "verdicts": []} for line in (1, 2, 3)]
+    (tmp_path / "scored.parquet").write_bytes(part.scored(lines, str(path)))
+    scored, before = pq.read_table(tmp_path / "scored.parquet"), pq.read_table(path)
+    same = [name for name in before.schema.names if name != "share"]  # NaN equals nothing
+    assert scored.select(same).equals(before.select(same))
+    assert scored["line"].to_pylist() == [1, 2, 3]
+
+
+def test_what_is_read_of_a_row_is_of_its_shape(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["hi"], "response": ["ho"], "text": broken_text(b"\xff"), "label": [1]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    ((_, values),) = open_reader(str(tmp_path / "rows.parquet")).read(Span(1, 1, 1)).rows
+    assert (values["prompt"], values["response"]) == ("hi", "ho")
+
+
+def test_numbers_that_are_no_json_come_out_as_null(tmp_path: Path) -> None:
+    texts = ['{"text": "a", "loss": NaN, "all": [1.5, -Infinity]}', '{"text": "b", "loss": 1e999}', '{"text": "c"}']
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(texts))
+    part = open_reader(str(path)).read(Span(1, 3, 3))
+    written = part.scored([{"line": line, "verdicts": []} for line in (1, 2, 3)], "f").decode().splitlines()
+
+    def refused(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    found = [json.loads(line, parse_constant=refused) for line in written]
+    assert [row.get("loss", "none") for row in found] == [None, None, "none"]
+    assert found[0]["all"] == [1.5, None]
+    assert as_json({"when": Path("x"), "loss": float("nan")}) == '{"when": "x", "loss": null}'
+
+
 def test_parts_keep_every_column_and_its_type(tmp_path: Path) -> None:
     columns = {"id": pa.array([7, 8], pa.int16()), "when": pa.array([0, None], pa.timestamp("ns")), "none": [None] * 2}
     part = open_reader(str(parquet(tmp_path / "rows.parquet", 2, **columns))).read(Span(1, 2, 2))
-    assert part.rows[1] == (2, {"text": "row 1", "id": 8})  # what is null is not there: shapes are told by their keys
+    line, values = part.rows[1]
+    assert (line, values["text"], [*values]) == (
+        2,
+        "row 1",
+        ["text", "id"],
+    )  # what is null is not there: keys tell shapes
+    assert part.original(1) == {"text": "row 1", "id": 8}
     (tmp_path / "scored.parquet").write_bytes(
         part.scored([{"line": 1, "verdicts": []}, {"line": 2, "verdicts": []}], "f")
     )

@@ -190,7 +190,7 @@ class Worker:
 
     def __init__(self, options: BulkOptions, claim: Claim, make: Callable[[Setup], Scorer]) -> None:
         self.options, self.make = options, make
-        self.folder, self.run = Folder(claim.output, claim.writer), claim.run
+        self.folder = Folder(claim.output, claim.writer)
         self.file = ""
         self.reader: Reader | None = None
         self.scorer: Scorer | None = None
@@ -203,17 +203,30 @@ class Worker:
             attempt = begin_shard(self.folder, shard)
             if self.scorer is None:
                 self.scorer = self.make(self.options.setup)
-            if self.reader is None or self.file != shard.file:
-                self.file, self.reader = shard.file, open_reader(shard.file)
-            score_shard(self.scorer, self.reader, shard, self.folder, self.run)
+            self._score(self.scorer, shard)
         except SafesideError as error:
             return {**found, "kind": type(error).__name__, "error": str(error)}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {**found, "peak_bytes": peak if sys.platform == "darwin" else peak * 1024, "attempt": attempt}
 
+    def _score(self, scorer: Scorer, shard: Shard) -> None:
+        """Score one shard; an error of others becomes an InputError that says where it was."""
+        try:
+            if self.reader is None or self.file != shard.file:
+                self.file, self.reader = shard.file, open_reader(shard.file)
+            score_shard(scorer, self.reader, shard, self.folder)
+        except SafesideError:
+            raise
+        except Exception as error:
+            logging.getLogger(__name__).exception("Scoring %s failed", shard.lines)
+            raise InputError(
+                f"Scoring {shard.lines} failed: {type(error).__name__}: {error}. Expected rows that every step can "
+                "read. What was finished is kept: look at these rows, or report the error."
+            ) from error
 
-def score_shard(scorer: Scorer, reader: Reader, shard: Shard, folder: Folder, run: str) -> None:
-    """Score one shard and keep it for ``run``; one whose rows are no longer what was planned is an InputError."""
+
+def score_shard(scorer: Scorer, reader: Reader, shard: Shard, folder: Folder) -> None:
+    """Score one shard and keep it; one whose rows are no longer what was planned is an InputError."""
     part = reader.read(shard.span)
     if len(part.rows) != shard.span.n_rows:
         raise InputError(
@@ -226,4 +239,4 @@ def score_shard(scorer: Scorer, reader: Reader, shard: Shard, folder: Folder, ru
         for index, (line, problem) in enumerate(judged)
         if problem is not None
     ]
-    keep_shard(folder, run, shard, part.scored([line for line, _ in judged], shard.file), bad)
+    keep_shard(folder, shard, part.scored([line for line, _ in judged], shard.file), bad)

@@ -1,24 +1,23 @@
 """The output folder of a bulk run: which shards there are, which are done, and that all of it is one run.
 
-``_manifest.json`` is written before the first row is scored: the run's id and settings, its input files as they were,
-and every shard.  A shard is done when its ``part-NNNNNN`` is there, and its bad rows are in ``_bad`` before that.
-Shards are cut once, so whatever was killed, each row is in exactly one part.  Who writes a part looks first whether the
-manifest still has the id of its run.
+``_manifest.json`` is written before the first row is scored: the run's settings, its input files as they were, and
+every shard.  A shard is done when its ``part-NNNNNN`` is there, and its bad rows are in ``_bad`` before that.  Shards
+are cut once, so whatever was killed, each row is in exactly one part.  ``_writer`` names the command that began last in
+the folder, and who writes a part looks there first: an earlier one stops.
 """
 
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from safeside.errors import InputError
 from safeside.scale.places import TEMPORARY, Folder, address, explained, opened
-from safeside.scale.reading import Shard, Span, find_files, open_reader
+from safeside.scale.reading import Shard, Span, as_json, find_files, open_reader
 
-MANIFEST, QUARANTINE = "_manifest.json", "_quarantine.jsonl"
+MANIFEST, QUARANTINE, WRITER = "_manifest.json", "_quarantine.jsonl", "_writer"
 _BAD, _PART = "_bad", "part-"
 _ATTEMPTS = 3  # at one shard, in one run of the command
 
@@ -28,8 +27,6 @@ class Claim(NamedTuple):
 
     output: str
     """The folder, named from anywhere."""
-    run: str
-    """Id of the run: made when it is planned, and kept when it goes on."""
     writer: str
     """Id of the command that started the worker."""
 
@@ -42,15 +39,13 @@ class Ledger:
     """The output."""
     shards: tuple[Shard, ...]
     """All shards, done or not."""
-    run: str
-    """Id of the run."""
     left: tuple[str, ...] = ()
     """What lay unfinished in the folder when it was opened."""
 
     @property
     def claim(self) -> Claim:
         """What workers of this command write under."""
-        return Claim(address(self.folder.place), self.run, self.folder.writer)
+        return Claim(address(self.folder.place), self.folder.writer)
 
     def done(self) -> set[int]:
         """Numbers of the shards that are done."""
@@ -75,40 +70,35 @@ def begin_shard(folder: Folder, shard: Shard) -> int:
     name = folder.unfinished(f"begun-{shard.number:06d}")
     n_begun = len(folder.read(name)) if folder.has(name) else 0
     if n_begun == _ATTEMPTS:
-        last = shard.span.first + shard.span.n_lines - 1
         raise InputError(
-            f"{n_begun} workers died while they scored lines {shard.span.first} to {last} of {shard.file}. If memory "
-            "ran out, lower --workers, or --shard-rows in a new output folder; else look at these rows."
+            f"{n_begun} workers died while they scored {shard.lines}. If memory ran out, lower --workers, or "
+            "--shard-rows in a new output folder; else look at these rows."
         )
     folder.write(name, [b"." * (n_begun + 1)])
     return n_begun + 1
 
 
-def keep_shard(folder: Folder, run: str, shard: Shard, scored: bytes, bad: Sequence[Mapping[str, object]]) -> None:
+def keep_shard(folder: Folder, shard: Shard, scored: bytes, bad: Sequence[Mapping[str, object]]) -> None:
     """Write a shard's bad rows and then its part, which makes it done.
 
-    Once another run was planned in the folder it is an InputError: rows of both would be mixed.
+    Once another command has begun in the folder it is an InputError: rows of two runs would be mixed, and a command
+    that goes on with this one takes away what is unfinished.
     """
 
     def check() -> None:
-        if not folder.begins(MANIFEST, _head(run)):
+        if not folder.begins(WRITER, folder.writer.encode()):
             raise InputError(
-                f"Another run has begun in {folder.place}, before this one had kept anything. This one has stopped; "
-                "start it again in an output folder of its own."
+                f"Another command has begun in {folder.place}. This one has stopped: let the other end, or start this "
+                "one again in an output folder of its own."
             )
 
     check()
     name = f"{_BAD}/{shard.number:06d}.jsonl"
     if bad:
-        folder.write(name, (json.dumps(row, default=str).encode() + b"\n" for row in bad), check)
+        folder.write(name, (as_json(row).encode() + b"\n" for row in bad), check)
     else:
         folder.remove(name)  # of an attempt that was killed between the two
     folder.write(shard.part, [scored], check)
-
-
-def _head(run: str) -> bytes:
-    """How the manifest of a run begins."""
-    return json.dumps({"run": run}).removesuffix("}").encode()
 
 
 def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_rows: int) -> Ledger:
@@ -119,22 +109,31 @@ def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_
     folder = Folder(output)
     names = folder.names()
     wanted = {**settings, "input": address(source), "shard_rows": shard_rows}
-    if names and MANIFEST not in names:
+    if names and MANIFEST not in names and names != [WRITER]:
         raise InputError(f"{output} holds {names[0]!r} and no bulk run; expected a new folder. Choose another.")
     left = tuple(folder.names(TEMPORARY)) if names else ()
-    if any(name.startswith(_PART) for name in names):
+    if _has_part(names):
         found = folder.read_json(MANIFEST)
         _check_same(output, found, wanted)
         _check_files(output, found, _states(_inputs(source, output)))
-        return Ledger(folder, tuple(_shards_in(output, found)), str(found["run"]), left)
-    files, run = _inputs(source, output), uuid.uuid4().hex
+        shards = tuple(_shards_in(output, found))
+        folder.write(WRITER, [folder.writer.encode()])
+        return Ledger(folder, shards, left)
+    files = _inputs(source, output)
     shards = tuple(_cut(files, shard_rows))
     if not shards:
         raise InputError(f"{source} holds no row. Check the path.")
     planned = {"settings": wanted, "files": _states(files), "shards": [asdict(shard) for shard in shards]}
-    folder.write(MANIFEST, [json.dumps({"run": run, **planned}).encode()])
-    folder.remove(_BAD)  # of a run that this one has taken the place of: it keeps nothing from here on
-    return Ledger(folder, shards, run, left)
+    folder.write(WRITER, [folder.writer.encode()])  # another command keeps nothing from here on
+    if _has_part(folder.names()):
+        raise InputError(f"Another run kept rows in {output} while this one was planned. Choose another folder.")
+    folder.remove(_BAD)  # of a run that this one takes the place of
+    folder.write(MANIFEST, [json.dumps(planned).encode()])
+    return Ledger(folder, shards, left)
+
+
+def _has_part(names: Sequence[str]) -> bool:
+    return any(name.startswith(_PART) for name in names)
 
 
 def _inputs(source: str, output: str) -> list[str]:
@@ -163,7 +162,7 @@ def _states(files: Sequence[str]) -> dict[str, str]:
 
 def _check_same(output: str, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
     before = found.get("settings")
-    if not all(isinstance(found.get(name), kind) for name, kind in (("run", str), ("settings", dict), ("files", dict))):
+    if not all(isinstance(found.get(name), kind) for name, kind in (("settings", dict), ("files", dict))):
         raise InputError(f"{output}/{MANIFEST} is damaged. Choose another folder.")
     assert isinstance(before, dict)
     for name, value in json.loads(json.dumps(wanted)).items():

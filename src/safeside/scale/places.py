@@ -107,7 +107,10 @@ class Folder:
         return [name for name in names if name != TEMPORARY]
 
     def write(self, name: str, content: Iterable[bytes], check: Callable[[], None] = lambda: None) -> None:
-        """Write one file: under a name of its own first, then, if ``check`` raises nothing, in place of any there."""
+        """Write one file: under a name of its own first, then, if ``check`` raises nothing, in place of any there.
+
+        Elsewhere than on this machine a kill in between may leave none.
+        """
         temporary, final = self._inside(self.unfinished(uuid.uuid4().hex)), self._inside(name)
         with explained(final, "written"):
             for path in (temporary, final):
@@ -116,6 +119,8 @@ class Folder:
                 for piece in content:
                     handle.write(piece)
             check()
+            if not isinstance(self.files, LocalFileSystem) and self.files.exists(final):
+                self.files.rm(final)  # some file systems do not move onto a name that is taken
             self.files.mv(temporary, final)
 
     def unfinished(self, name: str) -> str:

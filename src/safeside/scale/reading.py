@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate, islice
 from typing import IO, Protocol
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +22,13 @@ from fsspec import AbstractFileSystem
 from safeside.errors import InputError
 from safeside.guards.lines import Line, Row
 from safeside.scale.places import addresses, explained, opened
-from safeside.tasks.rows import BadRow, parse_rows
+from safeside.tasks.rows import BadRow, columns_of, parse_rows
 
-PARQUET = ".parquet"
-_SUFFIXES = (PARQUET, ".jsonl", ".jsonl.gz")
+PARQUET, _ZIPPED = ".parquet", ".jsonl.gz"
+_SUFFIXES = (PARQUET, ".jsonl", _ZIPPED)
 _BATCH = 1000  # rows of Parquet that are decoded at once
+_UNREADABLE = (ValueError, OverflowError)  # what values that are no text, dates far off and unknown time zones raise
+_WHOLE = dict.fromkeys(("window", "container_window", "element_size_limit"), 10**9)  # of what Arrow prints
 ADDED = ("file", "line", "verdicts")
 """What scoring adds to a row."""
 _VERDICTS = pa.list_(
@@ -49,6 +52,11 @@ class Span:
     offset: int = 0
     """Bytes before it, once decompressed; 0 for Parquet."""
 
+    @property
+    def last(self) -> int:
+        """Line (of Parquet: row) that it ends with."""
+        return self.first + self.n_lines - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -60,6 +68,11 @@ class Shard:
     """The file that it is of: a path or a URL."""
     span: Span
     """Where it lies in the file."""
+
+    @property
+    def lines(self) -> str:
+        """Its rows, for people."""
+        return f"lines {self.span.first} to {self.span.last} of {self.file}"
 
     @property
     def part(self) -> str:
@@ -103,15 +116,17 @@ def find_files(place: str) -> list[str]:
     """
     files, path = opened(place)
     with explained(place, "read"):
-        if files.isdir(path):
+        if _suffix(path) and files.isfile(path):  # asked first: the address of one file may not be listed
+            names = [path]
+        elif files.isdir(path):
             inside = [(name, name.removeprefix(path).split("/")) for name in map(str, files.find(path))]
             names = [name for name, parts in inside if not any(part.startswith(("_", ".")) for part in parts)]
-            names = [name for name in names if name.endswith(_SUFFIXES)]
+            names = [name for name in names if _suffix(name)]
         else:
             names = [path] if files.isfile(path) else [str(name) for name in files.glob(path) if files.isfile(name)]
     if not names:
         raise InputError(f"There is no file {place} with rows; expected {', '.join(_SUFFIXES)}. Check the path.")
-    odd = [name for name in names if not name.endswith(_SUFFIXES)]
+    odd = [name for name in names if not _suffix(name)]
     if odd:
         raise InputError(f"{odd[0]} holds no rows by its name; expected {', '.join(_SUFFIXES)}. Rename or convert it.")
     return addresses(place, sorted(names))
@@ -119,7 +134,21 @@ def find_files(place: str) -> list[str]:
 
 def is_table(file: str) -> bool:
     """Whether a file is Parquet by its name, which in a chain of file systems need not stand last."""
-    return any(link.endswith(PARQUET) for link in file.split("::"))
+    return any(_suffix(link) == PARQUET for link in file.split("::"))
+
+
+def _suffix(name: str) -> str:
+    """Which of _SUFFIXES a name has, or none.  That of a web address may be followed by a signature."""
+    path = urlsplit(name).path if name.startswith(("http://", "https://")) else name
+    return next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), "")
+
+
+def as_json(values: object) -> str:
+    """``values`` on one line.  NaN and infinity, which are not JSON, become null, and what it has no form for text."""
+    try:
+        return json.dumps(values, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(values, default=str), parse_constant=lambda name: None))
 
 
 def open_reader(file: str) -> Reader:
@@ -128,7 +157,8 @@ def open_reader(file: str) -> Reader:
     with explained(file, "read"):
         if is_table(file):
             return TableReader(files.open(path, "rb"), file, files)
-        return LineReader(files.open(path, "rb", compression="infer"), file, files)
+        zipped = "gzip" if _suffix(path) == _ZIPPED else None
+        return LineReader(files.open(path, "rb", compression=zipped), file, files)
 
 
 class LineReader:
@@ -171,7 +201,7 @@ class LinePart:
         written = []
         for row, line in zip(self.rows, lines, strict=True):
             values = {} if isinstance(row, BadRow) else row[1]
-            written.append(json.dumps({**values, "file": file, **line}) + "\n")
+            written.append(as_json({**values, "file": file, **line}) + "\n")
         return "".join(written).encode()
 
 
@@ -232,17 +262,23 @@ class TableReader:
 
 
 class TablePart:
-    """Rows that were Parquet; what is null in a row is not there."""
+    """Rows that were Parquet; what is null in a row is not there.
+
+    Of a row only what scoring reads is made a Python value: others may hold what Python has no value for.
+    """
 
     def __init__(self, table: pa.Table, first: int) -> None:
         self.table = table
-        self.rows: list[tuple[int, dict[str, object]]] = [
-            (line, {name: value for name, value in values.items() if value is not None})
-            for line, values in enumerate(table.to_pylist(), first)
-        ]
+        self.rows: list[Row] = [_table_row(line, values) for line, values in enumerate(self._values(), first)]
+
+    def _values(self) -> Iterator[dict[str, pa.Scalar]]:
+        for scalars in zip(*self.table.columns, strict=True):
+            yield {name: value for name, value in zip(self.table.column_names, scalars, strict=True) if value.is_valid}
 
     def original(self, index: int) -> object:
-        return self.rows[index][1]
+        row = self.table.slice(index, 1)
+        columns = zip(row.column_names, row.columns, strict=True)
+        return {name: _told(column) for name, column in columns if column[0].is_valid}
 
     def scored(self, lines: Sequence[Line], file: str) -> bytes:
         table = self.table.append_column("file", pa.array([file] * len(lines), pa.string()))
@@ -251,3 +287,25 @@ class TablePart:
         content = BytesIO()
         pq.write_table(table, content)
         return content.getvalue()
+
+
+def _table_row(line: int, values: dict[str, pa.Scalar]) -> Row:
+    """A row with the Python values of what scoring reads; one that Python cannot hold makes it a bad row."""
+    read = {}
+    for name in columns_of(values):
+        try:
+            read[name] = values[name].as_py()
+        except _UNREADABLE as error:
+            return BadRow(line, f"column {name!r} cannot be read: {error}; expected valid text")
+    return line, {**values, **read}
+
+
+def _told(column: pa.ChunkedArray) -> object:
+    """The one value of a column, or how Arrow prints it where Python has no value for it."""
+    try:
+        return column[0].as_py()
+    except _UNREADABLE:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            return bytes(column[0].as_buffer()).decode(errors="replace")
+        printed: str = column.combine_chunks().to_string(skip_new_lines=True, **_WHOLE)
+        return printed.removeprefix("[").removesuffix("]").strip()

@@ -24,6 +24,7 @@ from safeside.chat import check_messages
 from safeside.errors import InputError
 from safeside.types import Example, Message
 
+_READ = (("messages",), ("prompt", "response"), ("text",), ("document", "summary"))  # by shape, in order of their rank
 _SHAPES = '{"prompt", "response"?}, {"text"}, {"document", "summary"} or {"messages"}'
 
 
@@ -76,6 +77,12 @@ def messages_of(values: Mapping[str, object]) -> tuple[Message, ...]:
     messages = _shaped(values)
     check_messages(messages)
     return messages
+
+
+def columns_of(values: Mapping[str, object]) -> tuple[str, ...]:
+    """Which columns of a row ``messages_of`` reads: the others may hold anything."""
+    shape = next((names for names in _READ if names[0] in values), ())
+    return tuple(name for name in shape if name in values)
 
 
 def _shaped(values: Mapping[str, object]) -> tuple[Message, ...]:
