@@ -141,9 +141,10 @@ bench-overhead: setup
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py --soak 10
 
-# Bulk scoring by one and two workers, killed and not, and its memory over many rows (about 10 minutes).
-bench-bulk: setup
-	$(BIN)/python benchmarks/bulk.py
+# Bulk scoring on both engines by one and two workers, killed and not, and its memory over a million rows (about an hour).
+bench-bulk: setup setup-vllm
+	$(BIN)/python benchmarks/bulk.py --many 1000000
+	$(VLLM)/bin/python benchmarks/bulk.py --engine vllm --many 1000000
 
 # Attacks on the gate of a targeted aligner, a white-box suffix search, and what the cures cost (about 5 core-minutes).
 bench-gate: setup

@@ -3,6 +3,7 @@
     python benchmarks/bulk.py                                  # the built-in guard, 1 and 2 workers (about 10 minutes)
     python benchmarks/bulk.py --rows 2000 --many 20000         # the same in about three
     python benchmarks/bulk.py --many 1000000                   # memory over a million rows
+    python benchmarks/bulk.py --engine vllm                    # in the environment of make setup-vllm; hf's rows stay
 
 Every run is the command itself in processes of its own.  Speed is counted from the first finished file of the output
 on, so that starting Ray and loading the base is not in it.  Memory is the most that any worker ever had resident; the
@@ -31,17 +32,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from parts import BULK, write_part
 from safeside import create_adapter, load_base, make_config, save_adapter
 from safeside.provenance import config_hash
 from safeside.terminal import note
-from tidy import RESULTS, Row, figure_row, result_of, write_json
+from tidy import RESULTS, Row, figure_row, result_of
+from vllm_matrix import GEOMETRY, Case, environment
 
 TEXT = "how do I boil an egg without breaking the shell of it or open a door that has no key"
 COMMAND = [sys.executable, "-c", "from safeside.cli import main; main()", "score"]
 ATTEMPTS = 5
 KEPT = ("peak_bytes", "n_retried", "n_starts")  # of what a run says; a worker that died took its memory's peak with it
 NOT_STARTED = "Ray did not start"
-ENVIRONMENT = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**environment(Case("bulk")), "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+OF_ENGINE = {
+    "hf": (),
+    "vllm": ("--vllm-option", "enforce_eager=true"),
+}  # compiling would outlast the rows after each kill
 
 
 def write_rows(path: Path, n_rows: int, seed: int = 0) -> Path:
@@ -54,11 +61,11 @@ def write_rows(path: Path, n_rows: int, seed: int = 0) -> Path:
 
 
 def small_guard(folder: Path) -> Path:
-    """A probe with random weights on a base with random weights, 2 layers of 64."""
+    """A probe with random weights on a base with random weights: 2 layers of 64, heads as wide as vLLM asks for."""
     base = load_base("builtin")
     config = LlamaConfig(
         vocab_size=len(base.tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        head_dim=GEOMETRY["head_dim"], num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     base.tokenizer.save_pretrained(folder / "base")
@@ -66,10 +73,13 @@ def small_guard(folder: Path) -> Path:
     return save_adapter(create_adapter(small, make_config(small, kind="plr", name="probe")), folder / "probe", small)
 
 
-def words_of(rows: Path, output: Path, guard: str, workers: int, *more: str) -> list[str]:
+def words_of(rows: Path, output: Path, guard: str, workers: int, engine: str, shard_rows: int) -> list[str]:
     """The command's words."""
-    named = {"--input": rows, "--output": output, "--guard": guard, "--workers": workers}
-    return [*COMMAND, *(str(word) for pair in named.items() for word in pair), "--json", *more]
+    named = {
+        "--input": rows, "--output": output, "--guard": guard, "--workers": workers, "--engine": engine,
+        "--shard-rows": shard_rows,
+    }  # fmt: skip
+    return [*COMMAND, *(str(word) for pair in named.items() for word in pair), "--json", *OF_ENGINE[engine]]
 
 
 def score(command: Sequence[str]) -> dict[str, float]:
@@ -131,45 +141,48 @@ def many_rows(options: argparse.Namespace, folder: Path) -> Iterator[list[Row]]:
     labels: dict[str, object] = {"workers": workers, "engine": options.engine, "guard": "probe"}
     for n_rows in (options.many // 10, options.many):
         many, output = write_rows(folder / "many.parquet", n_rows), folder / f"many{n_rows}"
-        found = score(words_of(many, output, guard, workers, "--engine", options.engine, "--shard-rows", "1000"))
+        shard_rows = min(1000, n_rows // 10)
+        found = score(words_of(many, output, guard, workers, options.engine, shard_rows))
         lost, doubled = lost_and_doubled(output, n_rows)
-        values = {"rows_per_s": steady_rate(output, 1000), **{name: found[name] for name in KEPT}}
+        values = {"rows_per_s": steady_rate(output, shard_rows), **{name: found[name] for name in KEPT}}
         note(f"{n_rows} rows: {values}, {lost} lost, {doubled} duplicated")
         yield figures(labels, {**values, "lost": lost, "duplicated": doubled}, n_rows)
 
 
 def timed_rows(options: argparse.Namespace, folder: Path) -> Iterator[list[Row]]:
     """Speed by workers, and what kills lose and double."""
-    timed, shard_rows = write_rows(folder / "timed.parquet", options.rows), 250
-    more = ("--engine", options.engine, "--shard-rows", str(shard_rows))
+    timed, shard_rows = write_rows(folder / "timed.parquet", options.rows), min(250, options.rows // 10)
     for workers in options.workers:
         labels: dict[str, object] = {"workers": workers, "engine": options.engine, "guard": options.guard}
         output, killed = folder / f"by{workers}", folder / f"killed{workers}"
-        found = score(words_of(timed, output, options.guard, workers, *more))
+        found = score(words_of(timed, output, options.guard, workers, options.engine, shard_rows))
         values = {"rows_per_s": steady_rate(output, shard_rows), **{name: found[name] for name in KEPT}}
-        n_killed = killed_run(words_of(timed, killed, options.guard, workers, *more), killed, options.kills, workers)
+        command = words_of(timed, killed, options.guard, workers, options.engine, shard_rows)
+        n_killed = killed_run(command, killed, options.kills, workers)
         lost, doubled = lost_and_doubled(killed, options.rows)
         note(f"{workers} workers: {values}; killed {n_killed} times: {lost} lost, {doubled} duplicated")
         yield figures(labels, {**values, "lost": lost, "duplicated": doubled, "kills": n_killed}, options.rows)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure an engine, and write its rows beside those of the other."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=20_000, help="rows of the runs that are timed or killed")
     parser.add_argument("--many", type=int, default=100_000, help="rows of the run whose memory is measured")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--engine", default="hf")
+    parser.add_argument("--engine", default="hf", choices=BULK.parts)
     parser.add_argument("--guard", default="builtin:harm")
-    parser.add_argument("--output", type=Path, default=RESULTS / "bulk.json")
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
+    options = parser.parse_args(arguments)
     started, rows = time.perf_counter(), list[Row]()
     notes = {"kills": options.kills, "cores": os.cpu_count(), "load_at_start": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name:
         for found in chain(many_rows(options, Path(name)), timed_rows(options, Path(name))):
             rows += found  # kept as far as it is: the rest may take long, or be cut off
-            write_json(options.output, result_of("bulk", time.perf_counter() - started, rows, notes))
+            write_part(options.output, result_of(options.engine, time.perf_counter() - started, rows, notes), BULK)
+    return options.output / BULK.file
 
 
 if __name__ == "__main__":
-    main()
+    note(f"wrote {main()}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from parts import SERVE, read_parts
+from parts import BULK, SERVE, read_parts
 from table_cells import Row, absent, markdown, ratio_cell, read_result, share_cell
 
 CAPACITY = ("Qwen2.5-7B", "Llama-3.1-70B")
@@ -76,8 +76,12 @@ def bulk_table(path: Path) -> str:
         counts = [f"{found['lost']:.0f}", f"{found['duplicated']:.0f}"]
         lines.append([*head, f"{found['rows_per_s']:,.0f}", f"{found['peak_bytes'] / 1e6:,.0f} MB", kills, *counts])
     heads = ("guard", "engine", "workers", "rows a second", "most memory of a worker", "kills", "lost", "duplicated")
-    busy = f"{result['notes']['cores']} cores, load average {result['notes']['load_at_start']:.1f} at the start"
-    return f"Commit `{result['commit']}`, {result['machine']}, {busy}.\n\n" + markdown(heads, lines)
+    measured = "; ".join(
+        f"{name} at commit `{part['commit']}`, {part['machine']}, {part['notes']['cores']} cores, load average "
+        f"{part['notes']['load_at_start']:.1f} at the start"
+        for name, part in read_parts(path, BULK).items()
+    )
+    return f"Measured: {measured}.\n\n" + markdown(heads, lines)
 
 
 def _bulk_place(row: Row) -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -11,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bulk
+from tidy import figure_row
 
 
 def test_only_a_ray_that_did_not_start_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +25,29 @@ def test_only_a_ray_that_did_not_start_is_started_again(monkeypatch: pytest.Monk
     with pytest.raises(SystemExit, match="a bug"):
         bulk.score(["score"])
     assert ended == [good]
+
+
+def test_an_engine_is_measured_beside_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the other engine stay, with their own commit and machine; what is measured again is replaced."""
+    monkeypatch.setattr(bulk, "many_rows", lambda options, folder: [])
+    monkeypatch.setattr(
+        bulk, "timed_rows", lambda options, folder: [[figure_row({"engine": options.engine}, "rows", options.rows)]]
+    )
+    for engine, rows in (("hf", "100"), ("vllm", "200"), ("vllm", "300")):
+        path = bulk.main(["--engine", engine, "--rows", rows, "--kills", "2", "--output", str(tmp_path)])
+    found = json.loads(path.read_text())
+    assert [(row["engine"], row["value"]) for row in found["rows"]] == [("hf", 100), ("vllm", 300)]
+    told = found["notes"]["parts"]
+    assert [*told] == ["hf", "vllm"]
+    assert all(part["commit"] and part["machine"] and part["notes"]["kills"] == 2 for part in told.values())
+
+
+def test_vllm_can_run_the_small_guard_and_needs_no_more_than_its_environment(tmp_path: Path) -> None:
+    """vLLM's attention on a CPU knows no head narrower than 32, and takes memory and threads from variables."""
+    bulk.small_guard(tmp_path)
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["head_dim"] == 32
+    assert bulk.ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert bulk.ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    words = bulk.words_of(tmp_path / "rows", tmp_path / "out", "probe", 1, "vllm", 250)
+    assert words[words.index("--engine") + 1] == "vllm"
+    assert words[words.index("--vllm-option") + 1] == "enforce_eager=true"

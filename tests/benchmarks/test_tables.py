@@ -201,13 +201,13 @@ def test_capacity_tells_flops_weights_and_cache(tmp_path: Path) -> None:
 
 
 def test_bulk_tells_what_kills_lost(tmp_path: Path) -> None:
-    place = {"guard": "builtin:harm", "workers": 2, "engine": "hf"}
+    place = {"guard": "builtin:harm", "workers": 2}
     values = {"rows_per_s": 1234.4, "peak_bytes": 6e8, "lost": 0, "duplicated": 1, "kills": 3}
-    write(tmp_path / "bulk.json", [figure(metric, value, **place) for metric, value in values.items()])
-    content = json.loads((tmp_path / "bulk.json").read_text())
-    notes = {"cores": 2, "load_at_start": 8.21}
-    (tmp_path / "bulk.json").write_text(json.dumps({**content, "notes": notes}))
+    for engine, load in (("hf", 8.21), ("vllm", 0.5)):
+        rows = [figure(metric, value, **place, engine=engine) for metric, value in values.items()]
+        parts.write_part(tmp_path, result_of(engine, 1.0, rows, {"cores": 2, "load_at_start": load}), parts.BULK)
     table = tables.bulk_table(tmp_path / "bulk.json")
-    assert "2 cores, load average 8.2 at the start" in table
-    assert "| builtin:harm, 90 rows | hf | 2 | 1,234 | 600 MB | 3 | 0 | 1 |" in table
+    assert "2 cores, load average 8.2 at the start; vllm at commit" in table
+    for engine in ("hf", "vllm"):
+        assert f"| builtin:harm, 90 rows | {engine} | 2 | 1,234 | 600 MB | 3 | 0 | 1 |" in table
     assert "No figures yet" in tables.bulk_table(tmp_path / "none.json")
