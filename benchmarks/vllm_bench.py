@@ -49,15 +49,18 @@ N_TAPS = 6
 
 
 def parity_rows(cases: Sequence[Case]) -> list[Row]:
-    """Two figures of every case."""
+    """The figures of every case."""
     rows: list[Row] = []
     for case in cases:
         labels: dict[str, object] = {"case": case.name, "runner": case.runner, "model": case.model}
         with tempfile.TemporaryDirectory() as root:
             compared = compare(case, Path(root))
         counts: dict[str, object] = {"n": len(case.lengths) * case.rounds, "config_hash": config_hash(labels)}
-        rows.append(figure_row(labels, "tokens_equal_share", compared.tokens_equal, **counts))
-        rows.append(figure_row(labels, "score_diff", compared.score_diff, **counts))
+        values = {
+            "tokens_equal_share": compared.tokens_equal, "score_diff": compared.score_diff,
+            "kept_diff": compared.kept_diff, "preemptions": compared.preemptions, "hits": compared.hits,
+        }  # fmt: skip
+        rows += [figure_row(labels, metric, value, **counts) for metric, value in values.items()]
         note(f"{case.name} {case.model} {case.runner}: {compared}")
     return rows
 

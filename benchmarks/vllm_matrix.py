@@ -36,6 +36,7 @@ from safeside.mixing import Policy, fixed
 from safeside.request import history_of
 from safeside.vllm_plugin.plan import Plan, plan_engine
 from safeside.vllm_plugin.slots import GAP
+from safeside.vllm_plugin.told import max_or_nan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -60,6 +61,7 @@ STRENGTHS: tuple[Any, ...] = (
 
 __all__ = [
     "CASES",
+    "GEOMETRY",
     "Case",
     "compare",
     "execute",
@@ -106,6 +108,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     },
     "tensor_parallel": {"engine": {"tensor_parallel_size": 2}},
 }
+_PLUS: dict[str, Any] = {"kinds": ("lst_plus", "plr", "rtb"), "aligner": "lst_plus"}
 
 
 def case_of(way: str, model: str = "llama", **more: Any) -> Case:
@@ -123,20 +126,31 @@ CASES = (
     case_of("chunked_prefill"),
     case_of("chunked_prefill", "mistral"),
     case_of("preemption"),
-    Case("lst_plus", "qwen3", kinds=("lst_plus", "plr", "rtb"), aligner="lst_plus"),
+    Case("lst_plus", "qwen3", **_PLUS),
     Case("state_map", "qwen2", aligner="state_map"),
     case_of("compiled"),
     case_of("tensor_parallel", "qwen2"),
     case_of("eager", **_V2),
+    case_of("preemption", runner="v2", n_new=14, lengths=(120, 121, 122, 123, 124, 125, 126, 127)),  # full blocks soon
 )
 """A pairwise selection, which the tests run."""
 
 
 def matrix() -> tuple[Case, ...]:
-    """The selection, and then every other way with every model, on runner V1, and every model on V2."""
+    """The selection, then every other way with every model on runner V1, and on V2 every model and every way once.
+
+    Runner V2 has no asynchronous scheduling here: vLLM turns it off on a CPU.
+    """
     more = [case_of(way, model) for way, model in product(_WAYS, _MODELS)]
     more += [case_of("eager", model, **_V2) for model in _MODELS]
-    more.append(case_of("chunked_prefill", **{**_V2, "lengths": (70, 17, 90, 9)}))
+    more += [
+        case_of("chunked_prefill", **{**_V2, "lengths": (70, 17, 90, 9)}),
+        case_of("prefix_cache", "qwen2", runner="v2", n_new=3),
+        case_of("compiled", **_V2),
+        case_of("tensor_parallel", "qwen2", **_V2),
+        Case("lst_plus", "qwen3", **_V2, **_PLUS),
+        Case("state_map", "qwen2", aligner="state_map", **_V2),
+    ]
     known = {("eager", "gemma3", "v1"), *((case.name, case.model, case.runner) for case in CASES)}
     return (*CASES, *(case for case in more if (case.name, case.model, case.runner) not in known))
 
@@ -275,7 +289,8 @@ class Compared:
     tokens_equal: float
     """Share of the prompts whose tokens are all the reference's."""
     score_diff: float
-    """The largest difference of any score or strength, over the tokens until the first that differs."""
+    """The largest difference of any score or strength, over the tokens until the first that differs; NaN where one
+    was not read."""
     kept_diff: float
     """The largest difference of what the worker kept of a request to what its client got."""
     preemptions: float
@@ -286,15 +301,27 @@ def compare(case: Case, root: Path) -> Compared:
     """Run a case both ways."""
     bench, prompts = make_bench(case, root), prompts_of(case)
     expected = [reference(bench, prompt) for prompt in prompts]
-    result = run_engine(case, bench.plan.engine_options(), bench.plan.config.slots, prompts, root)
+    return compared(
+        case, expected, run_engine(case, bench.plan.engine_options(), bench.plan.config.slots, prompts, root)
+    )
+
+
+def compared(case: Case, expected: Sequence[dict[str, Any]], result: dict[str, Any]) -> Compared:
+    """What an engine gave beside what was expected; a case that did not show what it is for is a RuntimeError."""
     if case.runner not in ("gpu", result["runner"]):
         raise RuntimeError(f"{case.name} is for runner {case.runner}, but vLLM took {result['runner']}.")
+    counts = {"preemption": result["preemptions"], "prefix_cache": result["hits"]}
+    if counts.get(case.name) == 0:
+        raise RuntimeError(
+            f"{case.name} on {case.model}, runner {case.runner}, came to no {case.name}, so nothing was shown. "
+            "Expected at least one: give it fewer blocks or longer prompts."
+        )
     pairs = [pair for found in result["rounds"] for pair in zip(expected, found, strict=True)]
     equal = sum(wanted["tokens"] == found["tokens"] for wanted, found in pairs) / len(pairs)
     kept = [torch.tensor(found["kept"]) - torch.tensor(found["steps"]) for _, found in pairs]
     return Compared(
         tokens_equal=equal,
-        score_diff=max(difference(*pair) for pair in pairs),
+        score_diff=max_or_nan([difference(*pair) for pair in pairs]),
         kept_diff=float(torch.cat(kept).abs().max()),  # NaN where a score was not kept
         preemptions=result["preemptions"],
         hits=result["hits"],

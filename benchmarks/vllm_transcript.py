@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -52,15 +51,13 @@ OPTIONS = VllmOptions(
 
 
 @contextmanager
-def serving(options: VllmOptions, log: Path, start_s: float = 300.0) -> Iterator[str]:
-    """The address of a server in a process of its own, once it is ready."""
+def serving(options: VllmOptions, log: Path, start_s: float = 300.0, runner: str = "v1") -> Iterator[str]:
+    """The address of a server in a process of its own, once it is ready; ``runner`` as that of a Case."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [*vllm_command(options), "--port", str(port)]
     with log.open("wb") as output:
-        started = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, **environment(Case("serve"))}
-        )
+        started = subprocess.Popen(command, stdout=output, stderr=output, env=environment(Case("serve", runner=runner)))
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + start_s
     try:
         while not _is_ready(address):

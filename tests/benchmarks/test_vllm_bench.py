@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +55,42 @@ def test_differences_count_until_answers_part() -> None:
     first = {"tokens": [1, 2, 3], "steps": [[0.5], [0.4], [0.3]]}
     assert difference(first, {"tokens": [1, 9, 9], "steps": [[0.5], [0.3], [9.0]]}) == pytest.approx(0.1)
     assert difference(first, first) == 0.0
+
+
+def answer(*scores: float) -> dict[str, Any]:
+    steps = [[score] for score in scores]
+    return {"tokens": [7] * len(scores), "steps": steps, "kept": steps}
+
+
+def result_with(*answers: dict[str, Any], **counts: int) -> dict[str, Any]:
+    return {"runner": "v1", "rounds": [[*answers]], "preemptions": 0, "hits": 0, **counts}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_score_that_was_not_read_is_no_small_difference(place: int) -> None:
+    wanted = [answer(0.5, 0.4), answer(0.5, 0.4)]
+    found = [answer(0.5, 0.3), answer(0.5, 0.3)]
+    found[place] = {**answer(0.5, float("nan")), "kept": [[0.5], [0.4]]}
+    compared = vllm_matrix.compared(Case("eager"), wanted, result_with(*found))
+    assert compared.tokens_equal == 1.0
+    assert math.isnan(compared.score_diff)
+    assert math.isnan(compared.kept_diff)
+
+
+@pytest.mark.parametrize(("name", "count"), [("preemption", "preemptions"), ("prefix_cache", "hits")])
+def test_a_case_that_did_not_show_what_it_is_for_fails(name: str, count: str) -> None:
+    with pytest.raises(RuntimeError, match=f"{name} on llama, runner v1, came to no {name}, so nothing was shown"):
+        vllm_matrix.compared(Case(name), [answer(0.5)], result_with(answer(0.5)))
+    assert vllm_matrix.compared(Case(name), [answer(0.5)], result_with(answer(0.5), **{count: 3})).score_diff == 0.0
+
+
+def test_every_case_has_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_bench, "compare", lambda case, root: vllm_matrix.Compared(1.0, 2e-6, 3e-6, 4, 5))
+    rows = vllm_bench.parity_rows([Case("preemption", "qwen2", "v2")])
+    assert {(row["case"], row["model"], row["runner"]) for row in rows} == {("preemption", "qwen2", "v2")}
+    assert {row["metric"]: row["value"] for row in rows} == {
+        "tokens_equal_share": 1.0, "score_diff": 2e-6, "kept_diff": 3e-6, "preemptions": 4, "hits": 5,
+    }  # fmt: skip
 
 
 def test_long_prompts_share_their_first_blocks() -> None:
@@ -143,6 +180,9 @@ def test_the_matrix_holds_the_selection_and_every_way_with_every_model() -> None
     models = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
     assert {f"{way}-{model}-v1" for way in ways for model in models} <= {*titles}
     assert {f"eager-{model}-v2" for model in models} <= {*titles}
+    on_v2 = {case.name for case in vllm_matrix.matrix() if case.runner == "v2"}
+    assert {*ways, "lst_plus", "state_map"} <= on_v2
+    assert "preemption-llama-v2" in [vllm_bench.title(case) for case in CASES]
     assert vllm_bench.chosen_cases(None) == vllm_bench.chosen_cases(titles)
     with pytest.raises(InputError, match="There is no case eager-gpt9-v1; expected some of eager-llama-v1"):
         vllm_bench.chosen_cases(["eager-gpt9-v1"])

