@@ -87,3 +87,19 @@ def test_tags_follow_their_requests_through_the_batch(plugin: Callable[[str], An
     assert strengths.kept.running["a"] is None
     step(removed=[2])
     assert list(strengths.kept.left) == ["c"]
+
+
+def test_a_row_that_another_request_fills_up_is_left_too(plugin: Callable[[str], Any]) -> None:
+    """Where a request is preempted and another one moved onto its row at once, vLLM tells of the move alone."""
+    strengths = object.__new__(plugin("runner_v1").Strengths)
+    table, kept = RequestTable(8, [slice(0, 1)], torch.device("cpu")), Kept(8)
+    vars(strengths).update(config=engine(), table=table, kept=kept, params={}, tagged={})
+    first, last = (asked(extra_args={"safeside_tag": tag}) for tag in "ab")
+    strengths.update_state(SimpleNamespace(removed=[], added=[(1, first, [1], []), (2, last, [1], [])], moved=[]))
+    table.decided[1] = 0.75
+    strengths.update_state(SimpleNamespace(removed=[], added=[], moved=[(2, 1, False)]))
+    assert (list(kept.running), list(kept.left)) == (["b"], ["a"])
+    strengths.update_state(SimpleNamespace(removed=[], added=[(2, first, [1], [])], moved=[]))
+    assert kept.running["a"] == [], "it is back, and no other request with its tag"
+    assert table.decided[2].tolist() == [0.75], "what was decided of its prompt stays"
+    assert {row: tag for row, (tag, _) in strengths.tagged.items()} == {1: "b", 2: "a"}

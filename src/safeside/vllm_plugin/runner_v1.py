@@ -178,6 +178,8 @@ class Strengths(ProcessorV1, ProcessorV2):
             params.extra_args = {**(params.extra_args or {}), _MEMORY: self.table.memory(row)}
 
     def _move(self, first: int, second: int, is_swap: bool) -> None:
+        if not is_swap:
+            self._leave(second)  # of a row that another one fills up at once nobody is told that it was left
         (self.table.swap if is_swap else self.table.move)(first, second)
         _move(self.params, first, second, is_swap)
         _move(self.tagged, first, second, is_swap)
