@@ -49,7 +49,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "genes"
 FORMAT = 3  # of models and cells: another one makes them all anew
 MAIN_SHOTS = 32  # of the rows that methods are compared by
 ANSWER, LABEL = 32, 6  # tokens of an answer to an attack, and of a class's name
-SALORA_RATES = (1.0, 0.3, 0.1)  # times the recipe's learning rate
+SALORA_RATES = (1.0, 0.3)  # times the recipe's learning rate
 TRIED_RESTA = (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 0.7)  # strengths and densities that RESTA's are chosen from
 SAFE_LORA = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)  # thresholds
 SAFE_MERGE = (0.15, 0.25, 0.35, 0.7, 1.01), (0.8, 0.5, 0.3)  # thresholds and shares of the task's updates
@@ -188,15 +188,17 @@ class Models:
         return self.made(f"salora-{task}", make)
 
     def salora_rate(self) -> float:
-        """The share of the plain learning rate that SaLoRA learns at: how well it learns one task chooses for all.
+        """The share of the plain learning rate that SaLoRA learns at: the loss on one model's shots chooses for all.
 
-        Refusals do not count, for the rate that keeps them best is the one that learns nothing.
+        No lower ones are tried, for of those the best is none: the aligned model has the lowest loss of all.
         """
 
         def make(place: Path) -> None:
             base, task = load_base(self.aligned()), RATE_OF[1]
-            _, rows = self.shots(task, MAIN_SHOTS)
-            losses = {share: _loss(with_added(base, self._salora(base, task, share)), rows) for share in SALORA_RATES}
+            shots = self.shots(task, MAIN_SHOTS)
+            losses = {
+                share: loss_on(with_added(base, self._salora(base, task, share)), shots) for share in SALORA_RATES
+            }
             write_json(place / "rate.json", {"rate": min(losses, key=losses.__getitem__), "losses": losses})
 
         return float(json.loads((self.made("salora-rate", make) / "rate.json").read_text(encoding="utf-8"))["rate"])

@@ -27,9 +27,9 @@ _MEANINGS = {
     "task_accuracy": "share of test rows with the right class; of open-ended tasks the share of the known answer's "
     "tokens that rank first",
     "shots": "gene-*: examples of each kind that scalars are fitted on; resta, safelora and safemerge choose their "
-    "settings on as many, by the same loss, in every model.  salora's learning rate was chosen once, on "
-    f"seed {RATE_OF[0]}'s {RATE_OF[1]} model and by the loss on its task rows alone, for by both losses the best rate "
-    "is the one that learns nothing; its seconds leave that out",
+    "settings on as many, by the same loss, in every model.  salora's learning rate was chosen in that way once, on "
+    f"seed {RATE_OF[0]}'s {RATE_OF[1]} model, from two: of lower ones the best is none, and by task rows alone the "
+    "higher one is better by 0.01 nats; its seconds leave that out",
     "task_rows": f"{', '.join(MIXED)} are learnt together with plain instructions (counts in `rows`), others than "
     "those that the degraded copy learns but of the same set; dolly and dolly_harmful are not",
     "chosen_beforehand": "refusal_tokens and learning_rate of the fit and the epochs of the degraded copy were chosen "
