@@ -144,12 +144,10 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
     ]
 
 
-def settings_of(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, dict[str, object]]:
-    """By part of this run how it was measured, and at which commit: rows of other parts keep their own."""
-    of_cost = {name: vars(options)[name] for name in ("batch", "tokens", "steps", "rounds", "clock", "eager")}
-    cost = {"commit": git_commit(), **of_cost, "reads_scores": True}
-    parts = {} if options.only == "cost" else {"parity": {"commit": git_commit(), "cases": [*map(title, cases)]}}
-    return parts if options.only == "parity" else {**parts, **dict.fromkeys(options.geometries, cost)}
+def cost_settings(options: argparse.Namespace) -> dict[str, object]:
+    """How costs were measured, and at which commit."""
+    names = ("batch", "tokens", "steps", "rounds", "clock", "eager")
+    return {"commit": git_commit(), **{name: vars(options)[name] for name in names}, "reads_scores": True}
 
 
 def title(case: Case) -> str:
@@ -184,23 +182,30 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--compiled", dest="eager", action="store_false", help="with torch.compile")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
-    started, path = time.perf_counter(), options.output / "vllm.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "notes": {"settings": {}}}
-    chosen = chosen_cases(options.cases)
-    new = parity_rows(chosen) if options.only != "cost" else []
+    path = options.output / "vllm.json"
+    for case in chosen_cases(options.cases) if options.only != "cost" else ():
+        started = time.perf_counter()
+        add_rows(path, parity_rows([case]), {title(case): {"commit": git_commit()}}, started)
     for geometry in options.geometries if options.only != "parity" else ():
-        new += cost_rows(geometry, options)
+        started = time.perf_counter()
+        add_rows(path, cost_rows(geometry, options), {geometry: cost_settings(options)}, started)
+    note(f"wrote {path}")
+    return path
+
+
+def add_rows(path: Path, new: Sequence[Row], settings: dict[str, dict[str, object]], started: float) -> None:
+    """Write rows in place of those of the same figures: a run that fails later has lost nothing, others' rows stay."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "notes": {"settings": {}}}
     rows: list[Row] = [*(row for row in before["rows"] if place_of(row) not in set(map(place_of, new))), *new]
     notes = {
         "goals": goals_of(rows), "vllm": installed_version(),
-        "settings": {**before["notes"]["settings"], **settings_of(options, chosen)},
+        "settings": {**before["notes"]["settings"], **settings},
         "adapters": f"lst, each at most {SIZE:.0%} of the base's multiply-adds, on {N_TAPS} taps",
         "interval": "lowest and highest of the rounds; the value is their median",
+        "seconds": "of the case or geometry that was measured last",
         "not_verified": "anything on CUDA: graphs, FlashAttention, NCCL, runner V2 on a GPU (see tests/gpu)",
     }  # fmt: skip
     write_json(path, result_of("vllm", time.perf_counter() - started, rows, notes))
-    note(f"wrote {path}")
-    return path
 
 
 if __name__ == "__main__":

@@ -186,3 +186,19 @@ def test_the_matrix_holds_the_selection_and_every_way_with_every_model() -> None
     assert vllm_bench.chosen_cases(None) == vllm_bench.chosen_cases(titles)
     with pytest.raises(InputError, match="There is no case eager-gpt9-v1; expected some of eager-llama-v1"):
         vllm_bench.chosen_cases(["eager-gpt9-v1"])
+
+
+def test_a_case_that_fails_costs_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(case: Case, root: Path) -> vllm_matrix.Compared:
+        if case.model == "qwen3":
+            raise RuntimeError("no preemption")
+        return vllm_matrix.Compared(1.0, 2e-6, 3e-6, 4, 5)
+
+    monkeypatch.setattr(vllm_bench, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(vllm_bench, "compare", compare)
+    words = ["--only", "parity", "--output", str(tmp_path), "--cases", "eager-llama-v1", "eager-qwen3-v1"]
+    with pytest.raises(RuntimeError, match="no preemption"):
+        vllm_bench.main(words)
+    found = json.loads((tmp_path / "vllm.json").read_text())
+    assert {row["model"] for row in found["rows"]} == {"llama"}
+    assert set(found["notes"]["settings"]) == {"eager-llama-v1"}
