@@ -97,7 +97,7 @@ def together(board: Board) -> list[Note]:
             means = [draws.mean(board.stacked(pairs, name, judge)) for name in names]
             figure = figure_of(means[0] - np.min(means[1:], 0))
             labels: Note = {"parts": whole, "minus_best_of": list(alone), "judge": judge, "n_models": len(pairs)}
-            rows.append({**labels, "value": figure.value, "low": figure.low, "high": figure.high})
+            rows.append({**labels, **vars(figure)})
     return rows
 
 
@@ -110,7 +110,7 @@ def against_chance(board: Board) -> list[Note]:
         mine, *others = (board.stacked(pairs, name, judge) for name in (SELECTED, *names))
         figure = figure_of(drawn(pairs, mine.shape[1]).mean(mine - np.mean(others, 0)))
         labels: Note = {"layers": FEW, "draws": len(names), "judge": judge, "n_models": len(pairs)}
-        rows.append({**labels, "value": figure.value, "low": figure.low, "high": figure.high})
+        rows.append({**labels, **vars(figure)})
     return rows
 
 
@@ -127,7 +127,7 @@ def against_curve(board: Board) -> list[Note]:
             for at, draws in (*gaps.items(), ("all", np.mean(list(gaps.values()), 0))):
                 figure = figure_of(draws)
                 labels: Note = {"weight": at, "judge": judge, "n_models": len(pairs)}
-                rows.append({**labels, "value": figure.value, "low": figure.low, "high": figure.high})
+                rows.append({**labels, **vars(figure)})
     return rows
 
 

@@ -99,8 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     settings = Settings(options.geometry, n_tokens=options.tokens, threads=options.threads)
     for n_rows in options.batches:
         own = replace(settings, n_rows=n_rows)
-        rows += rows_of(own, held_alone(own))
-        note(f"batch {n_rows}: " + ", ".join(f"{row['metric']} {row['value']:,.4g}" for row in rows[-10:]))
+        found = rows_of(own, held_alone(own))
+        rows += found
+        note(f"batch {n_rows}: " + ", ".join(f"{row['metric']} {row['value']:,.4g}" for row in found))
     ratios = [float(str(row["value"])) for row in rows if row["metric"] == "predicted_to_held"]
     notes = {
         "goal": f"predicted_to_held within {GOAL:.0%} of 1",

@@ -291,3 +291,17 @@ def test_gradients_of_the_user_stay_as_they_were(tiny_base: Base, degraded: Base
     extract_gene(Pair(tiny_base, degraded), HARMFUL, BENIGN, quick)
     trainable.requires_grad_(requires_grad=False)
     assert trainable.grad is None
+
+
+def test_a_layer_that_does_nothing_is_named(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coefficient that ends at zero is no gene's."""
+
+    def end_at_zero(parameters: list[torch.nn.Parameter], loss_of: object, steps: Steps) -> float:
+        with torch.no_grad():
+            parameters[-1].zero_()
+        return 0.0
+
+    monkeypatch.setattr("safeside.genes.fit.optimise", end_at_zero)
+    gene = random_gene(tiny_base)
+    with pytest.raises(InputError, match=f"The coefficient of layer {gene.config.layers[-1]} came to 0, so the layer"):
+        fit_gene(tiny_base, gene, HARMFUL, BENIGN)

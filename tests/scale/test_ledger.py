@@ -192,6 +192,25 @@ def test_rows_that_another_run_keeps_during_the_planning_are_not_taken_over(
     assert opened(rows, tmp_path / "out").done() == {0}
 
 
+def test_a_plan_is_not_written_over_that_of_a_command_that_began_later(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one begins between this one's name in the folder and its plan."""
+    names, others = Folder.names, list[Ledger]()
+
+    def interrupted(folder: Folder, *where: str) -> list[str]:
+        found = names(folder, *where)
+        if folder.has(WRITER) and not others:
+            monkeypatch.setattr(Folder, "names", names)
+            others.append(opened(rows, tmp_path / "out", preset="strict"))
+        return found
+
+    monkeypatch.setattr(Folder, "names", interrupted)
+    with pytest.raises(InputError, match="Another command has begun in"):
+        opened(rows, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["settings"]["preset"] == "strict"
+
+
 def test_a_command_that_was_killed_before_its_plan_leaves_a_folder_that_another_may_have(
     rows: Path, tmp_path: Path
 ) -> None:

@@ -235,6 +235,7 @@ def test_scores_that_were_not_kept_flag(rows: Sequence[Sequence[float]]) -> None
         ({"tools": [{}], "tool_choice": "none"}, False),
         ({"tool_choice": "auto"}, False),
         ({"response_format": {"type": "text"}, "n": 2}, False),
+        ({"response_format": {"type": "text", "json_schema": None}, "n": 2}, False),
         ({"response_format": None, "prompt": ["a", "b"]}, False),
         ({}, False),
     ],

@@ -51,9 +51,7 @@ def fit_gene(
         loss = optimise(list(factors.values()), loss_of, steps)
     pairs = zip(factors.values(), gene.config.coefficients, strict=True)
     coefficients = [float(factor.detach()) * before for factor, before in pairs]
-    if max(map(abs, coefficients)) > SIZES[1]:
-        found = ", ".join(f"{value:.3g}" for value in coefficients)
-        raise diverged(f"the coefficients became {found}; expected sizes of at most {SIZES[1]:g}", steps)
+    _check_sizes(gene, coefficients, steps)
     results: dict[str, int | float | str] = {
         "fit_loss": loss,
         "fit_seconds": time.perf_counter() - started,
@@ -64,6 +62,19 @@ def fit_gene(
     fitted = gene.with_coefficients(coefficients)
     recipe = gene.config.recipe.model_copy(update={"fit": settings})
     return Gene(changed(fitted.config, {"recipe": recipe}), fitted.updates).with_results(results)
+
+
+def _check_sizes(gene: Gene, coefficients: Sequence[float], steps: Steps) -> None:
+    """Raise an InputError for coefficients that no gene can hold."""
+    if max(map(abs, coefficients)) > SIZES[1]:
+        found = ", ".join(f"{value:.3g}" for value in coefficients)
+        raise diverged(f"the coefficients became {found}; expected sizes of at most {SIZES[1]:g}", steps)
+    for layer, value in zip(gene.config.layers, coefficients, strict=True):
+        if abs(value) < SIZES[0]:
+            raise InputError(
+                f"The coefficient of layer {layer} came to {value:.3g}, so the layer does nothing here; expected sizes "
+                f"of at least {SIZES[0]:g}. Select other layers, or fit on other examples."
+            )
 
 
 def _loss_of(

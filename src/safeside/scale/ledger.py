@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 from safeside.errors import InputError
@@ -85,13 +86,7 @@ def keep_shard(folder: Folder, shard: Shard, scored: bytes, bad: Sequence[Mappin
     that goes on with this one takes away what is unfinished.
     """
 
-    def check() -> None:
-        if not folder.begins(WRITER, folder.writer.encode()):
-            raise InputError(
-                f"Another command has begun in {folder.place}. This one has stopped: let the other end, or start this "
-                "one again in an output folder of its own."
-            )
-
+    check = partial(_check_writer, folder)
     check()
     name = f"{_BAD}/{shard.number:06d}.jsonl"
     if bad:
@@ -99,6 +94,15 @@ def keep_shard(folder: Folder, shard: Shard, scored: bytes, bad: Sequence[Mappin
     else:
         folder.remove(name)  # of an attempt that was killed between the two
     folder.write(shard.part, [scored], check)
+
+
+def _check_writer(folder: Folder) -> None:
+    """Raise an InputError once another command has begun in the folder."""
+    if not folder.begins(WRITER, folder.writer.encode()):
+        raise InputError(
+            f"Another command has begun in {folder.place}. This one has stopped: let the other end, or start this "
+            "one again in an output folder of its own."
+        )
 
 
 def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_rows: int) -> Ledger:
@@ -127,8 +131,9 @@ def open_ledger(source: str, output: str, settings: Mapping[str, object], shard_
     folder.write(WRITER, [folder.writer.encode()])  # another command keeps nothing from here on
     if _has_part(folder.names()):
         raise InputError(f"Another run kept rows in {output} while this one was planned. Choose another folder.")
+    _check_writer(folder)
     folder.remove(_BAD)  # of a run that this one takes the place of
-    folder.write(MANIFEST, [json.dumps(planned).encode()])
+    folder.write(MANIFEST, [json.dumps(planned).encode()], partial(_check_writer, folder))
     return Ledger(folder, shards, left)
 
 

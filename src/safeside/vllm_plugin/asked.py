@@ -13,7 +13,6 @@ from safeside.vllm_plugin.kept import TAG
 from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.strengths import KEY, parse_strength
 
-_PLAIN = {"type": "text"}  # the format that is none
 _TOO_DEEP = "The body is nested deeper than JSON is read here. Send lists and objects within fewer others."
 
 
@@ -86,7 +85,8 @@ def needs_tag(values: Mapping[str, Any], n_copies: int, *, is_adjusted: bool) ->
     Tools that the model is free to call may bring a grammar too (``strict``), and so may any chat that the server's
     parser adjusts (``is_adjusted``): these have a tag wherever it can be.
     """
-    masks = [name for name in ("response_format", "structured_outputs") if values.get(name) not in (None, _PLAIN)]
+    formats = {name: values.get(name) for name in ("response_format", "structured_outputs")}
+    masks = [name for name, found in formats.items() if found is not None and not _is_plain(found)]
     choice = (values.get("tool_choice") or "auto") if values.get("tools") else "none"
     masks += ["tool_choice"] if choice not in ("auto", "none") else []
     prompt = values.get("prompt")
@@ -99,3 +99,8 @@ def needs_tag(values: Mapping[str, Any], n_copies: int, *, is_adjusted: bool) ->
             "server without data parallelism."
         )
     return bool(masks) or ((choice == "auto" or is_adjusted) and is_alone)
+
+
+def _is_plain(asked_format: object) -> bool:
+    """Whether a format is the one that is none."""
+    return isinstance(asked_format, Mapping) and asked_format.get("type") == "text"

@@ -35,6 +35,8 @@ from safeside.vllm_plugin.told import Told
 PATHS = ("/v1/chat/completions", "/v1/completions")
 SILENT = ("/tokenize", "/detokenize")
 """Paths that take a body and answer without the model."""
+READ_SECONDS = 30.0
+"""How long workers have to tell the scores of an answer; after that its guards flag."""
 AT_ONCE = 64
 """Chats of one moderation in the engine at the same time: others are served beside it."""
 ADJUSTING = {"mistral", "cohere_command3", "cohere_command4"}
@@ -114,7 +116,8 @@ class Tagged:
         """The scores behind each token, which are forgotten there; none where the workers fail, so that guards flag."""
         self._is_read = True
         try:
-            first, *_ = await self._client.collective_rpc(READ, args=(self.tag,))
+            async with asyncio.timeout(READ_SECONDS):
+                first, *_ = await self._client.collective_rpc(READ, args=(self.tag,))
             return list(first)  # every rank has the same
         except Exception as error:  # whatever it was, the answer is told without scores and not cut short
             note(f"Scores of {self.tag} could not be read from vLLM's workers, so its guards flag: {error!r}")
