@@ -141,7 +141,9 @@ def matrix() -> tuple[Case, ...]:
 
     Runner V2 has no asynchronous scheduling here: vLLM turns it off on a CPU.
     """
-    more = [case_of(way, model) for way, model in product(_WAYS, _MODELS)]
+    tight = {"num_gpu_blocks_override": 24, "max_num_seqs": 8}  # two kinds of layers share the blocks of gemma3
+    more = [case_of("preemption", "gemma3", engine=tight)]
+    more += [case_of(way, model) for way, model in product(_WAYS, _MODELS) if (way, model) != ("preemption", "gemma3")]
     more += [case_of("eager", model, **_V2) for model in _MODELS]
     more += [
         case_of("chunked_prefill", **{**_V2, "lengths": (70, 17, 90, 9)}),
