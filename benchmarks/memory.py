@@ -10,7 +10,6 @@ says.  The goal is that the two are within 10%.  Writes memory.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -27,8 +26,8 @@ from safeside.terminal import note
 from safeside.train.estimate import Memory, adapter_memory
 from safeside.train.memory import PeakMemory, anonymous_bytes
 from safeside.train.recipe import Recipe
-from tidy import RESULTS, Row, figure_row, result_of, write_json
-from training import Bench, Settings
+from tidy import Row, figure_row, result_of, write_json
+from training import Bench, Settings, add_arguments
 from workers import numbers_alone
 
 BATCHES = (2, 8, 32)
@@ -84,13 +83,8 @@ def rows_of(settings: Settings, numbers: Sequence[int]) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    usual = Settings()
-    parser.add_argument("--geometry", default=usual.geometry, help="as in overhead.py")
+    add_arguments(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="rows of each")
-    parser.add_argument("--tokens", type=int, default=usual.n_tokens, help="of a row")
-    parser.add_argument("--threads", type=int, default=usual.threads)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
         print_held(options.peak)

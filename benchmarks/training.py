@@ -211,17 +211,23 @@ def rows_of(
     return rows
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every bench of a training step can be told; ``--peak`` is for the process that it measures."""
+    usual = Settings()
+    parser.add_argument("--geometry", default=usual.geometry, help="as in overhead.py")
+    parser.add_argument("--tokens", type=int, default=usual.n_tokens, help="of a row")
+    parser.add_argument("--threads", type=int, default=usual.threads)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     usual = Settings()
-    parser.add_argument("--geometry", default=usual.geometry, help="as in overhead.py")
+    add_arguments(parser)
     parser.add_argument("--rows", type=int, default=usual.n_rows, help="of a batch")
-    parser.add_argument("--tokens", type=int, default=usual.n_tokens, help="of a row")
     parser.add_argument("--rounds", type=int, default=usual.rounds)
-    parser.add_argument("--threads", type=int, default=usual.threads)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
         print_peak(options.peak)
