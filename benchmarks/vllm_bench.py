@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from overhead import ratio_figure
 from safeside import create_adapter, load_base, save_adapter, sized_config
 from safeside.errors import InputError
 from safeside.provenance import config_hash, git_commit
@@ -42,10 +43,10 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 Timings = dict[str, list[dict[str, float]]]
-VARIANTS = ("stock", "guard", "guard_aligner")
+TAPS = {"": 6, "_3_taps": 3}  # by ending of a variant's name: how many layers its adapters read
+VARIANTS = ("stock", *(f"{name}{ending}" for ending in TAPS for name in ("guard", "guard_aligner")))
 GOALS = {"guard": 0.95, "guard_aligner": 0.90}  # of stock decoding
 SIZE = 0.01  # share of the base's multiply-adds of each adapter
-N_TAPS = 6
 
 
 def parity_rows(cases: Sequence[Case]) -> list[Row]:
@@ -73,17 +74,15 @@ def make_engines(geometry: str, root: Path) -> dict[str, dict[str, Any]]:
     model.save_pretrained(root / "base")
     del model
     tiny_tokenizer().save_pretrained(root / "base")
-    base, folders = load_base(root / "base", dtype="bfloat16"), {}
-    for role in ("guard", "align"):
-        made = create_adapter(base, sized_config(base, SIZE, N_TAPS, role=role, name=role))
-        folders[role] = save_adapter(randomise(made), root / role)
-    guarded = plan_engine(root / "base", [folders["guard"]])
-    both = plan_engine(root / "base", [folders["guard"]], folders["align"])
-    return {
-        "stock": engine_of({"model": str(root / "base")}),
-        "guard": planned(guarded),
-        "guard_aligner": planned(both),
-    }
+    engines, base = {"stock": engine_of({"model": str(root / "base")})}, load_base(root / "base", dtype="bfloat16")
+    for ending, n_taps in TAPS.items():
+        folders = {}
+        for role in ("guard", "align"):
+            made = create_adapter(base, sized_config(base, SIZE, n_taps, role=role, name=role))
+            folders[role] = save_adapter(randomise(made), root / f"{role}{ending}")
+        engines[f"guard{ending}"] = planned(plan_engine(root / "base", [folders["guard"]]))
+        engines[f"guard_aligner{ending}"] = planned(plan_engine(root / "base", [folders["guard"]], folders["align"]))
+    return engines
 
 
 def planned(plan: Plan) -> dict[str, Any]:
@@ -106,10 +105,12 @@ def cost_rows(geometry: str, options: argparse.Namespace) -> list[Row]:
         for variant in VARIANTS:
             labels: dict[str, object] = {"variant": variant, "phase": phase, "geometry": geometry}
             mine, stock = (np.array([found[phase] for found in seconds[each]]) for each in (variant, "stock"))
-            for metric, values in (("tokens_per_s", count / mine), ("ratio_to_stock", stock / mine)):
-                interval = float(values.min()), float(values.max())
-                counts: dict[str, object] = {"n": len(values), "config_hash": config_hash(labels)}
-                rows.append(figure_row(labels, metric, float(np.median(values)), interval, **counts))
+            counts: dict[str, object] = {"n": len(mine), "config_hash": config_hash(labels)}
+            speeds = count / mine
+            spread = float(speeds.min()), float(speeds.max())
+            rows.append(figure_row(labels, "tokens_per_s", float(np.median(speeds)), spread, **counts))
+            ratio, interval = ratio_figure(stock, mine)
+            rows.append(figure_row(labels, "ratio_to_stock", ratio, interval, **counts))
     return rows
 
 
@@ -200,8 +201,8 @@ def add_rows(path: Path, new: Sequence[Row], settings: dict[str, dict[str, objec
     notes = {
         "goals": goals_of(rows), "vllm": installed_version(),
         "settings": {**before["notes"]["settings"], **settings},
-        "adapters": f"lst, each at most {SIZE:.0%} of the base's multiply-adds, on {N_TAPS} taps",
-        "interval": "lowest and highest of the rounds; the value is their median",
+        "adapters": f"lst, each at most {SIZE:.0%} of the base's multiply-adds, on {TAPS['']} taps or as named",
+        "interval": "ratio_to_stock: 95% bootstrap over rounds of the median; tokens_per_s: lowest and highest round",
         "seconds": "of the case or geometry that was measured last",
         "not_verified": "anything on CUDA: graphs, FlashAttention, NCCL, runner V2 on a GPU (see tests/gpu)",
     }  # fmt: skip
