@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from align_training import KINDS
-from overhead import Settings, measure, ratio_figure
+from overhead import Settings, measure
 from overhead_variants import LORA_RANK, SIZE, Alone, open_base, twin_of
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import AdapterConfig
@@ -32,7 +32,7 @@ from safeside.base.model import Base
 from safeside.lora import head_matmuls
 from safeside.mixing import step
 from safeside.terminal import note
-from tidy import Row, figure_row, write_json
+from tidy import Row, figure_row, ratio_figure, write_json
 
 OTHERS = ("base", "second_model", "lora_dpo")
 GATED = "lst_gated"  # the ladder behind a guard, which is a ladder as well, with the gate open

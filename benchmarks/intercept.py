@@ -43,7 +43,7 @@ from safeside.train.loop import Loop
 from safeside.train.objectives import guard_metric, guard_objective
 from safeside.train.recipe import Recipe
 from safeside.train.taps import StoredTaps
-from tidy import RESULTS, Row, figure_row, result_of
+from tidy import RESULTS, Row, figure_row, ratio_figure, result_of
 from workers import Workers
 
 BLOCKED = (0.0, 0.1, 1.0)
@@ -181,23 +181,15 @@ def measure_time(setup: Setup, depth: Depth, n_pairs: int) -> list[Row]:
         for share in BLOCKED:
             set_blocked_share(base, guard, rows, share)
             prefill_seconds(base, prompts, guard)  # warm, outside the times
-            ratios = []
+            alone, guarded = [], []
             for _ in range(n_pairs):
-                alone, _ = prefill_seconds(base, prompts, None)
-                guarded, n_blocked = prefill_seconds(base, prompts, guard)
-                ratios.append(guarded / alone)
+                alone.append(prefill_seconds(base, prompts, None)[0])
+                seconds, n_blocked = prefill_seconds(base, prompts, guard)
+                guarded.append(seconds)
             labels = {**labels_of(setup, depth), "batch": batch, "blocked": share, "blocked_batches": n_blocked}
-            value, interval = median_of(ratios)
+            value, interval = ratio_figure(guarded, alone)
             result.append(figure_row(labels, "prefill_ratio", value, interval, n=n_pairs, **costs))
     return result
-
-
-def median_of(ratios: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Median and its 95% bootstrap interval over pairs."""
-    generator, values = np.random.default_rng(0), np.array(ratios)
-    draws = np.median(values[generator.integers(0, len(values), (1000, len(values)))], axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(np.median(values)), (float(low), float(high))
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from overhead_variants import VARIANTS, Alone, Guarded, Plan, build
 from safeside.provenance import config_hash
 from safeside.terminal import note
-from tidy import RESULTS, Row, figure_row, result_of, write_json
+from tidy import RESULTS, Row, figure_row, ratio_figure, result_of, write_json
 from workers import numbers_alone
 
 GOALS = {
@@ -38,7 +38,6 @@ GOALS = {
 }  # for the guard, without the built-in
 PHASES = ("prefill", "decode")
 TAPS = (3,)  # guards of fewer and wider taps, beside that on all layers
-N_RESAMPLES = 2000
 N_PEAKS = 3  # processes for each peak; the lowest counts, for an allocator only ever adds
 
 
@@ -87,14 +86,6 @@ def measure(variants: dict[str, Alone], phase: str, batch: int, settings: Settin
             minutes = (time.perf_counter() - started) * settings.pairs / 60
             note(f"{phase} batch {batch}: {settings.pairs} rounds will take about {minutes:.1f} minutes")
     return seconds
-
-
-def ratio_figure(seconds: Sequence[float], base: Sequence[float], seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """Median over rounds of the ratio to the base, and its 95% bootstrap interval over rounds."""
-    ratios = np.asarray(seconds) / np.asarray(base)
-    draws = np.random.default_rng(seed).integers(0, len(ratios), (N_RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
-    return float(np.median(ratios)), (float(low), float(high))
 
 
 def rows_of(labels: dict[str, object], seconds: dict[str, list[float]], variants: dict[str, Alone]) -> list[Row]:

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 
-from overhead import ratio_figure
 from parts import SERVE, write_part
 from safeside.provenance import config_hash
 from safeside.terminal import note
@@ -36,7 +35,7 @@ from serve_clients import Load, Timing, run_clients
 from serve_faults import fault_rows
 from serve_load import VARIANTS, Served, all_served
 from serve_soak import soak
-from tidy import RESULTS, Row, figure_row, result_of
+from tidy import RESULTS, Row, figure_row, ratio_figure, result_of
 
 GOAL = 0.95  # guarded throughput on the 0.5B geometry
 GEOMETRIES = ("Qwen2.5-0.5B", "builtin")

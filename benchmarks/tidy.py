@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from safeside.provenance import git_commit, machine
 
 RESULTS = Path(__file__).parent / "results"
 
 Row = dict[str, object]
+N_RESAMPLES = 2000
 
 
 def figure_row(
@@ -28,6 +31,14 @@ def figure_row(
     low, high = interval or (value, value)
     figure = {"metric": metric, "value": value, "low": low, "high": high}
     return {**labels, **figure, "n": 1, "n_unscored": 0, "flops_share": 0.0, "config_hash": "", **counts}
+
+
+def ratio_figure(seconds: Sequence[float], base: Sequence[float], seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Median over rounds of the ratio to the base, and its 95% bootstrap interval over rounds."""
+    ratios = np.asarray(seconds) / np.asarray(base)
+    draws = np.random.default_rng(seed).integers(0, len(ratios), (N_RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+    return float(np.median(ratios)), (float(low), float(high))
 
 
 def result_of(benchmark: str, seconds: float, rows: Sequence[Row], notes: Mapping[str, object]) -> dict[str, object]:

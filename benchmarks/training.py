@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from overhead import ratio_figure
 from overhead_variants import open_base, tapped_config, twin_of
 from parts import write_part
 from safeside.adapters.adapter import Adapter, GuardHead
@@ -41,7 +40,7 @@ from safeside.train.lora import create_lora
 from safeside.train.losses import guard_loss
 from safeside.train.memory import PeakMemory
 from safeside.train.taps import Batch, Forward, LiveTaps, Source, StoredTaps, TapStore, make_batch
-from tidy import RESULTS, Row, figure_row, result_of
+from tidy import RESULTS, Row, figure_row, ratio_figure, result_of
 from workers import numbers_alone
 
 METHODS = ("lst_stored", "lst", "lora_full", "full")

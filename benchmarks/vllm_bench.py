@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from overhead import ratio_figure
 from safeside import create_adapter, load_base, save_adapter, sized_config
 from safeside.errors import InputError
 from safeside.provenance import config_hash, git_commit
 from safeside.terminal import note
 from safeside.vllm_plugin.plan import Plan, installed_version, plan_engine
-from tidy import RESULTS, Row, figure_row, result_of, write_json
+from tidy import RESULTS, Row, figure_row, ratio_figure, result_of, write_json
 from vllm_matrix import Case, compare, execute, matrix, randomise, tiny_tokenizer
 
 # Qwen/Qwen2.5-0.5B's config.json, and a toy of which more fits in an hour.

@@ -55,8 +55,3 @@ def test_it_writes_auroc_and_times_for_each_block(
 
 def len_of_prompts(result: dict[str, object]) -> int:
     return min(intercept.N_PROMPTS, result["notes"]["rows"]["validation_rows"])
-
-
-def test_the_median_has_an_interval() -> None:
-    value, (low, high) = intercept.median_of([1.0, 2.0, 3.0])
-    assert (value, low, high) == (2.0, 1.0, 3.0)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import overhead
 import overhead_variants
-from overhead import Settings, goals_of, ratio_figure, seconds_of
+from overhead import Settings, goals_of, seconds_of
 from overhead_variants import Guarded, Plan, SecondPass, WithStandalone, build, random_base, tapped_config
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
@@ -107,16 +107,6 @@ def test_fewer_taps_cost_no_more(geometry: str) -> None:
         assert made.layers[-1] == 24
         assert len(made.layers) == (n_taps or 25)
     assert all(0.007 < share <= 0.01 for share in shares.values())  # widths come in steps of 32
-
-
-def test_the_median_ratio_and_its_interval_are_of_rounds() -> None:
-    base = [1.0, 2.0, 4.0, 8.0, 16.0] * 6  # the machine slows down, both sides alike
-    value, (low, high) = ratio_figure([1.1 * taken for taken in base], base)
-    assert (value, low, high) == pytest.approx((1.1, 1.1, 1.1))
-    noisy = [taken * factor for taken, factor in zip(base, [0.9, 1.0, 1.1] * 10, strict=True)]
-    value, (low, high) = ratio_figure(noisy, base)
-    assert value == pytest.approx(1.0)
-    assert low < 1.0 < high
 
 
 def test_a_goal_is_met_at_the_upper_end_only() -> None:
