@@ -2,7 +2,7 @@
 
     python benchmarks/bulk.py                                  # the built-in guard, 1 and 2 workers (about 10 minutes)
     python benchmarks/bulk.py --rows 2000 --many 20000         # the same in about three
-    python benchmarks/bulk.py --many 1000000                   # memory over a million rows
+    python benchmarks/bulk.py --only many --many 1000000       # memory over a million rows; the timed rows stay
     python benchmarks/bulk.py --engine vllm                    # in the environment of make setup-vllm; hf's rows stay
 
 Every run is the command itself in processes of its own.  Speed is counted from the first finished file of the output
@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -164,6 +163,20 @@ def timed_rows(options: argparse.Namespace, folder: Path) -> Iterator[list[Row]]
         yield figures(labels, {**values, "lost": lost, "duplicated": doubled, "kills": n_killed}, options.rows)
 
 
+PHASES = {"many": many_rows, "timed": timed_rows}
+
+
+def measure(phase: str, options: argparse.Namespace) -> None:
+    """Run one phase and write its rows as they come: the rest may take long, or be cut off."""
+    started, rows = time.perf_counter(), list[Row]()
+    notes = {"kills": options.kills, "cores": os.cpu_count(), "load_at_start": os.getloadavg()[0]}
+    part = options.engine if phase == "timed" else f"{options.engine}_{phase}"
+    with tempfile.TemporaryDirectory() as name:
+        for found in PHASES[phase](options, Path(name)):
+            rows += found
+            write_part(options.output, result_of(part, time.perf_counter() - started, rows, notes), BULK)
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Measure an engine, and write its rows beside those of the other."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -171,16 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--many", type=int, default=100_000, help="rows of the run whose memory is measured")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--engine", default="hf", choices=BULK.parts)
+    parser.add_argument("--engine", default="hf", choices=tuple(OF_ENGINE))
+    parser.add_argument("--only", choices=tuple(PHASES), help="one phase; the other's rows stay")
     parser.add_argument("--guard", default="builtin:harm")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
-    started, rows = time.perf_counter(), list[Row]()
-    notes = {"kills": options.kills, "cores": os.cpu_count(), "load_at_start": os.getloadavg()[0]}
-    with tempfile.TemporaryDirectory() as name:
-        for found in chain(many_rows(options, Path(name)), timed_rows(options, Path(name))):
-            rows += found  # kept as far as it is: the rest may take long, or be cut off
-            write_part(options.output, result_of(options.engine, time.perf_counter() - started, rows, notes), BULK)
+    for phase in (options.only,) if options.only else PHASES:
+        measure(phase, options)
     return options.output / BULK.file
 
 

@@ -32,7 +32,7 @@ class Whole:
 
 GUARDS = Whole("guards", ("methods", "stream", "presets", "needle", "intercept", "patch", "port", "training"))
 SERVE = Whole("serve", ("load", "faults", "batch", "soak"))
-BULK = Whole("bulk", ("hf", "vllm"))
+BULK = Whole("bulk", ("hf", "hf_many", "vllm", "vllm_many"))
 FILE = GUARDS.file
 
 

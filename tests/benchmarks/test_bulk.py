@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -12,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bulk
-from tidy import figure_row
+from tidy import Row, figure_row
 
 
 def test_only_a_ray_that_did_not_start_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,17 +30,25 @@ def test_only_a_ray_that_did_not_start_is_started_again(monkeypatch: pytest.Monk
 
 
 def test_an_engine_is_measured_beside_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the other engine stay, with their own commit and machine; what is measured again is replaced."""
-    monkeypatch.setattr(bulk, "many_rows", lambda options, folder: [])
-    monkeypatch.setattr(
-        bulk, "timed_rows", lambda options, folder: [[figure_row({"engine": options.engine}, "rows", options.rows)]]
-    )
-    for engine, rows in (("hf", "100"), ("vllm", "200"), ("vllm", "300")):
-        path = bulk.main(["--engine", engine, "--rows", rows, "--kills", "2", "--output", str(tmp_path)])
+    """Rows of the other engine and phase stay with their own facts; what is measured again is replaced."""
+
+    def rows_of(name: str) -> Callable[[Namespace, Path], list[list[Row]]]:
+        return lambda options, folder: [[figure_row({"engine": options.engine}, name, options.rows)]]
+
+    monkeypatch.setattr(bulk, "PHASES", {"many": rows_of("many"), "timed": rows_of("timed")})
+    for engine, rows, *only in (
+        ("hf", "1"),
+        ("vllm", "2", "--only", "timed"),
+        ("vllm", "3"),
+        ("hf", "4", "--only", "many"),
+    ):
+        path = bulk.main(["--engine", engine, "--rows", rows, "--kills", "2", "--output", str(tmp_path), *only])
     found = json.loads(path.read_text())
-    assert [(row["engine"], row["value"]) for row in found["rows"]] == [("hf", 100), ("vllm", 300)]
+    assert [(row["engine"], row["metric"], row["value"]) for row in found["rows"]] == [
+        ("hf", "timed", 1), ("hf", "many", 4), ("vllm", "timed", 3), ("vllm", "many", 3)
+    ]  # fmt: skip
     told = found["notes"]["parts"]
-    assert [*told] == ["hf", "vllm"]
+    assert [*told] == ["hf", "hf_many", "vllm", "vllm_many"]
     assert all(part["commit"] and part["machine"] and part["notes"]["kills"] == 2 for part in told.values())
 
 
