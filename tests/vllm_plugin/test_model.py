@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,25 @@ def test_scores_come_out_of_the_slots(plugin: Callable[[str], Any], config: Simp
     assert 0 < float(scores.min()) < float(scores.max()) < 1
     found = torch.tensor([slots.read(row) for row in logprobs[:, model.places].tolist()])
     torch.testing.assert_close(found, scores, atol=SAME, rtol=0)
+
+
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
+def test_a_state_that_is_no_number_draws_the_stop(
+    plugin: Callable[[str], Any], config: SimpleNamespace, broken: float
+) -> None:
+    """At the hottest temperature; scores beside it and the rows of others are as they were."""
+    model = plugin("model").SafesideLlamaForCausalLM(vllm_config=config)
+    model.load_weights([])
+    with torch.no_grad():
+        states, scores = slots.unpack(model(torch.arange(3), torch.arange(3)), model.state_width)
+        model.aligns, model.stop_id = True, 5
+        good = model.compute_logits(slots.pack(states, scores))
+        states[1, 0] = broken
+        found = model.compute_logits(slots.pack(states, scores))
+    assert torch.equal(found[[0, 2]], good[[0, 2]])
+    assert (found[1] / slots.HOTTEST).softmax(-1)[5] > 1 - 1e-6
+    read = torch.tensor(slots.read(found[1].log_softmax(-1)[model.places].tolist()))
+    torch.testing.assert_close(read, scores[1], atol=SAME, rtol=0)
 
 
 def test_a_pooling_engine_gives_the_scores_alone(

@@ -30,6 +30,9 @@ from safeside.vllm_plugin.runner_v1 import batch_rows, table_of
 from safeside.vllm_plugin.runner_v2 import SafesideModelState
 from safeside.vllm_plugin.side import SideNetworks
 
+_SURE = 300.0
+"""The stop's logit above a state that was no number, where others are about 0: the stop is drawn at any temperature."""
+
 
 class SafesideModel(nn.Module):
     """What stands in front of a base's class."""
@@ -100,18 +103,19 @@ class SafesideModel(nn.Module):
         return embedded
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The base's logits, with the scores in the slots; of a state that is no number only the stop can be drawn."""
+        """The base's logits, with the scores in the slots; of a state that is no number the stop is drawn."""
         states, values = hidden_states, hidden_states[:, :0]
         if len(self.places):
             states, values = slots.unpack(hidden_states, self.state_width)
             self.kept.keep(values)
+        broken = ~states.isfinite().all(-1)
+        if self.aligns:
+            states = states.masked_fill(broken[:, None], 0.0)  # the head makes it logits of 0, or its bias
         logits: Tensor | None = super().compute_logits(states)  # type: ignore[misc]
         if logits is None:
             return None
         if self.aligns:
-            broken = ~states.isfinite().all(-1, keepdim=True)
-            stop = torch.full_like(logits[:1], -torch.inf).index_fill(-1, self.places.new_tensor([self.stop_id]), 0.0)
-            logits = torch.where(broken, stop, logits)
+            logits[:, self.stop_id].masked_fill_(broken, _SURE)
         return slots.write(logits, values, self.places) if len(self.places) else logits
 
     def compute_logits_local(self, hidden_states: Tensor) -> Tensor:

@@ -32,11 +32,14 @@ def unpack(packed: Tensor, width: int) -> tuple[Float[Tensor, "N D"], Float[Tens
 
 
 def write(logits: Float[Tensor, "N V"], values: Float[Tensor, "N K"], places: Int[Tensor, " K1"]) -> Tensor:
-    """Logits in float32 that hold a reference and then ``values`` above it at ``places``, out of a sampler's reach."""
-    logits = logits.float().index_fill(-1, places, -torch.inf)
+    """Logits in float32 that hold a reference and then ``values`` above it at ``places``, out of a sampler's reach.
+
+    Float32 ``logits`` are overwritten: copies of a whole vocabulary are most of what a small adapter would cost.
+    """
+    logits = logits.float().index_fill_(-1, places, -torch.inf)
     level = logits.amax(-1, keepdim=True) - GAP
     told = torch.where(values.isfinite(), values, _NO_SCORE)
-    return logits.index_copy(-1, places, torch.cat([level, level + told], -1))
+    return logits.index_copy_(-1, places, torch.cat([level, level + told], -1))
 
 
 def read(logprobs: Sequence[float], *, tells_strength: bool = False) -> list[float]:
