@@ -138,16 +138,19 @@ def timings(engines: dict[str, dict[str, Any]], options: argparse.Namespace, roo
 def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
     """Which goals of decoding are met, by the median."""
     asked = [row for row in rows if row["metric"] == "ratio_to_stock" and row["phase"] == "decode"]
-    named = [{name: row[name] for name in ("geometry", "variant", "value")} for row in asked if row["variant"] in GOALS]
+    named = [{name: row[name] for name in ("geometry", "variant", "value")} for row in asked]
+    goals = {f"{name}{ending}": goal for name, goal in GOALS.items() for ending in TAPS}
     return [
-        {**row, "goal": (goal := GOALS[str(row["variant"])]), "met": float(str(row["value"])) >= goal} for row in named
+        {**row, "goal": (goal := goals[str(row["variant"])]), "met": float(str(row["value"])) >= goal}
+        for row in named
+        if row["variant"] in goals
     ]
 
 
 def cost_settings(options: argparse.Namespace) -> dict[str, object]:
-    """How costs were measured, and at which commit."""
+    """How costs were measured."""
     names = ("batch", "tokens", "steps", "rounds", "clock", "eager")
-    return {"commit": git_commit(), **{name: vars(options)[name] for name in names}, "reads_scores": True}
+    return {**{name: vars(options)[name] for name in names}, "reads_scores": True}
 
 
 def title(case: Case) -> str:
@@ -182,13 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--compiled", dest="eager", action="store_false", help="with torch.compile")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
-    path = options.output / "vllm.json"
+    path, commit = options.output / "vllm.json", git_commit()  # before results change the tree
     for case in chosen_cases(options.cases) if options.only != "cost" else ():
         started = time.perf_counter()
-        add_rows(path, parity_rows([case]), {title(case): {"commit": git_commit()}}, started)
+        add_rows(path, parity_rows([case]), {title(case): {"commit": commit}}, started)
     for geometry in options.geometries if options.only != "parity" else ():
         started = time.perf_counter()
-        add_rows(path, cost_rows(geometry, options), {geometry: cost_settings(options)}, started)
+        add_rows(path, cost_rows(geometry, options), {geometry: {"commit": commit, **cost_settings(options)}}, started)
     note(f"wrote {path}")
     return path
 

@@ -106,8 +106,10 @@ def test_goals_are_of_decoding_beside_stock() -> None:
         figure_row({**labels, "phase": "prefill"}, "ratio_to_stock", 0.5),
     ]
     rows += [figure_row({**labels, "variant": "guard_aligner"}, "ratio_to_stock", 0.89)]
-    assert [(goal["variant"], goal["met"]) for goal in goals_of(rows)] == [("guard", True), ("guard_aligner", False)]
-    assert len(set(map(place_of, rows))) == 3
+    rows += [figure_row({**labels, "variant": "guard_aligner_3_taps"}, "ratio_to_stock", 0.91)]
+    met = {"guard": True, "guard_aligner": False, "guard_aligner_3_taps": True}
+    assert {goal["variant"]: goal["met"] for goal in goals_of(rows)} == met
+    assert len(set(map(place_of, rows))) == 4
 
 
 def test_gates_are_latched_on_cached_prompts() -> None:
