@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -157,8 +156,11 @@ def print_peaks(job: dict[str, object]) -> None:
 
 
 def _peak_bytes(device: str) -> int:
-    is_cuda = device == "cuda"
-    return torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Of this process alone: what ``getrusage`` tells of a child is at least what its parent held when it began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def _prompt(variants: dict[str, Alone], batch: int, settings: Settings) -> torch.Tensor:

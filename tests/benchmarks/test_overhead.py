@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from safeside.adapters.sizing import flops_share
 from safeside.train.taps import Batch
 from tidy import figure_row
 from tiny import VOCABULARY, tiny_config
+from workers import numbers_alone
 
 SMALL = Settings(n_tokens=8, n_steps=3, pairs=3, threads=1)
 SAME = 1e-5  # float32 in another order
@@ -157,3 +159,12 @@ def test_a_prompt_longer_than_the_base_holds_is_refused(geometry: str) -> None:
     variants = build(Plan(geometry, ("base",)))
     with pytest.raises(SystemExit, match="holds 256 tokens; expected 300"):
         overhead.measure(variants, "prefill", 1, Settings(n_tokens=300, n_steps=3, pairs=1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_a_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
+    ballast = np.ones(150_000_000)  # 1.2 GB, which the parent holds when the child begins
+    job = {"geometry": "builtin", "name": "base", "batch": 1, "settings": asdict(Settings(16, 1, 1, threads=1))}
+    peaks = numbers_alone(Path(overhead.__file__), job)
+    assert len(peaks) == 2
+    assert 100e6 < peaks[0] <= peaks[1] < ballast.nbytes
