@@ -108,13 +108,13 @@ class SafesideModel(nn.Module):
         if len(self.places):
             states, values = slots.unpack(hidden_states, self.state_width)
             self.kept.keep(values)
-        broken = ~states.isfinite().all(-1)
-        if self.aligns:
+        broken = ~states.isfinite().all(-1) if self.aligns else None
+        if broken is not None:
             states = states.masked_fill(broken[:, None], 0.0)  # the head makes it logits of 0, or its bias
         logits: Tensor | None = super().compute_logits(states)  # type: ignore[misc]
         if logits is None:
             return None
-        if self.aligns:
+        if broken is not None:
             logits[:, self.stop_id].masked_fill_(broken, _SURE)
         return slots.write(logits, values, self.places) if len(self.places) else logits
 
