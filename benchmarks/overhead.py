@@ -5,13 +5,15 @@
 
 Every round times all variants once, in an order that rotates, so a machine that slows down slows all.  A ratio is the
 median over rounds of a variant's time to the base's of the same round, with a bootstrap interval over rounds; a goal is
-met only if the upper end meets it.  On CPU peak memory is that of a process of its own for each variant.
+met only if the upper end meets it.  On CPU peak memory is that of a process of its own for each variant.  Writes the
+parts ``time`` and ``peaks`` of overhead.json; a part that is not measured keeps its rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import sys
 import time
@@ -24,9 +26,10 @@ import torch
 from transformers import DynamicCache
 
 from overhead_variants import VARIANTS, Alone, Guarded, Plan, build
+from parts import OVERHEAD, write_part
 from safeside.provenance import config_hash
 from safeside.terminal import note
-from tidy import RESULTS, Row, figure_row, ratio_figure, result_of, write_json
+from tidy import RESULTS, Row, figure_row, ratio_figure, result_of
 from workers import numbers_alone
 
 GOALS = {
@@ -37,6 +40,10 @@ GOALS = {
 }  # for the guard, without the built-in
 PHASES = ("prefill", "decode")
 TAPS = (3,)  # guards of fewer and wider taps, beside that on all layers
+MEANING = {
+    "time": "ratio_to_base: 95% bootstrap over rounds of the median; seconds: 2.5% and 97.5% of the rounds",
+    "peaks": "most resident memory of a process of its own (libraries and weights included), lowest of three",
+}
 N_PEAKS = 3  # processes for each peak; the lowest counts, for an allocator only ever adds
 
 
@@ -179,63 +186,68 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def run(plan: Plan, batches: Sequence[int], phases: Sequence[str], settings: Settings, peaks: bool) -> list[Row]:
-    """All rows of one geometry."""
-    variants, rows = build(plan), []
-    for phase in phases:
-        for batch in batches:
-            labels: dict[str, object] = {"geometry": plan.geometry, "phase": phase, "batch": batch}
-            rows += rows_of(labels, measure(variants, phase, batch, settings), variants)
+def time_rows(plan: Plan, batches: Sequence[int], phases: Sequence[str], settings: Settings) -> list[Row]:
+    """Seconds, ratios and shares of compute of one geometry."""
+    variants, rows = build(plan), list[Row]()
+    for phase, batch in itertools.product(phases, batches):
+        labels: dict[str, object] = {"geometry": plan.geometry, "phase": phase, "batch": batch}
+        rows += rows_of(labels, measure(variants, phase, batch, settings), variants)
     for variant in variants.values():
         if isinstance(variant, Guarded):
             variant.attachment.detach()
     del variants
     gc.collect()
-    for batch in batches if peaks else ():
-        rows += [row for row in peak_rows(plan, batch, settings) if row["phase"] in phases]
     return rows
+
+
+def measure_part(part: str, options: argparse.Namespace) -> Path:
+    """Measure one part at every geometry and write its rows and goals."""
+    started, on_gpu = time.perf_counter(), options.device == "cuda"
+    variants = ("base", *options.only, *(f"guard_{count}" for count in options.taps))
+    batches = options.batches or ([1, 4, 16, 64] if on_gpu else [1, 8])
+    rows: list[Row] = []
+    for geometry in options.geometries or (["Qwen2.5-7B"] if on_gpu else ["Qwen2.5-0.5B", "builtin"]):
+        n_tokens = min(options.tokens, 448) if geometry == "builtin" else options.tokens
+        settings = Settings(n_tokens, options.steps, options.pairs, options.device, options.threads)
+        plan = Plan(geometry, variants, options.device)
+        if part == "time":
+            rows += time_rows(plan, batches, options.phases, settings)
+        else:
+            found = [row for batch in batches for row in peak_rows(plan, batch, settings)]
+            rows += [row for row in found if row["phase"] in options.phases]
+    notes = {"goals": goals_of(rows), "settings": asdict(settings), "meaning": MEANING[part]}
+    return write_part(options.output, result_of(part, time.perf_counter() - started, rows, notes), OVERHEAD)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
+    options = _parser().parse_args(arguments)
+    if options.peak:
+        print_peaks(options.peak)
+        sys.exit()
+    torch.set_num_threads(options.threads)
+    for part in options.parts:
+        path = measure_part(part, options)
+    note(f"wrote {path}")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--geometries", nargs="+", help="Qwen2.5-0.5B and builtin on CPU, Qwen2.5-7B on CUDA")
     parser.add_argument("--batches", nargs="+", type=int, help="1 and 8 on CPU, 1 to 64 on CUDA")
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
+    parser.add_argument("--parts", nargs="+", default=OVERHEAD.parts, choices=OVERHEAD.parts)
     parser.add_argument("--taps", nargs="*", type=int, default=TAPS, help="guards on so many layers, at equal FLOPs")
     parser.add_argument("--only", nargs="+", default=VARIANTS[1:], choices=VARIANTS[1:], help="variants beside base")
     parser.add_argument("--tokens", type=int, default=512, help="of the prompt; the built-in base takes 448 at most")
     parser.add_argument("--steps", type=int, default=16, help="decoded tokens of one timing")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-peaks", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.peak:
-        print_peaks(options.peak)
-        sys.exit()
-    started, on_gpu = time.perf_counter(), options.device == "cuda"
-    torch.set_num_threads(options.threads)
-    variants = ("base", *options.only, *(f"guard_{count}" for count in options.taps))
-    rows: list[Row] = []
-    for geometry in options.geometries or (["Qwen2.5-7B"] if on_gpu else ["Qwen2.5-0.5B", "builtin"]):
-        n_tokens = min(options.tokens, 448) if geometry == "builtin" else options.tokens
-        settings = Settings(n_tokens, options.steps, options.pairs, options.device, options.threads)
-        batches = options.batches or ([1, 4, 16, 64] if on_gpu else [1, 8])
-        rows += run(Plan(geometry, variants, options.device), batches, options.phases, settings, not options.no_peaks)
-    notes = {
-        "goals": goals_of(rows),
-        "settings": asdict(settings),
-        "interval": "ratio_to_base: 95% bootstrap over rounds of the median; seconds: 2.5% and 97.5% of the rounds",
-        "peak": "most resident memory of a process of its own (libraries and weights included), lowest of three",
-    }
-    path = write_json(
-        options.output / "overhead.json", result_of("overhead", time.perf_counter() - started, rows, notes)
-    )
-    note(f"wrote {path}")
-    return path
+    return parser
 
 
 if __name__ == "__main__":

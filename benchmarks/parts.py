@@ -1,4 +1,5 @@
-"""Benchmarks that are measured in parts, whose rows stand together in one file: guards.json, serve.json, bulk.json.
+"""Benchmarks that are measured in parts, whose rows stand together in one file: guards.json, overhead.json, serve.json,
+bulk.json.
 
 Every part writes through ``write_part``: its own rows are replaced and those of the others stay.  Each row names its
 part, and ``notes.parts`` keeps each part's commit, machine, seconds and notes.
@@ -31,6 +32,7 @@ class Whole:
 
 
 GUARDS = Whole("guards", ("methods", "stream", "presets", "needle", "intercept", "patch", "port", "training"))
+OVERHEAD = Whole("overhead", ("time", "peaks"))
 SERVE = Whole("serve", ("load", "faults", "batch", "soak"))
 BULK = Whole("bulk", ("hf", "hf_many", "vllm", "vllm_many"))
 FILE = GUARDS.file

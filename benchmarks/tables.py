@@ -109,7 +109,9 @@ def overhead_table(path: Path) -> str:
         return absent(path)
     rows = result["rows"]
     variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "base"]
-    goals = {(*_place(goal), goal["metric"]): goal["goal"] for goal in result["notes"]["goals"]}
+    parts = result["notes"]["parts"]
+    judged = [goal for part in parts.values() for goal in part["notes"]["goals"]]
+    goals = {(*_place(goal), goal["metric"]): goal["goal"] for goal in judged}
     lines = []
     for metric, what in (("ratio_to_base", "time"), ("peak_ratio", "peak memory")):
         chosen = [row for row in rows if row["metric"] == metric]
@@ -123,11 +125,12 @@ def overhead_table(path: Path) -> str:
             share_cell([row for row in rows if (row["geometry"], row["variant"]) == (geometry, v)]) for v in variants
         ]
         lines.append([f"{geometry}: multiply-adds", *shares, "1%" if geometry != "builtin" else ""])
-    met = [bool(goal["met"]) for goal in result["notes"]["goals"]]
+    met = [bool(goal["met"]) for goal in judged]
+    commits = ", ".join(f"{part} `{facts['commit']}`" for part, facts in parts.items())
     head = (
         "Median over interleaved rounds (95% bootstrap interval); a goal is met where the interval's upper end meets "
         f"it: {sum(met)} of {len(met)} are. `guard` taps all layers, `guard_N` taps N at equal multiply-adds. "
-        f"Commit `{result['commit']}`, {result['machine']}.\n\n"
+        f"Commits: {commits}; {result['machine']}.\n\n"
     )
     return head + markdown(["over the base", *(str(name) for name in variants), "goal of the guards"], lines)
 

@@ -121,9 +121,10 @@ def test_a_goal_is_met_at_the_upper_end_only() -> None:
     assert [(goal["goal"], goal["met"]) for goal in goals] == [(1.03, True), (1.03, False), (1.03, True)]
 
 
-def test_it_writes_every_row(tmp_path: Path, geometry: str) -> None:
-    small = ["--tokens", "8", "--steps", "2", "--pairs", "2", "--threads", "1", "--batches", "1", "2", "--no-peaks"]
-    path = overhead.main([*small, "--geometries", geometry, "--taps", "2", "--output", str(tmp_path)])
+def test_it_writes_every_row(tmp_path: Path, geometry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["--tokens", "8", "--steps", "2", "--pairs", "2", "--threads", "1", "--batches", "1", "2"]
+    small += ["--geometries", geometry, "--taps", "2", "--output", str(tmp_path), "--parts"]
+    path = overhead.main([*small, "time"])
     result = json.loads(path.read_text())
     found = {(row["phase"], row["batch"], row["variant"], row["metric"]) for row in result["rows"]}
     beside = ("guard", "second_pass", "standalone", "guard_2")
@@ -132,8 +133,15 @@ def test_it_writes_every_row(tmp_path: Path, geometry: str) -> None:
         *((*case, name, metric) for case in cases for name in beside for metric in ("ratio_to_base", "flops_share")),
         *((*case, name, "seconds") for case in cases for name in ("base", *beside)),
     }
-    assert {goal["metric"] for goal in result["notes"]["goals"]} == {"ratio_to_base", "flops_share"}
+    goals = result["notes"]["parts"]["time"]["notes"]["goals"]
+    assert {goal["metric"] for goal in goals} == {"ratio_to_base", "flops_share"}
     assert all(row["low"] <= row["value"] <= row["high"] for row in result["rows"])
+
+    monkeypatch.setattr(overhead, "_peaks", lambda plan, name, batch, settings: [100, 200])
+    both = json.loads(overhead.main([*small, "peaks"]).read_text())  # the rows of the other part stay
+    assert [row for row in both["rows"] if row["part"] == "time"] == result["rows"]
+    assert {row["metric"] for row in both["rows"] if row["part"] == "peaks"} == {"peak_bytes", "peak_ratio"}
+    assert {goal["metric"] for goal in both["notes"]["parts"]["peaks"]["notes"]["goals"]} == {"peak_ratio"}
 
 
 def test_a_process_prints_its_peaks(geometry: str, capsys: pytest.CaptureFixture[str]) -> None:
