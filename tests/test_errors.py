@@ -6,9 +6,10 @@ import builtins
 import re
 
 import pytest
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from safeside import errors
-from safeside.errors import SafesideError, UnknownNameError
+from safeside.errors import InputError, SafesideError, UnknownNameError, problems_of
 
 LINE = re.compile(r"^(?P<branch>[│ ]*[├└]── )?(?P<name>\w+Error)\b(?: +\((?P<kin>\w+)\))?(?: +(?P<words>.+))?$")
 CLASSES = {
@@ -48,3 +49,33 @@ def test_every_error_says_what_it_was_given(name: str) -> None:
 def test_a_key_error_shows_no_quotes() -> None:
     assert str(KeyError("it's")) == '"it\'s"'
     assert str(UnknownNameError("it's")) == "it's"
+
+
+class Rule(BaseModel):
+    """A record with a field that is bounded and a check of the whole."""
+
+    share: float = Field(default=0.0, le=1.0)
+    names: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Rule:
+        if self.share == 0.5:
+            raise InputError("A half is no share. Take another.")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"share": 3}, "share: Input should be less than or equal to 1"),
+        (
+            {"share": 3, "names": ["a", 1]},
+            "share: Input should be less than or equal to 1; names.1: Input should be a valid string",
+        ),
+        ({"share": 0.5}, "A half is no share. Take another."),
+    ],
+)
+def test_problems_stand_on_one_line_without_the_values(values: dict[str, object], told: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Rule.model_validate(values)
+    assert problems_of(caught.value) == told

@@ -36,6 +36,7 @@ from safeside.errors import (
     MismatchError,
     UnknownNameError,
     UnsupportedError,
+    problems_of,
 )
 from safeside.provenance import provenance
 from safeside.tasks.learnt import LEARNT_FILE
@@ -284,7 +285,8 @@ def _config_of(values: Mapping[str, object], folder: Path) -> AdapterConfig:
         TRUNKS.get(str(values.get("kind")))
         return AdapterConfig.model_validate_json(json.dumps(values))
     except (ValidationError, UnknownNameError) as error:
-        raise FormatError(f"{folder / CONFIG_FILE} is not a valid configuration: {error}") from error
+        what = problems_of(error) if isinstance(error, ValidationError) else str(error)
+        raise FormatError(f"{folder / CONFIG_FILE} is not a valid configuration: {what}") from error
 
 
 def check_base(

@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+
 from safeside.types import Verdict
 
 
@@ -113,3 +115,11 @@ class FormatError(ArtifactError):
 
 class MissingExtraError(SafesideError, ImportError):
     """An optional dependency is not installed."""
+
+
+def problems_of(error: ValidationError) -> str:
+    """What was wrong with the values, on one line: by field, and without the values, which may be a user's text."""
+    found = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
+    return "; ".join(
+        ": ".join(filter(None, (place, message.removeprefix("Value error, ")))) for place, message in found
+    )

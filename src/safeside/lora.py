@@ -29,7 +29,7 @@ from safeside.artifact import PROVENANCE_FILE, make_folder, read_provenance
 from safeside.base.families import has_lora
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import Base
-from safeside.errors import AttachmentError, ConfigError, FormatError, InputError, MismatchError
+from safeside.errors import AttachmentError, ConfigError, FormatError, InputError, MismatchError, problems_of
 from safeside.provenance import provenance
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -232,7 +232,9 @@ def _check_base(folder: Path, base: Base) -> None:
     try:
         trained = Fingerprint.model_validate_json(stored)
     except ValidationError as error:
-        raise FormatError(f"{folder / PROVENANCE_FILE} has a broken fingerprint: {error}. Get it again.") from error
+        raise FormatError(
+            f"{folder / PROVENANCE_FILE} has a broken fingerprint: {problems_of(error)}. Get it again."
+        ) from error
     if trained != base.fingerprint:
         raise MismatchError(
             f"The LoRA in {folder} was trained on a base with fingerprint {trained} but the base is {base.name} "

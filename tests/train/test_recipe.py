@@ -173,7 +173,7 @@ def test_most_fields_have_defaults(tmp_path: Path) -> None:
         (LEAST + "[calibration]\nfalse_positive_rate = 0\n", "calibration.false_positive_rate: Input should be"),
         (LEAST + "[adapter]\nrole = 'judge'\n", "adapter.role: Input should be 'guard' or 'align'"),
         (LEAST + "[adapter]\nhead_dim = 48\n", "adapter.head_dim: Input should be 32, 64 or 128"),
-        (LEAST.replace('["a.jsonl"]', "[]"), "data: Value error, train and validation need a file each"),
+        (LEAST.replace('["a.jsonl"]', "[]"), "data: train and validation need a file each"),
         (LEAST + "[adapter]\nkind = 'plr'\nstart = 'pruned'\n", "only kind 'lst' has a pruned start; got 'plr'"),
         (LEAST + "[adapter]\nstart = 'fisher'\n", "adapter.start: Input should be 'random' or 'pruned'"),
         (LEAST + "[teacher]\nfolds = 1\n", "teacher.folds: Input should be greater than or equal to 2"),

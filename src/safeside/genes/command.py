@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from safeside.artifact import require_new
 from safeside.base.model import Base, load_base
-from safeside.errors import ConfigError, InputError
+from safeside.errors import ConfigError, InputError, problems_of
 from safeside.genes.apply import ContextPolicy, apply_genes
 from safeside.genes.artifact import load_gene, save_gene
 from safeside.genes.checks import check_fits, check_model
@@ -23,7 +23,7 @@ from safeside.genes.merge import merge_genes, unmerge_genes
 from safeside.genes.merged import read_merged
 from safeside.genes.optimise import Report
 from safeside.genes.port import port_gene
-from safeside.genes.recipe import ExtractSection, FitSection, GeneData, SelectSection, problems_of, read_gene_recipe
+from safeside.genes.recipe import ExtractSection, FitSection, GeneData, SelectSection, read_gene_recipe
 from safeside.genes.rows import Row, read_rows
 from safeside.genes.select import select_layers
 from safeside.terminal import progress_bar

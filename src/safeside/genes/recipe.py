@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from safeside.errors import ConfigError
+from safeside.errors import ConfigError, problems_of
 
 Selection = Literal["shift", "random", "all"]
 
@@ -119,8 +119,3 @@ def read_gene_recipe(path: str | Path) -> GeneRecipe:
         raise ConfigError(
             f"{path} is not a valid gene recipe: {problems_of(error)}. See docs/concepts/genes.md."
         ) from error
-
-
-def problems_of(error: ValidationError) -> str:
-    """What was wrong with the values, on one line."""
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())

@@ -8,8 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from safeside.errors import FormatError
-from safeside.genes.recipe import problems_of
+from safeside.errors import FormatError, problems_of
 
 Stored = TypeVar("Stored", bound=BaseModel)
 

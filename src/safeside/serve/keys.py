@@ -19,10 +19,10 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from safeside.errors import ConfigError, UnknownKeyError
+from safeside.errors import ConfigError, UnknownKeyError, problems_of
 from safeside.serve.limits import NO_LIMITS, Limits
 from safeside.serve.rules import Name
-from safeside.serve.yaml_files import parse_record, problems
+from safeside.serve.yaml_files import parse_record
 
 _PREFIX = "safeside-"
 _BEARER = "bearer "
@@ -127,7 +127,7 @@ def make_key(path: str | Path, name: str, rights: Mapping[str, object]) -> str:
     try:
         file = KeyFile.model_validate({"keys": {**known, name: {"sha256": sha256, **rights}}})
     except ValidationError as error:
-        raise ConfigError(f"A key cannot be made: {problems(error)}") from error
+        raise ConfigError(f"A key cannot be made: {problems_of(error)}") from error
     content = file.model_dump(mode="json", exclude_defaults=True)
     try:
         _write_private(path, yaml.safe_dump(content, sort_keys=False))

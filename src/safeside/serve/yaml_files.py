@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from safeside.errors import ConfigError
+from safeside.errors import ConfigError, problems_of
 
 Record = TypeVar("Record", bound=BaseModel)
 _LARGEST = 1 << 18  # bytes
@@ -39,7 +39,7 @@ def parse_record(kind: type[Record], path: Path, content: bytes | None = None) -
     try:
         return kind.model_validate(found)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {problems(error)}") from error
+        raise ConfigError(f"{path}: {problems_of(error)}") from error
 
 
 def read_file(path: Path) -> bytes:
@@ -57,8 +57,3 @@ def _parse(path: Path, content: bytes) -> object:
         return yaml.load(content, _StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates and numbers that are none, too
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def problems(error: ValidationError) -> str:
-    """Every problem on one line, by the path of its field."""
-    return "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}" for problem in error.errors())

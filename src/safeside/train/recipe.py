@@ -12,7 +12,7 @@ from safeside.adapters.adapter import TRUNKS
 from safeside.adapters.config import LADDERS, AdapterConfig, HeadDim
 from safeside.adapters.sizing import make_config, sized_config
 from safeside.base.model import Base
-from safeside.errors import ConfigError
+from safeside.errors import ConfigError, problems_of
 from safeside.tasks.task import TASKS
 
 LORA = "lora"  # the kind that is no adapter: see ``safeside.train.run_lora``
@@ -348,5 +348,6 @@ def read_recipe(path: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"{path} is not a valid recipe: {problems}. See docs/reference/recipe.md.") from error
+        raise ConfigError(
+            f"{path} is not a valid recipe: {problems_of(error)}. See docs/reference/recipe.md."
+        ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from safeside.errors import InputError
+from safeside.errors import InputError, problems_of
 from safeside.vllm_plugin.kept import TAG
 from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.strengths import KEY, parse_strength
@@ -38,7 +38,7 @@ def prepared(body: bytes, config: EngineConfig) -> tuple[dict[str, Any], AskedSa
     try:
         safety = AskedSafety.model_validate(values.pop("safety", None) or {})
     except ValidationError as error:
-        raise InputError(f"'safety' holds 'strength' and 'tokens': {error}") from error
+        raise InputError(f"'safety' holds 'strength' and 'tokens': {problems_of(error)}") from error
     extra = values.get("vllm_xargs") or {}
     if not isinstance(extra, dict):
         raise InputError(f"'vllm_xargs' is an object; got a {type(extra).__name__}.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from safeside.errors import InputError
+from safeside.errors import InputError, problems_of
 from safeside.moderation import ModerationRequest, chosen, result_of, unsupported
 from safeside.vllm_plugin.answers import Answers, Kept
 from safeside.vllm_plugin.plan import EngineConfig
@@ -27,7 +27,7 @@ class Moderation:
         try:
             asked = ModerationRequest.model_validate_json(body)
         except ValidationError as error:
-            raise InputError(f"This is no request of moderation: {error}") from error
+            raise InputError(f"This is no request of moderation: {problems_of(error)}") from error
         self.texts = asked.texts
         self.model = asked.model or served[0]
         self._config, self._told = config, told

@@ -25,7 +25,7 @@ from safeside.artifact import check_base, find_adapter, read_adapter, read_check
 from safeside.base.families import find_family
 from safeside.base.fingerprint import Fingerprint, take_fingerprint
 from safeside.base.model import checkpoint_folder
-from safeside.errors import ConfigError, InputError, MissingExtraError, UnsupportedError
+from safeside.errors import ConfigError, InputError, MissingExtraError, UnsupportedError, problems_of
 from safeside.vllm_plugin import PREFIX
 from safeside.vllm_plugin.kept import EXTENSION
 from safeside.vllm_plugin.strengths import parse_strength
@@ -127,7 +127,7 @@ def read_engine_config(additional: object) -> EngineConfig:
         return EngineConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise ConfigError(
-            f"additional_config[{CONFIG_KEY!r}] is not valid: {error}. Make it with plan_engine."
+            f"additional_config[{CONFIG_KEY!r}] is not valid: {problems_of(error)}. Make it with plan_engine."
         ) from error
 
 
@@ -235,7 +235,7 @@ def plan_engine(
     try:
         return Plan(folder, architecture, EngineConfig.model_validate(values))
     except ValidationError as error:
-        raise InputError(f"These adapters make no engine: {error}") from error
+        raise InputError(f"These adapters make no engine: {problems_of(error)}") from error
 
 
 def _architecture(folder: Path) -> str:

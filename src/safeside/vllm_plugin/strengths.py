@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from safeside.errors import InputError
+from safeside.errors import InputError, problems_of
 from safeside.mixing import Fixed, Ramp, Step, fixed, ramp, step
 
 KEY = "safeside_strength"
@@ -83,7 +83,7 @@ def parse_strength(value: object, thresholds: Mapping[str, float]) -> Setting:
     try:
         asked = AskedPolicy.model_validate(dict(value))
     except ValidationError as error:
-        raise InputError(f"{KEY} is no policy: {error}") from error
+        raise InputError(f"{KEY} is no policy: {problems_of(error)}") from error
     guard = asked.guard if asked.guard is not None or len(thresholds) != 1 else next(iter(thresholds))
     if guard is None or guard not in thresholds:
         raise InputError(
