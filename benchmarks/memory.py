@@ -60,7 +60,7 @@ def print_held(job: dict[str, object]) -> None:
         bench = Bench.open(Settings(**values), Path(folder))
         student = bench.student(METHOD)
         for _ in range(2):  # from the second on the optimiser's state is there
-            student.step(bench.batch, bench.labels)
+            student.step(bench.batch, bench.labels, bench.settings.dtype)
     print(memory.n_bytes - libraries, *asdict(predicted(bench)).values())
 
 

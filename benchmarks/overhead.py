@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from overhead_variants import VARIANTS, Alone, Guarded, Plan, build
+from overhead_variants import DTYPES, VARIANTS, Alone, Guarded, Plan, build
 from parts import OVERHEAD, write_part
 from safeside.provenance import config_hash
 from safeside.terminal import note
@@ -142,7 +142,7 @@ def peak_rows(plan: Plan, batch: int, settings: Settings) -> list[Row]:
 
 
 def _peaks(plan: Plan, name: str, batch: int, settings: Settings) -> list[int]:
-    job = {"geometry": plan.geometry, "name": name, "batch": batch, "settings": asdict(settings)}
+    job = {"geometry": plan.geometry, "dtype": plan.dtype, "name": name, "batch": batch, "settings": asdict(settings)}
     return numbers_alone(Path(__file__), job)
 
 
@@ -154,7 +154,7 @@ def print_peaks(job: dict[str, object]) -> None:
     settings = Settings(**values)
     torch.set_num_threads(settings.threads)
     name, batch = str(job["name"]), int(str(job["batch"]))
-    variants = build(Plan(str(job["geometry"]), (name,), settings.device))
+    variants = build(Plan(str(job["geometry"]), (name,), settings.device, str(job["dtype"])))
     ids = _prompt(variants, batch, settings)
     caches = variants[name].prefill(ids)
     print(_peak_bytes(settings.device))
@@ -209,13 +209,17 @@ def measure_part(part: str, options: argparse.Namespace) -> Path:
     for geometry in options.geometries or (["Qwen2.5-7B"] if on_gpu else ["Qwen2.5-0.5B", "builtin"]):
         n_tokens = min(options.tokens, 448) if geometry == "builtin" else options.tokens
         settings = Settings(n_tokens, options.steps, options.pairs, options.device, options.threads)
-        plan = Plan(geometry, variants, options.device)
+        plan = Plan(geometry, variants, options.device, options.dtype)
         if part == "time":
             rows += time_rows(plan, batches, options.phases, settings)
         else:
             found = [row for batch in batches for row in peak_rows(plan, batch, settings)]
             rows += [row for row in found if row["phase"] in options.phases]
-    notes = {"goals": goals_of(rows), "settings": asdict(settings), "meaning": MEANING[part]}
+    notes = {
+        "goals": goals_of(rows),
+        "settings": {**asdict(settings), "dtype": options.dtype},
+        "meaning": MEANING[part],
+    }
     return write_part(options.output, result_of(part, time.perf_counter() - started, rows, notes), OVERHEAD)
 
 
@@ -235,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of what has random weights")
     parser.add_argument("--geometries", nargs="+", help="Qwen2.5-0.5B and builtin on CPU, Qwen2.5-7B on CUDA")
     parser.add_argument("--batches", nargs="+", type=int, help="1 and 8 on CPU, 1 to 64 on CUDA")
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)

@@ -39,6 +39,7 @@ SMALL = ("qwen2", {
     "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 32768,
 })  # fmt: skip
 GEOMETRIES = {"Qwen2.5-0.5B": SMALL, **PUBLISHED}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # a CPU without the first emulates it, tenfold slower
 _NOISE = 1 << 20  # weights repeat after so many: speed does not depend on their values
 
 
@@ -64,11 +65,11 @@ def random_base(config: PreTrainedConfig, name: str, device: str, dtype: torch.d
     return Base(model, base.tokenizer, base.family, name, base.folder)
 
 
-def open_base(geometry: str, device: str) -> Base:
-    """The base of a geometry in bfloat16, or the built-in one as it is."""
+def open_base(geometry: str, device: str, dtype: str = "bfloat16") -> Base:
+    """The base of a geometry in ``dtype``, or the built-in one as it is."""
     if geometry == "builtin":
         return load_base("builtin", device=device)
-    return random_base(config_of(geometry), geometry, device, torch.bfloat16)
+    return random_base(config_of(geometry), geometry, device, DTYPES[dtype])
 
 
 def twin_of(base: Base) -> Base:
@@ -191,11 +192,13 @@ class Plan:
     geometry: str
     variants: tuple[str, ...]
     device: str = "cpu"
+    dtype: str = "bfloat16"
+    """Of DTYPES: what the geometry's weights, and all that is beside them, are held in."""
 
 
 def build(plan: Plan, base: Base | None = None) -> dict[str, Alone]:
     """The variants of a plan around one set of weights."""
-    base = base or open_base(plan.geometry, plan.device)
+    base = base or open_base(plan.geometry, plan.device, plan.dtype)
     made: dict[str, Alone] = {}
     for name in plan.variants:
         twin = twin_of(base)

@@ -1,13 +1,14 @@
 """What one optimiser step of a guard costs beside a LoRA and beside tuning every weight: seconds, memory, parameters.
 
-    python benchmarks/training.py          a 0.5B geometry with random weights in bfloat16
+    python benchmarks/training.py                    a 0.5B geometry with random weights in bfloat16
+    python benchmarks/training.py --dtype float32    the same for CPUs that only emulate bfloat16
 
 Four ways to learn one label from the same texts, in turns (A B C D A B C D): ``lst_stored``, a guard on stored states;
 ``lst``, the same with the base run for every batch; ``lora_full``, a LoRA on every block; ``full``, every weight of the
 blocks.  ``step_seconds`` are those of forward, backward and AdamW; ``ratio_to_full`` is of the same round.
 ``storing_seconds`` are paid once for all epochs and all guards on these layers.  ``peak_bytes`` is that of a process
-of its own.  Trained weights are kept as each method keeps them: the base's in bfloat16, the others in float32.  Writes
-the part ``training`` of guards.json.
+of its own.  Trained weights are kept as each method keeps them: the base's in ``--dtype``, the others in float32.
+Writes the part ``training`` of guards.json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from overhead_variants import open_base, tapped_config, twin_of
+from overhead_variants import DTYPES, open_base, tapped_config, twin_of
 from parts import write_part
 from safeside.adapters.adapter import Adapter, GuardHead
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls
@@ -79,6 +80,8 @@ class Settings:
     n_tokens: int = 256
     rounds: int = 10
     threads: int = 2
+    dtype: str = "bfloat16"
+    """Of the base's weights, and of autocast."""
 
 
 @dataclass(slots=True)
@@ -96,10 +99,10 @@ class Student:
         n_params = sum(parameter.numel() for parameter in trained)
         return cls(source, torch.optim.AdamW(trained, lr=1e-5), n_params, matmuls)
 
-    def step(self, batch: Batch, labels: Tensor) -> float:
-        """Seconds of one optimiser step."""
+    def step(self, batch: Batch, labels: Tensor, dtype: str) -> float:
+        """Seconds of one optimiser step, under autocast where ``dtype`` is not float32."""
         started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = self.source(batch).output.logits
         assert logits is not None
         guard_loss(logits[:, -1].float(), labels).backward()  # type: ignore[no-untyped-call]
@@ -122,7 +125,7 @@ class Bench:
     @classmethod
     def open(cls, settings: Settings, folder: Path) -> Bench:
         torch.set_num_threads(settings.threads)
-        base = open_base(settings.geometry, "cpu")
+        base = open_base(settings.geometry, "cpu", settings.dtype)
         generator = torch.Generator().manual_seed(0)
         vocabulary = base.model.config.get_text_config().vocab_size
         ids = torch.randint(0, vocabulary, (settings.n_rows, settings.n_tokens), generator=generator)
@@ -160,7 +163,7 @@ def measure(bench: Bench) -> tuple[dict[str, list[float]], dict[str, Student]]:
     for round_ in range(-1, bench.settings.rounds):
         started, shift = time.perf_counter(), round_ % len(METHODS)
         for method in [*METHODS[shift:], *METHODS[:shift]]:
-            taken = students[method].step(bench.batch, bench.labels)
+            taken = students[method].step(bench.batch, bench.labels, bench.settings.dtype)
             if round_ >= 0:
                 seconds[method].append(taken)
         if round_ < 0:
@@ -186,7 +189,7 @@ def print_peak(job: dict[str, object]) -> None:
     gc.collect()
     with PeakMemory(torch.device("cpu")) as memory:
         for _ in range(2):  # from the second on the optimiser's state is there
-            student.step(bench.batch, bench.labels)
+            student.step(bench.batch, bench.labels, bench.settings.dtype)
     print(memory.n_bytes)
 
 
@@ -227,11 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     add_arguments(parser)
     parser.add_argument("--rows", type=int, default=usual.n_rows, help="of a batch")
     parser.add_argument("--rounds", type=int, default=usual.rounds)
+    parser.add_argument("--dtype", default=usual.dtype, choices=DTYPES, help="of the base")
     options = parser.parse_args(arguments)
     if options.peak:
         print_peak(options.peak)
         sys.exit()
-    settings = Settings(options.geometry, options.rows, options.tokens, options.rounds, options.threads)
+    settings = Settings(options.geometry, options.rows, options.tokens, options.rounds, options.threads, options.dtype)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench.open(settings, Path(folder))

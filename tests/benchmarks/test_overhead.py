@@ -32,8 +32,8 @@ SAME = 1e-5  # float32 in another order
 def geometry(monkeypatch: pytest.MonkeyPatch) -> str:
     """The tiny llama as a geometry, in float32."""
 
-    def opened(name: str, device: str) -> object:
-        assert (name, device) == ("tiny", "cpu")
+    def opened(name: str, device: str, dtype: str) -> object:
+        assert (name, device, dtype) == ("tiny", "cpu", "bfloat16")
         return random_base(tiny_config("llama"), name, device, torch.float32)
 
     monkeypatch.setattr(overhead_variants, "open_base", opened)
@@ -145,7 +145,9 @@ def test_it_writes_every_row(tmp_path: Path, geometry: str, monkeypatch: pytest.
 
 
 def test_a_process_prints_its_peaks(geometry: str, capsys: pytest.CaptureFixture[str]) -> None:
-    overhead.print_peaks({"geometry": geometry, "name": "guard", "batch": 1, "settings": asdict(SMALL)})
+    overhead.print_peaks(
+        {"geometry": geometry, "dtype": "bfloat16", "name": "guard", "batch": 1, "settings": asdict(SMALL)}
+    )
     prompt, end = map(int, capsys.readouterr().out.split())
     assert 50 * 2**20 < prompt <= end  # the libraries alone take more
 
@@ -172,7 +174,13 @@ def test_a_prompt_longer_than_the_base_holds_is_refused(geometry: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
     ballast = np.ones(150_000_000)  # 1.2 GB, which the parent holds when the child begins
-    job = {"geometry": "builtin", "name": "base", "batch": 1, "settings": asdict(Settings(16, 1, 1, threads=1))}
+    job = {
+        "geometry": "builtin",
+        "dtype": "bfloat16",
+        "name": "base",
+        "batch": 1,
+        "settings": asdict(Settings(16, 1, 1, threads=1)),
+    }
     peaks = numbers_alone(Path(overhead.__file__), job)
     assert len(peaks) == 2
     assert 100e6 < peaks[0] <= peaks[1] < ballast.nbytes

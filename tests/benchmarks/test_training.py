@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import training
-from overhead_variants import random_base
+from overhead_variants import DTYPES, random_base
 from tiny import tiny_config
 from training import METHODS, Bench, Settings
 
@@ -24,18 +24,24 @@ SMALL = Settings("tiny", n_rows=2, n_tokens=8, rounds=2, threads=1)
 def geometry(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny llama as a geometry."""
     monkeypatch.setattr(
-        training, "open_base", lambda name, device: random_base(tiny_config("llama"), name, device, torch.bfloat16)
+        training,
+        "open_base",
+        lambda name, device, dtype: random_base(tiny_config("llama"), name, device, DTYPES[dtype]),
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_changes_what_is_trained_and_not_the_shared_base(geometry: None, method: str, tmp_path: Path) -> None:
-    bench = Bench.open(SMALL, tmp_path)
+def test_a_step_changes_what_is_trained_and_not_the_shared_base(
+    geometry: None, method: str, dtype: str, tmp_path: Path
+) -> None:
+    bench = Bench.open(replace(SMALL, dtype=dtype), tmp_path)
+    assert bench.base.dtype is DTYPES[dtype]
     before = {name: tensor.clone() for name, tensor in bench.base.model.state_dict().items()}
     student = bench.student(method)
     trained = [tensor for group in student.optimizer.param_groups for tensor in group["params"]]
     old = [tensor.detach().clone() for tensor in trained]
-    assert student.step(bench.batch, bench.labels) > 0
+    assert student.step(bench.batch, bench.labels, bench.settings.dtype) > 0
     assert student.n_params == sum(tensor.numel() for tensor in trained)
     assert any(not torch.equal(tensor, start) for tensor, start in zip(trained, old, strict=True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in bench.base.model.state_dict().items())
