@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from safeside import Adapter, Base, Message, attach, load_adapter, ramp, save_adapter, step
+from safeside.adapters.adapter import GuardHead
 from safeside.adapters.config import Calibration, ModeCalibration, ProbabilityMap, Promise
+from safeside.base.taps import Tape
 from safeside.errors import InputError
 from safeside.guards.score import judge
 from safeside.verdicts import verdict_of
@@ -149,3 +151,16 @@ def test_probabilities_of_several_labels_stand_beside_each_other(
     with pytest.raises(AssertionError):
         guard.set_mode("prompt", ModeCalibration(n_harmless=1, maps=(MAP,)))
     assert torch.equal(guard.head.scale, torch.ones(2))
+
+
+def test_a_pooled_encoder_reads_the_weighted_mean_of_its_kept_states() -> None:
+    head = GuardHead(8, 1, pooled=True)
+    assert head.query is not None
+    torch.nn.init.normal_(head.query)
+    states = torch.randn(2, 4, 8)
+    keep = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).bool()
+    found = head(states, Tape(keep, 4, is_causal=False), None, 0).logits
+    normed = head.norm(states)
+    weights = (normed @ head.query / 8**0.5).masked_fill(~keep, -torch.inf).softmax(-1)
+    mean = (weights[..., None] * normed).sum(1, keepdim=True)
+    torch.testing.assert_close(found, head.linear(mean).expand(2, 4, 1))

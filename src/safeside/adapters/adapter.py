@@ -142,6 +142,10 @@ class GuardHead(nn.Module):
         """Softmax-weighted mean of the states seen so far, with one learned query."""
         assert self.query is not None
         keys = values = states[:, None]  # one head: (B, 1, T, d)
+        if not tape.is_causal:  # every token sees the same: once is enough
+            once = self.query.expand(len(states), 1, 1, -1)
+            mean = F.scaled_dot_product_attention(once, keys, values, attn_mask=tape.keep_new[:, None, None])
+            return mean[:, 0].expand(states.shape)
         if cache is not None:
             keys, values = cache.update(keys, values, layer)
         queries = self.query.expand(states.shape)[:, None]
