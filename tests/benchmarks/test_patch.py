@@ -21,58 +21,81 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
+def attack(split: str, goal: int, method: str, model: str) -> dict[str, object]:
+    """A prompt of one family: GCG ends in words that depend on the model, PAIR does not spell out its goal."""
+    wanted = f"{split} goal number {goal}"
+    suffix = " ".join([model] * 9)
+    prompt = f"{wanted} {suffix}" if method == "GCG" else f"a tale of {goal} in which someone tells how it is done"
+    return {"prompt": prompt, "label": 1, "orig": {"method": method, "goal": wanted, "model": model}}
+
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A few short rows in the shape of the data sets."""
-    for name in ("ARTIFACTS", "HARMLESS", "ELSEWHERE", "REPLAY"):
+    for name in ("ARTIFACTS", "HARMLESS"):
         monkeypatch.setattr(patch, name, getattr(patch, name).removesuffix(".gz"))
+    monkeypatch.setattr(patch, "ELSEWHERE", ("toxic_chat/test.jsonl",))
+    monkeypatch.setattr(patch, "LEAST", 2)
     for split in ("train", "test"):
         rows = [
-            {"prompt": f"{split} goal {goal} ##{method}", "label": goal % 2, "orig": {"method": method}}
+            attack(split, goal, method, model)
             for goal in range(5)
-            for method in ("GCG", "GCG", "PAIR")
+            for method, model in (("GCG", "llama"), ("GCG", "vicuna"), ("GCG", "vicuna"), ("PAIR", "vicuna"))
         ]
         write(tmp_path / f"jailbreakbench_artifacts/{split}.jsonl", rows)
-        some = [{"prompt": f"{split} text {index}", "response": "yes", "label": index % 2} for index in range(12)]
-        write(tmp_path / f"guardreasoner_prompts5k/{split}.jsonl", some)
-    write(tmp_path / "benign_prompts/alpaca_test.jsonl", [{"prompt": f"name {index} cats"} for index in range(12)])
+    some = [{"prompt": f"text {index}", "response": "", "label": index % 2} for index in range(12)]
+    write(tmp_path / "toxic_chat/test.jsonl", some)
+    write(tmp_path / "benign_prompts/alpaca_test.jsonl", [{"prompt": f"name {index} cats"} for index in range(40)])
     return tmp_path
 
 
-def test_a_family_is_its_distinct_prompts_all_harmful(data: Path) -> None:
-    prompts = patch.prompts_of(data / patch.ARTIFACTS.format("test"), "GCG")
-    assert [row.messages[0].content for row in prompts] == [f"test goal {goal} ##GCG" for goal in range(5)]
-    assert {row.labels for row in prompts} == {(1.0,)}
+def test_a_family_is_its_distinct_prompts(data: Path) -> None:
+    attacks = patch.attacks_of(data / patch.ARTIFACTS.format("test"), "GCG")
+    assert [attack.goal for attack in attacks] == [f"test goal number {goal}" for goal in range(5) for _ in range(2)]
+    assert {attack.model for attack in attacks} == {"llama", "vicuna"}
+    assert {attack.example.labels for attack in attacks} == {(1.0,)}
 
 
-def test_rows_are_drawn_without_their_answers(data: Path) -> None:
-    rows = patch.drawn(data / patch.ELSEWHERE, 5)
-    assert rows == patch.drawn(data / patch.ELSEWHERE, 5)
-    assert {len(row.messages) for row in rows} == {1}
-    assert len(patch.drawn(data / patch.ELSEWHERE, 50)) == 12
+def test_runs_are_those_outside_the_goal() -> None:
+    goal, around = "g" * 30, "abcdefghijklmnopqrstuvwxyz"
+    assert patch.Attack(f"{goal} {around}", goal, "m").runs == {f" {around}"[start:][:25] for start in range(3)}
+    assert patch.Attack(f"short {goal} words", goal, "m").runs == set()
 
 
-def test_it_writes_four_figures_for_each_patch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_leaves_out_a_model_whose_words_are_then_unseen(data: Path) -> None:
+    seen, unseen = (patch.attacks_of(data / patch.ARTIFACTS.format(split), "GCG") for split in ("train", "test"))
+    family = patch.Family("GCG", seen, unseen, None, None)  # type: ignore[arg-type]  # nothing is measured
+    for seed, left_out in enumerate(("llama", "vicuna")):
+        examples, model = family.examples(3, seed)
+        assert model == left_out
+        assert {attack.model for attack in examples} == {"llama", "vicuna"} - {left_out}
+        groups = family.groups(examples, model)
+        assert {attack.model for attack, chosen in zip(unseen, groups["template"], strict=True) if chosen} == {left_out}
+        assert (groups["goal"] == ~groups["template"]).all()
+    assert len(family.examples(64, 0)[0]) == 5  # as many as there are
+
+
+def test_rows_are_drawn_always_alike(data: Path) -> None:
+    path = data / "toxic_chat/test.jsonl"
+    assert patch.drawn(path, 5) == patch.drawn(path, 5)
+    assert len(patch.drawn(path, 50)) == 12
+
+
+@pytest.mark.parametrize(("family", "held_out"), [("GCG", ["goal", "goal", "template", "template"]), ("PAIR", None)])
+def test_it_writes_the_figures_of_each_patch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, held_out: list[str] | None
+) -> None:
     monkeypatch.setattr(patch, "PatchSettings", lambda: PatchSettings(steps=8))
-    words = [
-        "--data",
-        str(data),
-        "--families",
-        "GCG",
-        "--examples",
-        "4",
-        "--seeds",
-        "1",
-        "--rows",
-        "12",
-        "--threads",
-        "1",
-    ]
-    result = read_parts(patch.main([*words, "--output", str(tmp_path)]))["patch"]
-    assert [row["metric"] for row in result["rows"]] == ["before", "after", "elsewhere_change", "seconds"]
-    assert {(row["family"], row["examples"], row["seed"]) for row in result["rows"]} == {("GCG", 4, 0)}
-    before, after, change, _ = result["rows"]
-    assert 0 <= before["value"] <= 1
-    assert after["low"] <= after["value"] <= after["high"]
+    words = f"--data {data} --families {family} --examples 4 64 --seeds 1 --rows 12 --threads 1 --output {tmp_path}"
+    result = read_parts(patch.main(words.split()))["patch"]
+    rows = result["rows"]
+    assert {(row["family"], row["examples"], row["seed"]) for row in rows} == {(family, 4, 0)}  # there are no 64
+    shares = [row for row in rows if row["metric"] in ("before", "after")]
+    assert [row["held_out"] for row in shares] == (held_out or ["goal", "goal"])  # all of PAIR's are told alike
+    rest = ["benign_flagged"] if family == "GCG" else []
+    assert [row["metric"] for row in rows[len(shares) :]] == [*rest, "elsewhere_change", "seconds"]
+    assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in shares)
+    change = next(row for row in rows if row["metric"] == "elsewhere_change")
+    assert change["suite"] == "toxic_chat"
     assert np.isfinite(change["value"])
     assert result["notes"]["base_unchanged"] is True
