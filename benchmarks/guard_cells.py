@@ -244,13 +244,15 @@ def _fit_probe(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, Arra
 
 def _fit_prompted(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, Array], float, int]:
     questions = QUESTIONS[cell.task]
-    question, _ = choose_question(data.base, data.splits["validation"].examples, questions)
+    combine = data.task.windows
+    question, _ = choose_question(data.base, data.splits["validation"].examples, questions, combine)
     values, share = {}, 0.0
     for split, part in data.splits.items():
         if not part.examples:
             values[split] = np.zeros(0)
             continue
-        result = prompted_scores(data.base, [example.messages for example in part.examples], [question])
+        texts = [example.messages for example in part.examples]
+        result = prompted_scores(data.base, texts, [question], combine=combine)
         values[split] = result.scores[part.row_of_window, 0]
         share = result.flops_share[0] if split == "test" else share
     return values, share * base_matmuls(data.base), 0

@@ -70,6 +70,19 @@ def test_a_long_conversation_counts_by_its_riskiest_window(tiny_base: Base) -> N
     )
 
 
+def test_a_claim_counts_by_the_window_that_supports_it_best(tiny_base: Base) -> None:
+    document = "the cat sat on the mat and then the other cat sat on the hat. " * 40
+    talk = [Message("user", document), Message("assistant", "the cat sat on the hat")]
+    result = prompted_scores(tiny_base, [talk], ASK[:1], combine="min")
+    longest = len(tiny_base.encode([Message("user", ASK[0])]).ids)
+    parts = windows(tiny_base, talk, tiny_base.max_tokens - longest - 16, combine="min")
+    assert len(parts) > 1
+    assert {part[-1] for part in parts} == {talk[-1]}
+    scores = [slow_scores(tiny_base, list(part), ASK[0]) for part in parts]
+    assert max(scores) > min(scores) + TOLERANCE
+    assert result.scores[0, 0] == pytest.approx(min(scores), abs=TOLERANCE)
+
+
 def test_rows_that_cannot_be_asked_are_counted_and_stop_no_other(tiny_base: Base) -> None:
     uncut = [Message("user", "cat " * 100), Message("assistant", "hat " * 100), Message("user", "mat " * 100)]
     result = prompted_scores(tiny_base, [TALKS[0], [], uncut], ASK)

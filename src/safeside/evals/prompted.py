@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ QUESTIONS = {
         "Are there facts in the answer above that cannot be found in the document? Answer yes or no.",
     ),
 }
+Combine = Literal["max", "min"]
+"""Which of the scores of a long text's windows counts."""
 _ROOM = 16  # tokens for what a template puts around a question beside what it puts around a first message
 _SPELLINGS = {"yes": ("Yes", "yes", " Yes", " yes", "YES"), "no": ("No", "no", " No", " no", "NO")}
 
@@ -92,25 +95,27 @@ def prompted_scores(
     conversations: Sequence[Sequence[Message]],
     questions: Sequence[str],
     *,
+    combine: Combine = "max",
     batch_size: int = 16,
 ) -> PromptedScores:
     """Ask ``base`` each question about each conversation.
 
-    A conversation that does not fit is cut into windows and its highest score counts, as for guards.  One that cannot
+    A conversation that does not fit is cut into windows, and their scores are combined, as for guards.  One that cannot
     be encoded or cut gets NaN and its problem.  Encoders are an UnsupportedError, a base with something attached is an
     AttachmentError, no question an InputError.
     """
     _check(base, questions)
     yes, no = answer_tokens(base)
-    plan = _plan(base, conversations, questions)
+    plan = _plan(base, conversations, questions, combine)
     plan.windows.sort(key=lambda window: len(window.shared))
-    scores = np.full((len(conversations), len(questions)), -np.inf)
+    combined, start_value = (np.maximum, -np.inf) if combine == "max" else (np.minimum, np.inf)
+    scores = np.full((len(conversations), len(questions)), start_value)
     for start in range(0, len(plan.windows), batch_size):
         batch = plan.windows[start : start + batch_size]
         logits = _next_logits(base, batch, len(questions)).double()  # (B, Q, V)
         odds = logits[..., yes].logsumexp(-1) - logits[..., no].logsumexp(-1)
         rows = [window.row for window in batch]
-        np.maximum.at(scores, rows, torch.sigmoid(odds).cpu().numpy())  # NaN wins
+        combined.at(scores, rows, torch.sigmoid(odds).cpu().numpy())  # NaN wins
     problems = [
         problem or (None if np.isfinite(row).all() else "a score is not a number")
         for problem, row in zip(plan.problems, scores, strict=True)
@@ -119,12 +124,14 @@ def prompted_scores(
     return PromptedScores(scores, tuple(problems), _shares(plan, len(questions)))
 
 
-def choose_question(base: Base, validation: Sequence[Example], questions: Sequence[str]) -> tuple[str, float]:
+def choose_question(
+    base: Base, validation: Sequence[Example], questions: Sequence[str], combine: Combine = "max"
+) -> tuple[str, float]:
     """The question with the best AUROC of the first label on ``validation``, and that figure.
 
     Rows of one kind only, or none that can be scored, are a ConfigError.
     """
-    result = prompted_scores(base, [example.messages for example in validation], questions)
+    result = prompted_scores(base, [example.messages for example in validation], questions, combine=combine)
     scored = np.array([problem is None for problem in result.problems])
     labels = labels_of(validation)[scored]
     if len(set(labels.tolist())) < 2:
@@ -161,13 +168,13 @@ def _check(base: Base, questions: Sequence[str]) -> None:
         raise InputError(f"Expected at least one question, none of them empty; got {list(questions)}.")
 
 
-def _plan(base: Base, conversations: Sequence[Sequence[Message]], questions: Sequence[str]) -> _Plan:
+def _plan(base: Base, conversations: Sequence[Sequence[Message]], questions: Sequence[str], combine: Combine) -> _Plan:
     """Windows of every conversation in tokens, and why some have none."""
     longest = max(len(base.encode([Message("user", question)]).ids) for question in questions)
     plan = _Plan()
     for row, messages in enumerate(conversations):
         try:
-            parts = windows(base, messages, base.max_tokens - longest - _ROOM)
+            parts = windows(base, messages, base.max_tokens - longest - _ROOM, combine=combine)
             plan.windows += [_window(base, row, part, questions) for part in parts]
             plan.problems.append(None)
         except InputError as error:
