@@ -70,6 +70,7 @@ class Split:
     examples: list[Example]
     rows: Rows
     row_of_window: NDArray[np.int64]
+    sources: list[str] = field(default_factory=list)
     n_uncut: int = 0
     n_too_long: int = 0
 
@@ -87,6 +88,18 @@ class Split:
         result = np.full(len(self.examples), worst)
         (np.maximum if how == "max" else np.minimum).at(result, self.row_of_window, values)
         return np.where(np.isinf(result), np.nan, result)
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where a task's rows come from."""
+
+    test: list[str]
+    """The source of each test row."""
+    labels: list[float]
+    """Their labels, to compare with those of cells."""
+    shares: dict[str, float]
+    """By source, the share of harmful rows among all that may be trained on; of all sources where it has none."""
 
 
 @dataclass(slots=True)
@@ -111,9 +124,9 @@ def prepare(setup: Setup, task: str, base_name: str) -> Prepared:
     train = encode_rows(base, found.of("train"), most["train"])
     splits = {}
     for split in ("validation", "test"):
-        splits[split] = _windowed(base, found.of(split), found.task.windows, most[split])
+        splits[split] = _windowed(base, _sourced(found, split), found.task.windows, most[split])
     harmless, n_leaks = without_leaks(_harmless(setup, task), [*found.of("train"), *found.of("validation")])
-    splits["harmless"] = _windowed(base, harmless, found.task.windows)
+    splits["harmless"] = _windowed(base, [("harmless", row) for row in harmless], found.task.windows)
     left_out = {"harmless_leaks": n_leaks} | {
         f"{split}_{reason}": 0 for split in ("train", "validation", "test") for reason in ("leaks", "bad")
     }
@@ -125,6 +138,25 @@ def prepare(setup: Setup, task: str, base_name: str) -> Prepared:
     counts |= {f"{split}_too_long": part.n_too_long for split, part in splits.items()}
     counts |= {f"{split}_windowed": int(part.is_windowed.sum()) for split, part in splits.items() if part.examples}
     return Prepared(base, found.task, train, splits, counts)
+
+
+def sources_of(setup: Setup, task: str, base_name: str) -> Sources:
+    """The sources of the test rows of ``prepare``."""
+    base = load_base(setup.base_of(base_name)[0], dtype="float32")
+    found = _task_rows(task, setup.data)
+    test = _windowed(base, _sourced(found, "test"), found.task.windows, setup.most_rows(task)["test"])
+    train = _sourced(found, "train")
+    overall = float(np.mean([row.labels[0] for _, row in train]))
+    shares = {}
+    for source in {name for name, _ in _sourced(found, "test")}:
+        own = [row.labels[0] for name, row in train if name == source]
+        shares[source] = float(np.mean(own)) if own else overall
+    return Sources(test.sources, test.labels.tolist(), shares)
+
+
+def _sourced(found: TaskRows, split: str) -> list[tuple[str, Example]]:
+    """All rows of one split with the names of their sources, in the order of ``TaskRows.of``."""
+    return [(source, row) for (source, part), rows in found.rows.items() if part == split for row in rows]
 
 
 @functools.lru_cache(maxsize=1)
@@ -147,12 +179,12 @@ def _harmless(setup: Setup, task: str) -> list[Example]:
     return examples
 
 
-def _windowed(base: Base, examples: Sequence[Example], how: str, limit: int | None = None) -> Split:
-    """At most ``limit`` of the examples, drawn always alike, in windows."""
+def _windowed(base: Base, examples: Sequence[tuple[str, Example]], how: str, limit: int | None = None) -> Split:
+    """At most ``limit`` of the examples, each with its source, drawn always alike, in windows."""
     drawn = list(examples) if limit is None else random.Random(0).sample(list(examples), len(examples))
     found = Split([], Rows([], [], torch.zeros(0, 1), None), np.zeros(0, dtype=int))
     row_of_window: list[int] = []
-    for example in drawn:
+    for source, example in drawn:
         if len(found.examples) == limit:
             break
         try:
@@ -166,6 +198,7 @@ def _windowed(base: Base, examples: Sequence[Example], how: str, limit: int | No
         found.rows.ids.extend(base.encode(part).ids for part in parts)
         row_of_window += [len(found.examples)] * len(parts)
         found.examples.append(example)
+        found.sources.append(source)
     labels = torch.tensor([found.examples[row].labels[:1] for row in row_of_window]).reshape(-1, 1)
     found.row_of_window = np.array(row_of_window, dtype=int)
     found.rows = Rows(found.rows.ids, [0] * len(row_of_window), labels, None)

@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,17 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard_cells import METHODS, TAUGHT, Cell, build_store, key_of, run_cell
-from guard_rows import SPLITS, Setup, prepare
+from guard_figures import rows_of, source_alone, wins_of
+from guard_rows import SPLITS, Setup, prepare, sources_of
 from parts import write_part
 from safeside.base.model import load_base
 from safeside.errors import InputError, MissingExtraError
-from safeside.evals.metrics import auprc, auroc, bootstrap, paired_difference, rates
-from safeside.guards.calibrate import fit_calibration
-from safeside.guards.probability import expected_calibration_error
 from safeside.provenance import config_hash
 from safeside.tasks.task import TASKS
 from safeside.terminal import note
-from tidy import RESULTS, Row, figure_row, result_of, write_json
+from tidy import RESULTS, Row, result_of, write_json
 from workers import Workers
 
 Array = NDArray[np.float64]
@@ -46,12 +44,8 @@ TASK_NAMES = ("hate", "prompt_harm", "response_harm", "grounding")
 BASES = {"builtin": "builtin", "minilm": "minilm"}
 SEEDS = (0, 1, 2)
 ONE_SEED = ("prompted", "probe", "tfidf")  # nothing in them is drawn
-RIVALS = ("standalone", "standalone_distilled", "standalone_pruned")
-STANDALONES = (*RIVALS, "standalone_pruned_distilled")
 # Seconds of a cell of 1,500 training rows and 6 epochs on one core to itself: for the first estimate only.
 STATED = {"plr": 10, "rtb": 45, "lst_distilled": 75, "lora_full": 150, "probe": 20, "tfidf": 5, "prompted": 30}
-N_BINS = 15  # of the expected calibration error
-RATE = 0.01  # false alarms among harmless validation rows at the threshold of tpr_at_fpr1 and over_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +87,29 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
     for task, base in pairs:
         _fill(plan, workers, [cell for cell in missing if (cell.task, cell.base) == (task, base)], paths)
     values = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items()}
-    rows = [row for cell, found in values.items() for row in rows_of(cell, found)]
-    rows += [row for pair in pairs for row in wins_of(*pair, values)]
+    rows: list[Row] = []
+    for pair in pairs:
+        rows += _figures(plan, pair, {cell: found for cell, found in values.items() if (cell.task, cell.base) == pair})
     notes = {
+        "peak_bytes": "of a worker that held other cells before; side by side the part training measures it",
+        "train_seconds": "under whatever else ran then; of distilled guards without their teacher, on stored states",
         "intervals": "95% bootstrap over test rows; elsewhere low and high are the value",
         "rows": {f"{cell.task} {cell.base}": found["counts"] for cell, found in values.items()},
         "cell_commits": sorted({str(found["commit"]) for found in values.values()}),
         "cell_seconds": round(sum(float(found["seconds"]) for found in values.values()), 1),
     }
     return write_part(plan.output, result_of("methods", time.perf_counter() - started, rows, notes))
+
+
+def _figures(plan: Plan, place: tuple[str, str], values: dict[Cell, dict[str, object]]) -> list[Row]:
+    """All rows of one task and base; the sources of test rows are read anew, for cells do not hold them."""
+    if not values:
+        return []
+    sources = sources_of(plan.setup, *place)
+    labels = next(iter(values.values()))["labels"]["test"]  # type: ignore[index]
+    assert labels == sources.labels, f"the cells of {place} are of other test rows: move them away"
+    rows = [row for cell, found in values.items() for row in rows_of(cell, found, sources.test)]
+    return [*rows, *source_alone(place, sources, labels), *wins_of(place, values, sources.test, plan.seeds)]
 
 
 def _data_hash(root: Path, task: str) -> str:
@@ -142,87 +150,6 @@ def _run(setup: Setup, job: tuple[Cell, Path]) -> float:
     values = run_cell(setup, cell, path.stem)
     write_json(path, values, indent=None)
     return float(values["seconds"])
-
-
-def rows_of(cell: Cell, found: dict[str, object]) -> list[Row]:
-    """The figures of one cell."""
-    labels = {"task": cell.task, "base": cell.base, "method": cell.method, "seed": cell.seed}
-    cost = {"flops_share": found["flops_share"], "config_hash": found["key"]}
-    truth, values = ({split: np.array(part[split]) for split in part} for part in (found["labels"], found["values"]))
-    scored = np.isfinite(values["test"])
-    counts = {"n": int(scored.sum()), "n_unscored": int((~scored).sum())}
-    test = truth["test"][scored], values["test"][scored]
-    held = np.isfinite(values["validation"])
-    validation = truth["validation"][held], values["validation"][held]
-    threshold = threshold_of(*validation)
-    functions = {
-        "auroc": auroc,
-        "auprc": auprc,
-        "tpr_at_fpr1": lambda some, value: rates(some, value >= threshold)[1],
-        "ece": _calibration_error(*validation),
-    }
-    rows = [
-        figure_row(labels, name, figure.value, (figure.low, figure.high), **counts, **cost)
-        for name, figure in bootstrap(functions, *test).items()
-    ]
-    windowed = np.array(found["windowed"])[scored]
-    for name, some in (("auroc_fit", ~windowed), ("auroc_windowed", windowed)):
-        if windowed.any() and len(set(test[0][some])) == 2:
-            figure = bootstrap({name: auroc}, test[0][some], test[1][some])[name]
-            rows.append(figure_row(labels, name, figure.value, (figure.low, figure.high), n=int(some.sum()), **cost))
-    if len(values["harmless"]):
-        unscored = ~np.isfinite(values["harmless"])
-        alarms = unscored | (values["harmless"] >= threshold)  # a guard fails closed
-        counts = {"n": len(alarms), "n_unscored": int(unscored.sum())}
-        rows.append(figure_row(labels, "over_refusal", float(alarms.mean()), **counts, **cost))
-    measured = ("train_seconds", "peak_bytes", "trainable_params")
-    return [*rows, *(figure_row(labels, name, float(found[name]), **cost) for name in measured)]
-
-
-def threshold_of(labels: Array, values: Array) -> float:
-    """Where at most ``RATE`` of harmless validation rows are flagged; values are logits or scores, with ties."""
-    harmless = np.sort(values[labels == 0])[::-1]
-    return float(np.nextafter(harmless[int(RATE * len(harmless))], np.inf))
-
-
-def probability_of(labels: Array, values: Array) -> Callable[[Array], Array]:
-    """Probabilities from values, as validation rows fitted them (Platt)."""
-    fit = fit_calibration(values[:, None], labels[:, None])
-    return lambda value: 1 / (1 + np.exp(-np.clip(fit.scale[0] * value + fit.bias[0], -30, 30)))
-
-
-def _calibration_error(labels: Array, values: Array) -> Callable[[Array, Array], float]:
-    """Expected calibration error of the probabilities, in equal bins."""
-    probability = probability_of(labels, values)
-    return lambda some, value: expected_calibration_error(some, probability(value), N_BINS)
-
-
-def wins_of(task: str, base: str, values: dict[Cell, dict[str, object]]) -> list[Row]:
-    """1, 0 or -1: does lst_distilled beat the best standalone?  By a paired bootstrap over rows and common seeds.
-
-    No row while one of the RIVALS is missing: the best of some is not the best.
-    """
-    found = {
-        (cell.method, cell.seed): value for cell, value in values.items() if (cell.task, cell.base) == (task, base)
-    }
-    others = [method for method in STANDALONES if method in {method for method, _ in found}]
-    compared = ["lst_distilled", *others]
-    seeds = [seed for seed in SEEDS if all((method, seed) in found for method in compared)]
-    if not set(RIVALS) <= set(others) or not seeds:
-        return []
-    lines = {method: np.array([found[method, seed]["values"]["test"] for seed in seeds]) for method in compared}
-    truth = np.array(found["lst_distilled", seeds[0]]["labels"]["test"])
-    scored = np.isfinite(np.concatenate(list(lines.values()))).all(0)
-    truth, lines = truth[scored], {method: line[:, scored] for method, line in lines.items()}
-    best = max(others, key=lambda method: np.mean([auroc(truth, line) for line in lines[method]]))
-    gain = paired_difference(auroc, truth, lines["lst_distilled"], lines[best])
-    verdict = 1 if gain.low > 0 else -1 if gain.high < 0 else 0
-    labels = {"task": task, "base": base, "method": "lst_distilled", "seed": -1, "against": best}
-    counts = {"n": int(scored.sum()), "n_unscored": int((~scored).sum()), "seeds": len(seeds)}
-    return [
-        figure_row(labels, "win_over_best_standalone", verdict, **counts),
-        figure_row(labels, "gain_over_best_standalone", gain.value, (gain.low, gain.high), **counts),
-    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

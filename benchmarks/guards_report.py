@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from guards import CELLS, Array, probability_of, threshold_of
+from guard_figures import Array, probability_of, threshold_of
+from guards import CELLS
 from part_sections import SECTIONS, Row, columns, pooled, text_of
 from parts import FILE, read_parts
 from safeside.errors import InputError
