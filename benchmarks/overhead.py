@@ -94,12 +94,14 @@ def measure(variants: dict[str, Alone], phase: str, batch: int, settings: Settin
     return seconds
 
 
-def rows_of(labels: dict[str, object], seconds: dict[str, list[float]], variants: dict[str, Alone]) -> list[Row]:
+def rows_of(
+    labels: dict[str, object], seconds: dict[str, list[float]], variants: dict[str, Alone], settings: Settings
+) -> list[Row]:
     """Seconds, ratio to the base and share of its compute of every variant."""
     rows = []
     for name, taken in seconds.items():
         mine = {**labels, "variant": name}
-        costs = {"flops_share": variants[name].extra_matmuls, "config_hash": config_hash(mine)}
+        costs = {"flops_share": variants[name].extra_matmuls, "config_hash": config_hash([mine, asdict(settings)])}
         middle = float(np.median(taken))
         spread = (float(np.quantile(taken, 0.025)), float(np.quantile(taken, 0.975)))
         rows.append(figure_row(mine, "seconds", middle, spread, **{**costs, "n": len(taken)}))
@@ -125,19 +127,27 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
 def peak_rows(plan: Plan, batch: int, settings: Settings) -> list[Row]:
     """Peak memory of each variant over the base's, by phase; a process holds the base's weights and libraries too.
 
-    The peak of decoding is that of a prompt and the tokens behind it.
+    The peak of decoding is that of a prompt and the tokens behind it.  The interval is from the lowest peak over the
+    base's highest to the highest over its lowest.
     """
     peaks = {name: [_peaks(plan, name, batch, settings) for _ in range(N_PEAKS)] for name in plan.variants}
     note(f"peaks batch {batch}: done")
     rows = []
     for index, phase in enumerate(PHASES):
-        lowest = {name: min(peak[index] for peak in found) for name, found in peaks.items()}
-        for name in plan.variants:
+        ends = {
+            name: (min(column), max(column)) for name, column in ((n, [p[index] for p in f]) for n, f in peaks.items())
+        }
+        base_low, base_high = ends["base"]
+        for name, (low, high) in ends.items():
             labels = {"geometry": plan.geometry, "phase": phase, "batch": batch, "variant": name}
-            counts: dict[str, object] = {"n": N_PEAKS, "config_hash": config_hash(labels)}
-            rows.append(figure_row(labels, "peak_bytes", lowest[name], **counts))
+            counts: dict[str, object] = {
+                "n": N_PEAKS,
+                "config_hash": config_hash([labels, asdict(settings), plan.dtype]),
+            }
+            rows.append(figure_row(labels, "peak_bytes", low, (low, high), **counts))
             if name != "base":
-                rows.append(figure_row(labels, "peak_ratio", lowest[name] / lowest["base"], **counts))
+                span = (low / base_high, high / base_low)
+                rows.append(figure_row(labels, "peak_ratio", low / base_low, span, **counts))
     return rows
 
 
@@ -191,7 +201,7 @@ def time_rows(plan: Plan, batches: Sequence[int], phases: Sequence[str], setting
     variants, rows = build(plan), list[Row]()
     for phase, batch in itertools.product(phases, batches):
         labels: dict[str, object] = {"geometry": plan.geometry, "phase": phase, "batch": batch}
-        rows += rows_of(labels, measure(variants, phase, batch, settings), variants)
+        rows += rows_of(labels, measure(variants, phase, batch, settings), variants, settings)
     for variant in variants.values():
         if isinstance(variant, Guarded):
             variant.attachment.detach()
@@ -206,9 +216,11 @@ def measure_part(part: str, options: argparse.Namespace) -> Path:
     variants = ("base", *options.only, *(f"guard_{count}" for count in options.taps))
     batches = options.batches or ([1, 4, 16, 64] if on_gpu else [1, 8])
     rows: list[Row] = []
+    used = {}
     for geometry in options.geometries or (["Qwen2.5-7B"] if on_gpu else ["Qwen2.5-0.5B", "builtin"]):
         n_tokens = min(options.tokens, 448) if geometry == "builtin" else options.tokens
         settings = Settings(n_tokens, options.steps, options.pairs, options.device, options.threads)
+        used[geometry] = asdict(settings)
         plan = Plan(geometry, variants, options.device, options.dtype)
         if part == "time":
             rows += time_rows(plan, batches, options.phases, settings)
@@ -217,7 +229,8 @@ def measure_part(part: str, options: argparse.Namespace) -> Path:
             rows += [row for row in found if row["phase"] in options.phases]
     notes = {
         "goals": goals_of(rows),
-        "settings": {**asdict(settings), "dtype": options.dtype},
+        "settings": used,
+        "dtype": options.dtype,
         "meaning": MEANING[part],
     }
     return write_part(options.output, result_of(part, time.perf_counter() - started, rows, notes), OVERHEAD)

@@ -90,11 +90,14 @@ class Bench:
             yield from self._rows(source, target, done.adapter, {"method": method, "seed": seed}, seconds)
         yield from self._rows(source, target, scratch, {"method": SCRATCH, "seed": seed}, None)
 
+    def _hash(self, labels: dict[str, object]) -> str:
+        return config_hash([labels, len(self.text), len(self.test)])
+
     def _rows(
         self, source: Guarded, target: Base, guard: Adapter, labels: dict[str, object], seconds: float | None
     ) -> Iterator[Row]:
         labels = {"source": name_of(source.base), "target": name_of(target), **labels}
-        costs = {"n": len(self.test), "flops_share": flops_share(target, guard), "config_hash": config_hash(labels)}
+        costs = {"n": len(self.test), "flops_share": flops_share(target, guard), "config_hash": self._hash(labels)}
         scores = self.scores(target, guard)
         places = np.arange(len(scores), dtype=np.float64)
 

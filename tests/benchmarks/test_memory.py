@@ -32,7 +32,9 @@ def test_both_figures_of_every_batch(
         return [max(held, 1), *parts]
 
     monkeypatch.setattr(
-        training, "open_base", lambda name, device: random_base(tiny_config("llama"), name, device, torch.bfloat16)
+        training,
+        "open_base",
+        lambda name, device, dtype: random_base(tiny_config("llama"), name, device, torch.bfloat16),
     )
     monkeypatch.setattr(memory, "held_alone", in_this_process)
     options = ("--geometry", "tiny", "--batches", "1", "4", "--tokens", "8", "--threads", "1")

@@ -69,10 +69,25 @@ def test_the_rule_that_stops_most_in_time_is_chosen() -> None:
     noisy = [([0.1, 0.9, 0.1, 0.1] + [0.1] * 8, 0)] * 30 + [([0.1] * 12, 0)] * 30
     harmful = [([0.1, 0.8, 0.8, 0.1] + [0.1] * 8, 1)] * 10 + [([0.1] * 8 + [0.8] * 4, 1)] * 3
     validation = scored(*noisy, *harmful)
-    rule = stream.chosen_rule(validation, 0.05, (1, 2, 4))
+    rule = stream.chosen_rule(validation, 0.1, (1, 2, 4))
     assert (rule.n_consecutive, rule.threshold < 0.8) == (2, True)
-    assert stream.chosen_rule(validation, 0.05, (1, 4)).n_consecutive == 4  # late, but the other stops nothing
-    assert stream.chosen_rule(scored(*noisy, *harmful[10:]), 0.05, (2, 4)).threshold < 0.8
+    assert stream.chosen_rule(validation, 0.1, (1, 4)).n_consecutive == 4  # late, but the other stops nothing
+    assert stream.chosen_rule(scored(*noisy, *harmful[10:]), 0.1, (2, 4)).threshold < 0.8
+
+
+def test_the_promise_of_the_chosen_rule_holds_for_all_candidates() -> None:
+    """Each alone is as watchful as it may be when nothing is chosen; one of many is less so."""
+    generator = np.random.default_rng(0)
+    benign = scored(*((generator.random(6).tolist(), 0) for _ in range(200)), ([1.0] * 6, 1))
+    alone, of_four = (stream.chosen_rule(benign, 0.05, candidates).threshold for candidates in ((1,), (1, 1, 1, 1)))
+    assert of_four > alone
+
+
+def test_a_threshold_of_a_share_is_reached_by_it() -> None:
+    scores = np.array([0.1, 0.2, 0.3, 0.4])
+    for share in (0.25, 0.5, 1.0):
+        assert (scores >= stream._threshold_of_share(scores, share)).mean() == share
+    assert stream._threshold_of_share(scores, 0.0) == math.inf
 
 
 def test_figures_are_those_of_the_rule_on_the_answers() -> None:
@@ -81,6 +96,7 @@ def test_figures_are_those_of_the_rule_on_the_answers() -> None:
     assert values["detection"]["value"] == pytest.approx(0.5)
     assert values["whole_detection"]["value"] == pytest.approx(0.5)
     assert values["detected_share"]["value"] == pytest.approx(1.0)
+    assert values["detected_share_equal"]["value"] == pytest.approx(1.0)  # at 0.9, which one of four reaches
     assert values["false_stops"]["value"] == values["whole_false_flags"]["value"] == pytest.approx(0.25)
     assert values["delay_tokens"]["value"] == pytest.approx(3.0)  # of 2 and 4
     assert values["delay_share"]["value"] == pytest.approx(0.75)
@@ -105,6 +121,8 @@ def test_it_writes_figures_for_both_ways_of_learning(
     result = read_parts(path)["stream"]
     assert {row["targets"] for row in result["rows"]} == {"end", "prefixes"}
     assert {row["false_positive_rate"] for row in result["rows"] if row["metric"] == "false_stops"} == {0.2}
+    assert {row["rule"]: row["n_consecutive"] for row in result["rows"] if row["metric"] == "detection"}["kept"] == 8
+    assert {row["rule"] for row in result["rows"] if row["metric"] != "auroc"} == {"kept", "chosen"}
     assert all(math.isfinite(row["value"]) for row in result["rows"])
     assert result["notes"]["benign_validation_rows"] < 299
     assert result["notes"]["rows_without_answer"] == 2
