@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from guards import CELLS, Array, probability_of, threshold_of
-from part_sections import SECTIONS, Row, columns, pooled, text_of
+from part_sections import SECTIONS
 from parts import FILE, read_parts
 from safeside.errors import InputError
 from safeside.evals.metrics import auroc
@@ -35,6 +35,7 @@ from safeside.evals.pictures import (
 from safeside.evals.report import Section, write_report
 from safeside.guards.probability import expected_calibration_error
 from safeside.terminal import note
+from table_cells import Row, columns, pooled, text_of
 from tidy import RESULTS
 
 # One colour and stroke for each method on all pictures; blues read the base, reds do not.
