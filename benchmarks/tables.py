@@ -9,12 +9,14 @@ A block stands between ``<!-- table:core -->`` and ``<!-- /table:core -->``.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gene_tables import genes_table
+from guard_tables import PART_TABLES, part_table
 from scale_tables import bulk_table, capacity_table, memory_table, serve_table, vllm_table
 from table_cells import (
     Row,
@@ -315,6 +317,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gate": gate_table,
     "serve": serve_table,
     "vllm": vllm_table,
+    **{part: functools.partial(part_table, part=part) for part in PART_TABLES},
 }
 
 
