@@ -16,12 +16,11 @@ from pathlib import Path
 
 from align_page import GOAL_TEXTS, KINDS, METHODS, POLICIES, RATES, Page
 from align_sections import answers_section, choice_section, cost_section, limits_section, training_section
-from part_sections import pooled, text_of
 from safeside.errors import InputError
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
 from safeside.evals.report import Section, write_report
 from safeside.terminal import note
-from table_cells import met_cell
+from table_cells import met_cell, pooled, text_of
 from tidy import RESULTS
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from align_page import METHODS, Page
-from part_sections import pooled, text_of
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, dots_picture
 from safeside.evals.report import Section
+from table_cells import pooled, text_of
 from tidy import Row
 
 

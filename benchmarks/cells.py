@@ -221,11 +221,9 @@ def _build(setup: Setup, cell: Cell, recipe: Recipe) -> tuple[nn.Module, dict[st
 
 
 def narrowed(store: TapStore, layers: Sequence[int]) -> TapStore:
-    """The same store with some layers only: a probe must not pay for reading them all."""
-    if len(layers) > 1:
-        return store
-    index = store.layers.index(layers[0])
-    return TapStore(store.states[:, index : index + 1], tuple(layers), store.starts, store.lengths)
+    """The same store from the first to the last of ``layers`` only: a probe must not pay for reading them all."""
+    span = slice(store.layers.index(layers[0]), store.layers.index(layers[-1]) + 1)
+    return TapStore(store.states[:, span], store.layers[span], store.starts, store.lengths)
 
 
 def _measure(data: Prepared, model: nn.Module, source: Source) -> dict[str, object]:

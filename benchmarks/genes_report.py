@@ -16,11 +16,12 @@ from pathlib import Path
 
 from gene_tables import figure_text, points_text, transfers_of
 from genes_models import MAIN_SHOTS
-from part_sections import GREEN, SECOND, Row, pooled, text_of
+from part_sections import GREEN, SECOND
 from safeside.errors import InputError
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
 from safeside.evals.report import Section, write_report
 from safeside.terminal import note
+from table_cells import Row, pooled, text_of
 from tidy import RESULTS
 
 COLOURS = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from guard_figures import Array, probability_of, threshold_of
 from guards import CELLS
-from part_sections import SECTIONS, Row, columns, pooled, text_of
+from part_sections import SECTIONS
 from parts import FILE, read_parts
 from safeside.errors import InputError
 from safeside.evals.metrics import auroc
@@ -36,6 +36,7 @@ from safeside.evals.pictures import (
 from safeside.evals.report import Section, write_report
 from safeside.guards.probability import expected_calibration_error
 from safeside.terminal import note
+from table_cells import Row, columns, pooled, text_of
 from tidy import RESULTS
 
 # One colour and stroke for each method on all pictures; blues read the base, reds do not.
@@ -63,6 +64,7 @@ TITLES = {
     "grounding": "Unsupported claims",
 }
 VERDICTS = {1: ("#2457a6", "wins"), 0: ("#8a8f98", "interval spans zero"), -1: ("#c0392b", "loses")}
+OVER = {"over_best_standalone": "over all rows", "within_sources": "within sources"}
 CALIBRATED = "lst_distilled"  # whose scores are drawn
 
 
@@ -85,7 +87,8 @@ class Page:
 
     def n_missing_cells(self) -> int:
         """Cells behind the rows that are gone."""
-        keys = {str(row["config_hash"]) for row in self.of(part="methods", metric="auroc")}
+        rows = [row for row in self.of(part="methods", metric="auroc") if row["method"] in METHODS]
+        keys = {str(row["config_hash"]) for row in rows}
         return sum(not (self.cells / f"{key}.json").is_file() for key in keys)
 
 
@@ -97,34 +100,32 @@ def split_of(cell: dict[str, dict[str, list[float]]], split: str) -> tuple[Array
 
 def wins_section(page: Page) -> Section | None:
     """lst_distilled against the best standalone, on every task and base."""
-    gains = page.of(metric="gain_over_best_standalone")
-    verdicts = {(row["task"], row["base"]): int(row["value"]) for row in page.of(metric="win_over_best_standalone")}
-    if not gains:
+    pictures, table = [], []
+    for over, what in OVER.items():
+        gains = page.of(metric=f"gain_{over}")
+        verdicts = {(row["task"], row["base"]): int(row["value"]) for row in page.of(metric=f"win_{over}")}
+        dots = [
+            Dot(f"{row['task']}, {row['base']}", *pooled([row]), *VERDICTS[verdicts[row["task"], row["base"]]])
+            for row in gains
+        ]
+        if dots:
+            picture = dots_picture(dots, Axis("difference in AUROC", goal=0.0))
+            pictures.append((f"Gain over the best standalone, {what}", picture))
+        table += [
+            (*columns(row, "task", "base"), what, str(row["against"]), text_of([row], "{:+.3f}"), verdict)
+            for row in gains
+            for _, verdict in [VERDICTS[verdicts[row["task"], row["base"]]]]
+        ]
+    if not table:
         return None
-    dots = [
-        Dot(
-            f"{row['task']}, {row['base']}",
-            *pooled([row]),
-            *VERDICTS[verdicts[row["task"], row["base"]]],
-        )
-        for row in gains
-    ]
     return Section(
         "Does reading the base beat a network of equal cost that does not?",
         "AUROC of lst_distilled minus that of the best standalone (plain, distilled, pruned from the base, or both), "
-        "by a paired bootstrap over test rows and seeds.",
-        [("Gain over the best standalone", dots_picture(dots, Axis("difference in AUROC", goal=0.0)))],
-        ("task", "base", "best standalone", "gain", "verdict"),
-        [
-            (
-                str(row["task"]),
-                str(row["base"]),
-                str(row["against"]),
-                text_of([row], "{:+.3f}"),
-                VERDICTS[verdicts[row["task"], row["base"]]][1],
-            )
-            for row in gains
-        ],
+        "by a paired bootstrap over test rows and seeds. The sources of a task differ in how many of their rows are "
+        "harmful; within sources, telling them apart helps nobody.",
+        pictures,
+        ("task", "base", "AUROC", "best standalone", "gain", "verdict"),
+        table,
     )
 
 
@@ -139,7 +140,14 @@ def task_section(page: Page, task: str, base: str) -> Section:
     dots = [Dot(method, *pooled(of(method, "auroc")), METHODS[method][0]) for method in methods]
     pictures = [("AUROC of every method", dots_picture(dots, Axis("AUROC")))]
     pictures += _curves(page, task, base, methods)
-    shown = {"AUROC": "auroc", "caught at 1% false alarms": "tpr_at_fpr1", "ECE": "ece", "over-refusal": "over_refusal"}
+    shown = {
+        "AUROC": "auroc",
+        "within sources": "auroc_within",
+        "caught where 1% of validation is flagged": "tpr_at_fpr1",
+        "false alarms there": "fpr_at_fpr1",
+        "ECE": "ece",
+        "over-refusal": "over_refusal",
+    }
     table = [
         (
             method,
@@ -153,11 +161,16 @@ def task_section(page: Page, task: str, base: str) -> Section:
     n_seeds = len({row["seed"] for row in rows if row["metric"] == "auroc"})
     return Section(
         f"{TITLES.get(task, task)} ({task}) on {base}",
-        f"{n_rows:,} test rows, {n_seeds} seed{'s' * (n_seeds > 1)}.",
+        f"{n_rows:,} test rows, {n_seeds} seed{'s' * (n_seeds > 1)}. {_alone(rows)}",
         pictures,
         ("method", *shown, "share of the base's compute", "training, s"),
         table,
     )
+
+
+def _alone(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row["method"] == "source_alone"]
+    return f"Knowing nothing but a row's source has AUROC {text_of(found)}." if found else ""
 
 
 def _share(share: float) -> str:

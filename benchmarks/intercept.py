@@ -2,10 +2,10 @@
 
     python benchmarks/intercept.py --data ../shared/data
 
-For each k an LST guard that reads layers 0..k is trained on stored states; ``auroc`` is its figure on the test prompts.
-Then prompts go through the base in batches, without any guard and with this one intercepting, in turns (A B A B):
-``prefill_ratio`` is the seconds of the second over those of the first.  Its threshold is set so that 0%, 10% or all of
-these prompts are blocked.  A batch saves blocks only when all of its prompts are blocked.
+For each k an LST guard that reads layers 0..k is trained on stored states; ``auroc`` is its figure on the test prompts
+that fit the context.  Then prompts go through the base in batches, without any guard and with such a one intercepting,
+in turns (A B A B): ``prefill_ratio`` is the seconds of the second over those of the first.  Its threshold is set so
+that 0%, 10% or all of these prompts are blocked.  A batch saves blocks only when all of its prompts are blocked.
 Writes the part ``intercept`` of guards.json.
 """
 
@@ -13,103 +13,43 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from cells import Setup, prepare, row_logits, store_of
-from core_data import TASKS
-from parts import write_part
+from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import Calibration
-from safeside.adapters.sizing import flops_share
 from safeside.artifact import create_adapter
 from safeside.attach import attach
-from safeside.base.model import Base, load_base
+from safeside.base.model import Base
 from safeside.chat import pad_batch
 from safeside.errors import BlockedError
 from safeside.evals.metrics import auroc, bootstrap
-from safeside.provenance import config_hash
 from safeside.terminal import note
-from safeside.train.loop import Loop
-from safeside.train.objectives import guard_metric, guard_objective
-from safeside.train.recipe import Recipe
-from safeside.train.taps import StoredTaps
-from tidy import RESULTS, Row, figure_row, ratio_figure, result_of
-from workers import Workers
+from task_guards import Lesson, Sizes, parser_of
+from tidy import Row, figure_row, ratio_figure, result_of
 
 BLOCKED = (0.0, 0.1, 1.0)
 BATCHES = (1, 8)
-N_PROMPTS = 40
-_REDUCTION = 4
+N_PROMPTS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Depth:
-    """One guard: it reads layers 0..block."""
-
-    task: str
-    block: int
-    seed: int
-
-
-def recipe_of(setup: Setup, depth: Depth) -> Recipe:
-    """The guard's training as a recipe."""
-    return Recipe.model_validate(
-        {
-            "name": "intercept",
-            "output": "none",
-            "seed": depth.seed,
-            "base": {"name": Path(setup.base).name},
-            "data": {"train": (depth.task,), "validation": (depth.task,), "limit": setup.limit},
-            "adapter": {"kind": "lst", "reduction": _REDUCTION, "layers": tuple(range(depth.block + 1))},
-            "training": {"epochs": setup.epochs, "checkpoint_seconds": 1e9},
-        }
-    )
-
-
-def measure_auroc(setup: Setup, depth: Depth) -> Row:
-    """Train one guard on stored states and measure it on the test prompts."""
-    data, recipe = prepare(setup, depth.task), recipe_of(setup, depth)
-    adapter = create_adapter(data.base, recipe.adapter_config(data.base), depth.seed)
-    sources = {
-        split: StoredTaps(store_of(setup, depth.task, split), adapter) for split in ("train", "validation", "test")
-    }
-    objective = guard_objective(data.base, sources["train"], data.train, recipe)
-    metric = guard_metric(data.base, sources["validation"], data.validation)
-    Loop(adapter, data.train.lengths, objective, metric, recipe.training, seed=depth.seed).run()
-    adapter.eval()
-    scores = row_logits(data, sources["test"])
-    scored = np.isfinite(scores)
-    figure = bootstrap({"auroc": auroc}, data.test_labels[scored], scores[scored])["auroc"]
-    return figure_row(
-        labels_of(setup, depth),
-        "auroc",
-        figure.value,
-        (figure.low, figure.high),
-        n=int(scored.sum()),
-        n_unscored=int((~scored).sum()) + data.counts["test_bad_rows"],
-        **costs_of(setup, depth, data.base),
-    )
-
-
-def labels_of(setup: Setup, depth: Depth) -> dict[str, object]:
-    base = Path(setup.base).name
-    return {"task": depth.task, "base": base, "method": "lst", "seed": depth.seed, "block": depth.block}
-
-
-def costs_of(setup: Setup, depth: Depth, base: Base) -> dict[str, object]:
-    recipe = recipe_of(setup, depth)
-    share = flops_share(base, create_adapter(base, recipe.adapter_config(base)))
-    return {"flops_share": share, "config_hash": config_hash(recipe.model_dump())}
+def measure_auroc(lesson: Lesson, block: int, seed: int) -> Row:
+    """Train a guard of layers 0..block and measure it on the test prompts."""
+    recipe = lesson.recipe(seed, layers=range(block + 1))
+    guard = lesson.guard(recipe)
+    labels, scores = lesson.labels("test"), lesson.last_scores("test", guard)
+    figure = bootstrap({"auroc": auroc}, labels, scores)["auroc"]
+    columns, costs = {**lesson.columns(seed), "block": block}, lesson.costs(recipe, guard)
+    note(f"block {block}, seed {seed}: auroc {figure.value:.4f}")
+    return figure_row(columns, "auroc", figure.value, (figure.low, figure.high), n=len(scores), **costs)
 
 
 # ---- wall time -------------------------------------------------------------------------------------------------------
@@ -170,12 +110,12 @@ def set_blocked_share(base: Base, guard: Adapter, rows: Sequence[Sequence[int]],
     guard.set_calibration(Calibration(scale=(1.0,), bias=(0.0,), threshold=(threshold,)))
 
 
-def measure_time(setup: Setup, depth: Depth, n_pairs: int) -> list[Row]:
-    """The ratios at every batch size and blocked share; the guard's weights do not matter for them."""
-    base = prepare(setup, depth.task).base
-    rows = prepare(setup, depth.task).validation.ids[:N_PROMPTS]
-    guard = create_adapter(base, recipe_of(setup, depth).adapter_config(base), depth.seed).to(base.dtype).eval()
-    costs, result = costs_of(setup, depth, base), []
+def measure_time(lesson: Lesson, block: int, seed: int, n_pairs: int) -> Iterator[Row]:
+    """The ratios at every batch size and blocked share; the guard is fresh, for its weights do not matter for them."""
+    base, rows = lesson.base, lesson.splits["validation"].ids[:N_PROMPTS]
+    recipe = lesson.recipe(seed, layers=range(block + 1))
+    guard = create_adapter(base, recipe.adapter_config(base), seed).to(base.dtype).eval()
+    costs = lesson.costs(recipe, guard)
     for batch in BATCHES:
         prompts = Prompts.of(base, rows, batch)
         for share in BLOCKED:
@@ -186,76 +126,52 @@ def measure_time(setup: Setup, depth: Depth, n_pairs: int) -> list[Row]:
                 alone.append(prefill_seconds(base, prompts, None)[0])
                 seconds, n_blocked = prefill_seconds(base, prompts, guard)
                 guarded.append(seconds)
-            labels = {**labels_of(setup, depth), "batch": batch, "blocked": share, "blocked_batches": n_blocked}
+            columns = {**lesson.columns(seed), "block": block, "batch": batch, "blocked": share}
             value, interval = ratio_figure(guarded, alone)
-            result.append(figure_row(labels, "prefill_ratio", value, interval, n=n_pairs, **costs))
-    return result
+            note(f"block {block}, batch {batch}, {share:.0%} blocked: {value:.3f}")
+            yield figure_row(
+                {**columns, "blocked_batches": n_blocked}, "prefill_ratio", value, interval, n=n_pairs, **costs
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Parse, measure, write."""
     options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, Workers(options.workers, options.threads) as workers:
-        base = load_base(options.base)
-        setup = Setup(
-            data=options.data,
-            base=options.base,
-            fingerprint=config_hash(base.fingerprint.model_dump()),
-            cells=Path(folder),
-            limit=options.limit,
-            evaluation_limit=options.evaluation_limit,
-            epochs=options.epochs,
-        )
-        if options.quick:
-            setup = replace(setup, limit=64, evaluation_limit=64, epochs=1)
-            options.pairs, options.seeds = min(options.pairs, 3), options.seeds[:1]
-        blocks = options.blocks or list(range(1, base.n_layers + 1))
-        for split in ("train", "validation", "test"):
-            store_of(setup, options.task, split)
-        depths = [Depth(options.task, block, seed) for seed in options.seeds for block in blocks]
-        rows = []
-        for depth, row in workers.run(functools.partial(measure_auroc, setup), depths):
-            rows.append(row)
-            note(f"block {depth.block}, seed {depth.seed}: auroc {row['value']:.4f}")
-        torch.set_num_threads(options.threads)
-        for block in blocks:  # in this process alone: nothing else may run beside a clock
-            rows += (timed := measure_time(setup, Depth(options.task, block, 0), options.pairs))
-            note(
-                f"block {block}: "
-                + ", ".join(f"{row['blocked']:.0%} x{row['batch']} {row['value']:.2f}" for row in timed)
-            )
-    notes = {
-        "prefill_ratio": "seconds with the intercepting guard over seconds of the base alone, median of pairs",
-        "prompts": N_PROMPTS,
-        "rows": prepare(setup, options.task).counts,
-        "interval": "auroc: 95% bootstrap over test rows; prefill_ratio: over pairs",
-    }
-    result = result_of("intercept", time.perf_counter() - started, sorted_rows(rows), notes)
-    path = write_part(options.output, result)
+    if options.quick:
+        options.limit, options.evaluation_limit, options.epochs, options.seeds = 200, 200, 1, options.seeds[:1]
+        options.pairs = min(options.pairs, 3)
+    sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        lesson = Lesson.read((options.base, options.data), options.task, Path(folder), sizes)
+        blocks = options.blocks or range(1, lesson.base.n_layers + 1)
+        path, rows = options.output / FILE, []
+        for block in blocks:
+            rows += [measure_auroc(lesson, block, seed) for seed in options.seeds]
+            rows += measure_time(lesson, block, options.seeds[0], options.pairs)
+            result = result_of("intercept", time.perf_counter() - started, rows, notes_of(lesson))
+            path = write_part(options.output, result)  # after every block: a run that is killed keeps what it has
     note(f"wrote {path}")
     return path
 
 
-def sorted_rows(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (str(row["metric"]), row["block"], row["seed"]))
+def notes_of(lesson: Lesson) -> dict[str, object]:
+    """What a reader of the figures must know."""
+    return {
+        "prefill_ratio": "seconds with the intercepting guard over seconds of the base alone, median of pairs",
+        "prompts": f"{len(lesson.splits['validation'].ids[:N_PROMPTS])} validation prompts are timed",
+        "rows": lesson.counts,
+        "intervals": "auroc: 95% bootstrap over test rows; prefill_ratio: over pairs",
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    parser.add_argument("--base", default="builtin", help="as for load_base")
-    parser.add_argument("--task", default="toxic_chat", choices=list(TASKS), help="whose rows are prompts")
-    parser.add_argument("--limit", type=int, default=2000, help="training rows")
-    parser.add_argument("--evaluation-limit", type=int, default=1500, help="validation rows, and test rows")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, evaluation_rows=800)
+    parser.set_defaults(limit=600, epochs=5)
+    parser.add_argument("--task", default="prompt_harm", help="a task of prompts")
     parser.add_argument("--blocks", type=int, nargs="+", help="every block unless given")
     parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs of each wall time")
-    parser.add_argument("--workers", type=int, default=1, help="processes that train")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, three pairs")
     return parser
 
 

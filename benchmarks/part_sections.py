@@ -4,52 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from guard_tables import (
+    FLAGGED,
+    intercept_table,
+    needle_table,
+    patch_table,
+    port_table,
+    presets_table,
+    stream_table,
+    training_table,
+)
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
 from safeside.evals.report import Section
+from table_cells import Row, columns, grouped, pooled
 
-Row = dict[str, object]
 SHADES = ("#9cc3ea", "#5b9bd5", BLUE, "#0d2b57")
 SECOND = "#e67e22"
 GREEN = "#00897b"
 TARGETS = {"end": GREY, "prefixes": BLUE}  # what a guard of answers learnt from
-STOP_METRICS = ("detection", "whole_detection", "detected_share", "delay_tokens", "delay_share", "false_stops")
-
-
-def pooled(rows: Sequence[Row]) -> tuple[float, float, float]:
-    """Mean over seeds, and the lowest and highest end of their intervals."""
-    mean = sum(float(str(row["value"])) for row in rows) / len(rows)
-    return mean, min(float(str(row["low"])) for row in rows), max(float(str(row["high"])) for row in rows)
-
-
-def text_of(rows: Sequence[Row], form: str = "{:.3f}", has_interval: bool = True) -> str:
-    """The same in words; empty without rows."""
-    if not rows:
-        return ""
-    value, low, high = (form.format(number) for number in pooled(rows))
-    return f"{value} ({low} to {high})" if has_interval and low != high else value
-
-
-def columns(row: Row, *names: str) -> tuple[str, ...]:
-    """Some columns as text."""
-    return tuple(str(row.get(name, "")) for name in names)
-
-
-def grouped(rows: Sequence[Row], metric: str, *names: str) -> dict[tuple[str, ...], list[Row]]:
-    """The rows of a metric by the values of some columns, in their order."""
-    found: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        if row["metric"] == metric:
-            found.setdefault(columns(row, *names), []).append(row)
-    return found
 
 
 def stream_sections(rows: Sequence[Row]) -> list[Section]:
     """Stopping while the answer is written, beside judging the whole answer."""
-    rates = [rate for (rate, _) in grouped(rows, "false_stops", "false_positive_rate", "targets")]
+    chosen = [row for row in rows if row.get("rule", "chosen") == "chosen"]
+    rates = [rate for (rate, _) in grouped(chosen, "false_stops", "false_positive_rate", "targets")]
     if not rates:
         return []
     rate = "0.05" if "0.05" in rates else rates[-1]
-    pictures = [(f"Harmful answers stopped by then, at {float(rate):.0%} promised", _stop_curves(rows, rate))]
+    pictures = [(f"Harmful answers stopped by then, at {float(rate):.0%} promised", _stop_curves(chosen, rate))]
     wanted = (
         ("detected_share", "Detection kept, of whole-answer detection at the same promise (goal 0.9)", 0.9),
         ("delay_share", "Median delay as a share of the answer (goal a third)", 1 / 3),
@@ -58,7 +40,7 @@ def stream_sections(rows: Sequence[Row]) -> list[Section]:
     for metric, caption, goal in wanted:
         dots = [
             Dot(f"{float(promised):.0%} promised", *pooled(some), TARGETS[targets], targets)
-            for (promised, targets), some in sorted(grouped(rows, metric, "false_positive_rate", "targets").items())
+            for (promised, targets), some in sorted(grouped(chosen, metric, "false_positive_rate", "targets").items())
         ]
         if dots:
             pictures.append((caption, dots_picture(dots, Axis(metric.replace("_", " "), goal=goal))))
@@ -66,8 +48,7 @@ def stream_sections(rows: Sequence[Row]) -> list[Section]:
         "The rule stops at a run of risky tokens; its threshold and that of whole answers promise the same rate on the "
         "same benign validation answers. Labels say that an answer is harmful as a whole, not where."
     )
-    heads = ("learnt at", "promised", *(metric.replace("_", " ") for metric in STOP_METRICS))
-    return [Section("Stopping an answer while it is written", text, pictures, heads, _stop_table(rows))]
+    return [Section("Stopping an answer while it is written", text, pictures, *stream_table(rows))]
 
 
 def _stop_curves(rows: Sequence[Row], rate: str) -> str:
@@ -87,29 +68,14 @@ def _stop_curves(rows: Sequence[Row], rate: str) -> str:
     return lines_picture(lines, Axis("share of the answer that is written"), Axis("share stopped", (0.0, None)))
 
 
-def _stop_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    table = []
-    for targets, rate in grouped(rows, "detection", "targets", "false_positive_rate"):
-        here = [row for row in rows if columns(row, "targets", "false_positive_rate") == (targets, rate)]
-        forms = {metric: "{:.0f}" if metric == "delay_tokens" else "{:.3f}" for metric in STOP_METRICS}
-        cells = [text_of([row for row in here if row["metric"] == metric], form) for metric, form in forms.items()]
-        table.append((targets, f"{float(rate):.0%}", *cells))
-    return table
-
-
 def presets_sections(rows: Sequence[Row]) -> list[Section]:
     """What each preset catches and refuses."""
-    kinds = {
-        ("tpr", "test"): (BLUE, "harmful prompts caught"),
-        ("fpr", "test"): (GREY, "harmless test prompts flagged"),
-        ("over_refusal", "xstest"): (RED, "safe xstest prompts flagged"),
-        ("over_refusal", "alpaca"): (SECOND, "instructions flagged"),
-    }
+    kinds = dict(zip(FLAGGED, (BLUE, GREY, RED, SECOND), strict=True))
     sections = []
     for (task,) in dict.fromkeys(columns(row, "task") for row in rows):
-        pictures, table = [], []
-        for (fitted,) in dict.fromkeys(columns(row, "fitted_on") for row in rows):
-            here = [row for row in rows if columns(row, "task", "fitted_on") == (task, fitted)]
+        mine, pictures = [row for row in rows if row["task"] == task], []
+        for (fitted,) in dict.fromkeys(columns(row, "fitted_on") for row in mine):
+            here = [row for row in mine if row["fitted_on"] == fitted]
             groups = {
                 (preset, promised, metric, suite): some
                 for metric in ("tpr", "fpr", "over_refusal")
@@ -117,18 +83,16 @@ def presets_sections(rows: Sequence[Row]) -> list[Section]:
             }
             order = sorted(groups, key=lambda key: (-float(key[1]), list(kinds).index((key[2], key[3]))))
             dots = [
-                Dot(f"{key[0]} ({float(key[1]):.1%})", *pooled(groups[key]), *kinds[key[2], key[3]]) for key in order
+                Dot(f"{key[0]} ({float(key[1]):.1%})", *pooled(groups[key]), kinds[key[2:]], FLAGGED[key[2:]])
+                for key in order
             ]
             pictures.append((f"Presets fitted on {fitted}", dots_picture(dots, Axis("share flagged"))))
-            for preset, promised in dict.fromkeys((key[0], key[1]) for key in order):
-                cells = [text_of(groups.get((preset, promised, *kind), [])) for kind in kinds]
-                table.append((preset, f"{float(promised):.1%}", fitted, *cells))
-        heads = ("preset", "promised", "fitted on", *(name for _, name in kinds.values()))
         text = (
             "A promise is for texts that come as those it was fitted on. A preset that too few rows can promise is "
             "missing."
         )
-        sections.append(Section(f"Detection and over-refusal at each preset: {task}", text, pictures, heads, table))
+        title = f"Detection and over-refusal at each preset: {task}"
+        sections.append(Section(title, text, pictures, *presets_table(mine)))
     return sections
 
 
@@ -151,7 +115,7 @@ def needle_sections(rows: Sequence[Row]) -> list[Section]:
         "Short test prompts among benign instructions: in texts of one window of the base, and of several. "
         "The guard learnt from no such text and reads the last token of each window."
     )
-    return [Section("A needle in a long text", text, pictures)]
+    return [Section("A needle in a long text", text, pictures, *needle_table(rows))]
 
 
 def intercept_sections(rows: Sequence[Row]) -> list[Section]:
@@ -170,47 +134,43 @@ def intercept_sections(rows: Sequence[Row]) -> list[Section]:
     ratio = lines_picture(lines, Axis("blocks read"), Axis("prefill, of the base alone", goal=1.0))
     text = "A guard of the first k blocks blocks harmful prompts before the deeper ones run."
     pictures = [("AUROC by depth", area), ("Time of the prefill with the guard over that without", ratio)]
-    return [Section("Blocking a prompt early", text, pictures)]
+    return [Section("Blocking a prompt early", text, pictures, *intercept_table(rows))]
 
 
 def patch_sections(rows: Sequence[Row]) -> list[Section]:
     """A new family of jailbreaks, before and after a patch."""
-    dots = []
     sizes = sorted({int(str(row["examples"])) for row in rows})
-    colours = dict(zip(sizes, SHADES, strict=False))
-    for (family,) in dict.fromkeys(columns(row, "family") for row in rows):
-        here = [row for row in rows if row["family"] == family]
-        dots.append(Dot(family, *pooled([row for row in here if row["metric"] == "before"]), GREY, "before"))
-        for size in sizes:
-            some = [row for row in here if row["metric"] == "after" and row["examples"] == size]
-            dots += [Dot(family, *pooled(some), colours[size], f"{size} examples")] if some else []
-    change = [
-        Dot(family, *pooled(some), colours[int(size)], f"{size} examples")
-        for (family, size), some in grouped(rows, "elsewhere_change", "family", "examples").items()
+    colours = dict(zip(map(str, sizes), SHADES, strict=False))
+    names = ("family", "held_out", "examples")
+    caught = [
+        Dot(_held_out(*key), *pooled(some), GREY, "before") for key, some in grouped(rows, "before", *names[:2]).items()
     ]
-    table = [
-        (family, size, *(text_of(_cell(rows, metric, family, size)) for metric in ("before", "after")),
-         text_of(_cell(rows, "elsewhere_change", family, size), "{:+.4f}"),
-         text_of(_cell(rows, "seconds", family, size), "{:.0f}", has_interval=False))
-        for family, size in grouped(rows, "after", "family", "examples")
-    ]  # fmt: skip
+    after, change = (
+        [
+            Dot(_held_out(family, held_out), *pooled(some), colours[size], f"{size} examples")
+            for (family, held_out, size), some in grouped(rows, metric, *names).items()
+        ]
+        for metric in ("after", "elsewhere_change")
+    )
     return [
         Section(
             "Learning a new family of jailbreaks",
-            "Caught at 1% false alarms, on goals of the family that no example had (goal 0.9); and what changes on "
-            "prompts of another set (at most half a point down).",
+            "Caught at 1% false alarms, of prompts of the family whose goal, or template where that is held out, no "
+            "example had (goal 0.9); and what changes on prompts of another set (at most half a point down).",
             [
-                ("Share of the family caught, before and after", dots_picture(dots, Axis("share caught", goal=0.9))),
+                (
+                    "Share of the family caught, before and after",
+                    dots_picture([*caught, *after], Axis("share caught", goal=0.9)),
+                ),
                 ("Change of AUROC elsewhere", dots_picture(change, Axis("change of AUROC", goal=-0.005))),
             ],
-            ("family", "examples", "before", "after", "change elsewhere", "seconds"),
-            table,
+            *patch_table(rows),
         )
     ]
 
 
-def _cell(rows: Sequence[Row], metric: str, family: str, size: str) -> list[Row]:
-    return grouped(rows, metric, "family", "examples").get((family, size), [])
+def _held_out(family: str, held_out: str) -> str:
+    return f"{family}, by {held_out}" if held_out else family
 
 
 def port_sections(rows: Sequence[Row]) -> list[Section]:
@@ -225,42 +185,21 @@ def port_sections(rows: Sequence[Row]) -> list[Section]:
         "AUROC of the ported guard over that of its source, on the same rows (goal 0.95); scratch learnt from as many "
         "rows with labels."
     )
-    table = [
-        (*key, text_of(some), text_of(grouped(rows, "auroc", "source", "target", "method").get(key, [])))
-        for key, some in kept.items()
-    ]
     pictures = [("Share of the source's AUROC kept", dots_picture(dots, Axis("kept AUROC", goal=0.95)))]
-    heads = ("source", "target", "method", "kept", "AUROC")
-    return [Section("Porting a guard to another base", text, pictures, heads, table)]
+    return [Section("Porting a guard to another base", text, pictures, *port_table(rows))]
 
 
 def training_sections(rows: Sequence[Row]) -> list[Section]:
     """What an optimiser step costs beside a LoRA and beside tuning every weight."""
-    metrics = {
-        "step_seconds": ("{:.2f}", 1.0),
-        "ratio_to_full": ("{:.4f}", 1.0),
-        "peak_bytes": ("{:.2f}", 1e-9),
-        "trainable_params": ("{:.2f}", 1e-6),
-    }
-    pictures, table = [], []
+    pictures = []
     for metric in ("ratio_to_full", "peak_bytes"):
         dots = [Dot(method, *pooled(some), BLUE) for (method,), some in grouped(rows, metric, "method").items()]
         pictures.append((metric.replace("_", " "), dots_picture(dots, Axis(metric.replace("_", " ")))))
-    for geometry, method in grouped(rows, "step_seconds", "geometry", "method"):
-        cells = []
-        for metric, (form, factor) in metrics.items():
-            some = grouped(rows, metric, "geometry", "method")[geometry, method]
-            scaled = [
-                {**row, **{end: float(str(row[end])) * factor for end in ("value", "low", "high")}} for row in some
-            ]
-            cells.append(text_of(scaled, form))
-        table.append((method, geometry, *cells))
     text = (
         "One optimiser step on the same batch, in turns. lst_stored reads the base's states from disk, where one pass "
         "has put them for every epoch and every guard; the others run the base each time."
     )
-    heads = ("method", "geometry", "seconds", "over full", "peak memory (GB)", "trained parameters (millions)")
-    return [Section("The cost of training", text, pictures, heads, table)]
+    return [Section("The cost of training", text, pictures, *training_table(rows))]
 
 
 SECTIONS: dict[str, Callable[[Sequence[Row]], list[Section]]] = {

@@ -32,6 +32,34 @@ def ratio_cell(row: Row) -> str:
     return f"{value:.3f}" if low == high else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
+def pooled(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """Mean over seeds, and the lowest and highest end of their intervals."""
+    mean = sum(float(str(row["value"])) for row in rows) / len(rows)
+    return mean, min(float(str(row["low"])) for row in rows), max(float(str(row["high"])) for row in rows)
+
+
+def text_of(rows: Sequence[Row], form: str = "{:.3f}", has_interval: bool = True) -> str:
+    """The same in words; empty without rows."""
+    if not rows:
+        return ""
+    value, low, high = (form.format(number) for number in pooled(rows))
+    return f"{value} ({low} to {high})" if has_interval and low != high else value
+
+
+def columns(row: Row, *names: str) -> tuple[str, ...]:
+    """Some columns as text."""
+    return tuple(str(row.get(name, "")) for name in names)
+
+
+def grouped(rows: Sequence[Row], metric: str, *names: str) -> dict[tuple[str, ...], list[Row]]:
+    """The rows of a metric by the values of some columns, in their order."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            found.setdefault(columns(row, *names), []).append(row)
+    return found
+
+
 def mean_of(rows: Sequence[Row]) -> float:
     return sum(float(row["value"]) for row in rows) / len(rows)
 

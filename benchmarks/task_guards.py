@@ -1,4 +1,6 @@
-"""An LST guard of one task, trained on stored states: what the benches of streaming, presets and needles measure."""
+"""An LST guard of one task, trained on stored states: what the benches of streaming, presets, needles and interception
+measure.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cells import narrowed
 from guard_cells import LEARNING_RATES, LST
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
@@ -65,8 +68,10 @@ class Lesson:
         counts |= {f"{split}_bad": len(rows.bad) for split, rows in splits.items()}
         return cls(base, task, splits, folder, sizes, counts)
 
-    def recipe(self, seed: int, targets: Literal["end", "prefixes"] = "end") -> Recipe:
-        """The guard's training as a recipe: that of the guards benchmark."""
+    def recipe(
+        self, seed: int, targets: Literal["end", "prefixes"] = "end", layers: Sequence[int] | None = None
+    ) -> Recipe:
+        """The guard's training as a recipe: that of the guards benchmark.  It reads all layers unless told which."""
         return Recipe.model_validate(
             {
                 "name": f"{self.task}-lst",
@@ -74,7 +79,7 @@ class Lesson:
                 "seed": seed,
                 "base": {"name": Path(self.base.name).name},
                 "data": {"task": self.task, "limit": self.sizes.train},
-                "adapter": {**LST, "labels": ("risk",)},
+                "adapter": {**LST, "labels": ("risk",), "layers": layers},
                 "training": {
                     "epochs": self.sizes.epochs,
                     "learning_rate": LEARNING_RATES["lst"],
@@ -85,9 +90,9 @@ class Lesson:
         )
 
     def source(self, split: str, guard: Adapter) -> StoredTaps:
-        """What ``guard`` reads of one split; the base runs on first use only."""
-        layers = range(self.base.n_layers + 1)
-        return StoredTaps(TapStore.build(self.base, self.splits[split].ids, layers, self.folder), guard)
+        """What ``guard`` reads of one split; the base runs on first use only, for guards of any layers."""
+        store = TapStore.build(self.base, self.splits[split].ids, range(self.base.n_layers + 1), self.folder)
+        return StoredTaps(narrowed(store, guard.config.layers), guard)
 
     def guard(self, recipe: Recipe) -> Adapter:
         """A trained guard, calibrated on the validation rows."""

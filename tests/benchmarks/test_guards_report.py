@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
 def other_parts() -> dict[str, list[dict[str, object]]]:
     stream = []
     for targets in ("end", "prefixes"):
-        labels = {"targets": targets, "false_positive_rate": 0.05}
+        labels = {"targets": targets, "false_positive_rate": 0.05, "n_consecutive": 2}
         shown = ("detection", "whole_detection", "detected_share", "delay_tokens", "delay_share", "false_stops")
         stream += [row(metric, 0.5, **labels) for metric in shown]
         stream += [row("stopped_by", share, written=share, **labels) for share in (0.5, 1.0)]
@@ -114,7 +114,8 @@ def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
         "Where the figures come from",
     ]
     sections = text.split("<h2>")[1:]
-    assert [section.count("<svg") for section in sections] == [1, 4, 4, 1, 2, 2, 2, 1, 2, 0]
+    assert [section.count("<svg") for section in sections] == [2, 4, 4, 1, 2, 2, 2, 1, 2, 0]
+    assert [section.count("<tr>") for section in sections[2:9]] == [3, 2, 3, 3, 3, 2, 3]  # the head, and the figures
     assert "Not measured here" not in text
     assert "http" not in text
     assert path.stat().st_size < 2_000_000
@@ -150,14 +151,6 @@ def test_every_method_and_part_is_drawn() -> None:
     assert set(METHODS) == set(guards.METHODS)
     assert len({colour for colour, _ in METHODS.values()}) == len(METHODS)
     assert {*part_sections.SECTIONS, "methods"} == set(GUARDS.parts)
-
-
-def test_figures_are_means_over_seeds_with_the_widest_interval() -> None:
-    rows = [row("auroc", 0.8), row("auroc", 0.9)]
-    assert part_sections.pooled(rows) == pytest.approx((0.85, 0.75, 0.95))
-    assert part_sections.text_of(rows) == "0.850 (0.750 to 0.950)"
-    assert part_sections.text_of(rows, "{:+.1f}", has_interval=False) == "+0.9"
-    assert part_sections.text_of([]) == ""
 
 
 def test_the_threshold_and_the_calibration_error_are_those_of_validation_rows() -> None:

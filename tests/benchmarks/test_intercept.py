@@ -2,56 +2,47 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import cells
 import intercept
 from parts import read_parts
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    generator = random.Random(0)
-    for name in ("toxic_chat/train", "toxic_chat/test"):
-        path = tmp_path / f"{name}.jsonl.gz"
-        path.parent.mkdir(exist_ok=True)
-        with gzip.open(path, "wt") as file:
-            for _ in range(120):
-                words = generator.choices(("cat", "mat", "sat", "hat", "then"), k=6)
-                file.write(json.dumps({"prompt": f"{name} {words}", "label": int("hat" in words)}) + "\n")
-    return tmp_path
+from safeside.guards.score import score_conversations
+from task_guards import Lesson, Sizes
 
 
 def test_it_writes_auroc_and_times_for_each_block(
-    data: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    small_tasks: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intercept, "N_PROMPTS", 10)
-    cells.prepare.cache_clear()
-    small = ["--quick", "--data", str(data), "--base", str(tiny_folder("llama")), "--blocks", "1", "3", "--pairs", "2"]
-    result = read_parts(intercept.main([*small, "--output", str(data)]))["intercept"]
-    cells.prepare.cache_clear()
+    words = ["--data", str(small_tasks), "--base", str(tiny_folder("llama")), "--task", "bench/prompts"]
+    small = ["--quick", "--blocks", "1", "3", "--pairs", "2", "--output", str(small_tasks / "results")]
+    result = read_parts(intercept.main([*words, *small]))["intercept"]
     found = [row for row in result["rows"] if row["metric"] == "auroc"]
-    assert [row["block"] for row in found] == [1, 3]
+    assert [(row["task"], row["block"], row["n"]) for row in found] == [
+        ("bench/prompts", 1, 200),
+        ("bench/prompts", 3, 200),
+    ]
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in found)
     times = [row for row in result["rows"] if row["metric"] == "prefill_ratio"]
     assert len(times) == 2 * len(intercept.BATCHES) * len(intercept.BLOCKED)
+    n_blocked = {(0.0, 1): 0, (0.0, 8): 0, (0.1, 1): 1, (0.1, 8): 0, (1.0, 1): 10, (1.0, 8): 2}
     for row in times:
         assert row["value"] > 0
-        n_batches = -(-len_of_prompts(result) // row["batch"])
-        blocked = {0.0: 0, 1.0: n_batches}
-        assert row["blocked_batches"] == blocked.get(row["blocked"], row["blocked_batches"])
-        if (row["blocked"], row["batch"]) == (0.1, 1):
-            assert row["blocked_batches"] == round(0.1 * n_batches)
+        assert row["blocked_batches"] == n_blocked[row["blocked"], row["batch"]]
 
 
-def len_of_prompts(result: dict[str, object]) -> int:
-    return min(intercept.N_PROMPTS, result["notes"]["rows"]["validation_rows"])
+def test_a_guard_of_few_layers_scores_stored_states_as_live_ones(
+    small_tasks: Path, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    place = (str(tiny_folder("llama")), small_tasks)
+    lesson = Lesson.read(place, "bench/prompts", tmp_path / "taps", Sizes(train=64, evaluation=20, epochs=1))
+    guard = lesson.guard(lesson.recipe(0, layers=range(2)))
+    assert guard.config.layers == (0, 1)
+    live = score_conversations(lesson.base, [guard], [row.messages for row in lesson.splits["test"].examples])
+    ours = torch.tensor(lesson.last_scores("test", guard))
+    theirs = torch.tensor([row.by_guard[guard.name][0] for row in live], dtype=ours.dtype)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)  # other batches, other sums

@@ -1,0 +1,144 @@
+"""Tables of the parts of guards.json beside the methods: the page of pictures shows them, and ``tables`` puts them into
+the docs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from parts import GUARDS, read_parts
+from table_cells import Row, absent, grouped, markdown, text_of
+
+Table = tuple[Sequence[str], list[list[str]]]
+PATCH_FORMS = {
+    "before": "{:.3f}",
+    "after": "{:.3f}",
+    "benign_flagged": "{:.3f}",
+    "elsewhere_change": "{:+.4f}",
+    "seconds": "{:.0f}",
+}
+STOP_METRICS = (
+    "detection", "whole_detection", "detected_share", "detected_share_equal", "delay_tokens", "delay_share",
+    "false_stops", "whole_false_flags",
+)  # fmt: skip
+FLAGGED = {
+    ("tpr", "test"): "harmful prompts caught (tpr)",
+    ("fpr", "test"): "harmless test prompts flagged (fpr)",
+    ("over_refusal", "xstest"): "safe xstest prompts flagged (over_refusal)",
+    ("over_refusal", "alpaca"): "instructions flagged (over_refusal)",
+}
+
+
+def cells_of(rows: Sequence[Row], names: Sequence[str], key: tuple[str, ...], forms: Mapping[str, str]) -> list[str]:
+    """A line's figures, one for each metric of ``forms``: of the rows with these values of the columns ``names``."""
+    return [text_of(grouped(rows, metric, *names).get(key, []), form) for metric, form in forms.items()]
+
+
+def stream_table(rows: Sequence[Row]) -> Table:
+    """A line for each way of learning, each rule and promised rate."""
+    names, lines = ("targets", "rule", "false_positive_rate"), []
+    forms = {metric: "{:.0f}" if metric == "delay_tokens" else "{:.3f}" for metric in STOP_METRICS}
+    for (targets, rule, rate), some in grouped(rows, "detection", *names).items():
+        in_a_row = ", ".join(map(str, sorted({int(str(row["n_consecutive"])) for row in some})))
+        figures = cells_of(rows, names, (targets, rule, rate), forms)
+        lines.append([targets, rule, f"{float(rate):.0%}", in_a_row, *figures])
+    return (
+        "learnt at",
+        "rule",
+        "promised",
+        "tokens in a row",
+        *(metric.replace("_", " ") for metric in STOP_METRICS),
+    ), lines
+
+
+def presets_table(rows: Sequence[Row]) -> Table:
+    """A line for each task, preset and what it was fitted on."""
+    names, lines = ("task", "preset", "promised", "fitted_on", "suite"), []
+    for task, preset, promised, fitted, _ in grouped(rows, "tpr", *names):
+        cells = [
+            text_of(grouped(rows, metric, *names).get((task, preset, promised, fitted, suite), []))
+            for metric, suite in FLAGGED
+        ]
+        lines.append([task, preset, f"{float(promised):.1%}", fitted, *cells])
+    return ("task", "preset", "promised", "fitted on", *FLAGGED.values()), lines
+
+
+def needle_table(rows: Sequence[Row]) -> Table:
+    """A line for the needles alone, and for each kind of text and place in it."""
+    names, forms = ("text", "place"), dict.fromkeys(("auroc", "tpr", "fpr"), "{:.3f}")
+    lines = [[*key, *cells_of(rows, names, key, forms)] for key in grouped(rows, "auroc", *names)]
+    return ("text", "place", "AUROC", "harmful flagged (tpr)", "harmless flagged (fpr)"), lines
+
+
+def intercept_table(rows: Sequence[Row]) -> Table:
+    """A line for each block: AUROC, and the prefill over the base's at every batch size and blocked share."""
+    areas, times = grouped(rows, "auroc", "block"), grouped(rows, "prefill_ratio", "batch", "blocked", "block")
+    ways = dict.fromkeys((batch, blocked) for batch, blocked, _ in times)
+    lines = [
+        [block, text_of(areas[block,]), *(text_of(times.get((*way, block), []), "{:.2f}") for way in ways)]
+        for block in sorted((block for (block,) in areas), key=int)
+    ]
+    return ("blocks read", "AUROC", *(f"{float(share):.0%} blocked, batch {batch}" for batch, share in ways)), lines
+
+
+def patch_table(rows: Sequence[Row]) -> Table:
+    """A line for each family, what of it was held out, and number of examples; what no row tells has no column."""
+    metrics = {row["metric"] for row in rows}
+    forms = {metric: form for metric, form in PATCH_FORMS.items() if metric in metrics}
+    is_told = any("held_out" in row for row in rows)
+    names = ("family", "held_out", "examples") if is_told else ("family", "examples")
+    lines = [[*key, *cells_of(rows, names, key, forms)] for key in grouped(rows, "after", *names)]
+    return tuple(name.replace("_", " ") for name in (*names, *forms)), lines
+
+
+def port_table(rows: Sequence[Row]) -> Table:
+    """A line for each source, target and method."""
+    names, forms = ("source", "target", "method"), dict.fromkeys(("kept_auroc", "auroc"), "{:.3f}")
+    lines = [[*key, *cells_of(rows, names, key, forms)] for key in grouped(rows, "kept_auroc", *names)]
+    return (*names, "AUROC kept", "AUROC"), lines
+
+
+def training_table(rows: Sequence[Row]) -> Table:
+    """A line for each method and geometry."""
+    names, forms = ("method", "geometry"), {"step_seconds": "{:.2f}", "ratio_to_full": "{:.4f}"}
+    sizes = {"peak_bytes": 1e9, "trainable_params": 1e6}
+    lines = []
+    for key in grouped(rows, "step_seconds", *names):
+        big = [grouped(rows, metric, *names).get(key, []) for metric in sizes]
+        amounts = [text_of(_divided(some, size), "{:.2f}") for some, size in zip(big, sizes.values(), strict=True)]
+        lines.append([*key, *cells_of(rows, names, key, forms), *amounts])
+    heads = ("seconds of a step", "over full tuning", "peak memory (GB)", "trained parameters (millions)")
+    return (*names, *heads), lines
+
+
+def _divided(rows: Sequence[Row], size: float) -> list[Row]:
+    return [{**row, **{end: float(str(row[end])) / size for end in ("value", "low", "high")}} for row in rows]
+
+
+PART_TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
+    "stream": stream_table,
+    "presets": presets_table,
+    "needle": needle_table,
+    "intercept": intercept_table,
+    "patch": patch_table,
+    "port": port_table,
+    "training": training_table,
+}
+
+
+def part_table(path: Path, part: str) -> str:
+    """The table of a part for the docs, or what would measure it."""
+    path = path.with_name(GUARDS.file)
+    if not path.is_file():
+        return absent(path)
+    found = read_parts(path).get(part)
+    if found is None:
+        return f"*Not measured yet: `python benchmarks/{part}.py` writes it.*"
+    rows = found["rows"]
+    bases = ", ".join(dict.fromkeys(f"`{row['base']}`" for row in rows if "base" in row))
+    n_seeds = len({row["seed"] for row in rows if "seed" in row})
+    seeds = f"means of {n_seeds} seeds (lowest to highest end of their 95% intervals)"
+    facts = [*([f"base {bases}"] if bases else []), seeds if n_seeds > 1 else "one seed (95% interval)"]
+    head = f"Measured with {', '.join(facts)}. Commit `{found['commit']}`, {found['machine']}.\n\n"
+    return head + markdown(*PART_TABLES[part](rows))

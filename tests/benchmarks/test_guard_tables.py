@@ -1,0 +1,122 @@
+"""Tables of the parts of guards.json: a line for what was measured, and words for what was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guard_tables import PART_TABLES, part_table
+from parts import GUARDS, write_part
+from tidy import figure_row, result_of
+
+Row = dict[str, object]
+
+
+def row(metric: str, value: float, **labels: object) -> Row:
+    return figure_row(labels, metric, value, (value - 0.25, value + 0.25))
+
+
+def written(folder: Path, part: str, rows: list[Row]) -> str:
+    """The lines of the table of a part that holds ``rows``."""
+    path = write_part(folder, {**result_of(part, 1.0, rows, {}), "commit": "abc", "machine": "a CPU"})
+    return part_table(path.with_name(f"{part}.json"), part)
+
+
+def test_every_part_beside_the_methods_has_a_table(tmp_path: Path) -> None:
+    assert {*PART_TABLES, "methods"} == set(GUARDS.parts)
+    text = written(tmp_path, "port", [row("kept_auroc", 0.5, source="a", target="b", method="map", seed=0)])
+    assert text.startswith("Measured with one seed (95% interval). Commit `abc`, a CPU.\n\n| source | target |")
+    for part in PART_TABLES.keys() - {"port"}:
+        words = f"*Not measured yet: `python benchmarks/{part}.py` writes it.*"
+        assert part_table(tmp_path / f"{part}.json", part) == words
+
+
+def test_stops_are_means_over_seeds_by_targets_and_rate(tmp_path: Path) -> None:
+    rows = [
+        row(
+            metric,
+            value,
+            targets="end",
+            rule="kept",
+            false_positive_rate=0.05,
+            n_consecutive=in_a_row,
+            seed=seed,
+            base="builtin",
+        )
+        for seed, in_a_row, value in ((0, 16, 8.0), (1, 2, 9.0))
+        for metric in ("detection", "whole_detection", "detected_share", "delay_tokens", "false_stops")
+    ]
+    text = written(tmp_path, "stream", rows)
+    assert "base `builtin`, means of 2 seeds (lowest to highest end of their 95% intervals)" in text
+    figure, tokens = "8.500 (7.750 to 9.250)", "8 (8 to 9)"
+    assert (
+        text.splitlines()[-1]
+        == f"| end | kept | 5% | 2, 16 | {figure} | {figure} | {figure} |  | {tokens} |  | {figure} |  |"
+    )
+
+
+def test_presets_tell_what_each_catches_and_refuses(tmp_path: Path) -> None:
+    values = {
+        ("tpr", "test"): 0.25,
+        ("fpr", "test"): 0.5,
+        ("over_refusal", "xstest"): 0.75,
+        ("over_refusal", "alpaca"): 1,
+    }
+    rows = [
+        row(metric, value, task="hate", preset="strict", promised=0.05, fitted_on=fitted, suite=suite)
+        for fitted in ("validation", "instructions")
+        for (metric, suite), value in values.items()
+    ]
+    lines = written(tmp_path, "presets", rows).splitlines()[-2:]
+    figures = "0.250 (0.000 to 0.500) | 0.500 (0.250 to 0.750) | 0.750 (0.500 to 1.000) | 1.000 (0.750 to 1.250)"
+    assert lines == [f"| hate | strict | 5.0% | {fitted} | {figures} |" for fitted in ("validation", "instructions")]
+
+
+def test_needles_have_a_line_for_each_text_and_place(tmp_path: Path) -> None:
+    places = [("alone", "alone"), ("inside", "start"), ("windowed", "end")]
+    rows = [row(metric, 0.5, text=text, place=place) for text, place in places for metric in ("auroc", "tpr", "fpr")]
+    lines = written(tmp_path, "needle", rows).splitlines()[-3:]
+    assert lines == [f"| {text} | {place} |{' 0.500 (0.250 to 0.750) |' * 3}" for text, place in places]
+
+
+def test_interception_tells_auroc_and_times_by_block(tmp_path: Path) -> None:
+    rows = [row("auroc", block / 16, block=block, seed=seed) for block in (10, 2) for seed in (0, 1)]
+    rows += [
+        row("prefill_ratio", block + blocked, block=block, batch=batch, blocked=blocked)
+        for block in (10, 2)
+        for batch in (1, 8)
+        for blocked in (0.0, 1.0)
+        if (block, batch) != (10, 8)  # a run that was cut off
+    ]
+    lines = written(tmp_path, "intercept", rows).splitlines()[-4:]
+    ways = [f"{share} blocked, batch {batch}" for batch in (1, 8) for share in ("0%", "100%")]
+    assert lines[0] == f"| blocks read | AUROC | {' | '.join(ways)} |"
+    times = ["2.00 (1.75 to 2.25)", "3.00 (2.75 to 3.25)"] * 2
+    assert lines[2] == f"| 2 | 0.125 (-0.125 to 0.375) | {' | '.join(times)} |"
+    assert lines[3] == "| 10 | 0.625 (0.375 to 0.875) | 10.00 (9.75 to 10.25) | 11.00 (10.75 to 11.25) |  |  |"
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_patches_tell_what_was_held_out_where_rows_do(tmp_path: Path, is_told: bool) -> None:
+    metrics = {"before": 0.25, "after": 0.5, "elsewhere_change": 0.0, "seconds": 40.0, "benign_flagged": 0.75}
+    rows = [
+        row(metric, value, family="GCG", examples=16, **({"held_out": "goal"} if is_told else {}))
+        for metric, value in metrics.items()
+        if is_told or metric != "benign_flagged"
+    ]
+    head, _, line = written(tmp_path, "patch", rows).splitlines()[-3:]
+    told, shown = (" held out |", " benign flagged |") if is_told else ("", "")
+    assert head == f"| family |{told} examples | before | after |{shown} elsewhere change | seconds |"
+    told, shown = (" goal |", " 0.750 (0.500 to 1.000) |") if is_told else ("", "")
+    figures = f"0.250 (0.000 to 0.500) | 0.500 (0.250 to 0.750) |{shown} +0.0000 (-0.2500 to +0.2500)"
+    assert line == f"| GCG |{told} 16 | {figures} | 40 |"
+
+
+def test_ports_and_training_have_a_line_for_each_method(tmp_path: Path) -> None:
+    rows = [row(metric, 0.5, source="a", target="b", method="map") for metric in ("kept_auroc", "auroc")]
+    figure = "0.500 (0.250 to 0.750)"
+    assert written(tmp_path, "port", rows).splitlines()[-1] == f"| a | b | map | {figure} | {figure} |"
+    values = {"step_seconds": 2.0, "ratio_to_full": 0.5, "peak_bytes": 3e9, "trainable_params": 5e5}
+    rows = [figure_row({"method": "lst", "geometry": "tiny"}, metric, value) for metric, value in values.items()]
+    assert written(tmp_path, "training", rows).splitlines()[-1] == "| lst | tiny | 2.00 | 0.5000 | 3.00 | 0.50 |"
