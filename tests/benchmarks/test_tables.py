@@ -77,6 +77,7 @@ def test_guards_table_tells_means_and_the_gain(results: Path) -> None:
         for method, values in {"lst_distilled": (0.8, 0.82), "tfidf": (0.7,)}.items()
         for seed, value in enumerate(offset + value for value in values)
     ]
+    rows.append(figure("auroc_within", 0.6, **place, base="builtin", method="lst_distilled", seed=0))
     gain = {**figure("gain_over_best_standalone", 0.02, **place, method="lst_distilled"), "against": "standalone"}
     other = {**figure("auroc", 0.1, method="map"), "part": "port", "source": "builtin", "target": "minilm"}
     path = results / "guards.json"
@@ -89,6 +90,8 @@ def test_guards_table_tells_means_and_the_gain(results: Path) -> None:
     assert "over the best standalone | +0.020 (-0.080 to +0.120) (standalone) |  |" in table
     assert "mean of 2 seeds" in table
     assert "map" not in table
+    assert "AUROC within sources" in table
+    assert "| lst_distilled | 0.600 |  |" in table
 
 
 def test_overhead_table_tells_ratios_goals_and_shares(results: Path) -> None:
