@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from torch import nn
 
 from cells import narrowed
 from guard_rows import HARMLESS, MOST_WINDOWS, SPLITS, Prepared, Setup, prepare
+from guard_shared import SHARED, SHARED_TASKS, shared_guard, sizes_of
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls
 from safeside.artifact import create_adapter
@@ -41,6 +42,7 @@ ADAPTERS = {
     "lst_pruned": {**LST, "start": "pruned"},
     "lst_taught": LST,
     "lst_distilled": {**LST, "start": "pruned"},
+    SHARED: LST,
     "standalone": LST,
     "standalone_distilled": LST,
     "standalone_pruned": {**LST, "start": "pruned"},
@@ -80,7 +82,10 @@ def recipe_of(setup: Setup, cell: Cell) -> Recipe:
             "seed": cell.seed,
             "base": {"name": cell.base},
             "data": {"task": cell.task, "limit": setup.most_rows(cell.task)["train"]},
-            "adapter": {**ADAPTERS.get(cell.method, LST), "labels": ("risk",)},
+            "adapter": {
+                **ADAPTERS.get(cell.method, LST),
+                "labels": SHARED_TASKS if cell.method == SHARED else ("risk",),
+            },
             "training": {
                 "epochs": TEACHER["epochs"] if family == "lora" else setup.epochs,
                 "batch_size": 16 if family == "lora" else 32,
@@ -98,6 +103,8 @@ def key_of(setup: Setup, cell: Cell, data: str) -> str:
     """Hash of recipe, data, base and seed: the name of the cell's file."""
     recipe = recipe_of(setup, cell).model_dump(exclude_defaults=True)  # a new field of recipes changes no cell
     values = {"format": FORMAT, "recipe": recipe, "method": cell.method, "data": data}
+    if cell.method == SHARED:
+        values["shared"] = sizes_of(setup)
     evaluation = (setup.most_rows(cell.task), MOST_WINDOWS, HARMLESS)
     return config_hash({**values, "base": setup.base_of(cell.base)[1], "evaluation": evaluation})
 
@@ -160,6 +167,8 @@ def trained_of(setup: Setup, cell: Cell) -> Trained:
     if cell.method == "lora_full":
         with create_lora(data.base, 1, LoraShape(TEACHER["rank"], 2.0 * TEACHER["rank"]), cell.seed) as guard:
             return _looped(data, recipe, guard, dict.fromkeys(SPLITS, guard), guard.matmuls)
+    if cell.method == SHARED:
+        return _shared(setup, cell, data, recipe)
     adapter = create_adapter(data.base, recipe.adapter_config(data.base), cell.seed)
     is_pruned = recipe.adapter.start == "pruned"
     if cell.method.startswith("standalone"):
@@ -175,6 +184,17 @@ def trained_of(setup: Setup, cell: Cell) -> Trained:
         start_from_base(data.base, adapter, importance_of(setup, cell.task, cell.base))
     taps = {split: _taps(setup, cell, adapter, split) for split in SPLITS if data.rows(split).ids}
     return _looped(_taught(setup, cell, data), recipe, adapter, taps, adapter_matmuls(adapter))
+
+
+def _shared(setup: Setup, cell: Cell, data: Prepared, recipe: Recipe) -> Trained:
+    """Scores of the network that all tasks share: the column of this one."""
+    adapter, facts = shared_guard(setup, data.base, cell.base, recipe)
+    column, values = SHARED_TASKS.index(cell.task), {}
+    for split, part in data.splits.items():
+        empty = np.zeros((0, len(SHARED_TASKS)))
+        found = guard_logits(data.base, _taps(setup, cell, adapter, split), part.rows) if part.rows.ids else empty
+        values[split] = found[:, column]
+    return Trained(values, adapter_matmuls(adapter), asdict(facts))
 
 
 def _taps(setup: Setup, cell: Cell, adapter: Adapter, split: str) -> Source:

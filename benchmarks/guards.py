@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from guard_cells import METHODS, TAUGHT, Cell, build_store, key_of, run_cell
 from guard_figures import rows_of, source_alone, wins_of
 from guard_rows import SPLITS, Setup, prepare, sources_of
+from guard_shared import SHARED, SHARED_TASKS
 from parts import write_part
 from safeside.base.model import load_base
 from safeside.errors import InputError, MissingExtraError
@@ -72,9 +73,10 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
     """Run what is missing and write the result file; returns it."""
     started = time.perf_counter()
     pairs = [(task, base) for task in plan.tasks for base, _, _ in plan.setup.bases]
-    hashes = {task: _data_hash(plan.setup.data, task) for task in plan.tasks}
+    tasks = SHARED_TASKS if SHARED in plan.methods else plan.tasks
+    hashes = {task: _data_hash(plan.setup.data, task) for task in tasks}
     paths = {
-        cell: plan.cells / f"{key_of(plan.setup, cell, hashes[cell.task])}.json"
+        cell: plan.cells / f"{key_of(plan.setup, cell, _data_of(cell, hashes))}.json"
         for pair in pairs
         for cell in plan.cells_of(*pair)
     }
@@ -86,6 +88,7 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
     note(f"{len(paths)} cells, {len(paths) - len(missing)} cached; about {stated / 60:.0f} min for the others")
     for task, base in pairs:
         _fill(plan, workers, [cell for cell in missing if (cell.task, cell.base) == (task, base)], paths)
+    shutil.rmtree(plan.setup.scratch / "taps" / "shared", ignore_errors=True)
     values = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items()}
     rows: list[Row] = []
     for pair in pairs:
@@ -110,6 +113,11 @@ def _figures(plan: Plan, place: tuple[str, str], values: dict[Cell, dict[str, ob
     assert labels == sources.labels, f"the cells of {place} are of other test rows: move them away"
     rows = [row for cell, found in values.items() for row in rows_of(cell, found, sources.test)]
     return [*rows, *source_alone(place, sources, labels), *wins_of(place, values, sources.test, plan.seeds)]
+
+
+def _data_of(cell: Cell, hashes: dict[str, str]) -> str:
+    """What a cell's data are known by: those of its task, or of all tasks for the network that they share."""
+    return config_hash(sorted(hashes.items())) if cell.method == SHARED else hashes[cell.task]
 
 
 def _data_hash(root: Path, task: str) -> str:

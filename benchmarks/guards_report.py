@@ -52,6 +52,7 @@ METHODS = {
     "standalone_distilled": ("#c0392b", "--"),
     "standalone_pruned": ("#e67e22", "--"),
     "standalone": ("#e6a5a0", "--"),
+    "lst_shared": ("#00a3a3", "--"),
     "probe": ("#7b5ea7", ":"),
     "tfidf": ("#8a8f98", ":"),
     "prompted": ("#1c2430", ":"),
