@@ -12,7 +12,7 @@ from torch import nn
 
 from cells import narrowed
 from guard_rows import HARMLESS, MOST_WINDOWS, SPLITS, Prepared, Setup, prepare
-from guard_shared import SHARED, SHARED_TASKS, shared_guard, sizes_of
+from guard_shared import SHARED, SHARED_TASKS, logits_of, shared_guard, sizes_of
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls
 from safeside.artifact import create_adapter
@@ -189,11 +189,12 @@ def trained_of(setup: Setup, cell: Cell) -> Trained:
 def _shared(setup: Setup, cell: Cell, data: Prepared, recipe: Recipe) -> Trained:
     """Scores of the network that all tasks share: the column of this one."""
     adapter, facts = shared_guard(setup, data.base, cell.base, recipe)
-    column, values = SHARED_TASKS.index(cell.task), {}
-    for split, part in data.splits.items():
-        empty = np.zeros((0, len(SHARED_TASKS)))
-        found = guard_logits(data.base, _taps(setup, cell, adapter, split), part.rows) if part.rows.ids else empty
-        values[split] = found[:, column]
+    values = {
+        split: logits_of(data.base, _taps(setup, cell, adapter, split), part.rows, cell.task)
+        if part.rows.ids
+        else np.zeros(0)
+        for split, part in data.splits.items()
+    }
     return Trained(values, adapter_matmuls(adapter), asdict(facts))
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from guard_rows import ROWS, Setup, prepare
@@ -22,10 +24,10 @@ from safeside.base.model import Base
 from safeside.provenance import config_hash
 from safeside.tasks.leakage import find_leaks, text_of
 from safeside.train.loop import Loop
-from safeside.train.objectives import guard_metric, guard_objective
+from safeside.train.objectives import guard_logits, guard_metric, guard_objective
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
-from safeside.train.taps import StoredTaps, TapStore
+from safeside.train.taps import Source, StoredTaps, TapStore
 
 SHARED = "lst_shared"
 SHARED_TASKS = tuple(ROWS)
@@ -87,6 +89,12 @@ def _trained(adapter: Adapter, rows: Together, recipe: Recipe, base: Base, folde
     )
     done = loop.run()
     return Facts(done.train_seconds, done.peak_bytes, done.trainable_params, done.epochs, rows.n_leaks)
+
+
+def logits_of(base: Base, source: Source, rows: Rows, task: str) -> NDArray[np.float64]:
+    """(n,) logits of the label of ``task`` for rows that know that one only."""
+    wide = replace(rows, labels=torch.full((len(rows.ids), len(SHARED_TASKS)), torch.nan))
+    return guard_logits(base, source, wide)[:, SHARED_TASKS.index(task)]
 
 
 @functools.lru_cache(maxsize=1)

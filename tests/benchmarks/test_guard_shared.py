@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import guard_shared
 from guard_rows import Setup
-from guard_shared import SHARED_TASKS, Together, joined, shared_guard
+from guard_shared import SHARED_TASKS, Together, joined, logits_of, shared_guard
 from safeside.base.model import Base
+from safeside.train.objectives import guard_logits
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
+from safeside.train.taps import LiveTaps
 from safeside.types import Example, Message
 
 
@@ -88,3 +92,7 @@ def test_it_is_trained_once_for_all_tasks(
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert not all(torch.equal(tensor, states[2][name]) for name, tensor in states[0].items())
     assert first.config.labels == SHARED_TASKS
+    own = rows_of(list("abc"), 5)
+    found = {task: logits_of(tiny_base, LiveTaps(tiny_base, first), own, task) for task in SHARED_TASKS}
+    together = guard_logits(tiny_base, LiveTaps(tiny_base, first), replace(own, labels=torch.zeros(3, 4)))
+    assert (np.stack(list(found.values()), 1) == together).all()
