@@ -256,6 +256,16 @@ def test_bad_rows_are_told_and_the_run_goes_on(run: Callable[..., Ran], adapters
     assert collected.json == {"rows": ran.lines, "n_bad": 3}
 
 
+def test_guard_flags_and_counts_what_holds_no_text(run: Callable[..., Ran], adapters: Path) -> None:
+    ran = run("guard", adapters / "harm", stdin='{"text": "hi"}\n{"text": "\\u200b\\u200b"}')
+    assert ran.code == 1
+    (good,), (empty,) = (line["verdicts"] for line in ran.lines)
+    assert isinstance(good["score"], float)
+    assert (empty["score"], empty["flagged"]) == (None, True)
+    assert "holds no text" in empty["reason"]
+    assert "1 bad rows; each was flagged" in ran.err
+
+
 def test_guard_flags_at_the_preset(run: Callable[..., Ran], adapters: Path) -> None:
     lines = {
         preset: run("guard", adapters / "promised", "--preset", preset, stdin='{"text": "hi"}').lines[0]["verdicts"][0]
