@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from safeside import Adapter, Base, attach, fixed, load_base, ramp, step
 from safeside.errors import AttachmentError, InputError, NotFiniteError, UnsupportedError
+from safeside.verdicts import verdict_of
 from twin import SAME, SAME_BFLOAT16, base_states, close, count_hooks, mixed_logits, run_by_hand
 
 IDS = torch.tensor([[11, 90, 40, 77, 200, 9, 131, 50], [70, 12, 150, 33, 99, 70, 12, 8]])
@@ -47,6 +48,27 @@ def test_hooks_are_gone_on_exit_and_on_exceptions(tiny_base: Base, aligners: lis
     assert count_hooks(tiny_base.model) == before
     assert tiny_base.attachment is None
     assert torch.equal(logits_of(tiny_base), plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("readout", ["last", "attention"])
+def test_a_row_of_padding_alone_has_no_score(tiny_family, random_guard, family: str, readout: str) -> None:
+    """NaN, which flags; the other rows have the bits that they have beside any other row."""
+    base = tiny_family(family)
+    own = random_guard(base, readout=readout)
+    keep = torch.ones(3, 8, dtype=torch.long)
+    keep[0, 5:] = 0
+    blank = keep.clone()
+    blank[1] = 0
+    with attach(base, guards=[own]) as attachment, torch.no_grad():
+        found = []
+        for mask in (keep, blank):
+            base.decoder(input_ids=IDS[[0, 1, 0]], attention_mask=mask)
+            found.append(attachment.record.scores["harm"])
+    assert found[1][1].isnan().all()
+    assert torch.equal(found[0][[0, 2]], found[1][[0, 2]])
+    assert found[0].isfinite().all()
+    assert verdict_of(own, found[1][1, -1].tolist()).flagged
 
 
 def test_a_base_takes_one_attachment_at_a_time(tiny_base: Base, aligners: list[Adapter], guard: Adapter) -> None:

@@ -256,6 +256,37 @@ def test_bad_rows_are_told_and_the_run_goes_on(run: Callable[..., Ran], adapters
     assert collected.json == {"rows": ran.lines, "n_bad": 3}
 
 
+def test_guard_flags_and_counts_what_holds_no_text(run: Callable[..., Ran], adapters: Path) -> None:
+    ran = run("guard", adapters / "harm", stdin='{"text": "hi"}\n{"text": "\\u200b\\u200b"}')
+    assert ran.code == 1
+    (good,), (empty,) = (line["verdicts"] for line in ran.lines)
+    assert isinstance(good["score"], float)
+    assert (empty["score"], empty["flagged"]) == (None, True)
+    assert "holds no text" in empty["reason"]
+    assert "1 bad rows; each was flagged" in ran.err
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_guard_says_that_there_was_no_row(
+    run: Callable[..., Ran], adapters: Path, tmp_path: Path, content: str
+) -> None:
+    """No line for no row, and no error: but nobody may take it for texts that passed."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    said = f"safeside: 0 rows in {path}: nothing was judged\n"
+    ran = run("guard", adapters / "harm", path)
+    assert (ran.code, ran.lines, ran.err) == (0, [], said)
+    kept = run("guard", adapters / "harm", path, "--output", tmp_path / "kept.jsonl")
+    assert kept.code == 0
+    assert said in kept.err
+    piped = run("guard", adapters / "harm", "--json", stdin=content)
+    assert piped.json == {"rows": [], "n_bad": 0}
+    assert piped.err == "safeside: 0 rows in standard input: nothing was judged\n"
+    path.write_text('{"text": "hi"}')
+    for _ in range(2):  # a run that goes on with nothing left has its rows
+        assert "0 rows" not in run("guard", adapters / "harm", path, "--output", tmp_path / "kept.jsonl").err
+
+
 def test_guard_flags_at_the_preset(run: Callable[..., Ran], adapters: Path) -> None:
     lines = {
         preset: run("guard", adapters / "promised", "--preset", preset, stdin='{"text": "hi"}').lines[0]["verdicts"][0]

@@ -32,6 +32,7 @@ from rows import (
 )
 
 from safeside.adapters.adapter import Adapter
+from safeside.adapters.config import log_odds
 from safeside.artifact import annotate_adapter, copy_adapter, load_adapter, read_provenance
 from safeside.base.model import Base, load_base
 from safeside.evals.guards import report_on
@@ -165,7 +166,7 @@ def promise_harm(data: Path) -> None:
         parts = [[example for example in some if place_of(example.messages) == mode] for some in (rows, benign)]
         scores = [scores_of(base, guard, part) for part in parts]
         own = np.array([example.labels for example in parts[0]], dtype=np.float64)
-        guard.set_mode(mode, fit_mode(scores[0], own, benign=scores[1]))
+        guard.set_mode(mode, fit_mode(scores[0], own, benign=scores[1], uncalibrated=uncalibrated(guard, scores[0])))
     calibrate_stream(base, guard, rows, benign)
     source = f"{len(benign):,} rows of databricks-dolly-15k that it has not seen, CC-BY-SA-3.0"
     copy_adapter(folder, folder, guard.config, {"presets": f"promised on {source}"})
@@ -178,6 +179,14 @@ def scores_of(base: Base, guard: Adapter, examples: Sequence[Example]) -> np.nda
     """Scores (n, K) at the ends of the texts."""
     found = score_conversations(base, [guard], [example.messages for example in examples])
     return np.array([row.by_guard[guard.name] for row in found], dtype=np.float64)
+
+
+def uncalibrated(guard: Adapter, scores: np.ndarray) -> np.ndarray:
+    """What (n, K) scores were before training calibrated them on these very rows: the sigmoid of the raw logits."""
+    found = guard.config.calibration
+    assert found is not None
+    logits = (log_odds(scores) - np.array(found.bias)) / np.array(found.scale)
+    return np.asarray(1 / (1 + np.exp(-logits)))
 
 
 def make_refuse(data: Path, work: Path) -> None:

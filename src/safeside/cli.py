@@ -182,8 +182,9 @@ def guard(
         _guard_into(output, loaded_base, guards, file, as_json)
         return
     collected: list[dict[str, object]] = []
-    n_bad = 0
+    n_rows = n_bad = 0
     for line, problem in guard_lines(loaded_base, guards, file):
+        n_rows += 1
         if problem is not None:
             n_bad += 1
             print(f"safeside: line {line['line']}: {problem}", file=sys.stderr)
@@ -193,6 +194,8 @@ def guard(
             print(json.dumps(line), flush=True)
     if as_json:
         print_json({"rows": collected, "n_bad": n_bad})
+    if not n_rows:
+        _say_no_rows(file)
     if n_bad:
         print(f"safeside: {n_bad} bad rows; each was flagged unscored", file=sys.stderr)
         raise typer.Exit(1)
@@ -209,9 +212,15 @@ def _guard_into(output: Path, base: Any, guards: Any, file: Path | None, as_json
         for line, problem in keep_lines(base, guards, file, output, advance):
             if problem is not None:
                 print(f"safeside: line {line['line']}: {problem}", file=sys.stderr)
+    if not output.stat().st_size:
+        _say_no_rows(file)
     if n_bad := n_unscored(output):
         print(f"safeside: {n_bad} bad rows; each was flagged unscored", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _say_no_rows(file: Path | None) -> None:
+    print(f"safeside: 0 rows in {file or 'standard input'}: nothing was judged", file=sys.stderr)
 
 
 @app.command()

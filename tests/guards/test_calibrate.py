@@ -27,6 +27,7 @@ from safeside.guards.calibrate import (
     threshold_at,
     threshold_with_bound,
 )
+from safeside.guards.probability import expected_calibration_error
 
 LAST_DIGIT = (
     1.2e-7  # of float32: torch rounds the sigmoid of equal inputs differently inside and at the end of a vector
@@ -342,8 +343,27 @@ def test_training_calibrates_every_mode_by_its_own_rows(tiny_base: Base, random_
     for mode, start in (("prompt", None), ("answer", 0)):
         own = np.array([found == mode for found in modes])
         assert own.sum() == (200 if start == 0 else 400)
-        assert guard.config.modes[mode] == fit_mode(scores[own], labels[own])
+        plain = torch.from_numpy(logits[own]).float().sigmoid().double().numpy()
+        assert guard.config.modes[mode] == fit_mode(scores[own], labels[own], uncalibrated=plain)
     assert list(guard.config.modes) == ["answer", "prompt"]
+
+
+def test_the_error_before_is_that_of_the_raw_logits(tiny_base: Base, random_guard: Callable[..., Adapter]) -> None:
+    """Not of scores that were fitted to the same rows, which would look calibrated before."""
+    logits, labels = logits_and_labels(2.0, 600)
+    logits = 9 * logits + 20
+    guard = random_guard(tiny_base)
+    calibrate_guard(guard, 0.1, JudgedRows(logits, labels, ("prompt",) * 600))
+    (fit,) = guard.config.modes["prompt"].maps
+    assert fit.error_before == pytest.approx(expected_calibration_error(labels[:, 0], 1 / (1 + np.exp(-logits[:, 0]))))
+    assert fit.error_after < 0.1 < fit.error_before
+    scores = scores_of(guard.config.calibration, logits)
+    assert expected_calibration_error(labels[:, 0], scores[:, 0]) < 0.1
+    fitted = fit_mode(scores, labels)
+    assert guard.config.modes["prompt"].presets == fitted.presets
+    assert (fit.slope, fit.height, fit.error_after) == (
+        fitted.maps[0].slope, fitted.maps[0].height, fitted.maps[0].error_after,
+    )  # fmt: skip
 
 
 def test_training_takes_benign_rows_where_it_has_them(tiny_base: Base, random_guard: Callable[..., Adapter]) -> None:

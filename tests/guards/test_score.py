@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tokenizers import Regex, normalizers
 
 from safeside import Adapter, Base, Message, attach
 from safeside.adapters.config import Calibration
@@ -176,14 +177,47 @@ def test_a_needle_in_a_long_text_counts_wherever_it_is(
         assert row.by_guard["harm"][0] >= by_hand(tiny_base, guards[0], list(part)).item() - SAME_SCORE
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\n\t" * 200, "\u200b", "<|pad|>" * 100])
-def test_empty_texts_and_padding_alone_are_scored(tiny_base: Base, guards: list[Adapter], text: str) -> None:
-    (row,) = score_conversations(tiny_base, guards, user(text))
-    assert row.problem is None
-    assert all(0 <= score <= 1 for scores in row.by_guard.values() for score in scores)
-    parts = windows(tiny_base, user(text)[0])
-    alone = torch.stack([by_hand(tiny_base, guards[0], list(part)) for part in parts]).amax(0)
-    assert row.by_guard["harm"] == pytest.approx(alone.tolist(), abs=SAME_SCORE)
+@pytest.mark.parametrize("text", ["", "   ", "\n\t" * 200, "\u200b\u200b", "\x00\x00", "\xad"])
+def test_what_holds_no_text_has_no_score_and_flags(tiny_base: Base, guards: list[Adapter], text: str) -> None:
+    conversations = [*user("hi", text), [Message("system", text), Message("user", text)], *user("no")]
+    told: list[int] = []
+    first, *empty, last = score_conversations(tiny_base, guards, conversations, advance=told.append)
+    assert first.problem is last.problem is None
+    assert sum(told) == len(conversations)
+    for row in empty:
+        assert "holds no text" in str(row.problem)
+        assert all(math.isnan(score) for scores in row.by_guard.values() for score in scores)
+    for verdict in judge(tiny_base, guards, conversations)[1]:
+        assert verdict.flagged
+        assert math.isnan(verdict.score)
+        assert "holds no text" in verdict.reason
+
+
+@pytest.mark.parametrize("text", ["\ufffd\u0301", "\ue000"])
+def test_what_becomes_no_token_has_no_score(
+    tiny_family: Callable[[str], Base], random_guard: Callable[..., Adapter], text: str
+) -> None:
+    base = tiny_family("bert")
+    base.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[\ufffd\u0301\ue000]"), "")
+    row, mixed = score_conversations(base, [random_guard(base)], user(text, f"{text}the cat"))
+    assert "makes no token" in str(row.problem)
+    assert math.isnan(row.by_guard["harm"][0])
+    assert mixed.problem is None
+    assert math.isfinite(mixed.by_guard["harm"][0])
+
+
+def test_what_spells_padding_and_empty_messages_beside_others_are_scored(
+    tiny_base: Base, guards: list[Adapter]
+) -> None:
+    conversations = [
+        [Message("user", "<|pad|>")],
+        [Message("user", ""), Message("assistant", "the cat")],
+        [Message("user", "how?"), Message("assistant", "")],
+        [Message("system", ""), Message("user", "the cat")],
+    ]
+    for row, messages in zip(score_conversations(tiny_base, guards, conversations), conversations, strict=True):
+        assert row.problem is None
+        assert row.by_guard["harm"] == pytest.approx(by_hand(tiny_base, guards[0], messages).tolist(), abs=SAME_SCORE)
 
 
 def test_a_score_that_is_not_a_number_wins_and_flags(

@@ -135,6 +135,32 @@ def test_leaks_repeats_and_conflicts_are_left_out_and_counted(task: Callable[...
     assert found.left_out["one", "test"] == LeftOut(repeated=1)
 
 
+def test_what_is_left_out_is_summed_over_the_sources(tmp_path: Path) -> None:
+    test = [row("in the test set of both, word for word", 1), row("0123456789 stands there too", 1)]
+    files = {
+        "a": [*unlike(20), test[0]],
+        "b": [*unlike(20, 100), test[1], row("said twice", 1), row("said twice", 1), row("odd", 2)],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, test)))
+    (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, unlike(4, 300))))
+    validation, held = Part("validation.jsonl"), Part("test.jsonl")
+    sources = (Source("a", Part("a.jsonl"), validation, held), Source("b", Part("b.jsonl"), validation, held))
+    register_task("tests/sums", Task("tests/sums", ("harm",), sources))
+    try:
+        found = load_task("tests/sums", tmp_path)
+    finally:
+        TASKS.unregister("tests/sums")
+    left = found.left_out_of("train")
+    assert (left.exact, left.near, left.repeated, left.label_conflicts, left.not_of_part) == (2, 0, 1, 0, 0)
+    assert left.bad == found.bad("train")
+    assert left.summary == (
+        "2 leaks (2 exact, 0 near), 1 repeated, 0 with labels in conflict, 0 of another split, 1 bad"
+    )
+    assert found.left_out_of("validation").repeated == 4
+
+
 def texts_of(rows: list[dict[str, object]]) -> list[object]:
     return [values["text"] for values in rows]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from safeside.train.dry_run import check_shapes, dry_run, meta_adapter, meta_bas
 from safeside.train.estimate import adapter_memory, kept_in_training, lora_memory, tokens_of
 from safeside.train.recipe import LORA, Recipe, read_recipe
 from safeside.train.run_lora import lora_shape
+from safeside.train.splits import load_splits
 from tasks.conformance import make_data, write_place
 from tiny import tiny_config
 
@@ -71,7 +73,7 @@ def shapes_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_files(of: Recipe, root: Path) -> None:
-    """Rows for every local file that a recipe names."""
+    """Rows for every local file that a recipe or its task names."""
     labels = of.adapter.labels or ("harm",)
     for name in (*of.data.train, *of.data.validation, *of.data.benign, *of.calibration.benign):
         if name.startswith(("hub:", "demo:")):
@@ -84,6 +86,8 @@ def write_files(of: Recipe, root: Path) -> None:
         write_place(name, rows, root)
     for name in of.data.leave_out:
         write_suite(name, root)
+    if of.data.task is not None and not of.data.task.startswith("hub_"):
+        make_data(TASKS.get(of.data.task), root)
 
 
 def write_suite(name: str, root: Path) -> None:
@@ -107,6 +111,24 @@ def test_every_recipe_of_the_project_fits_together(path: Path, tmp_path: Path) -
     if path.parent == PAPER:
         assert found["flops_share"] <= 0.01
         assert found["base_params"] * 2 / 1e9 < found["total_gb"] < 70  # of 80 GB: the rest is the allocator's
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "guards").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_guards_recipe_says_at_its_top_what_it_expects(path: Path) -> None:
+    top = "".join(takewhile(lambda line: line.startswith("#"), path.read_text().splitlines(keepends=True)))
+    data = read_recipe(path).data
+    task = () if data.task is None else TASKS.get(data.task).sources
+    places = [part.place for source in task for part in (source.train, source.validation, source.test) if part]
+    assert all(name in top for name in (*data.train, *data.validation, *(Path(place).parent.name for place in places)))
+    assert "label" in top
+
+
+def test_the_recipe_of_a_task_reads_its_rows(tiny_base: Base, tmp_path: Path) -> None:
+    of = read_recipe(RECIPES / "guards" / "task.toml")
+    assert of.data.task == "hate"
+    make_data(TASKS.get("hate"), tmp_path)
+    train, validation = load_splits(tiny_base, of, tmp_path, of.adapter.labels)
+    assert len(train.ids) + train.n_too_long > len(validation.ids) + validation.n_too_long > 0
 
 
 def test_the_papers_bases_and_tasks_are_all_there() -> None:

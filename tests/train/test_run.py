@@ -414,6 +414,34 @@ def test_a_task_is_trained_on_its_rows(tiny_base: Base, jokes: str, tmp_path: Pa
     assert json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())["train_data"] == f"task {jokes}"
 
 
+def test_what_a_task_leaves_out_is_told_where_one_trains(tiny_base: Base, jokes: str, tmp_path: Path) -> None:
+    """In the summary, the provenance and the card; of files nothing is said, for nobody looked for leaks there."""
+    sentence = "the cat said then that they be on the mat and the hat sat there"
+    for split, text in (("train", f"{sentence}!"), ("train", f"{sentence} 12; 3"), ("test", f"{sentence} 12; 34")):
+        with (tmp_path / f"{split}.jsonl").open("a") as handle:
+            handle.write("\n" + json.dumps({"prompt": text, "label": 1}))
+    values = recipe(data={"task": jokes}, training={"epochs": 1})
+    run = run_recipe(values, data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+    found = load_task(jokes, tmp_path)
+    parts = [found.left_out_of("train"), found.left_out_of("validation")]
+    assert [rows.left_out for rows in run.splits] == parts
+    assert parts[0].near >= 1
+    assert parts[0].exact > 0
+    told = summary_of(run, 0.1)
+    assert told["leaks_exact"] == sum(left.exact for left in parts)
+    assert told["leaks_near"] == sum(left.near for left in parts)
+    assert told["rows_repeated"] == sum(left.repeated for left in parts) > 0
+    assert (told["label_conflicts"], told["rows_of_other_splits"]) == (0, 0)
+    line = f"training: {parts[0].summary}; validation: {parts[1].summary}"
+    assert json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())["task_left_out"] == line
+    assert f"| task_left_out | {line} |" in (tmp_path / "out" / CARD_FILE).read_text()
+
+
+def test_files_are_not_said_to_be_without_leaks(guard_run: Run) -> None:
+    assert not [key for key in summary_of(guard_run, 0.1) if "leak" in key]
+    assert "task_left_out" not in json.loads((guard_run.folder / PROVENANCE_FILE).read_text())
+
+
 def test_what_a_task_cannot_teach_is_an_error(tiny_base: Base, jokes: str, tmp_path: Path) -> None:
     def train(**sections: object) -> None:
         run_recipe(recipe(data={"task": jokes}, **sections), data_root=tmp_path, output=tmp_path / "x", base=tiny_base)

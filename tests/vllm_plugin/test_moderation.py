@@ -16,7 +16,10 @@ from safeside.vllm_plugin.moderation import Moderation
 from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.told import Told
 
-RISKS = {"fine": (0.1, 0.2, 0.0), "bad": (0.9, 0.3, 0.0), "masked": (math.nan, 0.1, 0.0)}
+RISKS = {
+    "fine": (0.1, 0.2, 0.0), "bad": (0.9, 0.3, 0.0), "masked": (math.nan, 0.1, 0.0),
+    "": (0.1, 0.2, 0.0), "\u200b": (0.1, 0.2, 0.0),
+}  # fmt: skip
 
 
 class Workers:
@@ -105,7 +108,7 @@ def test_one_text_as_a_string_or_in_parts(asked: Any) -> None:
     assert answer["model"] == asked.get("model", "toy")
 
 
-@pytest.mark.parametrize("text", ["masked", "a text without scores"])
+@pytest.mark.parametrize("text", ["masked", "a text without scores", "", "\u200b"])
 def test_a_text_without_scores_is_flagged(text: str) -> None:
     _, answer, _ = moderated({"input": ["fine", text]}, engine())
     fine, unread = answer["results"]

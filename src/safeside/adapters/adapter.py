@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class SideOutput:
     logits: Float[Tensor, "B T K"] | None = None
     """A guard's raw outputs, before calibration."""
     scores: Float[Tensor, "B T K"] | None = None
-    """Risk in [0, 1]: at position t of everything up to t (for encoders: of the whole text)."""
+    """Risk in [0, 1]: at position t of everything up to t (for encoders: of the whole text); NaN in rows of padding."""
 
 
 class GuardHead(nn.Module):
@@ -136,7 +137,8 @@ class GuardHead(nn.Module):
         if self.query is not None:
             states = self._pool(states, tape, cache, layer)
         logits = self.linear(states).float()
-        return SideOutput(logits=logits, scores=torch.sigmoid(self.scale.float() * logits + self.bias.float()))
+        scores = torch.sigmoid(self.scale.float() * logits + self.bias.float())
+        return SideOutput(logits=logits, scores=scores.masked_fill(tape.is_blank[:, None, None], math.nan))
 
     def _pool(self, states: Tensor, tape: Tape, cache: SideCache | None, layer: int) -> Tensor:
         """Softmax-weighted mean of the states seen so far, with one learned query."""

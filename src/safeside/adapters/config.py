@@ -91,7 +91,8 @@ class ProbabilityMap(BaseModel):
     levels: tuple[Score, ...] = ()
     """Of ``isotonic``: the probability at each knot, not falling."""
     error_before: Finite = Field(ge=0, le=1)
-    """Expected calibration error of the scores themselves on the rows of the fit."""
+    """Expected calibration error on the rows of the fit before any of it: of a trained guard that of the sigmoid of its
+    raw logits, elsewhere that of the scores."""
     error_after: Finite = Field(ge=0, le=1)
     """The same of the probabilities, each given to a row by a fit on other rows (five folds)."""
     n_harmless: int = Field(ge=1)

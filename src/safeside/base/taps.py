@@ -47,6 +47,11 @@ class Tape:
         return self.keep[:, self.n_past :]
 
     @property
+    def is_blank(self) -> Bool[Tensor, " B"]:
+        """By row, whether it has no token at all, only padding."""
+        return ~self.keep.any(1)
+
+    @property
     def positions(self) -> Int[Tensor, "B T"]:
         """Index of each new token among the kept tokens of its row: padding on either side changes nothing."""
         return (self.keep.long().cumsum(1) - 1).clamp_min(0)[:, self.n_past :]

@@ -112,7 +112,12 @@ def _above(harmless_scores: Array, n_flagged: int, false_positive_rate: float) -
 
 
 def fit_mode(
-    scores: Array, labels: Array, *, benign: Array | None = None, false_positive_rate: float | None = None
+    scores: Array,
+    labels: Array,
+    *,
+    benign: Array | None = None,
+    false_positive_rate: float | None = None,
+    uncalibrated: Array | None = None,
 ) -> ModeCalibration:
     """What is known of a guard's scores in one reading mode, for ``Adapter.set_mode``.
 
@@ -124,6 +129,9 @@ def fit_mode(
     Thresholds rest on the rows with label 0, or on ``benign`` (m, K) if given.  Presets that so few rows cannot promise
     are left out.  With ``false_positive_rate`` the mode gets a threshold of its own, and too few rows for that are an
     InputError.
+
+    Where the scores were fitted to these very rows, ``uncalibrated`` (n, K) are the rows' scores before that, which the
+    calibration error "before" is of.
     """
     scores = np.where(np.isnan(scores), 1.0, scores)
     if benign is None:
@@ -134,9 +142,10 @@ def fit_mode(
     for preset, rate in PRESET_RATES.items():
         with suppress(InputError):
             presets[preset] = _promise(harmless, rate)
+    before = scores if uncalibrated is None else uncalibrated
     maps = [
-        fit_map(column[~np.isnan(label)], label[~np.isnan(label)])
-        for column, label in zip(scores.T, labels.T, strict=True)
+        fit_map(column[~np.isnan(label)], label[~np.isnan(label)], plain[~np.isnan(label)])
+        for column, label, plain in zip(scores.T, labels.T, before.T, strict=True)
     ]
     return ModeCalibration(
         n_harmless=min(map(len, harmless)),
@@ -168,7 +177,7 @@ def calibrate_guard(
     """Set the guard's calibration from all ``rows``, and that of each reading mode from the rows read so.
 
     The thresholds of the presets rest on the rows of ``benign`` in the modes that it holds, elsewhere on the harmless
-    ones of ``rows``.
+    ones of ``rows``.  The calibration error "before" is that of the sigmoid of the raw logits.
     """
     calibration = fit_calibration(rows.logits, rows.labels, false_positive_rate)
     guard.set_calibration(calibration)
@@ -181,6 +190,7 @@ def calibrate_guard(
                 scores_of(calibration, rows.logits[own]),
                 rows.labels[own],
                 benign=scores_of(calibration, benign.logits[clean]) if benign is not None and clean.any() else None,
+                uncalibrated=_scores(rows.logits[own], 1.0, 0.0),
             ),
         )
 

@@ -22,8 +22,10 @@ _N_FOLDS = 5
 _LEAST_SLOPE = 1e-3  # of the standardised logit
 
 
-def fit_map(scores: Array, labels: Array) -> ProbabilityMap | None:
+def fit_map(scores: Array, labels: Array, uncalibrated: Array | None = None) -> ProbabilityMap | None:
     """The map from (n,) scores in [0, 1] to probabilities, given 0/1 labels; None below 30 rows of either kind.
+
+    ``uncalibrated`` (n,) are what ``error_before`` is of where the scores were fitted to these very rows already.
 
     From 1,000 rows on isotonic regression takes the place of Platt scaling if its Brier score is lower.  That score and
     ``error_after`` come from five folds: each row's probability from a fit on the others.
@@ -35,7 +37,7 @@ def fit_map(scores: Array, labels: Array) -> ProbabilityMap | None:
     held_out = {method: _held_out(method, scores, labels) for method in methods}
     best = min(methods, key=lambda method: float(np.mean((held_out[method] - labels) ** 2)))
     errors = {
-        "error_before": expected_calibration_error(labels, scores),
+        "error_before": expected_calibration_error(labels, scores if uncalibrated is None else uncalibrated),
         "error_after": expected_calibration_error(labels, held_out[best]),
     }
     return _fit(best, scores, labels).model_copy(update=errors)

@@ -17,6 +17,7 @@ from safeside.base.families import is_updated
 from safeside.base.model import Base
 from safeside.chat import pad_batch
 from safeside.errors import InputError
+from safeside.guards.content import BlankIds, refuse_empty
 from safeside.guards.windows import windows
 from safeside.types import Message, Mode, Verdict
 from safeside.verdicts import LORA_NOTE, verdict_of
@@ -63,9 +64,9 @@ def score_conversations(
     """Scores in the order given.  Longer texts are scored in windows and the highest score of each label counts, or
     the lowest for a guard whose configuration says so.
 
-    A conversation that cannot be encoded, or not cut to size, gets NaN and its ``problem``: no row stops the others.
-    ``advance`` is told how many conversations were finished, for a progress bar.  ``attachment`` holds these guards
-    already, aligners at strength 0 beside them perhaps; without it they are attached for the call.
+    A conversation that holds no text, or cannot be encoded or cut to size, gets NaN and its ``problem``: no row stops
+    the others.  ``advance`` is told how many conversations were finished, for a progress bar.  ``attachment`` holds
+    these guards already, aligners at strength 0 beside them perhaps; without it they are attached for the call.
     """
     scoring = Scoring(base, guards, conversations)
     advance(scoring.n_finished)
@@ -98,7 +99,8 @@ class Scoring:
         """``limit`` is the most tokens of a window: the base's context unless given."""
         self._base, self._guards, self._conversations = base, guards, conversations
         self._modes = {guard.name: guard.config.windows for guard in guards}
-        self._cuts = [_cuts(base, messages, sorted(set(self._modes.values())), limit) for messages in conversations]
+        modes, blank = sorted(set(self._modes.values())), BlankIds(base)
+        self._cuts = [_cuts(base, messages, modes, limit, blank) for messages in conversations]
         windows_of = [Window(row, *window) for row, cut in enumerate(self._cuts) for window in cut.windows]
         self._windows = sorted(windows_of, key=lambda window: len(window.ids))
         self._n_unread = [len(cut.windows) for cut in self._cuts]
@@ -172,13 +174,16 @@ class _Cut:
     """Why not."""
 
 
-def _cuts(base: Base, messages: Conversation, modes: Sequence[Combine], limit: int | None) -> _Cut:
+def _cuts(base: Base, messages: Conversation, modes: Sequence[Combine], limit: int | None, blank: BlankIds) -> _Cut:
     cut: dict[tuple[tuple[int, ...], ...], list[Combine]] = defaultdict(list)
     counts: dict[Combine, int] = {}
     problem = None
     for mode in modes:
         try:
+            refuse_empty(messages)
             encoded = tuple(base.encode(part).ids for part in windows(base, messages, limit, mode))
+            if len(encoded) == 1:
+                blank.refuse(messages, encoded[0])
         except InputError as error:
             problem = str(error)
             continue

@@ -96,6 +96,15 @@ class LeftOut:
     near: int = 0
     """Leaks: a near duplicate stands there."""
 
+    @property
+    def summary(self) -> str:
+        """The counts in one line, for people."""
+        return (
+            f"{self.exact + self.near:,} leaks ({self.exact:,} exact, {self.near:,} near), {self.repeated:,} repeated, "
+            f"{self.label_conflicts:,} with labels in conflict, {self.not_of_part:,} of another split, "
+            f"{len(self.bad):,} bad"
+        )
+
 
 @dataclass(slots=True)
 class TaskRows:
@@ -122,6 +131,18 @@ class TaskRows:
             if part == split
             for row in left.bad
         ]
+
+    def left_out_of(self, split: Split) -> LeftOut:
+        """What was not used of one split, all its sources together."""
+        parts = [left for (_, part), left in self.left_out.items() if part == split]
+        return LeftOut(
+            bad=self.bad(split),
+            not_of_part=sum(left.not_of_part for left in parts),
+            label_conflicts=sum(left.label_conflicts for left in parts),
+            repeated=sum(left.repeated for left in parts),
+            exact=sum(left.exact for left in parts),
+            near=sum(left.near for left in parts),
+        )
 
 
 def load_task(

@@ -72,9 +72,24 @@ def _figures(run: Run | LoraRun, share: float) -> dict[str, object]:
         "train_rows": len(run.train.ids),
         "rows_too_long": sum(rows.n_too_long for rows in run.splits),
         "rows_overlapping": sum(rows.n_overlapping for rows in run.splits),
+        **_task_counts(run),
         "bad_rows": sum(len(rows.bad) for rows in run.splits),
         "train_seconds": round(run.outcome.train_seconds, 2),
         "peak_bytes": run.outcome.peak_bytes,
         "trainable_params": run.outcome.trainable_params,
         "flops_share": round(share, 6),
+    }
+
+
+def _task_counts(run: Run | LoraRun) -> dict[str, object]:
+    """What a task did not use of training and validation; nothing for files, in which nobody looked for leaks."""
+    parts = [rows.left_out for rows in run.splits if rows.left_out is not None]
+    if not parts:
+        return {}
+    return {
+        "leaks_exact": sum(left.exact for left in parts),
+        "leaks_near": sum(left.near for left in parts),
+        "rows_repeated": sum(left.repeated for left in parts),
+        "label_conflicts": sum(left.label_conflicts for left in parts),
+        "rows_of_other_splits": sum(left.not_of_part for left in parts),
     }

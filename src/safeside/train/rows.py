@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from safeside.tasks.rows import BadRow
+from safeside.tasks.task import LeftOut
 from safeside.types import Example
 
 
@@ -29,6 +30,8 @@ class Rows:
     """Rows beyond the base's context."""
     n_overlapping: int = 0
     """Rows that ask for what an evaluation asks for, and were left out."""
+    left_out: LeftOut | None = None
+    """Of a task's split, what the task did not use, leaks among it; None where no task was read: nobody looked."""
     examples: list[Example] = field(default_factory=list)
     """The rows before they were encoded."""
     rejected: Rows | None = None

@@ -266,6 +266,13 @@ def _left_out(recipe: Recipe, splits: Sequence[Rows]) -> dict[str, str]:
     return {"left_out": f"{counts} rows that overlap with {', '.join(recipe.data.leave_out)}"}
 
 
+def _task_left_out(splits: Sequence[Rows]) -> dict[str, str]:
+    """What the recipe's task did not use, leaks among it; nothing for files, where nobody looked."""
+    named = zip(("training", "validation"), splits, strict=False)
+    counts = [f"{name}: {rows.left_out.summary}" for name, rows in named if rows.left_out is not None]
+    return {"task_left_out": "; ".join(counts)} if counts else {}
+
+
 def facts_of(recipe: Recipe, outcome: Outcome, splits: Sequence[Rows], metric: str) -> dict[str, str]:
     """What the artifact's provenance and card say of the run; ``splits`` are those of ``splits_of``."""
     train = splits[0]
@@ -275,6 +282,7 @@ def facts_of(recipe: Recipe, outcome: Outcome, splits: Sequence[Rows], metric: s
         "train_rows": str(len(train.ids)),
         "train_data": _data_name(recipe),
         **_left_out(recipe, splits),
+        **_task_left_out(splits),
         **_aligner_facts(recipe, train),
         f"validation {metric}": f"{outcome.best_metric:.4f}",
         "train_seconds": f"{outcome.train_seconds:.1f}",

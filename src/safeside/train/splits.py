@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from safeside.tasks.leakage import text_of
 from safeside.tasks.overlap import GOALS, drop_overlap
 from safeside.tasks.rows import BadRow, for_one_label, kind_of, load_examples, messages_of
 from safeside.tasks.sources import HUB, Row, load_place, read_rows
-from safeside.tasks.task import Split, load_task
+from safeside.tasks.task import LeftOut, Split, load_task
 from safeside.train.recipe import DataSection, Recipe
 from safeside.train.rows import Rows
 from safeside.train.teacher import read_scores, with_scores
@@ -37,13 +37,15 @@ class Found:
     """The others, and why."""
     n_overlapping: int = 0
     """Rows that were left out because of an evaluation's goals."""
+    left_out: LeftOut | None = None
+    """What a task did not use."""
 
     def without(self, goals: Sequence[str]) -> Found:
         """Those that overlap with none of ``goals`` (see ``safeside.tasks.overlap``)."""
         if not goals:
             return self
         overlap = drop_overlap(self.examples, goals)
-        return Found(overlap.kept, self.bad, self.n_overlapping + overlap.n_dropped)
+        return replace(self, examples=overlap.kept, n_overlapping=self.n_overlapping + overlap.n_dropped)
 
 
 def find_data(name: str, root: Path) -> Path:
@@ -222,7 +224,7 @@ def _from_task(
     splits = [
         _encoded(
             base,
-            Found(task.of(split), task.bad(split)).without(goals),
+            Found(task.of(split), task.bad(split), left_out=task.left_out_of(split)).without(goals),
             limit,
             recipe,
             f"{split} of task {data.task!r}",
@@ -235,7 +237,7 @@ def _from_task(
 def _encoded(base: Base, found: Found, limit: int | None, recipe: Recipe, name: str) -> Rows:
     rows = encode_rows(base, found.examples, limit, recipe.seed, recipe.data.max_tokens)
     rows.bad = [*found.bad, *rows.bad]
-    rows.n_overlapping = found.n_overlapping
+    rows.n_overlapping, rows.left_out = found.n_overlapping, found.left_out
     if not rows.ids:
         first = f"; the first bad row: line {rows.bad[0].line}, {rows.bad[0].problem}" if rows.bad else ""
         long = f"; {rows.n_too_long} are longer than max_tokens or the base's context" if rows.n_too_long else ""

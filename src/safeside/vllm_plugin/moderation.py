@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from safeside.errors import InputError, problems_of
+from safeside.guards.content import holds_text
 from safeside.moderation import ModerationRequest, chosen, result_of, unsupported
+from safeside.types import Message
 from safeside.vllm_plugin.answers import Answers, Kept
 from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.strengths import KEY
@@ -45,8 +48,13 @@ class Moderation:
         return Answers(self._config.slots, self._told, with_tokens=False, keeps_logprobs=False, kept=kept)
 
     def answer(self, scores: Sequence[list[float]]) -> dict[str, Any]:
-        """OpenAI's answer from the scores of each text's prompt, in the order of ``texts``; NaN is flagged."""
-        found = [self._told.verdicts(row, "prompt") for row in scores]
+        """OpenAI's answer from the scores of each text's prompt, in the order of ``texts``; NaN is flagged.
+
+        What holds no text has no score: the chat's template alone was read.
+        """
+        says = [holds_text([Message("user", text)]) for text in self.texts]
+        known = [row if is_text else [math.nan] * len(row) for row, is_text in zip(scores, says, strict=True)]
+        found = [self._told.verdicts(row, "prompt") for row in known]
         own = [[verdict for verdict in verdicts if verdict.task in self._guards] for verdicts in found]
         return {
             "id": f"modr-{secrets.token_hex(12)}",

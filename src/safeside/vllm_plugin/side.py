@@ -31,6 +31,11 @@ class PagedTape(Tape):
         return not torch.compiler.is_compiling() and super().is_short
 
     @property
+    def is_blank(self) -> Tensor:
+        """Never: the row holds the tokens of all requests."""
+        return self.keep.new_zeros(1)
+
+    @property
     def positions(self) -> Tensor:
         """Of each token in its own request."""
         return self._positions
