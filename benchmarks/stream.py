@@ -70,9 +70,18 @@ def chosen_rule(validation: Answers, rate: float, candidates: Sequence[int]) -> 
     """Of the rules that promise ``rate``, one for each number of tokens in a row, the one that stops most.
 
     Most harmful validation answers, that is, among those whose median delay is at most a third of the answer there; if
-    none is that fast, among all.
+    none is that fast, among all.  Rules that too many of the answers are too short for are none; the InputError of
+    ``fit_stop_rule`` where no rule is left.
     """
-    rules = [fit_stop_rule(validation.benign, rate, n_consecutive=n_consecutive) for n_consecutive in candidates]
+    rules: list[StopRule] = []
+    refused: InputError | None = None
+    for n_consecutive in candidates:
+        try:
+            rules.append(fit_stop_rule(validation.benign, rate, n_consecutive=n_consecutive))
+        except InputError as error:
+            refused = error
+    if refused is not None and not rules:
+        raise refused
     found = [evaluate_stops(rule, 1.0, validation.scores, validation.labels == 1) for rule in rules]
     fast = [place for place, report in enumerate(found) if report.delay_share <= LATEST]
     return rules[max(fast or range(len(rules)), key=lambda place: found[place].detected_share)]
