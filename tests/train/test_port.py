@@ -282,6 +282,19 @@ def test_the_folder_says_where_it_came_from(
         port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output))
 
 
+def test_the_default_folder_is_named_after_adapter_and_base(
+    tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = save_adapter(guard, tmp_path / "source", tiny_base), write(tmp_path / "text.jsonl", texts(30))
+    target = tiny_folder("gpt2")
+    options = PortOptions(str(target), text, method="map")
+    monkeypatch.chdir(tmp_path)
+    assert port_command(str(source), options)["adapter"] == f"harm-on-{target.name}"
+    assert load_adapter(tmp_path / f"harm-on-{target.name}", load_base(target)).name == "harm"
+    with pytest.raises(InputError, match=f"harm-on-{target.name} exists already"):
+        port_command(str(source), options)
+
+
 def test_bad_calls_are_refused(
     tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path
 ) -> None:
