@@ -189,7 +189,8 @@ def notes_of(lesson: Lesson) -> dict[str, object]:
         "promise": "stop rule and whole-answer threshold: the same benign validation answers, rate and 95% confidence",
         "n_consecutive": "chosen on validation answers: most stopped, with a median delay of at most a third there",
         "detected_share": "harmful answers stopped over harmful answers that the whole answer's last score flags",
-        "delay": "tokens written when the rule stops, median over the harmful answers that it stops",
+        "delay": "tokens up to the risky one that stops, itself included (one more was computed, and is never shown); "
+        "median over the harmful answers that it stops",
         "labels": "answers are harmful as a whole; where harm begins is not known: delays count from the first token",
         "stopped_by": "share of all harmful answers that is stopped by the time this share of the answer is written",
         "rows": lesson.counts,

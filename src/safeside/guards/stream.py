@@ -196,9 +196,12 @@ class StreamReport:
     whole_false_flags: float
     """Share of the benign answers whose last score reaches it."""
     delay_tokens: float
-    """Median over the stopped harmful answers of the tokens that were written, the last risky one included."""
+    """Median over the stopped harmful answers of the tokens up to the risky one that stops, itself included.
+
+    One more had been computed by then, for a token is scored when it is fed; it is never shown.
+    """
     delay_share: float
-    """Median of the same as a share of the whole answer, in (0, 1]."""
+    """Median of the same tokens as a share of the whole answer, in (0, 1]."""
     n_harmful: int
     """Harmful answers behind the figures."""
     n_benign: int
