@@ -109,6 +109,7 @@ def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], sta
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
     save_file(weights, folder / WEIGHTS_FILE, metadata=metadata)
     _write_json(folder / CONFIG_FILE, values)
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # the library lets the owner alone read its files
     _write_json(folder / PROVENANCE_FILE, stamp)
     (folder / CARD_FILE).write_text(_card(adapter, stamp), encoding="utf-8")
     return folder
