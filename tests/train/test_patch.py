@@ -204,7 +204,14 @@ def test_an_uncalibrated_guard_with_two_labels_is_patched(
 
 
 def test_the_card_tells_of_the_patch_and_rollback_undoes_it(tiny_base: Base, trained: Path, tmp_path: Path) -> None:
-    folder = save_adapter(load_adapter(trained, tiny_base), tmp_path / "harm", tiny_base, {"train_rows": "240"})
+    measured = {
+        "validation auroc": "0.9",
+        "validation, all": "fpr 0.05",
+        "presets": "promised",
+        "calibrated for x": "5%",
+    }
+    facts = {"train_rows": "240", **measured, "port held-out correlation": "0.9", "port flagged held-out": "0.1"}
+    folder = save_adapter(load_adapter(trained, tiny_base), tmp_path / "harm", tiny_base, facts)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     files = PatchFiles(
         write(tmp_path / "new.jsonl", family(16, 3)),
@@ -217,7 +224,13 @@ def test_the_card_tells_of_the_patch_and_rollback_undoes_it(tiny_base: Base, tra
     assert stamp["patch file"] == "new.jsonl"
     assert (stamp["patch examples"], stamp["patch held-out examples"], stamp["train_rows"]) == ("16", "20", "240")
     assert stamp["patch detected held-out"] == summary["patch detected held-out"]
-    assert "| patch auroc elsewhere |" in (folder / CARD_FILE).read_text()
+    card = (folder / CARD_FILE).read_text()
+    assert "| patch auroc elsewhere |" in card
+    assert stamp.keys().isdisjoint(facts.keys() - {"train_rows"})  # figures of the weights before
+    assert "at a false-positive rate of" in before[CARD_FILE].decode()
+    assert "at a false-positive rate of" not in card
+    (threshold,) = load_adapter(folder, tiny_base).thresholds
+    assert f"| thresholds | {threshold:.4f}, held from before the weights changed (no promise) |" in card
     assert "patch passed held-out" not in stamp  # no harmless row there
     roll_back(folder, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -175,6 +175,7 @@ def test_calibration_copies_mean_spread_and_rate(tiny_base: Base, guard: Adapter
     rates = calibrate_like(new, guard, logits, 3 * logits - 5, modes)
     assert new.config.calibration.scale[0] == pytest.approx(1 / 3)
     assert new.config.calibration.bias[0] == pytest.approx(5 / 3)
+    assert new.config.calibration.false_positive_rate is None  # that was measured on the old guard
     assert rates[0] == pytest.approx(rates[1], abs=1 / 400)
     rare = guard.config.calibration.model_copy(update={"threshold": (0.999999,)})
     guard.set_calibration(rare)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import PROVENANCE_FILE, base_of, find_adapter, load_adapter
+from safeside.artifact import base_of, find_adapter, load_adapter, read_provenance
 from safeside.base.model import BUILTIN_NAME
 from safeside.errors import InputError
 from safeside.guards.versions import count_versions, output_of, save_patched, stored_dtype
@@ -21,6 +20,8 @@ from safeside.train.splits import find_data
 from safeside.types import Example
 
 DEMO_REPLAY = "demo:train.jsonl.gz"
+_MEASURED = ("validation", "presets", "calibrated for ", "port held-out ", "port flagged ", "patch ")
+"""What the names of facts begin with that are figures and promises of the weights as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,9 @@ def patch_facts(done: PatchReport, files: PatchFiles, settings: PatchSettings) -
 
 
 def _kept_facts(source: Path) -> dict[str, str]:
-    """What the old provenance says of the training, without what is stamped anew."""
-    path = source / PROVENANCE_FILE
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: value for key, value in facts.items() if key not in provenance() and not key.startswith("patch ")}
+    """What the old provenance says of the training, without what is stamped anew or was of the old weights."""
+    facts = read_provenance(source)
+    return {key: value for key, value in facts.items() if key not in provenance() and not key.startswith(_MEASURED)}
 
 
 def _read(files: PatchFiles, guard: Adapter) -> tuple[PatchRows, int]:
