@@ -249,6 +249,11 @@ def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path
     assert patch_command(str(trained), PatchFiles(new, replay), tmp_path / "out", None, 0)["bad_rows"] == 1
 
 
+def test_an_aligner_is_refused_before_rows_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'refuse' is an aligner; only guards are patched"):
+        patch_command("builtin:refuse", PatchFiles(tmp_path / "none.jsonl"), tmp_path / "out", None, 0)
+
+
 def test_a_calibration_that_no_longer_holds_is_told(
     tiny_base: Base, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

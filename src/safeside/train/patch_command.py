@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import base_of, find_adapter, load_adapter, read_provenance
+from safeside.artifact import base_of, find_adapter, load_adapter, read_config, read_provenance
 from safeside.base.model import BUILTIN_NAME
 from safeside.errors import InputError
 from safeside.guards.versions import count_versions, output_of, save_patched, stored_dtype
@@ -15,7 +15,7 @@ from safeside.provenance import provenance
 from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.train.command import training_bars
-from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard
+from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard, require_guard
 from safeside.train.splits import find_data
 from safeside.types import Example
 
@@ -41,6 +41,7 @@ def patch_command(
 ) -> dict[str, object]:
     """Patch an adapter and save it to ``output`` (its own folder unless given); returns what the card says of it."""
     source = find_adapter(adapter_name)
+    require_guard(read_config(source))
     target = output_of(adapter_name, source, output)
     base = base_of(adapter_name, base_name)
     guard = load_adapter(adapter_name, base)
