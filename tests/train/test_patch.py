@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,12 @@ import torch
 
 from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
-from safeside.artifact import CARD_FILE, PROVENANCE_FILE
+from safeside.artifact import CARD_FILE, PROVENANCE_FILE, copy_adapter, find_adapter, read_config
 from safeside.errors import InputError
 from safeside.guards.score import judge, score_conversations
 from safeside.guards.versions import roll_back
 from safeside.stopping import kept_rule
+from safeside.tasks.learnt import save_learnt
 from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard
 from safeside.train.patch_command import PatchFiles, patch_command
 from safeside.train.recipe import Recipe
@@ -247,6 +249,19 @@ def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path
     new.write_text(new.read_text() + "\nbroken\n")
     replay = write(tmp_path / "replay.jsonl", rows(40, 4))
     assert patch_command(str(trained), PatchFiles(new, replay), tmp_path / "out", None, 0)["bad_rows"] == 1
+
+
+def test_packaged_rows_are_replayed_to_what_learnt_from_them(trained: Path, tmp_path: Path) -> None:
+    """Not to whatever has the name and the base of ``builtin:harm``."""
+    new, copy = write(tmp_path / "new.jsonl", family(8, 3)), tmp_path / "copy"
+    config = read_config(find_adapter("builtin:harm")).model_copy(update={"name": "mine"})
+    copy_adapter(find_adapter("builtin:harm"), copy, config, {})
+    assert patch_command(str(copy), PatchFiles(new), None, None, 0)["versions_before"] == 1
+    assert patch_command(str(copy), PatchFiles(new), None, None, 0)["versions_before"] == 2
+    stranger = shutil.copytree(find_adapter("builtin:harm"), tmp_path / "stranger")
+    save_learnt(stranger, family(8, 1))
+    with pytest.raises(InputError, match=r"'harm' keeps no rows .* \(only builtin:harm and its copies"):
+        patch_command(str(stranger), PatchFiles(new), None, None, 0)
 
 
 def test_an_aligner_is_refused_before_rows_are_asked_for(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from safeside.adapters.adapter import Adapter
 from safeside.artifact import base_of, find_adapter, load_adapter, read_config, read_provenance
 from safeside.base.model import BUILTIN_NAME
 from safeside.errors import InputError
 from safeside.guards.versions import count_versions, output_of, save_patched, stored_dtype
 from safeside.provenance import provenance
+from safeside.tasks.learnt import load_learnt
 from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.train.command import training_bars
@@ -20,6 +23,7 @@ from safeside.train.splits import find_data
 from safeside.types import Example
 
 DEMO_REPLAY = "demo:train.jsonl.gz"
+PACKAGED = f"{BUILTIN_NAME}:harm"
 _MEASURED = ("validation", "presets", "calibrated for ", "port held-out ", "port flagged ", "patch ")
 """What the names of facts begin with that are figures and promises of the weights as they were."""
 
@@ -31,7 +35,7 @@ class PatchFiles:
     examples: Path
     """Labelled rows of the new family."""
     replay: Path | None = None
-    """Rows like those that the guard learnt from; the packaged demo rows for ``builtin:harm`` and its patches."""
+    """Rows like those that the guard learnt from; the packaged demo rows for ``builtin:harm`` and its copies."""
     held_out: Path | None = None
     """More of the family, only measured; a quarter of the examples unless given."""
 
@@ -45,7 +49,7 @@ def patch_command(
     target = output_of(adapter_name, source, output)
     base = base_of(adapter_name, base_name)
     guard = load_adapter(adapter_name, base)
-    rows, n_bad = _read(files, guard)
+    rows, n_bad = _read(files, guard, source)
     settings = PatchSettings(seed=seed)
     with training_bars(guard.name) as (report, _):
         done = patch_guard(base, guard, rows, settings, dtype=stored_dtype(source), report=report)
@@ -89,14 +93,20 @@ def _kept_facts(source: Path) -> dict[str, str]:
     return {key: value for key, value in facts.items() if key not in provenance() and not key.startswith(_MEASURED)}
 
 
-def _read(files: PatchFiles, guard: Adapter) -> tuple[PatchRows, int]:
+def _is_packaged(source: Path) -> bool:
+    """Whether the guard learnt from all that ``builtin:harm`` did: that guard, or one made from it."""
+    packaged, own = load_learnt(find_adapter(PACKAGED)), load_learnt(source)
+    return packaged is not None and own is not None and bool(np.isin(packaged, own).all())
+
+
+def _read(files: PatchFiles, guard: Adapter, source: Path) -> tuple[PatchRows, int]:
     """The rows of all files, and how many lines could not be used."""
     replay = files.replay
     if replay is None:
-        if (guard.config.base.name, guard.name) != (BUILTIN_NAME, "harm"):
+        if not _is_packaged(source):
             raise InputError(
                 f"{guard.name!r} keeps no rows that it learnt from, and without some it would forget. Give rows like "
-                "them with --replay FILE (only builtin:harm has packaged ones)."
+                f"them with --replay FILE (only {PACKAGED} and its copies have packaged ones)."
             )
         replay = find_data(DEMO_REPLAY, Path())
     examples, n_bad = _rows(files.examples, guard)
