@@ -73,10 +73,19 @@ def chosen_rule(validation: Answers, rate: float, candidates: Sequence[int]) -> 
     """Of the rules that promise ``rate``, one for each number of tokens in a row, the one that stops most.
 
     Most harmful validation answers, that is, among those whose median delay is at most a third of the answer there; if
-    none is that fast, among all.
+    none is that fast, among all.  Rules that too many of the answers are too short for are none; the InputError of
+    ``fit_stop_rule`` where no rule is left.
     """
     confidence = 1 - (1 - CONFIDENCE) / len(candidates)  # whichever is chosen, its promise holds
-    rules = [fit_stop_rule(validation.benign, rate, n_consecutive=n, confidence=confidence) for n in candidates]
+    rules: list[StopRule] = []
+    refused: InputError | None = None
+    for n_consecutive in candidates:
+        try:
+            rules.append(fit_stop_rule(validation.benign, rate, n_consecutive=n_consecutive, confidence=confidence))
+        except InputError as error:
+            refused = error
+    if refused is not None and not rules:
+        raise refused
     found = [evaluate_stops(rule, 1.0, validation.scores, validation.labels == 1) for rule in rules]
     fast = [place for place, report in enumerate(found) if report.delay_share <= LATEST]
     return rules[max(fast or range(len(rules)), key=lambda place: found[place].detected_share)]
@@ -202,8 +211,9 @@ def notes_of(lesson: Lesson) -> dict[str, object]:
         "of at most a third there, each candidate at a confidence at which all hold together",
         "detected_share_equal": "at the whole-answer threshold that as many benign test answers reach as are stopped",
         "detected_share": "harmful answers stopped over harmful answers that the whole answer's last score flags",
-        "delay": "tokens written when the rule stops, median over the harmful answers that it stops",
         "unscored": "test answers longer than the context, on which no figure rests",
+        "delay": "tokens up to the risky one that stops, itself included (one more was computed, and is never shown); "
+        "median over the harmful answers that it stops",
         "labels": "answers are harmful as a whole; where harm begins is not known: delays count from the first token",
         "stopped_by": "share of all harmful answers that is stopped by the time this share of the answer is written",
         "rows": lesson.counts,

@@ -421,3 +421,13 @@ def test_a_copy_has_the_same_weights_under_another_configuration(tiny_base: Base
     with pytest.raises(FormatError, match="checksum"):
         copy_adapter(folder, tmp_path / "more", config, {})
     assert not (tmp_path / "more").exists()
+
+
+def test_weights_may_be_read_by_whom_an_ordinary_file_may(
+    tiny_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    folder = save_adapter(random_guard(tiny_base), tmp_path / "harm", tiny_base)
+    save_learnt(folder, [])
+    copy_adapter(folder, tmp_path / "copy", read_config(folder), {})
+    for place in (folder, tmp_path / "copy"):
+        assert len({file.stat().st_mode for file in place.iterdir()}) == 1

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from safeside.adapters.adapter import TRUNKS, Adapter
-from safeside.adapters.config import FORMAT, AdapterConfig
+from safeside.adapters.config import FORMAT, AdapterConfig, Calibration
 from safeside.adapters.sizing import adapter_matmuls, flops_share
 from safeside.adapters.toplayers import TopLayers
 from safeside.base.fingerprint import Fingerprint
@@ -109,6 +109,7 @@ def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], sta
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
     save_file(weights, folder / WEIGHTS_FILE, metadata=metadata)
     _write_json(folder / CONFIG_FILE, values)
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # the library lets the owner alone read its files
     _write_json(folder / PROVENANCE_FILE, stamp)
     (folder / CARD_FILE).write_text(_card(adapter, stamp), encoding="utf-8")
     return folder
@@ -367,6 +368,14 @@ def _write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _thresholds(calibration: Calibration) -> str:
+    """A guard's own thresholds, and what they rest on."""
+    values, rate = ", ".join(f"{value:.4f}" for value in calibration.threshold), calibration.false_positive_rate
+    if rate is None:
+        return f"{values}, held from before the weights changed (no promise)"
+    return f"{values} at a false-positive rate of {rate:.0%} on validation data"
+
+
 def _card(adapter: Adapter, stamp: Mapping[str, str]) -> str:
     """The generated README of an adapter folder."""
     config = adapter.config
@@ -386,8 +395,7 @@ def _card(adapter: Adapter, stamp: Mapping[str, str]) -> str:
         "| fact | value |", "|---|---|",
         f"| multiply-adds a token | {adapter_matmuls(adapter):,} |",
         *([f"| labels | {', '.join(config.labels)} |"] if config.labels else []),
-        *([f"| thresholds | {', '.join(f'{value:.4f}' for value in adapter.thresholds)} at a false-positive rate of "
-           f"{config.calibration.false_positive_rate:.0%} on validation data |"] if config.calibration else []),
+        *([f"| thresholds | {_thresholds(config.calibration)} |"] if config.calibration else []),
         *(f"| mode {mode} | {found.summary} |" for mode, found in config.modes.items()),
         *(f"| {key} | {value} |" for key, value in sorted(stamp.items())),
     ]  # fmt: skip

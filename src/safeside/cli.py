@@ -342,7 +342,7 @@ def port(
     adapter: Annotated[str, typer.Argument(help="Adapter: a folder, a hub name or builtin:harm.")],
     to: Annotated[str, typer.Option(help="The new base: 'builtin', a folder or a hub name.")],
     text: Annotated[Path, typer.Option(help="Rows of text without labels, .jsonl or .jsonl.gz.")],
-    output: Annotated[Path, typer.Option(help="A new folder for the ported adapter.")],
+    output: Annotated[Path | None, typer.Option(help="New folder (default: NAME-on-BASE).")] = None,
     method: Annotated[str | None, typer.Option(help="map, distill or both (default: both where maps can be).")] = None,
     base: BaseName = None,
     seed: Annotated[int, typer.Option(min=0, help="Of first weights and every draw.")] = 0,

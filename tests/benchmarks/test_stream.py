@@ -12,8 +12,9 @@ import torch
 
 import stream
 from parts import read_parts
+from safeside.errors import InputError
 from safeside.guards.stream import StopRule, score_answers
-from stream import Answers, figures_of
+from stream import Answers, chosen_rule, figures_of
 from task_guards import Lesson, Sizes
 
 
@@ -46,6 +47,13 @@ def test_rows_are_counted_and_drawn_the_same_way_twice(lesson: Lesson, small_tas
     assert lesson.counts["test_too_long"] == 0
     again = Lesson.read((lesson.base.name, small_tasks), "bench/answers", lesson.folder, lesson.sizes)
     assert again.splits["test"].ids == lesson.splits["test"].ids
+
+
+def test_a_rule_that_answers_are_too_short_for_is_no_candidate() -> None:
+    validation = scored(*[([0.1, 0.2], 0)] * 80, ([0.9, 0.9], 1))
+    assert chosen_rule(validation, 0.05, (1, 32)) == chosen_rule(validation, 0.05, (1,))
+    with pytest.raises(InputError, match="fewer tokens than the stop rule asks for"):
+        chosen_rule(validation, 0.05, (16, 32))
 
 
 def scored(*answers: tuple[list[float], int]) -> Answers:

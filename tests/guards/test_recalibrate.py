@@ -162,12 +162,28 @@ def test_a_stop_rule_needs_answers_and_rows(tiny_base: Base, source: Path, tmp_p
     with pytest.raises(InputError, match="holds no row that is read in mode 'stream'; found 60 for 'prompt'"):
         recalibrate(str(source), tiny_base, Traffic(benign, mode="stream"), tmp_path / "none")
     few = answers(tmp_path / "answers.jsonl", 40)
-    with pytest.raises(InputError, match=r"Mode 'stream': 40 harmless rows cannot promise .* it takes 59"):
+    with pytest.raises(InputError, match=r"Mode 'stream', .*: 40 harmless rows cannot promise .* it takes 59"):
         recalibrate(str(source), tiny_base, Traffic(few, None, 0.05, "stream"), tmp_path / "none")
     with pytest.raises(InputError, match="those of a stop rule, for mode 'stream'"):
         Traffic(few, None, 0.05, "answer", 2)
     with pytest.raises(InputError, match="1 token in a row or more; got 0"):
         Traffic(few, None, 0.05, "stream", 0)
+
+
+def test_a_stop_rule_rests_on_no_answer_too_short_for_it(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    """Such a rule would stop every longer answer; with fewer tokens in a row it is the one of ``fit_stop_rule``."""
+    short, long = ({"prompt": "how?", "response": text} for text in ("no", "the cat sat there and then the other sat"))
+    benign = write(tmp_path / "answers.jsonl", [*[short] * 59, long])
+    with pytest.raises(InputError, match=r"Mode 'stream', 8 tokens in a row: 59 of 60 harmless .* \(--consecutive\)"):
+        recalibrate(str(source), tiny_base, Traffic(benign, None, 0.1, "stream"), tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+    done = recalibrate(str(source), tiny_base, Traffic(benign, None, 0.1, "stream", 1), tmp_path / "mine")
+    assert done.modes["stream"].promise.threshold[0] > 0.01
+    harmful = answers(tmp_path / "harmful.jsonl", 40, "hat")
+    mixed = write(tmp_path / "mixed.jsonl", [*[short] * 30, *[long] * 30])
+    both = recalibrate(str(source), tiny_base, Traffic(mixed, harmful, 0.1, "stream", 8), tmp_path / "both")
+    (fit,) = both.modes["stream"].maps  # short answers count for probabilities
+    assert (fit.n_harmless, both.n_unscored) == (60, 0)
 
 
 def test_harmful_answers_give_a_stream_probabilities(tiny_base: Base, source: Path, tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from safeside.guards.stream import (
     ANSWERING,
     AnswerStream,
     StreamOptions,
+    calibrate_stream,
     evaluate_stops,
     fit_stop_rule,
     score_answers,
     strongest_runs,
 )
 from safeside.stopping import StopRule
+from safeside.types import Example
 from twin import SAME, run_by_hand
 
 PROMPT = [Message("system", "be good"), Message("user", "how can this be?")]
@@ -83,8 +85,33 @@ def test_a_promise_needs_rows(share: float, needed: int) -> None:
         fit_stop_rule(answers[1:], share)
 
 
-def test_answers_too_short_for_a_run_leave_the_rule_at_its_strictest() -> None:
-    assert fit_stop_rule([torch.tensor([0.3])] * 60, 0.05) == StopRule(0.0, 2)
+def test_no_rule_rests_on_answers_too_short_for_it() -> None:
+    """Else its threshold would be 0, and every answer of more tokens would be stopped."""
+    short, long = [torch.tensor([0.3])], [torch.tensor([0.4, 0.5])]
+    with pytest.raises(InputError, match=r"60 of 60 harmless answers have fewer tokens .* fewer tokens in a row"):
+        fit_stop_rule(short * 60, 0.05)
+    assert fit_stop_rule(short * 60, 0.05, n_consecutive=1).threshold == pytest.approx(0.3, abs=1e-5)
+    assert n_allowed(100, 0.05) == 1
+    with pytest.raises(InputError, match=r"99 of 100 harmless answers"):
+        fit_stop_rule(short * 99 + long, 0.05)
+    assert fit_stop_rule(short * 98 + long * 2, 0.05).threshold == pytest.approx(0.4, abs=1e-5)
+
+
+def test_a_trained_guard_has_no_preset_that_rests_on_short_answers(
+    tiny_base: Base, random_guard: Callable[..., Adapter], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 300 harmless answers 8 may be stopped at 5% and none at 1%; only 5 are long enough to be."""
+    texts = ["no"] * 295 + ["the cat sat there and then the other cat sat"] * 5
+    rows = [Example((Message("user", "how?"), Message("assistant", text)), (0.0,)) for text in texts]
+    guard = random_guard(tiny_base)
+    calibrate_stream(tiny_base, guard, rows)
+    assert set(guard.config.modes["stream"].presets) == {"balanced"}
+    assert guard.config.modes["stream"].presets["balanced"].threshold[0] > 0.01
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no stop rule at strict: 295 of 300 harmless answers have fewer than 8 tokens" in told
+    calibrate_stream(tiny_base, guard, rows, n_consecutive=1)
+    assert set(guard.config.modes["stream"].presets) == {"strict", "balanced"}
+    assert capsys.readouterr().err == ""
 
 
 def test_a_rule_stops_as_many_benign_answers_as_allowed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,75 @@ def test_what_a_killed_run_left_is_cleared_away(tiny_base: Base, folder: Path) -
     (folder / ".patch" / BEFORE).mkdir(parents=True)
     save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, folder, tiny_base, {})
     assert sums(roll_back(folder, folder)) == before
+
+
+class KilledError(BaseException):
+    """What nothing catches."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the process die just before the ``step``-th time that a file or folder is moved or a stage is deleted."""
+    steps = itertools.count()
+
+    def dying(do: Callable[..., object]) -> Callable[..., object]:
+        def act(*words: object) -> object:
+            if next(steps) >= step:
+                raise KilledError
+            return do(*words)
+
+        return act
+
+    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(Path, "replace", dying(Path.replace))
+    monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+
+
+def rolled_back(folder: Path) -> list[str]:
+    """The weights' sums of all versions, newest first, as one rollback after the other gives them."""
+    found = []
+    while True:
+        try:
+            found.append(weights_of(roll_back(folder, folder)))
+        except InputError:
+            return found
+
+
+def weights_of(folder: Path) -> str:
+    return sums(folder)[WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_a_patch_killed_at_any_step_loses_no_version(
+    tiny_base: Base, folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    versions = [weights_of(folder)]
+    for by in (1.0, 2.0):
+        save_patched(changed(load_adapter(folder, tiny_base), by), folder, folder, tiny_base, {})
+        versions.insert(0, weights_of(folder))
+    guard = changed(load_adapter(folder, tiny_base), 3.0)
+    with monkeypatch.context() as patched:
+        kill_at(patched, step)
+        with pytest.raises(KilledError):
+            save_patched(guard, folder, folder, tiny_base, {})
+    found = rolled_back(folder)
+    assert found[-2:] == versions[1:]
+    assert found in (versions, versions[1:])  # the third is where the patch was killed, or the rollback of it
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_a_rollback_killed_at_any_step_loses_no_older_version(
+    tiny_base: Base, folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    versions = [weights_of(folder)]
+    for by in (1.0, 2.0, 3.0):
+        save_patched(changed(load_adapter(folder, tiny_base), by), folder, folder, tiny_base, {})
+        versions.insert(0, weights_of(folder))
+    with monkeypatch.context() as patched:
+        kill_at(patched, step)
+        with pytest.raises(KilledError):
+            roll_back(folder, folder)
+    found = rolled_back(folder)
+    assert found in (versions[1:], versions[2:])
 
 
 def test_an_unpatched_folder_cannot_be_rolled_back(folder: Path) -> None:

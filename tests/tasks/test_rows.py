@@ -261,6 +261,13 @@ def test_a_truncated_archive_ends_with_a_bad_row(tmp_path: Path, keep: int) -> N
     assert bad[0].line == len(examples) + 1
 
 
+@pytest.mark.parametrize("line", ['{"text": "a"}'.encode("utf-16"), '{"text": "\xe9"}'.encode("latin-1")])
+def test_a_line_of_another_encoding_is_not_utf_8(line: bytes) -> None:
+    (row,) = parse_rows([line])
+    assert isinstance(row, BadRow)
+    assert row.problem.startswith("not UTF-8: invalid ")
+
+
 def test_what_is_no_archive_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_text('{"text": "a", "label": 1}\n')

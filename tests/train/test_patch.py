@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,12 @@ import torch
 
 from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
-from safeside.artifact import CARD_FILE, PROVENANCE_FILE
+from safeside.artifact import CARD_FILE, PROVENANCE_FILE, copy_adapter, find_adapter, read_config
 from safeside.errors import InputError
 from safeside.guards.score import judge, score_conversations
 from safeside.guards.versions import roll_back
 from safeside.stopping import kept_rule
+from safeside.tasks.learnt import save_learnt
 from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard
 from safeside.train.patch_command import PatchFiles, patch_command
 from safeside.train.recipe import Recipe
@@ -204,7 +206,14 @@ def test_an_uncalibrated_guard_with_two_labels_is_patched(
 
 
 def test_the_card_tells_of_the_patch_and_rollback_undoes_it(tiny_base: Base, trained: Path, tmp_path: Path) -> None:
-    folder = save_adapter(load_adapter(trained, tiny_base), tmp_path / "harm", tiny_base, {"train_rows": "240"})
+    measured = {
+        "validation auroc": "0.9",
+        "validation, all": "fpr 0.05",
+        "presets": "promised",
+        "calibrated for x": "5%",
+    }
+    facts = {"train_rows": "240", **measured, "port held-out correlation": "0.9", "port flagged held-out": "0.1"}
+    folder = save_adapter(load_adapter(trained, tiny_base), tmp_path / "harm", tiny_base, facts)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     files = PatchFiles(
         write(tmp_path / "new.jsonl", family(16, 3)),
@@ -217,7 +226,13 @@ def test_the_card_tells_of_the_patch_and_rollback_undoes_it(tiny_base: Base, tra
     assert stamp["patch file"] == "new.jsonl"
     assert (stamp["patch examples"], stamp["patch held-out examples"], stamp["train_rows"]) == ("16", "20", "240")
     assert stamp["patch detected held-out"] == summary["patch detected held-out"]
-    assert "| patch auroc elsewhere |" in (folder / CARD_FILE).read_text()
+    card = (folder / CARD_FILE).read_text()
+    assert "| patch auroc elsewhere |" in card
+    assert stamp.keys().isdisjoint(facts.keys() - {"train_rows"})  # figures of the weights before
+    assert "at a false-positive rate of" in before[CARD_FILE].decode()
+    assert "at a false-positive rate of" not in card
+    (threshold,) = load_adapter(folder, tiny_base).thresholds
+    assert f"| thresholds | {threshold:.4f}, held from before the weights changed (no promise) |" in card
     assert "patch passed held-out" not in stamp  # no harmless row there
     roll_back(folder, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -234,6 +249,24 @@ def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path
     new.write_text(new.read_text() + "\nbroken\n")
     replay = write(tmp_path / "replay.jsonl", rows(40, 4))
     assert patch_command(str(trained), PatchFiles(new, replay), tmp_path / "out", None, 0)["bad_rows"] == 1
+
+
+def test_packaged_rows_are_replayed_to_what_learnt_from_them(trained: Path, tmp_path: Path) -> None:
+    """Not to whatever has the name and the base of ``builtin:harm``."""
+    new, copy = write(tmp_path / "new.jsonl", family(8, 3)), tmp_path / "copy"
+    config = read_config(find_adapter("builtin:harm")).model_copy(update={"name": "mine"})
+    copy_adapter(find_adapter("builtin:harm"), copy, config, {})
+    assert patch_command(str(copy), PatchFiles(new), None, None, 0)["versions_before"] == 1
+    assert patch_command(str(copy), PatchFiles(new), None, None, 0)["versions_before"] == 2
+    stranger = shutil.copytree(find_adapter("builtin:harm"), tmp_path / "stranger")
+    save_learnt(stranger, family(8, 1))
+    with pytest.raises(InputError, match=r"'harm' keeps no rows .* \(only builtin:harm and its copies"):
+        patch_command(str(stranger), PatchFiles(new), None, None, 0)
+
+
+def test_an_aligner_is_refused_before_rows_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'refuse' is an aligner; only guards are patched"):
+        patch_command("builtin:refuse", PatchFiles(tmp_path / "none.jsonl"), tmp_path / "out", None, 0)
 
 
 def test_a_calibration_that_no_longer_holds_is_told(

@@ -175,6 +175,7 @@ def test_calibration_copies_mean_spread_and_rate(tiny_base: Base, guard: Adapter
     rates = calibrate_like(new, guard, logits, 3 * logits - 5, modes)
     assert new.config.calibration.scale[0] == pytest.approx(1 / 3)
     assert new.config.calibration.bias[0] == pytest.approx(5 / 3)
+    assert new.config.calibration.false_positive_rate is None  # that was measured on the old guard
     assert rates[0] == pytest.approx(rates[1], abs=1 / 400)
     rare = guard.config.calibration.model_copy(update={"threshold": (0.999999,)})
     guard.set_calibration(rare)
@@ -280,6 +281,19 @@ def test_the_folder_says_where_it_came_from(
     assert np.isfinite(scores(base, load_adapter(output, base), texts(3))).all()
     with pytest.raises(InputError, match="exists already"):
         port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output))
+
+
+def test_the_default_folder_is_named_after_adapter_and_base(
+    tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = save_adapter(guard, tmp_path / "source", tiny_base), write(tmp_path / "text.jsonl", texts(30))
+    target = tiny_folder("gpt2")
+    options = PortOptions(str(target), text, method="map")
+    monkeypatch.chdir(tmp_path)
+    assert port_command(str(source), options)["adapter"] == f"harm-on-{target.name}"
+    assert load_adapter(tmp_path / f"harm-on-{target.name}", load_base(target)).name == "harm"
+    with pytest.raises(InputError, match=f"harm-on-{target.name} exists already"):
+        port_command(str(source), options)
 
 
 def test_bad_calls_are_refused(

@@ -61,8 +61,9 @@ class Calibration(BaseModel):
     """Added after the factor."""
     threshold: tuple[Score, ...]
     """The label flags from this score on."""
-    false_positive_rate: Rate = 0.05
-    """The threshold was set to flag at most this share of the harmless validation rows."""
+    false_positive_rate: Rate | None = 0.05
+    """The threshold was set to flag at most this share of the harmless validation rows; None: a patch or a port carried
+    it over, and it keeps no rate."""
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:

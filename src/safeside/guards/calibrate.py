@@ -74,8 +74,8 @@ def threshold_with_bound(benign_scores: Array, false_positive_rate: float, confi
     With probability ``confidence`` over the draw of the (n,) benign scores, at most ``false_positive_rate`` of all
     benign texts drawn like them are flagged: the threshold stands above the (k+1)-th highest score, for the largest k
     whose Clopper-Pearson upper bound, k of n, is at most that rate.  Ties can only make it safer.  Too few rows for any
-    threshold are an InputError that says how many it takes; so are too many rows that score 1.  A score that is not a
-    number is a NotFiniteError.
+    threshold are an InputError that says how many it takes; so are too many rows that score 1, and too many that score
+    -inf: answers that are too short for a stop rule.  A score that is not a number is a NotFiniteError.
     """
     n_rows, needed = len(benign_scores), rows_needed(false_positive_rate, confidence)
     if n_rows < needed:
@@ -108,6 +108,13 @@ def _above(harmless_scores: Array, n_flagged: int, false_positive_rate: float) -
             f"More than {false_positive_rate:.2%} of the harmless rows have score 1; no threshold can let them pass. "
             "Train longer or with a lower learning rate, or allow a higher false-positive rate."
         )
+    if falling[n_flagged] == -np.inf:
+        n_short = int(np.isneginf(falling).sum())
+        raise InputError(
+            f"{n_short:,} of {len(falling):,} harmless answers have fewer tokens than the stop rule asks for in a row, "
+            f"and a threshold for {false_positive_rate:.3%} would rest on them: it would stop every longer answer. Ask "
+            "for fewer tokens in a row (--consecutive), or give longer answers."
+        )
     return float(min(1.0, falling[n_flagged] + _ROUNDING))
 
 
@@ -124,7 +131,8 @@ def fit_mode(
     ``scores`` (n, K) in [0, 1] and ``labels`` (n, K) of 0 and 1 (NaN: not known) are rows of that mode that the guard
     did not learn from.  A score is what the mode's decision compares with the threshold: at a text's end for ``prompt``
     and ``answer``, what the windows come to for ``windowed``, and for ``stream`` the number that stops an answer when
-    it reaches the threshold, one for each whole answer.  NaN counts as 1, for such a text is flagged.
+    it reaches the threshold, one for each whole answer (-inf: too short to be stopped).  NaN counts as 1, for such a
+    text is flagged.
 
     Thresholds rest on the rows with label 0, or on ``benign`` (m, K) if given.  Presets that so few rows cannot promise
     are left out.  With ``false_positive_rate`` the mode gets a threshold of its own, and too few rows for that are an
@@ -145,7 +153,7 @@ def fit_mode(
     before = scores if uncalibrated is None else uncalibrated
     maps = [
         fit_map(column[~np.isnan(label)], label[~np.isnan(label)], plain[~np.isnan(label)])
-        for column, label, plain in zip(scores.T, labels.T, before.T, strict=True)
+        for column, label, plain in zip(scores.clip(0.0).T, labels.T, before.clip(0.0).T, strict=True)
     ]
     return ModeCalibration(
         n_harmless=min(map(len, harmless)),

@@ -47,7 +47,7 @@ def carry_thresholds(guard: Adapter, old: Adapter, calibration: Calibration, row
     """Give ``guard`` the ``calibration`` with thresholds chosen anew, its own and those of each mode that had others.
 
     A threshold is chosen on the rows that it judges, or on all of them where it judges none.  Promises, presets, maps
-    to probabilities and stop rules are dropped: they were of other scores.
+    to probabilities, stop rules and the rate of its own threshold are dropped: they were of other scores.
     """
     others = [mode for mode in old.config.modes if mode != "stream" and old.thresholds_in(mode) != old.thresholds]
 
@@ -57,6 +57,7 @@ def carry_thresholds(guard: Adapter, old: Adapter, calibration: Calibration, row
 
     own = rows.of([mode for mode in ("prompt", "answer", "windowed") if mode not in others])
     held = {mode: chosen(old.thresholds_in(mode), rows.of([mode])) for mode in others}
-    guard.set_calibration(calibration.model_copy(update={"threshold": chosen(old.thresholds, own)}))
+    carried = {"threshold": chosen(old.thresholds, own), "false_positive_rate": None}
+    guard.set_calibration(calibration.model_copy(update=carried))
     for mode, thresholds in held.items():
         guard.set_mode(mode, ModeCalibration(n_harmless=0, held=thresholds))

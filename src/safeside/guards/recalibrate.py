@@ -226,7 +226,8 @@ def _score(base: Base, guard: Adapter, examples: Sequence[Example], n_consecutiv
         "stream" if answer.problem is None else "windowed" if place_of(example.messages) == "answer" else "prompt"
         for answer, example in zip(answers, examples, strict=True)
     ]
-    scores = np.nan_to_num(stream_scores(answers, n_consecutive, labels.shape[1]), nan=1.0)  # of rows in other modes
+    scores = stream_scores(answers, n_consecutive, labels.shape[1])
+    scores[np.isnan(scores)] = 1.0  # of rows in other modes
     return _Scored(scores, any_label(labels), tuple(modes))
 
 
@@ -253,7 +254,8 @@ def _fit(
     try:
         fit = fit_mode(scored.scores, scored.labels, benign=benign, false_positive_rate=traffic.false_positive_rate)
     except InputError as error:
-        raise InputError(f"Mode {scored.modes[0]!r}: {error}") from error
+        rule = "" if n_consecutive is None else f", {n_consecutive} tokens in a row"
+        raise InputError(f"Mode {scored.modes[0]!r}{rule}: {error}") from error
     is_same_score = before is not None and before.n_consecutive == n_consecutive
     kept = before.maps if before is not None and is_same_score and not fit.maps else fit.maps
     return fit.model_copy(update={"maps": kept, "n_consecutive": n_consecutive})

@@ -20,14 +20,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safeside.adapters.adapter import Adapter
-from safeside.adapters.config import CONFIDENCE
+from safeside.adapters.config import CONFIDENCE, PRESET_RATES, rows_needed
 from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.chat import Encoded, pad_batch
 from safeside.errors import InputError, UnsupportedError
-from safeside.guards.calibrate import fit_mode, threshold_with_bound
+from safeside.guards.calibrate import fit_mode, n_allowed, threshold_with_bound
 from safeside.guards.probability import Array
 from safeside.stopping import StopRule, run_scores
+from safeside.terminal import note
 from safeside.types import Completion, Example, Message
 
 __all__ = [
@@ -113,11 +114,11 @@ def strongest_runs(answers: Sequence[Float[Tensor, " T"]], n_consecutive: int) -
 def stream_scores(answers: Sequence[AnswerScores], n_consecutive: int, n_labels: int) -> Array:
     """Of each answer the score (n, K) in [0, 1] that stops it when it reaches the threshold, the same for all labels.
 
-    An answer too short for a run has 0, one that was not scored NaN.
+    An answer too short for a run has -inf, one that was not scored NaN.
     """
     runs = np.array(strongest_runs([answer.scores for answer in answers], n_consecutive))
     unscored = np.array([answer.problem is not None for answer in answers], dtype=bool)
-    clipped = np.where(unscored, np.nan, np.clip(runs, 0.0, 1.0))
+    clipped = np.where(unscored, np.nan, np.minimum(runs, 1.0))
     return np.repeat(clipped[:, None], n_labels, 1)
 
 
@@ -138,6 +139,7 @@ def calibrate_stream(
     """Keep a stop rule in ``guard`` for each preset that its answers among labelled ``rows`` can promise.
 
     The promises rest on the answers among ``benign`` rows if there are any.  Without an answer nothing is kept.
+    A preset for which too many of them are shorter than ``n_consecutive`` is left out with a note.
     """
     n_labels, parts = len(guard.config.labels), []
     for some in (rows, benign):
@@ -149,6 +151,19 @@ def calibrate_stream(
     if len(scores) or len(clean):
         fit = fit_mode(scores, labels, benign=clean if len(clean) else None)
         guard.set_mode("stream", fit.model_copy(update={"n_consecutive": n_consecutive}))
+        _note_short(clean if len(clean) else scores[(labels == 0).all(1)], n_consecutive)
+
+
+def _note_short(harmless: Array, n_consecutive: int) -> None:
+    """Say which presets have no stop rule because harmless answers, by their scores (n, K), are too short for it."""
+    n_rows, n_short = len(harmless), int(np.isneginf(harmless).any(1).sum())
+    enough = [preset for preset, rate in PRESET_RATES.items() if n_rows >= rows_needed(rate)]
+    lost = [preset for preset in enough if n_rows - n_short <= n_allowed(n_rows, PRESET_RATES[preset])]
+    if lost:
+        note(
+            f"no stop rule at {', '.join(lost)}: {n_short:,} of {n_rows:,} harmless answers have fewer than "
+            f"{n_consecutive} tokens. Add longer answers, or run safeside calibrate --mode stream --consecutive"
+        )
 
 
 def fit_stop_rule(
@@ -161,10 +176,11 @@ def fit_stop_rule(
     """The most watchful rule that stops at most ``share`` of *whole* benign answers, with ``confidence``.
 
     ``benign_answers`` are scores of validation answers (``score_answers``), which training has not seen.  The promise
-    is that of ``threshold_with_bound``: too few of them are an InputError with the count needed.
+    is that of ``threshold_with_bound``: too few of them are an InputError with the count needed, and too many that are
+    shorter than ``n_consecutive`` are one as well.
     """
     runs = np.array(strongest_runs(benign_answers, n_consecutive))
-    return StopRule(max(0.0, threshold_with_bound(runs, share, confidence)), n_consecutive)
+    return StopRule(threshold_with_bound(runs, share, confidence), n_consecutive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +196,12 @@ class StreamReport:
     whole_false_flags: float
     """Share of the benign answers whose last score reaches it."""
     delay_tokens: float
-    """Median over the stopped harmful answers of the tokens that were written, the last risky one included."""
+    """Median over the stopped harmful answers of the tokens up to the risky one that stops, itself included.
+
+    One more had been computed by then, for a token is scored when it is fed; it is never shown.
+    """
     delay_share: float
-    """Median of the same as a share of the whole answer, in (0, 1]."""
+    """Median of the same tokens as a share of the whole answer, in (0, 1]."""
     n_harmful: int
     """Harmful answers behind the figures."""
     n_benign: int

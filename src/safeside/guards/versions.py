@@ -21,6 +21,7 @@ from safeside.types import Example
 
 BEFORE = "before"
 _STAGE = ".patch"
+_OLDER, _UNDONE = "older", "undone"  # in the stage: the versions before a patch, and the one that a rollback put back
 
 
 def count_versions(folder: Path) -> int:
@@ -62,12 +63,14 @@ def save_patched(
     ``output`` may be ``source`` itself.  The old version is in place before the first new file is, so a kill in between
     leaves a folder that can be rolled back.
     """
+    for folder in {source, output}:
+        _finish_killed(folder)
     stage = _empty_stage(output)
     save_adapter(adapter, stage, base, facts, dtype=stored_dtype(source))
     save_learnt(stage, learnt, before=source)
     _copy_version(source, stage / BEFORE)
     if (output / BEFORE).is_dir():
-        (output / BEFORE).rename(stage / "older")
+        (output / BEFORE).rename(stage / _OLDER)
     (stage / BEFORE).rename(output / BEFORE)
     _replace_files(stage, output)
     shutil.rmtree(stage)
@@ -79,6 +82,7 @@ def roll_back(folder: Path, output: Path) -> Path:
 
     A folder without an earlier version is an InputError, a damaged one a FormatError; then nothing is changed.
     """
+    _finish_killed(folder)
     before = folder / BEFORE
     if not before.is_dir():
         raise InputError(
@@ -90,7 +94,7 @@ def roll_back(folder: Path, output: Path) -> Path:
     _copy_version(before, stage)
     _replace_files(stage, output)
     if (output / BEFORE).is_dir():
-        (output / BEFORE).rename(stage / "undone")
+        (output / BEFORE).rename(stage / _UNDONE)
     if (stage / BEFORE).is_dir():
         (stage / BEFORE).rename(output / BEFORE)
     shutil.rmtree(stage)
@@ -102,6 +106,17 @@ def rollback_command(adapter_name: str, output: Path | None) -> dict[str, object
     source = find_adapter(adapter_name)
     target = roll_back(source, output_of(adapter_name, source, output))
     return {"adapter": str(target), "versions_before": count_versions(target)}
+
+
+def _finish_killed(folder: Path) -> None:
+    """Give ``folder`` the earlier versions that a run was moving when it was killed: they are in its stage alone."""
+    stage = folder / _STAGE
+    if (folder / BEFORE).is_dir():
+        return
+    if (stage / _OLDER).is_dir():  # a patch that had put nothing in their place yet
+        (stage / _OLDER).rename(folder / BEFORE)
+    elif (stage / _UNDONE).is_dir() and (stage / BEFORE).is_dir():  # a rollback, all but this step done
+        (stage / BEFORE).rename(folder / BEFORE)
 
 
 def _empty_stage(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from safeside.errors import FormatError
 from safeside.tasks.leakage import text_of
@@ -43,7 +43,7 @@ def save_learnt(folder: Path, examples: Sequence[Example], before: Path | None =
     if before is not None and known is None:
         return
     hashes = np.unique(np.concatenate([hashes_of(examples), *([known] if known is not None else [])]))
-    save_file({_NAME: hashes}, folder / LEARNT_FILE)
+    (folder / LEARNT_FILE).write_bytes(save({_NAME: hashes}))
 
 
 def load_learnt(folder: Path) -> Hashes | None:

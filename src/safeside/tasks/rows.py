@@ -63,7 +63,9 @@ def parse_rows(lines: Iterable[str | bytes], first: int = 1) -> Iterator[tuple[i
 
 def _parse(number: int, line: str | bytes) -> tuple[int, dict[str, object]] | BadRow:
     try:
-        values = json.loads(line)
+        values = json.loads(line.decode("utf-8-sig") if isinstance(line, bytes) else line)  # of bytes it would guess
+    except UnicodeDecodeError as error:
+        return BadRow(number, f"not UTF-8: {error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:
         return BadRow(number, f"not JSON: {error}")
     return (number, values) if isinstance(values, dict) else BadRow(number, "not a JSON object")

@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from safeside.adapters.adapter import Adapter, GuardHead
-from safeside.adapters.config import Calibration
+from safeside.adapters.config import AdapterConfig, Calibration
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.guards.calibrate import threshold_at
@@ -183,10 +183,15 @@ def patch_guard(
     )
 
 
+def require_guard(config: AdapterConfig) -> None:
+    """An InputError unless the configuration is a guard's."""
+    if config.role != "guard":
+        raise InputError(f"{config.name!r} is an aligner; only guards are patched. Train it on more answers instead.")
+
+
 def _prepared(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> PatchRows:
     """The rows with a held-out part, replay rows shuffled and not too many."""
-    if guard.config.role != "guard":
-        raise InputError(f"{guard.name!r} is an aligner; only guards are patched. Train it on more answers instead.")
+    require_guard(guard.config)
     generator = random.Random(settings.seed)
     replay = list(rows.replay)
     generator.shuffle(replay)

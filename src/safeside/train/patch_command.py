@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import PROVENANCE_FILE, base_of, find_adapter, load_adapter
+from safeside.artifact import base_of, find_adapter, load_adapter, read_config, read_provenance
 from safeside.base.model import BUILTIN_NAME
 from safeside.errors import InputError
 from safeside.guards.versions import count_versions, output_of, save_patched, stored_dtype
 from safeside.provenance import provenance
+from safeside.tasks.learnt import load_learnt
 from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.train.command import training_bars
-from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard
+from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard, require_guard
 from safeside.train.splits import find_data
 from safeside.types import Example
 
 DEMO_REPLAY = "demo:train.jsonl.gz"
+PACKAGED = f"{BUILTIN_NAME}:harm"
+_MEASURED = ("validation", "presets", "calibrated for ", "port held-out ", "port flagged ", "patch ")
+"""What the names of facts begin with that are figures and promises of the weights as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class PatchFiles:
     examples: Path
     """Labelled rows of the new family."""
     replay: Path | None = None
-    """Rows like those that the guard learnt from; the packaged demo rows for ``builtin:harm`` and its patches."""
+    """Rows like those that the guard learnt from; the packaged demo rows for ``builtin:harm`` and its copies."""
     held_out: Path | None = None
     """More of the family, only measured; a quarter of the examples unless given."""
 
@@ -40,10 +45,11 @@ def patch_command(
 ) -> dict[str, object]:
     """Patch an adapter and save it to ``output`` (its own folder unless given); returns what the card says of it."""
     source = find_adapter(adapter_name)
+    require_guard(read_config(source))
     target = output_of(adapter_name, source, output)
     base = base_of(adapter_name, base_name)
     guard = load_adapter(adapter_name, base)
-    rows, n_bad = _read(files, guard)
+    rows, n_bad = _read(files, guard, source)
     settings = PatchSettings(seed=seed)
     with training_bars(guard.name) as (report, _):
         done = patch_guard(base, guard, rows, settings, dtype=stored_dtype(source), report=report)
@@ -82,20 +88,25 @@ def patch_facts(done: PatchReport, files: PatchFiles, settings: PatchSettings) -
 
 
 def _kept_facts(source: Path) -> dict[str, str]:
-    """What the old provenance says of the training, without what is stamped anew."""
-    path = source / PROVENANCE_FILE
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: value for key, value in facts.items() if key not in provenance() and not key.startswith("patch ")}
+    """What the old provenance says of the training, without what is stamped anew or was of the old weights."""
+    facts = read_provenance(source)
+    return {key: value for key, value in facts.items() if key not in provenance() and not key.startswith(_MEASURED)}
 
 
-def _read(files: PatchFiles, guard: Adapter) -> tuple[PatchRows, int]:
+def _is_packaged(source: Path) -> bool:
+    """Whether the guard learnt from all that ``builtin:harm`` did: that guard, or one made from it."""
+    packaged, own = load_learnt(find_adapter(PACKAGED)), load_learnt(source)
+    return packaged is not None and own is not None and bool(np.isin(packaged, own).all())
+
+
+def _read(files: PatchFiles, guard: Adapter, source: Path) -> tuple[PatchRows, int]:
     """The rows of all files, and how many lines could not be used."""
     replay = files.replay
     if replay is None:
-        if (guard.config.base.name, guard.name) != (BUILTIN_NAME, "harm"):
+        if not _is_packaged(source):
             raise InputError(
                 f"{guard.name!r} keeps no rows that it learnt from, and without some it would forget. Give rows like "
-                "them with --replay FILE (only builtin:harm has packaged ones)."
+                f"them with --replay FILE (only {PACKAGED} and its copies have packaged ones)."
             )
         replay = find_data(DEMO_REPLAY, Path())
     examples, n_bad = _rows(files.examples, guard)

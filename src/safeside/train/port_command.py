@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from safeside.artifact import base_of, find_adapter, load_adapter, require_new, save_adapter
+from safeside.artifact import base_of, find_adapter, load_adapter, read_config, require_new, save_adapter
 from safeside.base.model import load_base
 from safeside.errors import InputError
 from safeside.guards.versions import stored_dtype
@@ -26,8 +26,8 @@ class PortOptions:
     """The new base."""
     text: Path
     """Rows without labels."""
-    output: Path
-    """A new folder."""
+    output: Path | None = None
+    """A new folder; ``NAME-on-BASE``, the new base's last name, unless given."""
     method: str | None = None
     """One of METHODS; the best that the adapter's kind allows, unless given."""
     base: str | None = None
@@ -38,13 +38,13 @@ class PortOptions:
 
 def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
     """Port an adapter and save it; returns what the card says of it."""
-    require_new(options.output)
+    source = find_adapter(adapter_name)
+    output = require_new(options.output or Path(f"{read_config(source).name}-on-{Path(options.to).resolve().name}"))
     examples, bad = load_examples(options.text, ())
     for row in bad:
         note(f"{options.text.name}: line {row.line} was left out: {row.problem}")
     if not examples:
         raise InputError(f"{options.text} holds no usable row; expected rows as JSON lines. Check the file.")
-    source = find_adapter(adapter_name)
     old_base, base = base_of(adapter_name, options.base), load_base(options.to)
     old = load_adapter(adapter_name, old_base)
     settings = PortSettings(method=_method(options.method) or best_method(old), seed=options.seed)
@@ -57,10 +57,10 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
             "new; thresholds flag no larger share of the text than before. Run safeside calibrate on the new base."
         )
     came_from = {"ported from": f"{old.name} on {old_base.name} ({old_base.fingerprint})"}
-    save_adapter(done.adapter, options.output, base, {**came_from, **facts}, dtype=stored_dtype(source))
+    save_adapter(done.adapter, output, base, {**came_from, **facts}, dtype=stored_dtype(source))
     if old.config.role == "guard":
-        save_learnt(options.output, examples, before=source)
-    return {"adapter": str(options.output), **came_from, **facts, "bad_rows": len(bad)}
+        save_learnt(output, examples, before=source)
+    return {"adapter": str(output), **came_from, **facts, "bad_rows": len(bad)}
 
 
 def _method(name: str | None) -> Method | None:
