@@ -18,7 +18,7 @@ from safeside.artifact import CARD_FILE, PROVENANCE_FILE, WEIGHTS_FILE, read_ada
 from safeside.errors import InputError
 from safeside.facts import adapter_facts
 from safeside.guards.calibrate import threshold_with_bound
-from safeside.guards.recalibrate import Traffic, recalibrate
+from safeside.guards.recalibrate import Traffic, calibrate_command, recalibrate
 from safeside.guards.score import judge, score_conversations
 from safeside.guards.stream import AnswerStream, StreamOptions, fit_stop_rule, score_answers
 from safeside.stopping import kept_rule
@@ -126,6 +126,30 @@ def test_every_mode_of_the_rows_is_calibrated_or_the_one_asked_for(
 
 def answers(path: Path, n: int, word: str = "cat") -> Path:
     return write(path, [{"prompt": "how?", "response": text} for text in texts(n, word)])
+
+
+def test_a_mode_with_too_few_rows_stays_as_it_was(
+    tiny_base: Base, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*({"prompt": text} for text in texts(60)), {"prompt": LONG}, {"prompt": "hat", "response": "mat"}]
+    benign = write(tmp_path / "benign.jsonl", rows)
+    values = calibrate_command(str(source), tiny_base.name, Traffic(benign, false_positive_rate=0.1), tmp_path / "new")
+    done = values[1]
+    assert {row["mode"] for row in values[0]} == {"prompt"}
+    assert set(done["refused"]) == {"answer", "windowed"}
+    assert done["n_other_modes"] == 2
+    told = capsys.readouterr().err
+    assert "Mode 'windowed': 1 harmless rows cannot promise" in told
+    assert told.count("The mode is as it was") == 2
+    assert set(load_adapter(tmp_path / "new", tiny_base).config.modes) == {"prompt"}
+    with pytest.raises(InputError, match="1 harmless rows cannot promise"):
+        recalibrate(str(source), tiny_base, Traffic(benign, mode="windowed", false_positive_rate=0.1), tmp_path / "b")
+
+
+def test_copies_are_counted(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    benign = write(tmp_path / "benign.jsonl", [{"prompt": "the cat sat"}] * 60)
+    done = recalibrate(str(source), tiny_base, Traffic(benign, false_positive_rate=0.1), tmp_path / "new")
+    assert (done.n_copies, done.modes["prompt"].n_harmless) == (59, 60)
 
 
 def test_a_stop_rule_is_kept_and_used_when_asked_for(tiny_base: Base, source: Path, tmp_path: Path) -> None:

@@ -66,6 +66,10 @@ class Recalibration:
     """Rows that could not be scored; they count as flagged."""
     n_other_modes: int
     """Rows that are read in another mode than those calibrated."""
+    refused: Mapping[Mode, str]
+    """Modes that are as they were, and why their rows promise nothing; only where no mode was asked for."""
+    n_copies: int
+    """Harmless rows whose text an earlier one has; a promise counts them as drawn by themselves."""
     n_learnt: int | None
     """Rows left out because the guard learnt from them; None where its folder keeps no record of those."""
 
@@ -116,6 +120,8 @@ def calibrate_command(
         "n_skipped": len(done.bad),
         "n_unscored": done.n_unscored,
         "n_other_modes": done.n_other_modes,
+        "refused": dict(done.refused),
+        "n_copies": done.n_copies,
         "n_learnt": done.n_learnt,
     }
 
@@ -128,6 +134,10 @@ def _tell(name: str, done: Recalibration, is_in_place: bool) -> None:
         note(f"{done.n_unscored} rows could not be scored; they count as flagged")
     if done.n_other_modes:
         note(f"{done.n_other_modes} rows were left out: they are read in other modes than {', '.join(done.modes)}")
+    for problem in done.refused.values():
+        note(f"{problem} The mode is as it was")
+    if done.n_copies:
+        note(f"{done.n_copies} harmless rows are copies; the promise counts on texts that come as often again")
     if done.n_learnt:
         note(f"{done.n_learnt} rows were left out: the guard learnt from them, and a promise rests on unseen rows")
     if done.n_learnt is None:
@@ -140,7 +150,8 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
     """Fit an adapter's thresholds on ``traffic`` and write it, weights untouched, to the folder ``output``.
 
     Without ``output`` that is ``NAME-calibrated``.  A folder that exists is an InputError, unless it is the adapter's
-    own: then it is changed in place.  Too few harmless rows for the rate are an InputError that says how many it takes.
+    own: then it is changed in place.  Too few harmless rows for the rate are an InputError that says how many it takes,
+    when no mode has enough or the mode was asked for; else the modes that have too few stay as they are.
     """
     source = find_adapter(name_or_path)
     guard = load_adapter(name_or_path, base)
@@ -151,10 +162,10 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
         raise InputError(f"{folder} exists already. Choose another --output, or the adapter's own folder to change it.")
     examples, bad = _examples(traffic, guard.config.labels)
     examples, n_learnt = _unseen(examples, source, traffic)
+    harmless = [text_of(example) for example in examples if not any(example.labels)]
     n_consecutive = _n_consecutive(guard, traffic)
     scored = _score(base, guard, examples, n_consecutive)
-    modes = _modes(scored, traffic)
-    fits = {mode: _fit(scored.of(mode), traffic, n_consecutive, guard.config.modes.get(mode)) for mode in modes}
+    fits, refused = _fits(scored, traffic, n_consecutive, guard.config.modes)
     for mode, fit in fits.items():
         guard.set_mode(mode, fit)
     facts = {f"calibrated for {mode}": _fact(fit, traffic) for mode, fit in fits.items()}
@@ -165,6 +176,8 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
         bad=tuple(bad),
         n_unscored=int(np.isnan(scored.scores).any(1).sum()),
         n_other_modes=sum(mode not in fits for mode in scored.modes),
+        refused=refused,
+        n_copies=len(harmless) - len(set(harmless)),
         n_learnt=n_learnt,
     )
 
@@ -244,6 +257,21 @@ def _modes(scored: _Scored, traffic: Traffic) -> list[Mode]:
             "streams are answers that fit it."
         )
     return [traffic.mode]
+
+
+def _fits(
+    scored: _Scored, traffic: Traffic, n_consecutive: int | None, before: Mapping[Mode, ModeCalibration]
+) -> tuple[dict[Mode, ModeCalibration], dict[Mode, str]]:
+    """The calibration of every mode that can be promised, and why others cannot; at least one can."""
+    fits, refused = dict[Mode, ModeCalibration](), dict[Mode, InputError]()
+    for mode in _modes(scored, traffic):
+        try:
+            fits[mode] = _fit(scored.of(mode), traffic, n_consecutive, before.get(mode))
+        except InputError as error:
+            refused[mode] = error
+    if not fits:
+        raise next(iter(refused.values()))
+    return fits, {mode: str(error) for mode, error in refused.items()}
 
 
 def _fit(
