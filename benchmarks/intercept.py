@@ -168,7 +168,6 @@ def notes_of(lesson: Lesson) -> dict[str, object]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, evaluation_rows=800)
-    parser.set_defaults(limit=600, epochs=5)
     parser.add_argument("--task", default="prompt_harm", help="a task of prompts")
     parser.add_argument("--blocks", type=int, nargs="+", help="every block unless given")
     parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs of each wall time")

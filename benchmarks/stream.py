@@ -225,7 +225,7 @@ def notes_of(lesson: Lesson) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__, evaluation_rows=2000)
+    parser = parser_of(__doc__, evaluation_rows=800)
     parser.add_argument("--task", default="response_harm", help="a task of answers")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="false-positive rates to promise")
     parser.add_argument(
