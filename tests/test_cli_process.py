@@ -41,7 +41,7 @@ def test_guard_reads_a_pipe_and_writes_a_line_for_each_row() -> None:
     harmful = [score for score, label in zip(scores, labels, strict=False) if label]
     harmless = [score for score, label in zip(scores, labels, strict=False) if not label]
     assert sum(harmful) / len(harmful) > sum(harmless) / len(harmless)
-    assert b"line 71: not JSON" in done.stderr
+    assert b"line 71: not UTF-8" in done.stderr
     assert b"1 bad rows" in done.stderr
     assert b"Warning" not in done.stderr
 

@@ -236,7 +236,7 @@ def test_a_file_gives_its_rows_in_order_and_its_bad_ones_by_line(tmp_path: Path,
     problems = {row.line: row.problem for row in bad}
     assert problems[4].startswith("not JSON")
     assert problems[5] == problems[6] == "not a JSON object"
-    assert problems[7].startswith("not JSON: 'utf-8' codec")
+    assert problems[7] == "not UTF-8: invalid start byte at byte 10"
     assert problems[8].startswith("no 'label'")
     assert "Unicode" in problems[10]
     assert problems[11].startswith("not JSON: maximum recursion depth")

@@ -188,7 +188,7 @@ def test_bad_lines_are_skipped_and_named(task: Callable[..., str], tmp_path: Pat
     problems = [line.problem for line in found.bad("train")]
     assert [problem.startswith("one: ") for problem in problems] == [True] * 4
     for problem, words in zip(
-        problems, ("not JSON", "utf-8", "expected 0 or 1", "text that is not empty"), strict=True
+        problems, ("not JSON", "not UTF-8", "expected 0 or 1", "text that is not empty"), strict=True
     ):
         assert words in problem
     assert found.bad("validation") == []
