@@ -154,8 +154,8 @@ def guards_table(path: Path) -> str:
         f"interval by a paired bootstrap over rows and seeds. Commit `{facts['commit']}`, {facts['machine']}.\n\n"
     )
     between = (
-        "\n\nAUROC within sources: the mean over a task's sources of that among the rows of each. What the sources alone "
-        "tell is `source_alone` above.\n\n"
+        "\n\nAUROC within sources: the mean over a task's sources of that among the rows of each. What the sources "
+        "alone tell is `source_alone` above.\n\n"
     )
     return head + markdown(heads, over_all) + between + markdown(heads, within)
 
