@@ -152,7 +152,7 @@ def task_section(page: Page, task: str, base: str) -> Section:
     table = [
         (
             method,
-            *(text_of(of(method, metric)) for metric in shown.values()),
+            *(text_of(of(method, metric), has_interval="auroc" in metric) for metric in shown.values()),
             _share(max(float(row["flops_share"]) for row in of(method, "auroc"))),
             text_of(of(method, "train_seconds"), "{:.0f}", has_interval=False),
         )
