@@ -104,18 +104,18 @@ def wins_section(page: Page) -> Section | None:
     pictures, table = [], []
     for over, what in OVER.items():
         gains = page.of(metric=f"gain_{over}")
-        verdicts = {(row["task"], row["base"]): int(row["value"]) for row in page.of(metric=f"win_{over}")}
+        wins = page.of(metric=f"win_{over}")
+        verdicts = {columns(row, "task", "base"): VERDICTS[int(row["value"])] for row in wins}
         dots = [
-            Dot(f"{row['task']}, {row['base']}", *pooled([row]), *VERDICTS[verdicts[row["task"], row["base"]]])
+            Dot(f"{row['task']}, {row['base']}", *pooled([row]), *verdicts[columns(row, "task", "base")])
             for row in gains
         ]
         if dots:
             picture = dots_picture(dots, Axis("difference in AUROC", goal=0.0))
             pictures.append((f"Gain over the best standalone, {what}", picture))
         table += [
-            (*columns(row, "task", "base"), what, str(row["against"]), text_of([row], "{:+.3f}"), verdict)
-            for row in gains
-            for _, verdict in [VERDICTS[verdicts[row["task"], row["base"]]]]
+            (*place, what, str(row["against"]), text_of([row], "{:+.3f}"), verdicts[place][1])
+            for row, place in ((row, columns(row, "task", "base")) for row in gains)
         ]
     if not table:
         return None

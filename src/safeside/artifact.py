@@ -23,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from safeside.adapters.adapter import TRUNKS, Adapter
-from safeside.adapters.config import FORMAT, AdapterConfig, Calibration
-from safeside.adapters.sizing import adapter_matmuls, flops_share
+from safeside.adapters.config import FORMAT, AdapterConfig
+from safeside.adapters.sizing import flops_share
 from safeside.adapters.toplayers import TopLayers
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import BUILTIN_NAME, Base, load_base
+from safeside.card import card_of
 from safeside.errors import (
     ArtifactError,
     ConfigError,
@@ -111,7 +112,7 @@ def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], sta
     _write_json(folder / CONFIG_FILE, values)
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # the library lets the owner alone read its files
     _write_json(folder / PROVENANCE_FILE, stamp)
-    (folder / CARD_FILE).write_text(_card(adapter, stamp), encoding="utf-8")
+    (folder / CARD_FILE).write_text(card_of(adapter, stamp), encoding="utf-8")
     return folder
 
 
@@ -123,7 +124,7 @@ def annotate_adapter(folder: str | Path, facts: Mapping[str, str]) -> Path:
     with torch.device("meta"):
         adapter = Adapter(config)
     _write_json(folder / PROVENANCE_FILE, stamp)
-    (folder / CARD_FILE).write_text(_card(adapter, stamp), encoding="utf-8")
+    (folder / CARD_FILE).write_text(card_of(adapter, stamp), encoding="utf-8")
     return folder
 
 
@@ -366,37 +367,3 @@ def _checksum(values: Mapping[str, object], weights: Mapping[str, torch.Tensor])
 
 def _write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _thresholds(calibration: Calibration) -> str:
-    """A guard's own thresholds, and what they rest on."""
-    values, rate = ", ".join(f"{value:.4f}" for value in calibration.threshold), calibration.false_positive_rate
-    if rate is None:
-        return f"{values}, held from before the weights changed (no promise)"
-    return f"{values} at a false-positive rate of {rate:.0%} on validation data"
-
-
-def _card(adapter: Adapter, stamp: Mapping[str, str]) -> str:
-    """The generated README of an adapter folder."""
-    config = adapter.config
-    use = (
-        f'guards=[load_adapter("path/to/{config.name}", base)]'
-        if config.role == "guard"
-        else f'aligners=[load_adapter("path/to/{config.name}", base)], strength=1.0'
-    )
-    lines = [
-        "---", "library_name: safeside", f"base_model: {config.base.name}", "tags: [safety, adapter]", "---", "",
-        f"# {config.name}", "",
-        f"A safeside {'guard' if config.role == 'guard' else 'aligner'} of kind `{config.kind}` for "
-        f"`{config.base.name}` (fingerprint {config.base.fingerprint}): it reads layers "
-        f"{', '.join(map(str, config.layers))} of the frozen base in the base's own forward pass.", "",
-        "```python", "from safeside import attach, load_adapter, load_base",
-        "", f'base = load_base("{config.base.name}")', f"with attach(base, {use}):", "    ...", "```", "",
-        "| fact | value |", "|---|---|",
-        f"| multiply-adds a token | {adapter_matmuls(adapter):,} |",
-        *([f"| labels | {', '.join(config.labels)} |"] if config.labels else []),
-        *([f"| thresholds | {_thresholds(config.calibration)} |"] if config.calibration else []),
-        *(f"| mode {mode} | {found.summary} |" for mode, found in config.modes.items()),
-        *(f"| {key} | {value} |" for key, value in sorted(stamp.items())),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"

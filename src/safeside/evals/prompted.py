@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from safeside.chat import pad_batch
 from safeside.errors import AttachmentError, ConfigError, InputError, UnsupportedError
 from safeside.evals.baselines import labels_of
 from safeside.evals.metrics import auroc
-from safeside.guards.windows import windows
+from safeside.guards.windows import Combine, windows
 from safeside.types import Example, Message
 
 Array = NDArray[np.float64]
@@ -50,8 +49,6 @@ QUESTIONS = {
         "Are there facts in the answer above that cannot be found in the document? Answer yes or no.",
     ),
 }
-Combine = Literal["max", "min"]
-"""Which of the scores of a long text's windows counts."""
 _ROOM = 16  # tokens for what a template puts around a question beside what it puts around a first message
 _SPELLINGS = {"yes": ("Yes", "yes", " Yes", " yes", "YES"), "no": ("No", "no", " No", " no", "NO")}
 

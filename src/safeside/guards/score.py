@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -18,12 +17,11 @@ from safeside.base.model import Base
 from safeside.chat import pad_batch
 from safeside.errors import InputError
 from safeside.guards.content import BlankIds, refuse_empty
-from safeside.guards.windows import windows
+from safeside.guards.windows import Combine, windows
 from safeside.types import Message, Mode, Verdict
 from safeside.verdicts import LORA_NOTE, verdict_of
 
 Conversation = Sequence[Message]
-Combine = Literal["max", "min"]
 
 _COMBINE: Mapping[Combine, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "max": torch.maximum,

@@ -11,12 +11,14 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.types import Message
 
+Combine = Literal["max", "min"]
+"""Which of the scores of a long text's windows counts."""
 _OVERLAP = 0.25  # share of a window that the next one repeats, so that a phrase is whole in one of them
 _LEAST_ROOM = 32  # tokens: smaller windows would say nothing
 
 
 def windows(
-    base: Base, messages: Sequence[Message], limit: int | None = None, combine: Literal["max", "min"] = "max"
+    base: Base, messages: Sequence[Message], limit: int | None = None, combine: Combine = "max"
 ) -> list[tuple[Message, ...]]:
     """The conversation as one or more conversations that each fit ``limit`` tokens (the base's context by default).
 

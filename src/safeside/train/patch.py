@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from safeside.errors import InputError
 from safeside.guards.calibrate import threshold_at
 from safeside.guards.carry import ScoredTwice, carry_thresholds, in_force
 from safeside.guards.score import place_of
-from safeside.guards.windows import windows
+from safeside.guards.windows import Combine, windows
 from safeside.train.loop import Loop, Progress
 from safeside.train.losses import guard_loss
 from safeside.train.recipe import TrainingSection
@@ -119,7 +118,7 @@ class _Pool:
 
     windows: list[tuple[int, ...]]
     of_row: list[list[int]]
-    combine: Literal["max", "min"]
+    combine: Combine
     modes: list[Mode]
     labels: NDArray[np.float64]
     store: TapStore
