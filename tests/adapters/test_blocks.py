@@ -10,7 +10,7 @@ from torch import Tensor
 
 from references import randomise, whole_tape
 from safeside.adapters.adapter import DeltaHead, GuardHead
-from safeside.adapters.blocks import Attention, Rotary, TapProjection, attention_bias, normed, rotate
+from safeside.adapters.blocks import Attention, Rotary, TapProjection, attention_bias, attention_of, normed, rotate
 from safeside.adapters.config import Calibration
 from safeside.base.taps import Tape
 
@@ -73,6 +73,23 @@ def test_a_bias_masks_as_the_mask_does(dtype: torch.dtype) -> None:
     expected = attend(queries[:, :, 1:], keys, values, attn_mask=tape.attend)
     found = attend(queries[:, :, 1:], keys, values, attn_mask=attention_bias(tape.attend, dtype))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("n_new", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_one_new_token_is_that_of_many(n_new: int, dtype: torch.dtype) -> None:
+    """The twin is attention in float64, written out; some of the 9 slots are padding."""
+    torch.manual_seed(0)
+    shapes = ((3, 2, n_new, 8), (3, 2, 9, 8), (3, 2, 9, 8))
+    queries, keys, values = (torch.randn(shape).to(dtype) for shape in shapes)
+    attend = torch.rand(3, 1, n_new, 9) > 0.4
+    attend[..., 0] = True
+    found = attention_of(queries, keys, values, attention_bias(attend, dtype))
+    products = torch.einsum("bhtd,bhsd->bhts", queries.double(), keys.double()) / 8**0.5
+    weights = products.masked_fill(~attend, -torch.inf).softmax(-1)
+    expected = torch.einsum("bhts,bhsd->bhtd", weights, values.double())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
 def test_low_rank_taps_have_two_matrices_and_one_bias() -> None:
