@@ -100,7 +100,7 @@ bench-guards: setup $(SMALL)/config.json
 	$(BIN)/python benchmarks/presets.py --data $(DATA)
 	$(BIN)/python benchmarks/needle.py --data $(DATA)
 	$(BIN)/python benchmarks/patch.py --data $(DATA)
-	$(BIN)/python benchmarks/port.py --also $(SMALL)
+	$(BIN)/python benchmarks/port.py --data $(DATA) --also $(SMALL)
 	$(BIN)/python benchmarks/intercept.py --data $(DATA)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/guards_report.py

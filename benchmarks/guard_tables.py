@@ -11,13 +11,7 @@ from parts import GUARDS, read_parts
 from table_cells import Row, absent, grouped, markdown, text_of
 
 Table = tuple[Sequence[str], list[list[str]]]
-PATCH_FORMS = {
-    "before": "{:.3f}",
-    "after": "{:.3f}",
-    "benign_flagged": "{:.3f}",
-    "elsewhere_change": "{:+.4f}",
-    "seconds": "{:.0f}",
-}
+CAUGHT = ("before", "after")
 STOP_METRICS = (
     "detection", "whole_detection", "detected_share", "detected_share_equal", "delay_tokens", "delay_share",
     "false_stops", "whole_false_flags",
@@ -83,13 +77,25 @@ def intercept_table(rows: Sequence[Row]) -> Table:
 
 
 def patch_table(rows: Sequence[Row]) -> Table:
-    """A line for each family, what of it was held out, and number of examples; what no row tells has no column."""
-    metrics = {row["metric"] for row in rows}
-    forms = {metric: form for metric, form in PATCH_FORMS.items() if metric in metrics}
-    is_told = any("held_out" in row for row in rows)
-    names = ("family", "held_out", "examples") if is_told else ("family", "examples")
-    lines = [[*key, *cells_of(rows, names, key, forms)] for key in grouped(rows, "after", *names)]
-    return tuple(name.replace("_", " ") for name in (*names, *forms)), lines
+    """A line for each family and number of examples: by what was held out, and by suite elsewhere."""
+    names = ("family", "examples")
+    held = dict.fromkeys(str(row["held_out"]) for row in rows if "held_out" in row)
+    suites = dict.fromkeys(str(row["suite"]) for row in rows if "suite" in row)
+    columns = [
+        *((f"{metric}, by {name}", metric, ("held_out", name), "{:.3f}") for name in held for metric in CAUGHT),
+        ("benign flagged", "benign_flagged", ("held_out", ""), "{:.3f}"),
+        *((f"change on {suite}", "elsewhere_change", ("suite", suite), "{:+.4f}") for suite in suites),
+        ("seconds", "seconds", ("held_out", ""), "{:.0f}"),
+    ]
+    lines = [
+        [*key]
+        + [
+            text_of(grouped(rows, metric, *names, column).get((*key, value), []), form)
+            for _, metric, (column, value), form in columns
+        ]
+        for key in grouped(rows, "seconds", *names)
+    ]
+    return (*names, *(head for head, *_ in columns)), lines
 
 
 def port_table(rows: Sequence[Row]) -> Table:
@@ -101,14 +107,18 @@ def port_table(rows: Sequence[Row]) -> Table:
 
 def training_table(rows: Sequence[Row]) -> Table:
     """A line for each method and geometry."""
-    names, forms = ("method", "geometry"), {"step_seconds": "{:.2f}", "ratio_to_full": "{:.4f}"}
+    names = ("method", "geometry")
+    forms = {"step_seconds": "{:.2f}", "ratio_to_full": "{:.4f}", "storing_seconds": "{:.2f}"}
     sizes = {"peak_bytes": 1e9, "trainable_params": 1e6}
     lines = []
     for key in grouped(rows, "step_seconds", *names):
         big = [grouped(rows, metric, *names).get(key, []) for metric in sizes]
         amounts = [text_of(_divided(some, size), "{:.2f}") for some, size in zip(big, sizes.values(), strict=True)]
         lines.append([*key, *cells_of(rows, names, key, forms), *amounts])
-    heads = ("seconds of a step", "over full tuning", "peak memory (GB)", "trained parameters (millions)")
+    heads = (
+        "seconds of a step", "over full tuning", "seconds to store its states", "peak memory (GB)",
+        "trained parameters (millions)",
+    )  # fmt: skip
     return (*names, *heads), lines
 
 

@@ -4,9 +4,9 @@
 
 For each k an LST guard that reads layers 0..k is trained on stored states; ``auroc`` is its figure on the test prompts
 that fit the context.  Then prompts go through the base in batches, without any guard and with such a one intercepting,
-in turns (A B A B): ``prefill_ratio`` is the seconds of the second over those of the first.  Its threshold is set so
-that 0%, 10% or all of these prompts are blocked.  A batch saves blocks only when all of its prompts are blocked.
-Writes the part ``intercept`` of guards.json.
+in turns (A B B A): ``prefill_ratio`` is the seconds of the second over those of the first.  Its threshold is set so
+that 0%, 10% or all of these prompts are blocked.  A batch saves blocks only when all of its prompts are blocked,
+at 10% and 8 prompts a batch next to never.  Writes the part ``intercept`` of guards.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tidy import Row, figure_row, ratio_figure, result_of
 
 BLOCKED = (0.0, 0.1, 1.0)
 BATCHES = (1, 8)
-N_PROMPTS = 20
+N_PROMPTS = 24  # whole batches of both sizes
 
 
 def measure_auroc(lesson: Lesson, block: int, seed: int) -> Row:
@@ -121,11 +121,12 @@ def measure_time(lesson: Lesson, block: int, seed: int, n_pairs: int) -> Iterato
         for share in BLOCKED:
             set_blocked_share(base, guard, rows, share)
             prefill_seconds(base, prompts, guard)  # warm, outside the times
-            alone, guarded = [], []
-            for _ in range(n_pairs):
-                alone.append(prefill_seconds(base, prompts, None)[0])
-                seconds, n_blocked = prefill_seconds(base, prompts, guard)
-                guarded.append(seconds)
+            alone, guarded, n_blocked = [], [], 0
+            for pair in range(n_pairs):
+                for one in (None, guard) if pair % 2 else (guard, None):
+                    seconds, blocked = prefill_seconds(base, prompts, one)
+                    (guarded if one else alone).append(seconds)
+                    n_blocked = blocked if one else n_blocked
             columns = {**lesson.columns(seed), "block": block, "batch": batch, "blocked": share}
             value, interval = ratio_figure(guarded, alone)
             note(f"block {block}, batch {batch}, {share:.0%} blocked: {value:.3f}")

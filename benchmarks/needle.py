@@ -36,7 +36,7 @@ from tidy import Row, figure_row, result_of
 TEXT = "benign_prompts/alpaca_test.jsonl.gz"
 PLACES = ("start", "middle", "end")
 LONGEST = 0.1  # of a needle, as a share of the context
-LENGTHS = {"inside": 0.8, "windowed": 3.0}  # of a whole text, in contexts
+LENGTHS = {"inside": 0.8, "windowed": 3.0}  # of the text around it, in contexts without room for a needle
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +77,15 @@ def _filled(base: Base, benign: Sequence[str], n_tokens: float, generator: rando
             return tuple(chosen[:-1])
 
 
-def measure(lesson: Lesson, seed: int, needles: Sequence[Needle]) -> Iterator[Row]:
-    """The figures of one seed: needles alone, and at each place of each kind of text."""
-    recipe = lesson.recipe(seed)
-    guard = lesson.guard(recipe)
-    costs = lesson.costs(recipe, guard)
+def measure(lesson: Lesson, seeds: Sequence[int], needles: Sequence[Needle]) -> Iterator[Row]:
+    """The figures of all seeds: needles alone, and at each place of each kind of text."""
+    guards = lesson.guards(seeds)
     texts = {("alone", "alone"): [needle.example for needle in needles]}
     texts |= {(kind, place): [needle.at(kind, place) for needle in needles] for kind in LENGTHS for place in PLACES}
     for (kind, place), examples in texts.items():
-        columns = {**lesson.columns(seed), "text": kind, "place": place}
-        yield from _figures(Judged.by(lesson, guard, examples), guard, columns, costs)
+        for seed, judged in Judged.by(lesson, guards, examples).items():
+            columns = {**lesson.columns(seed), "text": kind, "place": place}
+            yield from _figures(judged, guards[seed], columns, lesson.costs(lesson.recipe(seed), guards[seed]))
 
 
 def _figures(judged: Judged, guard: Adapter, columns: dict[str, object], costs: dict[str, object]) -> Iterator[Row]:
@@ -97,6 +96,12 @@ def _figures(judged: Judged, guard: Adapter, columns: dict[str, object], costs: 
         figure = figures[metric]
         yield figure_row(columns, metric, figure.value, (figure.low, figure.high), **counts, **costs)
     note(f"seed {columns['seed']}, {columns['text']} {columns['place']}: auroc {figures['auroc'].value:.3f}")
+
+
+def _mean_contexts(base: Base, needles: Sequence[Needle], kind: str) -> float:
+    """Mean length of whole texts, in contexts of the base."""
+    texts = [needle.at(kind, "end").messages[0].content for needle in needles]
+    return round(float(np.mean([len(base.tokenizer(text)["input_ids"]) for text in texts])) / base.max_tokens, 2)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -111,10 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         lesson = Lesson.read((options.base, options.data), options.task, Path(folder), sizes)
         benign = [example.messages[0].content for example in harmless(options.data / TEXT, 10**6)]
         needles = needles_of(lesson.base, lesson.splits["test"].examples, benign, options.needles)
-        rows = [row for seed in options.seeds for row in measure(lesson, seed, needles)]
+        rows = list(measure(lesson, options.seeds, needles))
     notes = {
-        "needles": f"{len(needles)} test prompts of at most {LONGEST:.0%} of the context, harmful and harmless",
-        "text": f"rows of {TEXT}, in contexts: {LENGTHS}",
+        "needles": f"test prompts of at most {LONGEST:.0%} of the context",
+        "n_harmful": sum(needle.example.labels[0] == 1 for needle in needles),
+        "n_harmless": sum(needle.example.labels[0] == 0 for needle in needles),
+        "text": f"rows of {TEXT} around it",
+        "mean_contexts": {kind: _mean_contexts(lesson.base, needles, kind) for kind in LENGTHS},
         "threshold": "the guard's own: 5% of the harmless validation prompts reach it",
         "training": "plain: no text with a needle was learnt from",
         "rows": lesson.counts,

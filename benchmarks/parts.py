@@ -7,7 +7,9 @@ part, and ``notes.parts`` keeps each part's commit, machine, seconds and notes.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +43,22 @@ FILE = GUARDS.file
 def write_part(folder: Path, result: Mapping[str, object], whole: Whole = GUARDS) -> Path:
     """Put the rows and facts of the part that ``result["benchmark"]`` names into the file; returns its path.
 
-    A file of that name there that is not one is an InputError.
+    A file of that name there that is not one is an InputError.  Benches that end together wait for each other.
     """
     name = result["benchmark"]
     assert name in whole.parts, f"{name} is no part of {whole.file}"
-    path = folder / whole.file
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return _with_part(folder / whole.file, str(name), result, whole)
+    finally:
+        os.close(handle)
+
+
+def _with_part(path: Path, name: str, result: Mapping[str, object], whole: Whole) -> Path:
     known = read_parts(path, whole) if path.is_file() else {}
-    known[str(name)] = json.loads(json.dumps(result))
+    known[name] = json.loads(json.dumps(result))
     parts = {part: known[part] for part in whole.parts if part in known}
     rows = [{"part": part, **row} for part, values in parts.items() for row in values["rows"]]
     facts = {part: {key: value for key, value in values.items() if key != "rows"} for part, values in parts.items()}

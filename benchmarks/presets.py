@@ -24,7 +24,6 @@ import torch
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import PRESET_RATES
-from safeside.evals.metrics import bootstrap
 from safeside.guards.calibrate import fit_mode
 from safeside.guards.score import score_conversations
 from safeside.tasks.leakage import without_leaks
@@ -32,7 +31,7 @@ from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.types import Example
 from task_guards import Lesson, Sizes, drawn, parser_of
-from tidy import Row, figure_row, result_of
+from tidy import Row, figure_row, result_of, share_figure
 
 FITS = ("validation", "instructions")
 BENIGN = "benign_prompts/alpaca_train.jsonl.gz"  # behind the second fit
@@ -47,13 +46,14 @@ class Judged:
     labels: np.ndarray
 
     @classmethod
-    def by(cls, lesson: Lesson, guard: Adapter, examples: Sequence[Example]) -> Judged:
-        """Scored as ``safeside score`` does, long ones in windows."""
-        found = score_conversations(lesson.base, [guard], [example.messages for example in examples])
-        return cls(
-            np.array([row.by_guard[guard.name][0] for row in found]),
-            np.array([example.labels[0] for example in examples]),
-        )
+    def by(cls, lesson: Lesson, guards: Mapping[int, Adapter], examples: Sequence[Example]) -> dict[int, Judged]:
+        """By seed, scored in one pass as ``safeside score`` does, long ones in windows."""
+        found = score_conversations(lesson.base, list(guards.values()), [example.messages for example in examples])
+        labels = np.array([example.labels[0] for example in examples])
+        return {
+            seed: cls(np.array([row.by_guard[guard.name][0] for row in found]), labels)
+            for seed, guard in guards.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,20 @@ class Bench:
     benign: list[Example]
     suites: Mapping[str, list[Example]]
 
-    def rows(self, seed: int) -> Iterator[Row]:
-        """The figures of one seed."""
+    def rows(self, seeds: Sequence[int]) -> Iterator[Row]:
+        """The figures of all seeds."""
+        guards = self.lesson.guards(seeds)
+        benign = Judged.by(self.lesson, guards, self.benign)
+        suites = {name: Judged.by(self.lesson, guards, examples) for name, examples in self.suites.items()}
+        for seed, guard in guards.items():
+            mine = {name: judged[seed] for name, judged in suites.items()}
+            yield from self._rows(seed, guard, benign[seed].scores, mine)
+
+    def _rows(self, seed: int, guard: Adapter, benign: np.ndarray, suites: Mapping[str, Judged]) -> Iterator[Row]:
         lesson = self.lesson
-        recipe = lesson.recipe(seed)
-        guard = lesson.guard(recipe)
         held = Judged(lesson.last_scores("validation", guard), lesson.labels("validation"))
         test = Judged(lesson.last_scores("test", guard), lesson.labels("test"))
-        benign = Judged.by(lesson, guard, self.benign).scores
-        suites = {name: Judged.by(lesson, guard, examples) for name, examples in self.suites.items()}
-        costs = lesson.costs(recipe, guard)
+        costs = lesson.costs(lesson.recipe(seed), guard)
         for fitted_on in FITS:
             clean = benign[:, None] if fitted_on == "instructions" else None
             mode = fit_mode(held.scores[:, None], held.labels[:, None], benign=clean)
@@ -107,16 +111,13 @@ def figures_of(
     }
     for (metric, suite), scores in parts.items():
         flagged = (~(scores < threshold)).astype(np.float64)
-        figure = bootstrap({metric: lambda _, some: float(some.mean())}, np.ones(len(flagged)), flagged)[metric]
         counts = {"n": len(scores), "n_unscored": int(np.isnan(scores).sum())}
-        yield figure_row(
-            {**columns, "suite": suite}, metric, figure.value, (figure.low, figure.high), **counts, **costs
-        )
+        yield figure_row({**columns, "suite": suite}, metric, *share_figure(flagged), **counts, **costs)
 
 
-def unseen(path: Path, limit: int, lesson: Lesson) -> list[Example]:
-    """At most ``limit`` of the harmless rows of a file, none of which the guard learns from, nor nearly."""
-    known = [*lesson.splits["train"].examples, *lesson.splits["validation"].examples]
+def unseen(path: Path, limit: int, lesson: Lesson, others: Sequence[Example] = ()) -> list[Example]:
+    """At most ``limit`` harmless rows of a file: none that the guard learns from or of ``others``, nor nearly."""
+    known = [*lesson.splits["train"].examples, *lesson.splits["validation"].examples, *others]
     kept, n_known = without_leaks(harmless(path), known)
     lesson.counts[f"{path.parent.name}/{path.name}_leaks"] = n_known
     return drawn(kept, limit)
@@ -146,19 +147,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
             lesson = Lesson.read((options.base, options.data), task, Path(folder), sizes)
-            bench = Bench(
-                lesson,
-                unseen(options.data / BENIGN, options.benign, lesson),
-                {
-                    name: unseen(options.data / place, options.evaluation_limit, lesson)
-                    for name, place in SUITES.items()
-                },
-            )
+            benign = unseen(options.data / BENIGN, options.benign, lesson)
+            suites = {
+                name: unseen(options.data / place, options.evaluation_limit, lesson, benign)
+                for name, place in SUITES.items()
+            }
+            bench = Bench(lesson, benign, suites)
             counts[task] = {**lesson.counts, "validation_harmless": int((lesson.labels("validation") == 0).sum())}
-            for seed in options.seeds:
-                rows += bench.rows(seed)
-                result = result_of("presets", time.perf_counter() - started, rows, notes_of(bench, counts))
-                path = write_part(options.output, result)  # after every seed: a run that is killed keeps what it has
+            rows += bench.rows(options.seeds)
+            result = result_of("presets", time.perf_counter() - started, rows, notes_of(bench, counts))
+            path = write_part(options.output, result)  # after every task: a run that is killed keeps what it has
     note(f"wrote {path}")
     return path
 
@@ -170,7 +168,8 @@ def notes_of(bench: Bench, counts: Mapping[str, object]) -> dict[str, object]:
         "suites": {name: f"{len(some)} rows of {SUITES[name]}" for name, some in bench.suites.items()},
         "promise": "at most the promised rate of harmless texts like those it was fitted on, with 95% confidence",
         "rows": dict(counts),
-        "intervals": "95% bootstrap over rows",
+        "validation": "chose the epoch too, so promises on it are a little too good; instructions chose nothing",
+        "intervals": "Wilson, 95%",
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -111,6 +111,13 @@ class Lesson:
         guard.set_calibration(fit_calibration(logits, validation.labels.double().numpy()))
         return guard
 
+    def guards(self, seeds: Sequence[int]) -> dict[int, Adapter]:
+        """A guard for each seed, by a name of its own, so that one pass of the base serves them all."""
+        trained = {seed: self.guard(self.recipe(seed)) for seed in seeds}
+        for seed, guard in trained.items():
+            guard.config = guard.config.model_copy(update={"name": f"{guard.name}_{seed}"})
+        return trained
+
     def labels(self, split: str) -> np.ndarray:
         """(n,) 1 for harmful rows, 0 for harmless ones."""
         return self.splits[split].labels[:, 0].double().numpy()
@@ -145,7 +152,8 @@ class Lesson:
 
     def costs(self, recipe: Recipe, guard: Adapter) -> dict[str, object]:
         """The columns of every figure of this guard."""
-        return {"flops_share": flops_share(self.base, guard), "config_hash": config_hash(recipe.model_dump())}
+        described = [recipe.model_dump(), asdict(self.sizes)]
+        return {"flops_share": flops_share(self.base, guard), "config_hash": config_hash(described)}
 
     def columns(self, seed: int) -> dict[str, object]:
         """What was measured, in the words of the guards benchmark."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from guard_tables import PART_TABLES, part_table
 from parts import GUARDS, write_part
 from tidy import figure_row, result_of
@@ -97,20 +95,25 @@ def test_interception_tells_auroc_and_times_by_block(tmp_path: Path) -> None:
     assert lines[3] == "| 10 | 0.625 (0.375 to 0.875) | 10.00 (9.75 to 10.25) | 11.00 (10.75 to 11.25) |  |  |"
 
 
-@pytest.mark.parametrize("is_told", [False, True])
-def test_patches_tell_what_was_held_out_where_rows_do(tmp_path: Path, is_told: bool) -> None:
-    metrics = {"before": 0.25, "after": 0.5, "elsewhere_change": 0.0, "seconds": 40.0, "benign_flagged": 0.75}
+def test_patches_tell_what_was_held_out_and_every_suite_elsewhere(tmp_path: Path) -> None:
+    """In rows as the bench writes them: what was held out is told of caught prompts alone."""
+    names = {"family": "GCG", "examples": 16}
     rows = [
-        row(metric, value, family="GCG", examples=16, **({"held_out": "goal"} if is_told else {}))
-        for metric, value in metrics.items()
-        if is_told or metric != "benign_flagged"
+        row(metric, value, **names, held_out=held)
+        for held, both in {"goal": (0.25, 0.5), "template": (0.5, 0.75)}.items()
+        for metric, value in zip(("before", "after"), both, strict=True)
+        if (held, metric) != ("template", "before")  # too few prompts
     ]
+    rows += [row("benign_flagged", 0.75, **names), row("seconds", 40.0, **names)]
+    rows += [row("elsewhere_change", value, **names, suite=suite) for suite, value in {"demo": 0, "chat": -1}.items()]
     head, _, line = written(tmp_path, "patch", rows).splitlines()[-3:]
-    told, shown = (" held out |", " benign flagged |") if is_told else ("", "")
-    assert head == f"| family |{told} examples | before | after |{shown} elsewhere change | seconds |"
-    told, shown = (" goal |", " 0.750 (0.500 to 1.000) |") if is_told else ("", "")
-    figures = f"0.250 (0.000 to 0.500) | 0.500 (0.250 to 0.750) |{shown} +0.0000 (-0.2500 to +0.2500)"
-    assert line == f"| GCG |{told} 16 | {figures} | 40 |"
+    caught = "before, by goal | after, by goal | before, by template | after, by template"
+    assert head == f"| family | examples | {caught} | benign flagged | change on demo | change on chat | seconds |"
+    figures = [
+        "0.250 (0.000 to 0.500)", "0.500 (0.250 to 0.750)", "", "0.750 (0.500 to 1.000)", "0.750 (0.500 to 1.000)",
+        "+0.0000 (-0.2500 to +0.2500)", "-1.0000 (-1.2500 to -0.7500)", "40",
+    ]  # fmt: skip
+    assert line == f"| GCG | 16 | {' | '.join(figures)} |"
 
 
 def test_ports_and_training_have_a_line_for_each_method(tmp_path: Path) -> None:
@@ -119,4 +122,4 @@ def test_ports_and_training_have_a_line_for_each_method(tmp_path: Path) -> None:
     assert written(tmp_path, "port", rows).splitlines()[-1] == f"| a | b | map | {figure} | {figure} |"
     values = {"step_seconds": 2.0, "ratio_to_full": 0.5, "peak_bytes": 3e9, "trainable_params": 5e5}
     rows = [figure_row({"method": "lst", "geometry": "tiny"}, metric, value) for metric, value in values.items()]
-    assert written(tmp_path, "training", rows).splitlines()[-1] == "| lst | tiny | 2.00 | 0.5000 | 3.00 | 0.50 |"
+    assert written(tmp_path, "training", rows).splitlines()[-1] == "| lst | tiny | 2.00 | 0.5000 |  | 3.00 | 0.50 |"

@@ -184,3 +184,11 @@ def test_a_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
     peaks = numbers_alone(Path(overhead.__file__), job)
     assert len(peaks) == 2
     assert 100e6 < peaks[0] <= peaks[1] < ballast.nbytes
+
+
+def test_what_a_process_held_before_is_forgotten() -> None:
+    block = torch.ones(50_000_000)
+    before = overhead._peak_bytes("cpu")
+    del block
+    overhead._forget_peak("cpu")
+    assert overhead._peak_bytes("cpu") < before - 150_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,35 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import port
 from parts import read_parts
 from safeside.errors import InputError, MissingExtraError
+from safeside.tasks.rows import load_examples
+from safeside.train.splits import find_data
 
 
-def test_every_pair_and_method_gets_its_figures(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
-    bases = ["--bases", str(tiny_folder("llama")), "--also", str(tiny_folder("gpt2"))]
-    small = ["--rows", "24", "--test-rows", "40", "--threads", "1"]
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of prompts, of which the first is a row that ``builtin:harm`` learnt and the second is like a test row."""
+    monkeypatch.setattr(port, "TEXT", "prompts.jsonl")
+    learnt, tested = (
+        load_examples(find_data(f"demo:{split}.jsonl.gz", Path()), ())[0][0].messages[0].content
+        for split in ("train", "test")
+    )
+    texts = [learnt, f"{tested}  ", *(f"{'harm' if row % 2 else 'help'} number {row} please" for row in range(40))]
+    lines = [json.dumps({"prompt": text, "label": row % 2}) for row, text in enumerate(texts)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_the_text_is_prompts_that_nobody_learnt_from_or_is_measured_on(data: Path) -> None:
+    test = load_examples(find_data("demo:test.jsonl.gz", Path()), ("harm",))[0]
+    found = port.unseen(data / "prompts.jsonl", 10, test)
+    assert [row.messages[0].content for row in found[:2]] == ["help number 0 please", "harm number 1 please"]
+    assert len(found) == 10
+    assert {row.labels for row in found} == {(0.0,), (1.0,)}
+
+
+def test_every_pair_and_method_gets_its_figures(data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    bases = ["--data", str(data), "--bases", str(tiny_folder("llama")), "--also", str(tiny_folder("gpt2"))]
+    small = ["--rows", "24", "--labelled", "24", "--test-rows", "40", "--threads", "1", "--seeds", "1"]
     result = read_parts(port.main([*bases, *small, "--output", str(tmp_path)]))["port"]
     kept = [row for row in result["rows"] if row["metric"] == "kept_auroc"]
     assert [(row["source"], row["target"], row["method"]) for row in kept] == [
