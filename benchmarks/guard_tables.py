@@ -148,7 +148,8 @@ def part_table(path: Path, part: str) -> str:
     rows = found["rows"]
     bases = ", ".join(dict.fromkeys(f"`{row['base']}`" for row in rows if "base" in row))
     n_seeds = len({row["seed"] for row in rows if "seed" in row})
-    seeds = f"means of {n_seeds} seeds (lowest to highest end of their 95% intervals)"
-    facts = [*([f"base {bases}"] if bases else []), seeds if n_seeds > 1 else "one seed (95% interval)"]
+    means = f"means of {n_seeds} seeds (lowest to highest end of their 95% intervals)"
+    seeds = {0: "random weights (95% interval)", 1: "one seed (95% interval)"}.get(n_seeds, means)
+    facts = [*([f"base {bases}"] if bases else []), seeds]
     head = f"Measured with {', '.join(facts)}. Commit `{found['commit']}`, {found['machine']}.\n\n"
     return head + markdown(*PART_TABLES[part](rows))
