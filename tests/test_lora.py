@@ -125,6 +125,7 @@ def test_its_folder_is_pefts(tiny_family: Callable[[str], Base], tmp_path: Path,
         save_lora(lora, tmp_path / "ours", {"seed": "3"})
     assert json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())["peft_type"] == "LORA"
     assert json.loads((tmp_path / "ours" / "provenance.json").read_text())["seed"] == "3"
+    assert len({file.stat().st_mode for file in (tmp_path / "ours").iterdir()}) == 1  # who may read one may read all
 
     other = load_base(base.folder)
     theirs = PeftModel.from_pretrained(other.model, str(tmp_path / "ours"))

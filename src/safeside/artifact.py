@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from safeside.adapters.adapter import TRUNKS, Adapter
 from safeside.adapters.config import FORMAT, AdapterConfig
@@ -108,9 +108,8 @@ def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], sta
     make_folder(folder)
     values = json.loads(adapter.config.model_dump_json())
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
-    save_file(weights, folder / WEIGHTS_FILE, metadata=metadata)
+    (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata))  # save_file lets the owner alone read it
     _write_json(folder / CONFIG_FILE, values)
-    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # the library lets the owner alone read its files
     _write_json(folder / PROVENANCE_FILE, stamp)
     (folder / CARD_FILE).write_text(card_of(adapter, stamp), encoding="utf-8")
     return folder

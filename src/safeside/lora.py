@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -185,7 +185,8 @@ def save_lora(
     lora.config.inference_mode = True
     lora.config.save_pretrained(str(folder))
     weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in lora.named_updates.items()}
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    stored = save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"})
+    (folder / WEIGHTS_FILE).write_bytes(stored)  # save_file lets the owner alone read it
     stamp = {**provenance(), **(facts or {}), _FINGERPRINT: lora.base.fingerprint.model_dump_json()}
     (folder / PROVENANCE_FILE).write_text(json.dumps(stamp, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder

@@ -50,6 +50,7 @@ def test_it_comes_back_as_it_was_saved(tiny_base: Base, tmp_path: Path) -> None:
         assert torch.equal(found.updates[name].down, update.down)
         assert torch.equal(found.updates[name].up, update.up)
     assert json.loads((tmp_path / "provenance.json").read_text())["note"] == "a fact"
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # who may read one may read all
 
 
 def test_peft_is_told_of_the_kept_layers_only(tiny_base: Base, tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def attention_of(
 ) -> Float[Tensor, "B H T h"]:
     """Softmax of the scaled products of queries and keys plus ``bias``, over the values.
 
-    In bfloat16 on a CPU fused attention takes 1.5 to 3 times as long as products for one query a row, 0.45 ms for 0.16 ms
-    with 8 rows of 513 keys; the products are in float32, which costs nothing and loses nothing.
+    For one query a row in bfloat16 on a CPU, fused attention takes 1.5 to 3 times as long as products do (0.45 ms and
+    0.16 ms with 8 rows of 513 keys); these are in float32, which costs nothing and loses nothing.
     """
     if queries.shape[-2] > 1 or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from safeside.artifact import PROVENANCE_FILE, make_folder
@@ -39,7 +39,7 @@ def save_gene(gene: Gene, folder: str | Path, facts: Mapping[str, str] | None = 
         place = Path(new)
         _peft_config(gene.config).save_pretrained(str(place))
         weights = _named(gene.updates)
-        save_file(weights, place / WEIGHTS_FILE, {"format": "pt"})
+        (place / WEIGHTS_FILE).write_bytes(save(weights, {"format": "pt"}))  # save_file lets the owner alone read it
         checksum = _checksum(place / CONFIG_FILE, weights, gene.config.model_dump(mode="json"))
         config = changed(gene.config, {"checksum": checksum})
         stamp = {**provenance(gene.config.recipe.seed), **(facts or {})}

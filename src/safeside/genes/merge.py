@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from safeside.artifact import require_new
@@ -54,7 +54,7 @@ def merge_genes(base: Base, genes: Sequence[Gene], folder: str | Path, weights: 
     with TemporaryDirectory(dir=folder.parent) as new:
         place = Path(new) / "model"
         save_checkpoint(copy, place)
-        save_file(originals, place / ORIGINALS_FILE, {"format": "pt"})
+        (place / ORIGINALS_FILE).write_bytes(save(originals, {"format": "pt"}))
         (place / MERGED_FILE).write_text(merged.model_dump_json(indent=2) + "\n", encoding="utf-8")
         place.rename(folder)  # whole, or not at all
     return folder
