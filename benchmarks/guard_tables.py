@@ -47,15 +47,13 @@ def stream_table(rows: Sequence[Row]) -> Table:
 
 
 def presets_table(rows: Sequence[Row]) -> Table:
-    """A line for each task, preset and what it was fitted on."""
-    names, lines = ("task", "preset", "promised", "fitted_on", "suite"), []
-    for task, preset, promised, fitted, _ in grouped(rows, "tpr", *names):
-        cells = [
-            text_of(grouped(rows, metric, *names).get((task, preset, promised, fitted, suite), []))
-            for metric, suite in FLAGGED
-        ]
-        lines.append([task, preset, f"{float(promised):.1%}", fitted, *cells])
-    return ("task", "preset", "promised", "fitted on", *FLAGGED.values()), lines
+    """A line for each task, base, preset and what it was fitted on."""
+    names, lines = ("task", "base", "preset", "promised", "fitted_on"), []
+    for key in grouped(rows, "tpr", *names):
+        cells = [text_of(grouped(rows, metric, *names, "suite").get((*key, suite), [])) for metric, suite in FLAGGED]
+        task, base, preset, promised, fitted = key
+        lines.append([task, base, preset, f"{float(promised):.1%}", fitted, *cells])
+    return ("task", "base", "preset", "promised", "fitted on", *FLAGGED.values()), lines
 
 
 def needle_table(rows: Sequence[Row]) -> Table:

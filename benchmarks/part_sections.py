@@ -72,8 +72,8 @@ def presets_sections(rows: Sequence[Row]) -> list[Section]:
     """What each preset catches and refuses."""
     kinds = dict(zip(FLAGGED, (BLUE, GREY, RED, SECOND), strict=True))
     sections = []
-    for (task,) in dict.fromkeys(columns(row, "task") for row in rows):
-        mine, pictures = [row for row in rows if row["task"] == task], []
+    for place in dict.fromkeys(columns(row, "task", "base") for row in rows):
+        mine, pictures = [row for row in rows if columns(row, "task", "base") == place], []
         for (fitted,) in dict.fromkeys(columns(row, "fitted_on") for row in mine):
             here = [row for row in mine if row["fitted_on"] == fitted]
             groups = {
@@ -91,7 +91,7 @@ def presets_sections(rows: Sequence[Row]) -> list[Section]:
             "A promise is for texts that come as those it was fitted on. A preset that too few rows can promise is "
             "missing."
         )
-        title = f"Detection and over-refusal at each preset: {task}"
+        title = f"Detection and over-refusal at each preset: {', '.join(place)}"
         sections.append(Section(title, text, pictures, *presets_table(mine)))
     return sections
 

@@ -12,6 +12,7 @@ promise has no row.  Writes the part ``presets`` of guards.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ import torch
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import PRESET_RATES
+from safeside.base.model import load_base
+from safeside.errors import MissingExtraError
 from safeside.guards.calibrate import fit_mode
 from safeside.guards.score import score_conversations
 from safeside.tasks.leakage import without_leaks
@@ -143,22 +146,38 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     rows: list[Row] = []
     counts: dict[str, object] = {}
     path = options.output / FILE
-    for task in options.tasks:
+    sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
+    for base, task in itertools.product(found([options.base, *options.also]), options.tasks):
         with tempfile.TemporaryDirectory() as folder:
-            sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
-            lesson = Lesson.read((options.base, options.data), task, Path(folder), sizes)
+            lesson = Lesson.read((base, options.data), task, Path(folder), sizes)
             benign = unseen(options.data / BENIGN, options.benign, lesson)
             suites = {
                 name: unseen(options.data / place, options.evaluation_limit, lesson, benign)
                 for name, place in SUITES.items()
             }
             bench = Bench(lesson, benign, suites)
-            counts[task] = {**lesson.counts, "validation_harmless": int((lesson.labels("validation") == 0).sum())}
+            counts[f"{base} {task}"] = {
+                **lesson.counts,
+                "validation_harmless": int((lesson.labels("validation") == 0).sum()),
+            }
             rows += bench.rows(options.seeds)
             result = result_of("presets", time.perf_counter() - started, rows, notes_of(bench, counts))
             path = write_part(options.output, result)  # after every task: a run that is killed keeps what it has
     note(f"wrote {path}")
     return path
+
+
+def found(names: Sequence[str]) -> list[str]:
+    """Those of the bases whose package is installed."""
+    usable = []
+    for name in names:
+        try:
+            load_base(name)
+        except MissingExtraError as error:
+            note(f"{name} is left out: {error}")
+        else:
+            usable.append(name)
+    return usable
 
 
 def notes_of(bench: Bench, counts: Mapping[str, object]) -> dict[str, object]:
@@ -175,6 +194,7 @@ def notes_of(bench: Bench, counts: Mapping[str, object]) -> dict[str, object]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, evaluation_rows=2000)
+    parser.add_argument("--also", nargs="*", default=["minilm"], help="further bases")
     parser.add_argument("--tasks", nargs="+", default=["prompt_harm", "hate"], help="tasks of prompts and texts")
     parser.add_argument("--benign", type=int, default=4000, help="instructions behind the second fit")
     return parser

@@ -62,13 +62,14 @@ def test_presets_tell_what_each_catches_and_refuses(tmp_path: Path) -> None:
         ("over_refusal", "alpaca"): 1,
     }
     rows = [
-        row(metric, value, task="hate", preset="strict", promised=0.05, fitted_on=fitted, suite=suite)
+        row(metric, value, task="hate", base="builtin", preset="strict", promised=0.05, fitted_on=fitted, suite=suite)
         for fitted in ("validation", "instructions")
         for (metric, suite), value in values.items()
     ]
     lines = written(tmp_path, "presets", rows).splitlines()[-2:]
     figures = "0.250 (0.000 to 0.500) | 0.500 (0.250 to 0.750) | 0.750 (0.500 to 1.000) | 1.000 (0.750 to 1.250)"
-    assert lines == [f"| hate | strict | 5.0% | {fitted} | {figures} |" for fitted in ("validation", "instructions")]
+    fits = ("validation", "instructions")
+    assert lines == [f"| hate | builtin | strict | 5.0% | {fitted} | {figures} |" for fitted in fits]
 
 
 def test_needles_have_a_line_for_each_text_and_place(tmp_path: Path) -> None:

@@ -65,7 +65,16 @@ def other_parts() -> dict[str, list[dict[str, object]]]:
         stream += [row(metric, 0.5, **labels) for metric in shown]
         stream += [row("stopped_by", share, written=share, **labels) for share in (0.5, 1.0)]
     presets = [
-        row(metric, 0.2, task="prompt_harm", fitted_on="validation", preset="strict", promised=0.05, suite=suite)
+        row(
+            metric,
+            0.2,
+            task="prompt_harm",
+            base="builtin",
+            fitted_on="validation",
+            preset="strict",
+            promised=0.05,
+            suite=suite,
+        )
         for metric, suite in (("tpr", "test"), ("fpr", "test"), ("over_refusal", "xstest"), ("over_refusal", "alpaca"))
     ]
     needle = [
@@ -105,7 +114,7 @@ def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
         "Does reading the base beat a network of equal cost that does not?",
         "Hate speech (hate) on builtin",
         "Stopping an answer while it is written",
-        "Detection and over-refusal at each preset: prompt_harm",
+        "Detection and over-refusal at each preset: prompt_harm, builtin",
         "A needle in a long text",
         "Blocking a prompt early",
         "Learning a new family of jailbreaks",

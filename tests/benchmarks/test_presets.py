@@ -35,7 +35,17 @@ def data(small_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_stricter_presets_flag_more_and_too_few_rows_promise_nothing(
     data: Path, tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--data", str(data), "--base", str(tiny_folder("llama")), "--tasks", "bench/prompts", "--seeds", "0"]
+    words = [
+        "--data",
+        str(data),
+        "--base",
+        str(tiny_folder("llama")),
+        "--also",
+        "--tasks",
+        "bench/prompts",
+        "--seeds",
+        "0",
+    ]
     small = ["--limit", "128", "--evaluation-limit", "200", "--benign", "320", "--epochs", "2"]
     result = json.loads(presets.main([*words, *small, "--output", str(tmp_path / "results")]).read_text())
     found = {(row["fitted_on"], row["preset"], row["metric"], row["suite"]): row for row in result["rows"]}
