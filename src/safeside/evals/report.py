@@ -10,15 +10,15 @@ from pathlib import Path
 from jinja2 import Environment
 
 _ONE = r"[+-]?[\d,]*\.?\d+%?"
-_NUMBER = re.compile(rf"{_ONE}( \({_ONE} to {_ONE}\))?")
+_NUMBER = re.compile(rf"(under )?{_ONE}( \({_ONE} to {_ONE}\))?")
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
+body{font:16px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #dfe3ea}
-.wide{overflow-x:auto}table{border-collapse:collapse;margin:1rem 0;width:100%}
+p{max-width:62rem}.wide{overflow-x:auto}table{border-collapse:collapse;margin:1rem 0;min-width:62rem;font-size:.92rem}
 th,td{padding:.35rem .6rem;border-bottom:1px solid #e6e9ef;text-align:left;vertical-align:top}
-th{background:#f5f7fa}.number{text-align:right;font-variant-numeric:tabular-nums}
-.pictures{display:flex;flex-wrap:wrap;gap:1rem}
+th{background:#f5f7fa}.number{text-align:right;font-variant-numeric:tabular-nums}td.number{white-space:nowrap}
+.pictures{display:flex;flex-wrap:wrap;gap:1rem;max-width:66rem}
 .pictures figure{margin:0;flex:1 1 26rem;min-width:0;max-width:31.2rem}figcaption{color:#596273;font-size:.9rem}
 svg{max-width:100%;height:auto}.flagged{color:#c0392b;font-weight:600}p.note{color:#596273}
 </style></head><body><h1>{{ title }}</h1><p class="note">{{ subtitle }}</p>
@@ -56,5 +56,5 @@ def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Secti
 
 
 def _is_number(text: str) -> bool:
-    """Whether a cell stands on the right: a number, or one with its interval, ``0.91 (0.88 to 0.93)``."""
+    """Whether a cell stands on the right: a number, ``under`` one, or one with its interval, ``0.91 (0.88 to 0.93)``."""
     return _NUMBER.fullmatch(text) is not None
