@@ -56,5 +56,5 @@ def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Secti
 
 
 def _is_number(text: str) -> bool:
-    """Whether a cell stands on the right: a number, ``under`` one, or one with its interval, ``0.91 (0.88 to 0.93)``."""
+    """Whether a cell stands on the right: a number, ``under`` one, or one with an interval, ``0.91 (0.88 to 0.93)``."""
     return _NUMBER.fullmatch(text) is not None
