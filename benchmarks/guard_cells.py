@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -26,9 +28,12 @@ from safeside.train.lora import create_lora
 from safeside.train.objectives import guard_logits, guard_metric, guard_objective
 from safeside.train.pruning import create_pruned_standalone, start_from_base
 from safeside.train.recipe import Recipe
+from safeside.train.rows import Rows
 from safeside.train.standalone import create_standalone, standalone_matmuls
 from safeside.train.taps import Source, StoredTaps, TapStore
+from safeside.train.taps import key_of as tap_key
 from safeside.train.teacher import teacher_scores
+from tidy import write_json
 
 Array = NDArray[np.float64]
 
@@ -216,9 +221,22 @@ def _taught(setup: Setup, cell: Cell, data: Prepared) -> Prepared:
     """The data with the soft targets of one teacher, the same for every seed, where the method is distilled."""
     if cell.method not in TAUGHT:
         return data
-    recipe = recipe_of(setup, Cell(cell.task, cell.base, cell.method, 0))
-    train = teacher_scores(data.base, recipe, (data.train, data.splits["validation"].rows), setup.scratch / "teachers")
-    return Prepared(data.base, data.task, train, data.splits, data.counts)
+    return Prepared(data.base, data.task, _with_targets(setup, cell, data), data.splits, data.counts)
+
+
+def _with_targets(setup: Setup, cell: Cell, data: Prepared) -> Rows:
+    """The training rows with the teacher's scores, kept without their texts: many minutes, used by nine cells."""
+    splits, scratch = (data.train, data.splits["validation"].rows), setup.scratch / "teachers"
+    seen = [(tap_key(data.base, rows.ids, ()), rows.labels.tolist()) for rows in splits]
+    path = (setup.teachers or scratch) / f"{config_hash([TEACHER, seen])}.json"
+    if path.is_file():
+        return replace(data.train, soft=torch.tensor(json.loads(path.read_text(encoding="utf-8"))["soft"]))
+    started = time.perf_counter()
+    train = teacher_scores(data.base, recipe_of(setup, replace(cell, seed=0)), splits, scratch)
+    assert train.soft is not None
+    facts = {"task": cell.task, "base": cell.base, "commit": git_commit(), "machine": machine(), "teacher": TEACHER}
+    write_json(path, {**facts, "seconds": time.perf_counter() - started, "soft": train.soft.tolist()}, indent=None)
+    return train
 
 
 def _looped(data: Prepared, recipe: Recipe, model: nn.Module, sources: dict[str, Source], matmuls: float) -> Trained:

@@ -52,6 +52,8 @@ class Setup:
     limit: int
     evaluation_limit: int
     epochs: int
+    teachers: Path | None = None
+    """Keeps what teachers gave, without the texts; a folder in ``scratch`` unless given."""
 
     def most_rows(self, task: str) -> dict[str, int]:
         """Most rows of each split."""

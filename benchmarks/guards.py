@@ -39,6 +39,7 @@ from workers import Workers
 
 Array = NDArray[np.float64]
 
+TEACHERS = RESULTS / "guard_teachers"  # their scores, without texts
 CELLS = RESULTS / "guard_cells"  # kept with the results: hours of work, and the rows behind every interval
 SCRATCH = Path(__file__).parent / ".cells" / "guards"
 TASK_NAMES = ("hate", "prompt_harm", "response_harm", "grounding")
@@ -181,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         limit=options.limit,
         evaluation_limit=options.evaluation_limit,
         epochs=options.epochs,
+        teachers=scratch / "guard-teachers" if options.quick else TEACHERS,
     )
     output = options.output or (scratch if options.quick else RESULTS)
     cells = options.cells or (scratch / "guard-cells" if options.quick else CELLS)

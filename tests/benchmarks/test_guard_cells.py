@@ -1,0 +1,64 @@
+"""Cells of the guards benchmark: what a teacher gave is kept between runs, without the texts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import guard_cells
+from guard_cells import Cell
+from guard_rows import Prepared, Setup, Split
+from safeside.base.model import Base
+from safeside.train.rows import Rows
+from safeside.types import Example, Message
+
+
+def rows_of(texts: list[str], start: int) -> Rows:
+    """Rows of one label, every other one harmful."""
+    labels = torch.tensor([[float(place % 2)] for place in range(len(texts))])
+    examples = [Example((Message("user", text),), (float(label),)) for text, label in zip(texts, labels, strict=True)]
+    return Rows(
+        [(start + place, start) for place in range(len(texts))], [0] * len(texts), labels, None, examples=examples
+    )
+
+
+@pytest.fixture
+def data(tiny_base: Base) -> Prepared:
+    validation: Split = SimpleNamespace(rows=rows_of(["v", "w"], 30))  # type: ignore[assignment]
+    train = rows_of(["a secret text", "another", "third"], 5)
+    return Prepared(tiny_base, None, train, {"validation": validation})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_teacher_is_trained_once_and_its_scores_are_kept_without_texts(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_kept: bool
+) -> None:
+    trained = []
+
+    def taught(base: Base, recipe: object, splits: tuple[Rows, Rows], folder: Path) -> Rows:
+        trained.append(folder)
+        return replace(splits[0], soft=torch.tensor([[0.1], [1 / 3], [0.9]]))
+
+    monkeypatch.setattr(guard_cells, "teacher_scores", taught)
+    monkeypatch.setattr(guard_cells, "recipe_of", lambda setup, cell: cell)
+    kept = tmp_path / "kept" if is_kept else None
+    setup = Setup(tmp_path, (("tiny", "tiny", "print"),), tmp_path / "scratch", 8, 8, 1, teachers=kept)
+    found = [
+        guard_cells._taught(setup, Cell("hate", "tiny", method, seed), data).train
+        for method, seed in (("lst_distilled", 0), ("standalone_distilled", 2))
+    ]
+    assert trained == [tmp_path / "scratch" / "teachers"]
+    assert found[0].soft is not None
+    assert found[1].soft is not None
+    assert torch.equal(found[0].soft, found[1].soft)  # to the last bit
+    (file,) = (kept or trained[0]).glob("*.json")
+    assert "secret" not in file.read_text()
+
+    data.train.labels[0] = 1.0  # other labels have another teacher
+    guard_cells._taught(setup, Cell("hate", "tiny", "lst_distilled", 0), data)
+    assert len(trained) == 2
+    assert guard_cells._taught(setup, Cell("hate", "tiny", "lst", 0), data) is data
