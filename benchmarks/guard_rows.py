@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from safeside.base.model import Base, load_base
-from safeside.errors import InputError
+from safeside.errors import InputError, MissingExtraError
 from safeside.guards.windows import windows
 from safeside.tasks.leakage import without_leaks
 from safeside.tasks.rows import load_examples
 from safeside.tasks.task import Task, TaskRows, load_task
+from safeside.terminal import note
 from safeside.train.rows import Rows
 from safeside.train.splits import encode_rows
 from safeside.types import Example
@@ -116,6 +117,17 @@ class Prepared:
 
     def rows(self, split: str) -> Rows:
         return self.train if split == "train" else self.splits[split].rows
+
+
+def installed(names: Sequence[str]) -> dict[str, Base]:
+    """By name, the bases whose package is installed; the others are left out, and told."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = load_base(name)
+        except MissingExtraError as error:
+            note(f"{name} is left out: {error}")
+    return found
 
 
 @functools.lru_cache(maxsize=1)

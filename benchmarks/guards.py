@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 
 from guard_cells import METHODS, TAUGHT, Cell, build_store, key_of, run_cell
 from guard_figures import rows_of, source_alone, wins_of
-from guard_rows import SPLITS, Setup, prepare, sources_of
+from guard_rows import SPLITS, Setup, installed, prepare, sources_of
 from guard_shared import SHARED, SHARED_TASKS
 from parts import write_part
-from safeside.base.model import load_base
-from safeside.errors import InputError, MissingExtraError
+from safeside.errors import InputError
 from safeside.provenance import config_hash
 from safeside.tasks.task import TASKS
 from safeside.terminal import note
@@ -39,11 +38,10 @@ from workers import Workers
 
 Array = NDArray[np.float64]
 
-TEACHERS = RESULTS / "guard_teachers"  # their scores, without texts
 CELLS = RESULTS / "guard_cells"  # kept with the results: hours of work, and the rows behind every interval
 SCRATCH = Path(__file__).parent / ".cells" / "guards"
 TASK_NAMES = ("hate", "prompt_harm", "response_harm", "grounding")
-BASES = {"builtin": "builtin", "minilm": "minilm"}
+BASES = ("builtin", "minilm")
 SEEDS = (0, 1, 2)
 ONE_SEED = ("prompted", "probe", "tfidf")  # nothing in them is drawn
 # Seconds of a cell of 1,500 training rows and 6 epochs on one core to itself: for the first estimate only.
@@ -167,14 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     scratch = Path(tempfile.gettempdir()) / "safeside-bench"
     if options.quick:
         options.limit, options.evaluation_limit, options.epochs, options.seeds = 64, 64, 1, options.seeds[:1]
-    bases = []
-    for name in options.bases:
-        try:
-            base = load_base(BASES.get(name, name))
-        except MissingExtraError as error:
-            note(f"{name} is left out: {error}")
-            continue
-        bases.append((Path(name).name, BASES.get(name, name), config_hash(base.fingerprint.model_dump())))
+    bases = [
+        (Path(name).name, name, config_hash(base.fingerprint.model_dump()))
+        for name, base in installed(options.bases).items()
+    ]
+    cells = options.cells or (scratch / "guard-cells" if options.quick else CELLS)
     setup = Setup(
         data=options.data,
         bases=tuple(bases),
@@ -182,10 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         limit=options.limit,
         evaluation_limit=options.evaluation_limit,
         epochs=options.epochs,
-        teachers=scratch / "guard-teachers" if options.quick else TEACHERS,
+        teachers=cells.parent / "guard_teachers",
     )
     output = options.output or (scratch if options.quick else RESULTS)
-    cells = options.cells or (scratch / "guard-cells" if options.quick else CELLS)
     plan = Plan(
         setup, tuple(options.tasks), tuple(options.methods), tuple(options.seeds), cells, output, options.finished_only
     )
@@ -212,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--finished-only", action="store_true", help="run nothing: the figures of the cells there are")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
-    parser.add_argument("--cells", type=Path, help="folder of finished cells")
-    parser.add_argument("--scratch", type=Path, help="folder of stored states and teachers")
+    parser.add_argument("--cells", type=Path, help="folder of finished cells; what teachers gave is kept beside it")
+    parser.add_argument("--scratch", type=Path, help="folder of stored states")
     parser.add_argument("--output", type=Path, help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="prove that it works: few rows, one epoch, one seed")
     return parser

@@ -4,9 +4,9 @@
 
 For each k an LST guard that reads layers 0..k is trained on stored states; ``auroc`` is its figure on the test prompts
 that fit the context.  Then prompts go through the base in batches, without any guard and with such a one intercepting,
-in turns (A B B A): ``prefill_ratio`` is the seconds of the second over those of the first.  Its threshold is set so
+in turns (B A A B): ``prefill_ratio`` is the seconds of the second over those of the first.  Its threshold is set so
 that 0%, 10% or all of these prompts are blocked.  A batch saves blocks only when all of its prompts are blocked,
-at 10% and 8 prompts a batch next to never.  Writes the part ``intercept`` of guards.json.
+at 10% and 8 prompts a batch never.  Writes the part ``intercept`` of guards.json.
 """
 
 from __future__ import annotations

@@ -89,15 +89,10 @@ class Measured:
 
     def logits(self, base: Base, guard: Adapter) -> np.ndarray:
         """(n,) logits, of long rows the highest of their windows."""
+        found = np.full(len(self.labels), -np.inf)
         scored = guard_logits(base, StoredTaps(self.store, guard), self.rows)[:, 0]
-        return highest(scored, self.row_of_window, len(self.labels))
-
-
-def highest(values: np.ndarray, row_of_window: np.ndarray, n_rows: int) -> np.ndarray:
-    """(n,) of each row the highest of its windows' ``values``."""
-    found = np.full(n_rows, -np.inf)
-    np.maximum.at(found, row_of_window, values)
-    return found
+        np.maximum.at(found, self.row_of_window, scored)
+        return found
 
 
 def measured(base: Base, guard: Adapter, examples: Sequence[Example], folder: Path) -> Measured:
@@ -106,12 +101,10 @@ def measured(base: Base, guard: Adapter, examples: Sequence[Example], folder: Pa
     ids = [base.encode(part).ids for row in parts for part in row]
     store = TapStore.build(base, ids, guard.config.layers, folder)
     places = np.array([row for row, some in enumerate(parts) for _ in some])
-    labels, rows = (
-        np.array([example.labels[0] for example in examples]),
-        Rows(ids, [0] * len(ids), torch.zeros(len(ids), 1), None),
-    )
-    scored = guard_logits(base, StoredTaps(store, guard), rows)[:, 0]
-    return Measured(rows, places, labels, store, highest(scored, places, len(examples)))
+    labels = np.array([example.labels[0] for example in examples])
+    rows = Rows(ids, [0] * len(ids), torch.zeros(len(ids), 1), None)
+    stored = Measured(rows, places, labels, store, before=np.zeros(0))
+    return replace(stored, before=stored.logits(base, guard))
 
 
 def attacks_of(path: Path, family: str) -> list[Attack]:

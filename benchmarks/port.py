@@ -5,7 +5,8 @@
 
 Every base has a source guard: ``builtin:harm``, elsewhere one that learns all labelled rows of the packaged demo set.
 It is ported to every other base by each method, on prompts without labels that no source has learnt from; ``scratch``
-learns from these same prompts with their labels.  All are measured on the demo set's test rows.
+learns from these same prompts with their labels.  All are measured on the demo set's test rows; its validation rows
+choose the epochs of sources and of ``scratch``.
 Writes the part ``port`` of guards.json.
 """
 
@@ -23,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from guard_rows import installed
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
 from safeside.artifact import find_adapter, load_adapter
-from safeside.base.model import BUILTIN_NAME, Base, load_base
-from safeside.errors import InputError, MissingExtraError
+from safeside.base.model import BUILTIN_NAME, Base
+from safeside.errors import InputError
 from safeside.evals.metrics import auroc, bootstrap
 from safeside.guards.score import score_conversations
 from safeside.provenance import config_hash
@@ -152,14 +154,9 @@ def name_of(base: Base) -> str:
     return Path(base.name).name
 
 
-def found_bases(names: Sequence[str]) -> list[Base]:
-    """The bases by these names; one whose package is not installed is left out, fewer than two are an InputError."""
-    bases = []
-    for name in names:
-        try:
-            bases.append(load_base(name))
-        except MissingExtraError as error:
-            note(f"{name} is left out: {error}")
+def two_bases(names: Sequence[str]) -> list[Base]:
+    """The bases by these names that are installed; fewer than two are an InputError."""
+    bases = list(installed(names).values())
     if len(bases) < 2:
         raise InputError(f"A port needs two bases; found {', '.join(map(name_of, bases)) or 'none'}. Name one: --also.")
     return bases
@@ -182,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     started = time.perf_counter()
     test = load_examples(find_data("demo:test.jsonl.gz", Path()), ("harm",))[0][: options.test_rows]
     bench = Bench(unseen(options.data / TEXT, options.rows, test), test, options.labelled)
-    bases = found_bases([*options.bases, *options.also])
+    bases = two_bases([*options.bases, *options.also])
     path = options.output / FILE
     rows: list[Row] = []
     for seed in range(options.seeds):

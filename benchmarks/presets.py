@@ -22,11 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from guard_rows import installed
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import PRESET_RATES
-from safeside.base.model import load_base
-from safeside.errors import MissingExtraError
 from safeside.guards.calibrate import fit_mode
 from safeside.guards.score import score_conversations
 from safeside.tasks.leakage import without_leaks
@@ -66,6 +65,12 @@ class Bench:
     lesson: Lesson
     benign: list[Example]
     suites: Mapping[str, list[Example]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by what they are for, and what was left out."""
+        used = {"validation_harmless": int((self.lesson.labels("validation") == 0).sum()), "benign": len(self.benign)}
+        return {**self.lesson.counts, **used, **{name: len(some) for name, some in self.suites.items()}}
 
     def rows(self, seeds: Sequence[int]) -> Iterator[Row]:
         """The figures of all seeds."""
@@ -147,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     counts: dict[str, object] = {}
     path = options.output / FILE
     sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
-    for base, task in itertools.product(found([options.base, *options.also]), options.tasks):
+    for base, task in itertools.product(installed([options.base, *options.also]), options.tasks):
         with tempfile.TemporaryDirectory() as folder:
             lesson = Lesson.read((base, options.data), task, Path(folder), sizes)
             benign = unseen(options.data / BENIGN, options.benign, lesson)
@@ -156,35 +161,19 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 for name, place in SUITES.items()
             }
             bench = Bench(lesson, benign, suites)
-            counts[f"{base} {task}"] = {
-                **lesson.counts,
-                "validation_harmless": int((lesson.labels("validation") == 0).sum()),
-            }
+            counts[f"{base} {task}"] = bench.counts
             rows += bench.rows(options.seeds)
-            result = result_of("presets", time.perf_counter() - started, rows, notes_of(bench, counts))
+            result = result_of("presets", time.perf_counter() - started, rows, notes_of(counts))
             path = write_part(options.output, result)  # after every task: a run that is killed keeps what it has
     note(f"wrote {path}")
     return path
 
 
-def found(names: Sequence[str]) -> list[str]:
-    """Those of the bases whose package is installed."""
-    usable = []
-    for name in names:
-        try:
-            load_base(name)
-        except MissingExtraError as error:
-            note(f"{name} is left out: {error}")
-        else:
-            usable.append(name)
-    return usable
-
-
-def notes_of(bench: Bench, counts: Mapping[str, object]) -> dict[str, object]:
+def notes_of(counts: Mapping[str, object]) -> dict[str, object]:
     """What a reader of the figures must know."""
     return {
-        "fitted_on": f"the task's harmless validation rows, or {len(bench.benign)} instructions of {BENIGN}",
-        "suites": {name: f"{len(some)} rows of {SUITES[name]}" for name, some in bench.suites.items()},
+        "fitted_on": f"the task's harmless validation rows, or instructions of {BENIGN}",
+        "suites": dict(SUITES),
         "promise": "at most the promised rate of harmless texts like those it was fitted on, with 95% confidence",
         "rows": dict(counts),
         "validation": "chose the epoch too, so promises on it are a little too good; instructions chose nothing",

@@ -71,7 +71,10 @@ class Lesson:
     def recipe(
         self, seed: int, targets: Literal["end", "prefixes"] = "end", layers: Sequence[int] | None = None
     ) -> Recipe:
-        """The guard's training as a recipe: that of the guards benchmark.  It reads all layers unless told which."""
+        """The guard's training as a recipe: in steps of 32 rows, where the guards benchmark takes 8 since.
+
+        It reads all layers unless told which.
+        """
         return Recipe.model_validate(
             {
                 "name": f"{self.task}-lst",

@@ -20,7 +20,6 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from safeside.adapters.adapter import TRUNKS, Adapter
 from safeside.adapters.config import FORMAT, AdapterConfig
@@ -28,6 +27,7 @@ from safeside.adapters.sizing import flops_share
 from safeside.adapters.toplayers import TopLayers
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import BUILTIN_NAME, Base, load_base
+from safeside.base.weights import save_weights
 from safeside.card import card_of
 from safeside.errors import (
     ArtifactError,
@@ -108,8 +108,8 @@ def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], sta
     make_folder(folder)
     values = json.loads(adapter.config.model_dump_json())
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
-    (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata))  # save_file lets the owner alone read it
     _write_json(folder / CONFIG_FILE, values)
+    save_weights(weights, folder / WEIGHTS_FILE, metadata, like=folder / CONFIG_FILE)
     _write_json(folder / PROVENANCE_FILE, stamp)
     (folder / CARD_FILE).write_text(card_of(adapter, stamp), encoding="utf-8")
     return folder

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +29,7 @@ from safeside.artifact import PROVENANCE_FILE, make_folder, read_provenance
 from safeside.base.families import has_lora
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import Base
+from safeside.base.weights import save_weights
 from safeside.errors import AttachmentError, ConfigError, FormatError, InputError, MismatchError, problems_of
 from safeside.provenance import provenance
 
@@ -185,8 +186,8 @@ def save_lora(
     lora.config.inference_mode = True
     lora.config.save_pretrained(str(folder))
     weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in lora.named_updates.items()}
-    stored = save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"})
-    (folder / WEIGHTS_FILE).write_bytes(stored)  # save_file lets the owner alone read it
+    stored = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_weights(stored, folder / WEIGHTS_FILE, {"format": "pt"}, like=folder / CONFIG_FILE)
     stamp = {**provenance(), **(facts or {}), _FINGERPRINT: lora.base.fingerprint.model_dump_json()}
     (folder / PROVENANCE_FILE).write_text(json.dumps(stamp, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder

@@ -13,6 +13,7 @@ import guard_cells
 from guard_cells import Cell
 from guard_rows import Prepared, Setup, Split
 from safeside.base.model import Base
+from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
 from safeside.types import Example, Message
 
@@ -39,12 +40,12 @@ def test_a_teacher_is_trained_once_and_its_scores_are_kept_without_texts(
 ) -> None:
     trained = []
 
-    def taught(base: Base, recipe: object, splits: tuple[Rows, Rows], folder: Path) -> Rows:
+    def taught(base: Base, recipe: Recipe, splits: tuple[Rows, Rows], folder: Path) -> Rows:
+        assert recipe.seed == 0  # the same teacher for every seed of a student
         trained.append(folder)
         return replace(splits[0], soft=torch.tensor([[0.1], [1 / 3], [0.9]]))
 
     monkeypatch.setattr(guard_cells, "teacher_scores", taught)
-    monkeypatch.setattr(guard_cells, "recipe_of", lambda setup, cell: cell)
     kept = tmp_path / "kept" if is_kept else None
     setup = Setup(tmp_path, (("tiny", "tiny", "print"),), tmp_path / "scratch", 8, 8, 1, teachers=kept)
     found = [
@@ -62,3 +63,10 @@ def test_a_teacher_is_trained_once_and_its_scores_are_kept_without_texts(
     guard_cells._taught(setup, Cell("hate", "tiny", "lst_distilled", 0), data)
     assert len(trained) == 2
     assert guard_cells._taught(setup, Cell("hate", "tiny", "lst", 0), data) is data
+
+
+def test_steps_are_small_for_what_learns_in_the_loop() -> None:
+    sizes = {method: guard_cells.batch_size_of(Cell("hate", "tiny", method, 0)) for method in guard_cells.METHODS}
+    others = {"lora_full": 16, "lst_shared": 32, "probe": 32, "tfidf": 32, "prompted": 32}
+    assert sizes == {**dict.fromkeys(guard_cells.METHODS, 8), **others}
+    assert guard_cells.batch_size_of(Cell("grounding", "tiny", "lst", 0)) == 32

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,16 @@ def test_every_bench_of_the_makefile_is_a_part_and_the_other_way_round() -> None
     named = {name for name in parts.GUARDS.parts if f"benchmarks/{name}.py" in recipe}
     assert named == {*parts.GUARDS.parts} - {"methods"}
     assert "benchmarks/guards.py" in recipe
+
+
+def test_benches_that_end_together_wait_for_each_other(tmp_path: Path) -> None:
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another bench holds it while it writes
+    other = threading.Thread(target=parts.write_part, args=(tmp_path, part("stream", 0.5)))
+    other.start()
+    other.join(0.3)
+    assert other.is_alive()
+    assert not (tmp_path / "guards.json").exists()
+    os.close(handle)
+    other.join(10)
+    assert rows(tmp_path) == [("stream", 0.5)]

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import guard_rows
 import port
 from parts import read_parts
 from safeside.errors import InputError, MissingExtraError
@@ -61,16 +62,16 @@ def test_every_pair_and_method_gets_its_figures(data: Path, tmp_path: Path, tiny
 def test_a_base_whose_package_is_missing_is_left_out(
     tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load = port.load_base
+    load = guard_rows.load_base
 
     def without_minilm(name: str) -> object:
         if name == "minilm":
             raise MissingExtraError("minilm needs its package")
         return load(name)
 
-    monkeypatch.setattr(port, "load_base", without_minilm)
+    monkeypatch.setattr(guard_rows, "load_base", without_minilm)
     both = [str(tiny_folder(name)) for name in ("llama", "gpt2")]
-    assert [port.name_of(base) for base in port.found_bases([both[0], "minilm", both[1]])] == ["llama", "gpt2"]
+    assert [port.name_of(base) for base in port.two_bases([both[0], "minilm", both[1]])] == ["llama", "gpt2"]
     assert "minilm is left out: minilm needs its package" in capsys.readouterr().err
     with pytest.raises(InputError, match="needs two bases; found llama"):
-        port.found_bases([both[0], "minilm"])
+        port.two_bases([both[0], "minilm"])

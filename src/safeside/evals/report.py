@@ -15,7 +15,8 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ 
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #dfe3ea}
-p{max-width:62rem}.wide{overflow-x:auto}table{border-collapse:collapse;margin:1rem 0;min-width:62rem;font-size:.92rem}
+p{max-width:62rem}.wide{overflow-x:auto}
+table{border-collapse:collapse;margin:1rem 0;min-width:min(100%,62rem);font-size:.92rem}
 th,td{padding:.35rem .6rem;border-bottom:1px solid #e6e9ef;text-align:left;vertical-align:top}
 th{background:#f5f7fa}.number{text-align:right;font-variant-numeric:tabular-nums}td.number{white-space:nowrap}
 .pictures{display:flex;flex-wrap:wrap;gap:1rem;max-width:66rem}

@@ -16,11 +16,12 @@ from tempfile import TemporaryDirectory
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from safeside.artifact import PROVENANCE_FILE, make_folder
 from safeside.base.updates import LowRank
+from safeside.base.weights import save_weights
 from safeside.errors import FormatError
 from safeside.genes.gene import FORMAT, Gene, GeneConfig, changed
 from safeside.genes.stored import read_stored
@@ -39,7 +40,7 @@ def save_gene(gene: Gene, folder: str | Path, facts: Mapping[str, str] | None = 
         place = Path(new)
         _peft_config(gene.config).save_pretrained(str(place))
         weights = _named(gene.updates)
-        (place / WEIGHTS_FILE).write_bytes(save(weights, {"format": "pt"}))  # save_file lets the owner alone read it
+        save_weights(weights, place / WEIGHTS_FILE, {"format": "pt"}, like=place / CONFIG_FILE)
         checksum = _checksum(place / CONFIG_FILE, weights, gene.config.model_dump(mode="json"))
         config = changed(gene.config, {"checksum": checksum})
         stamp = {**provenance(gene.config.recipe.seed), **(facts or {})}

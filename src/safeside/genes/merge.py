@@ -12,13 +12,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from safeside.artifact import require_new
 from safeside.base.families import is_updated
 from safeside.base.model import Base, load_base, quiet_files
 from safeside.base.updates import add_to_weight, linear_layer
+from safeside.base.weights import save_weights
 from safeside.errors import FormatError, InputError, UnsupportedError
 from safeside.genes.apply import Weights, checked_weights
 from safeside.genes.checks import check_fits, check_model
@@ -54,8 +55,8 @@ def merge_genes(base: Base, genes: Sequence[Gene], folder: str | Path, weights: 
     with TemporaryDirectory(dir=folder.parent) as new:
         place = Path(new) / "model"
         save_checkpoint(copy, place)
-        (place / ORIGINALS_FILE).write_bytes(save(originals, {"format": "pt"}))
         (place / MERGED_FILE).write_text(merged.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        save_weights(originals, place / ORIGINALS_FILE, {"format": "pt"}, like=place / MERGED_FILE)
         place.rename(folder)  # whole, or not at all
     return folder
 
