@@ -10,21 +10,12 @@ import pytest
 import torch
 
 import guard_cells
+from benchmarks.made_rows import rows_of
 from guard_cells import Cell
 from guard_rows import Prepared, Setup, Split
 from safeside.base.model import Base
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
-from safeside.types import Example, Message
-
-
-def rows_of(texts: list[str], start: int) -> Rows:
-    """Rows of one label, every other one harmful."""
-    labels = torch.tensor([[float(place % 2)] for place in range(len(texts))])
-    examples = [Example((Message("user", text),), (float(label),)) for text, label in zip(texts, labels, strict=True)]
-    return Rows(
-        [(start + place, start) for place in range(len(texts))], [0] * len(texts), labels, None, examples=examples
-    )
 
 
 @pytest.fixture

@@ -12,22 +12,13 @@ import pytest
 import torch
 
 import guard_shared
+from benchmarks.made_rows import rows_of
 from guard_rows import Setup
 from guard_shared import SHARED_TASKS, Together, joined, logits_of, shared_guard
 from safeside.base.model import Base
 from safeside.train.objectives import guard_logits
 from safeside.train.recipe import Recipe
-from safeside.train.rows import Rows
 from safeside.train.taps import LiveTaps
-from safeside.types import Example, Message
-
-
-def rows_of(texts: list[str], start: int) -> Rows:
-    """Rows of one label, every other one harmful."""
-    labels = torch.tensor([[float(place % 2)] for place in range(len(texts))])
-    examples = [Example((Message("user", text),), (float(label),)) for text, label in zip(texts, labels, strict=True)]
-    ids = [(start + place, start, start + 1) for place in range(len(texts))]
-    return Rows(ids, [0] * len(texts), labels, None, examples=examples)
 
 
 @pytest.fixture
