@@ -130,6 +130,14 @@ def installed(names: Sequence[str]) -> dict[str, Base]:
     return found
 
 
+def usable(path: Path, labels: Sequence[str]) -> list[Example]:
+    """The rows of a file; those that cannot be used are left out, and told."""
+    examples, bad = load_examples(path, labels)
+    if bad:
+        note(f"{len(bad)} rows of {path.name} were left out; line {bad[0].line}: {bad[0].problem}")
+    return examples
+
+
 @functools.lru_cache(maxsize=1)
 def prepare(setup: Setup, task: str, base_name: str) -> Prepared:
     """Read and encode the rows of ``task``; kept in memory until another pair is asked for."""

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from guard_rows import usable
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
@@ -124,9 +125,7 @@ def attacks_of(path: Path, family: str) -> list[Attack]:
 
 def drawn(path: Path, n: int) -> list[Example]:
     """At most ``n`` usable rows, always the same."""
-    examples, bad = load_examples(path, ("label",))
-    if bad:
-        note(f"{len(bad)} rows of {path.name} were left out; line {bad[0].line}: {bad[0].problem}")
+    examples = usable(path, ("label",))
     return random.Random(0).sample(examples, min(n, len(examples)))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from guard_rows import installed
+from guard_rows import installed, usable
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
@@ -139,9 +139,7 @@ class Bench:
 
 def unseen(path: Path, limit: int, test: Sequence[Example]) -> list[Example]:
     """The first prompts of a file that no source has learnt from and no test row is like."""
-    examples, bad = load_examples(path, ("label",))
-    if bad:
-        note(f"{len(bad)} rows of {path.name} were left out; line {bad[0].line}: {bad[0].problem}")
+    examples = usable(path, ("label",))
     known = [row for name in LEARNT for row in load_examples(find_data(name, Path()), ("harm",))[0]]
     hashes = load_learnt(find_adapter(PACKAGED))
     assert hashes is not None, f"{PACKAGED} keeps a record of what it learnt from"

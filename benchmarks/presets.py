@@ -22,14 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from guard_rows import installed
+from guard_rows import installed, usable
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import PRESET_RATES
 from safeside.guards.calibrate import fit_mode
 from safeside.guards.score import score_conversations
 from safeside.tasks.leakage import without_leaks
-from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.types import Example
 from task_guards import Lesson, Sizes, drawn, parser_of
@@ -133,10 +132,7 @@ def unseen(path: Path, limit: int, lesson: Lesson, others: Sequence[Example] = (
 
 def harmless(path: Path, limit: int | None = None) -> list[Example]:
     """At most ``limit`` of the rows that a file labels harmless."""
-    examples, bad = load_examples(path, ("risk",))
-    if bad:
-        note(f"{len(bad)} rows of {path.name} were left out; line {bad[0].line}: {bad[0].problem}")
-    found = [example for example in examples if example.labels[0] == 0]
+    found = [example for example in usable(path, ("risk",)) if example.labels[0] == 0]
     return found if limit is None else drawn(found, limit)
 
 
