@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from guard_cells import Cell
 from guard_rows import Sources
 from safeside.evals.metrics import Figure, auprc, auroc, bootstrap, paired_difference, rates
+from safeside.evals.runs import wilson
 from safeside.guards.calibrate import fit_calibration
 from safeside.guards.probability import expected_calibration_error
 from safeside.provenance import config_hash
@@ -28,6 +29,21 @@ N_BINS = 15  # of the expected calibration error
 RATE = 0.01  # false alarms among harmless validation rows at the threshold of tpr_at_fpr1 and over_refusal
 LEAST = 10  # rows of each class of a source, for an AUROC of its own
 LEFT_OUT = ("test_too_long", "test_bad")  # test rows that no cell scores
+
+
+def share_figure(hits: np.ndarray, groups: Sequence[str] | None = None) -> tuple[float, tuple[float, float]]:
+    """The share of ``hits`` (n,) and its 95% interval: Wilson's, or a bootstrap over ``groups`` of rows that are alike.
+
+    A bootstrap of all hits or none has no width, so there Wilson's of as many rows as there are groups stands in.
+    """
+    value = float(np.mean(hits))
+    if groups is None or value in (0.0, 1.0):
+        n = len(hits) if groups is None else len(set(groups))
+        return value, wilson(value * n, n)
+    figure = bootstrap(
+        {"share": lambda _, some: float(some.mean())}, np.ones(len(hits)), np.asarray(hits, np.float64), groups=groups
+    )["share"]
+    return value, (figure.low, figure.high)
 
 
 def rows_of(cell: Cell, found: Found, sources: Sequence[str]) -> list[Row]:

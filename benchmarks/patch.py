@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from guard_figures import share_figure
 from guard_rows import usable
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
@@ -46,7 +47,7 @@ from safeside.train.rows import Rows
 from safeside.train.splits import find_data
 from safeside.train.taps import StoredTaps, TapStore
 from safeside.types import Example, Message
-from tidy import RESULTS, Row, figure_row, result_of, share_figure
+from tidy import RESULTS, Row, figure_row, result_of
 
 FAMILIES = ("DSN", "GCG", "JBC", "PAIR", "prompt_with_random_search")
 ARTIFACTS = "jailbreakbench_artifacts/{}.jsonl.gz"

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from guard_figures import share_figure
 from guard_rows import installed, usable
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
@@ -32,7 +33,7 @@ from safeside.tasks.leakage import without_leaks
 from safeside.terminal import note
 from safeside.types import Example
 from task_guards import Lesson, Sizes, drawn, parser_of
-from tidy import Row, figure_row, result_of, share_figure
+from tidy import Row, figure_row, result_of
 
 FITS = ("validation", "instructions")
 BENIGN = "benign_prompts/alpaca_train.jsonl.gz"  # behind the second fit

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from safeside.evals.metrics import bootstrap
-from safeside.evals.runs import wilson
 from safeside.provenance import git_commit, machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,21 +31,6 @@ def figure_row(
     low, high = interval or (value, value)
     figure = {"metric": metric, "value": value, "low": low, "high": high}
     return {**labels, **figure, "n": 1, "n_unscored": 0, "flops_share": 0.0, "config_hash": "", **counts}
-
-
-def share_figure(hits: np.ndarray, groups: Sequence[str] | None = None) -> tuple[float, tuple[float, float]]:
-    """The share of ``hits`` (n,) and its 95% interval: Wilson's, or a bootstrap over ``groups`` of rows that are alike.
-
-    A bootstrap of all hits or none has no width, so there Wilson's of as many rows as there are groups stands in.
-    """
-    value = float(np.mean(hits))
-    if groups is None or value in (0.0, 1.0):
-        n = len(hits) if groups is None else len(set(groups))
-        return value, wilson(value * n, n)
-    figure = bootstrap(
-        {"share": lambda _, some: float(some.mean())}, np.ones(len(hits)), np.asarray(hits, np.float64), groups=groups
-    )["share"]
-    return value, (figure.low, figure.high)
 
 
 def ratio_figure(seconds: Sequence[float], base: Sequence[float], seed: int = 0) -> tuple[float, tuple[float, float]]:

@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 
 from guard_cells import Cell
-from guard_figures import STANDALONES, codes_of, large_sources, rows_of, source_alone, wins_of, within_sources
+from guard_figures import (
+    STANDALONES,
+    codes_of,
+    large_sources,
+    rows_of,
+    share_figure,
+    source_alone,
+    wins_of,
+    within_sources,
+)
 from guard_rows import Sources
 from safeside.evals.metrics import auroc
+from safeside.evals.runs import wilson
 from tidy import Row
 
 N_ROWS = 200
@@ -108,3 +118,15 @@ def test_a_source_alone_has_the_figure_of_its_training_share() -> None:
     (row,) = source_alone(PLACE, Sources(SOURCES, LABELS.tolist(), {"bad": 0.9, "good": 0.1, "few": 0.4}), LABELS)
     expected = auroc(LABELS, np.array([0.9] * 100 + [0.1] * 80 + [0.4] * 20))
     assert (row["method"], row["metric"], row["value"]) == ("source_alone", "auroc", expected)
+
+
+def test_a_share_has_wilsons_interval_or_that_of_its_groups() -> None:
+    hits = np.array([1.0] * 8 + [0.0] * 2)
+    assert share_figure(hits) == (0.8, wilson(8, 10))
+    value, (low, high) = share_figure(np.ones(20), [f"goal {row // 4}" for row in range(20)])
+    assert (value, (low, high)) == (1.0, wilson(5, 5))  # a bootstrap would say that it is certain
+    alike = np.repeat([1.0, 1.0, 0.0, 1.0, 0.0], 8)
+    groups = [str(row // 8) for row in range(40)]
+    _, (low, high) = share_figure(alike, groups)
+    alone_low, alone_high = share_figure(alike)[1]
+    assert high - low > 1.5 * (alone_high - alone_low)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,15 @@ from safeside.errors import InputError
 from tidy import figure_row
 from vllm_bench import goals_of, place_of
 from vllm_matrix import BLOCK, CASES, STRENGTHS, Case, difference, make_bench, policy_of, prompts_of, reference
+
+
+@pytest.mark.parametrize("module", ["vllm_bench", "vllm_matrix", "vllm_transcript"])
+def test_what_runs_beside_vllm_needs_no_scikit_learn(module: str) -> None:
+    """vLLM's environment does not hold it: only guards' calibration fits with it."""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    code = f"import sys; sys.path.insert(0, {str(benchmarks)!r}); sys.modules['sklearn'] = None; import {module}"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_reference_is_what_attach_gives(tmp_path: Path) -> None:
