@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cells import narrowed
-from guard_cells import LEARNING_RATES, LST
+from guard_cells import BATCH_SIZE, LEARNING_RATES, LST
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
 from safeside.artifact import create_adapter
@@ -71,10 +71,7 @@ class Lesson:
     def recipe(
         self, seed: int, targets: Literal["end", "prefixes"] = "end", layers: Sequence[int] | None = None
     ) -> Recipe:
-        """The guard's training as a recipe: in steps of 32 rows, where the guards benchmark takes 8 since.
-
-        It reads all layers unless told which.
-        """
+        """The guard's training, as the guards benchmark trains; it reads all layers unless told which."""
         return Recipe.model_validate(
             {
                 "name": f"{self.task}-lst",
@@ -85,6 +82,7 @@ class Lesson:
                 "adapter": {**LST, "labels": ("risk",), "layers": layers},
                 "training": {
                     "epochs": self.sizes.epochs,
+                    "batch_size": BATCH_SIZE,
                     "learning_rate": LEARNING_RATES["lst"],
                     "targets": targets,
                     "checkpoint_seconds": 1e9,
