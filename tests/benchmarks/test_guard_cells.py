@@ -60,4 +60,3 @@ def test_steps_are_small_for_what_learns_in_the_loop() -> None:
     sizes = {method: guard_cells.batch_size_of(Cell("hate", "tiny", method, 0)) for method in guard_cells.METHODS}
     others = {"lora_full": 16, "lst_shared": 32, "probe": 32, "tfidf": 32, "prompted": 32}
     assert sizes == {**dict.fromkeys(guard_cells.METHODS, 8), **others}
-    assert guard_cells.batch_size_of(Cell("grounding", "tiny", "lst", 0)) == 32
