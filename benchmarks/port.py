@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from guard_cells import BATCH_SIZE
 from guard_rows import installed, usable
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
@@ -99,7 +100,7 @@ class Bench:
         values: dict[str, object] = {"name": "harm", "output": "none", "seed": seed, "base": {"name": name_of(base)}}
         values["data"] = {"train": (train,), "validation": (LEARNT[1],), "limit": self.n_labelled}
         values["adapter"] = {"kind": "lst", "reduction": 4}
-        values["training"] = {"epochs": 8, "checkpoint_seconds": 1e9}
+        values["training"] = {"epochs": 8, "batch_size": BATCH_SIZE, "checkpoint_seconds": 1e9}
         with tempfile.TemporaryDirectory() as folder:
             return run_recipe(Recipe.model_validate(values), output=Path(folder), base=base).adapter
 

@@ -17,6 +17,7 @@ from parts import read_parts
 from safeside.errors import InputError, MissingExtraError
 from safeside.tasks.rows import load_examples
 from safeside.train.splits import find_data
+from safeside.types import Example
 
 
 @pytest.fixture
@@ -41,7 +42,17 @@ def test_the_text_is_prompts_that_nobody_learnt_from_or_is_measured_on(data: Pat
     assert {row.labels for row in found} == {(0.0,), (1.0,)}
 
 
-def test_every_pair_and_method_gets_its_figures(data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+def test_every_pair_and_method_gets_its_figures(
+    data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Example] = []
+    ported = port.port_adapter
+
+    def spied(source: object, target: object, text: list[Example], settings: object) -> object:
+        shown.extend(text)
+        return ported(source, target, text, settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(port, "port_adapter", spied)
     bases = ["--data", str(data), "--bases", str(tiny_folder("llama")), "--also", str(tiny_folder("gpt2"))]
     small = ["--rows", "24", "--labelled", "24", "--test-rows", "40", "--threads", "1", "--seeds", "1"]
     result = read_parts(port.main([*bases, *small, "--output", str(tmp_path)]))["port"]
@@ -56,6 +67,8 @@ def test_every_pair_and_method_gets_its_figures(data: Path, tmp_path: Path, tiny
         key = row["source"], row["method"]
         assert row["value"] == pytest.approx(figures[*key, "auroc"] / figures[*key, "source_auroc"])
         assert row["low"] <= row["value"] <= row["high"]
+    assert len(shown) == 24 * 6  # two pairs, three methods
+    assert {row.labels for row in shown} == {()}
     assert result["notes"]["bases"]["gpt2"].startswith("3 layers of width 64")
 
 
