@@ -57,10 +57,10 @@ def presets_table(rows: Sequence[Row]) -> Table:
 
 
 def needle_table(rows: Sequence[Row]) -> Table:
-    """A line for the needles alone, and for each kind of text and place in it."""
-    names, forms = ("text", "place"), dict.fromkeys(("auroc", "tpr", "fpr"), "{:.3f}")
+    """A line for each base, method and needles alone, or kind of text and place in it."""
+    names, forms = ("base", "method", "text", "place"), dict.fromkeys(("auroc", "tpr", "fpr"), "{:.3f}")
     lines = [[*key, *cells_of(rows, names, key, forms)] for key in grouped(rows, "auroc", *names)]
-    return ("text", "place", "AUROC", "harmful flagged (tpr)", "harmless flagged (fpr)"), lines
+    return (*names, "AUROC", "harmful flagged (tpr)", "harmless flagged (fpr)"), lines
 
 
 def intercept_table(rows: Sequence[Row]) -> Table:

@@ -2,12 +2,13 @@
 
     python benchmarks/needle.py --data ../shared/data
 
-An LST guard of prompts is trained plainly.  Needles are short test prompts, harmful and harmless; the text around one
-is made of benign instructions, the same for every place.  ``inside`` texts fit the base's context, ``windowed`` ones
-are several times as long and the highest score of their windows counts.  ``auroc`` asks whether texts with harmful
-needles score above those with harmless ones; ``tpr`` and ``fpr`` are at the guard's own threshold, which 5% of the
-harmless validation prompts reach.  A guard reads the last token of a window, so what stands far before it may be
-forgotten.  Writes the part ``needle`` of guards.json.
+An LST guard of prompts is trained plainly (``lst``), another one also on texts with needles (``lst_needles``): its own
+short training prompts, at most as many as are measured, inside other benign instructions, each at one of the places.
+Needles are short test prompts, harmful and harmless; the text around one is made of benign instructions, the same for
+every place.  ``inside`` texts fit the base's context, ``windowed`` ones are several times as long and the highest score
+of their windows counts.  ``auroc`` asks whether texts with harmful needles score above those with harmless ones;
+``tpr`` and ``fpr`` are at the guard's own threshold, which 5% of the harmless validation prompts reach.  A guard reads
+the last token of a window, so what stands far before it may be forgotten.  Writes the part ``needle`` of guards.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parts import write_part
+from guard_rows import installed
+from parts import FILE, write_part
 from presets import Judged, harmless
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
@@ -34,9 +36,19 @@ from task_guards import Lesson, Sizes, drawn, parser_of
 from tidy import Row, figure_row, result_of
 
 TEXT = "benign_prompts/alpaca_test.jsonl.gz"
+TAUGHT_TEXT = "benign_prompts/alpaca_train.jsonl.gz"  # around the needles that are learnt from
 PLACES = ("start", "middle", "end")
 LONGEST = 0.1  # of a needle, as a share of the context
 LENGTHS = {"inside": 0.8, "windowed": 3.0}  # of the text around it, in contexts without room for a needle
+
+
+NOTES = {
+    "needles": f"test prompts of at most {LONGEST:.0%} of the context",
+    "text": f"rows of {TEXT} around it",
+    "threshold": "the guard's own: 5% of the harmless validation prompts reach it",
+    "training": f"lst: no text with a needle; lst_needles: texts of {TAUGHT_TEXT} around training prompts too",
+    "intervals": "95% bootstrap over needles",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,13 @@ def _filled(base: Base, benign: Sequence[str], n_tokens: float, generator: rando
             return tuple(chosen[:-1])
 
 
+def taught(lesson: Lesson, benign: Sequence[str], limit: int) -> Lesson:
+    """The lesson with texts that fit the context around at most ``limit`` needles of each kind among its own rows."""
+    needles = needles_of(lesson.base, lesson.splits["train"].examples, benign, limit)
+    texts = [needle.at("inside", PLACES[row % len(PLACES)]) for row, needle in enumerate(needles)]
+    return lesson.with_more(texts, "lst_needles")
+
+
 def measure(lesson: Lesson, seeds: Sequence[int], needles: Sequence[Needle]) -> Iterator[Row]:
     """The figures of all seeds: needles alone, and at each place of each kind of text."""
     guards = lesson.guards(seeds)
@@ -95,7 +114,8 @@ def _figures(judged: Judged, guard: Adapter, columns: dict[str, object], costs: 
     for metric in ("auroc", "tpr", "fpr"):
         figure = figures[metric]
         yield figure_row(columns, metric, figure.value, (figure.low, figure.high), **counts, **costs)
-    note(f"seed {columns['seed']}, {columns['text']} {columns['place']}: auroc {figures['auroc'].value:.3f}")
+    place = ", ".join(str(columns[name]) for name in ("base", "method", "seed", "text", "place"))
+    note(f"{place}: auroc {figures['auroc'].value:.3f}")
 
 
 def _mean_contexts(base: Base, needles: Sequence[Needle], kind: str) -> float:
@@ -111,31 +131,38 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     started = time.perf_counter()
     if options.quick:
         options.limit, options.needles, options.epochs, options.seeds = 200, 20, 1, options.seeds[:1]
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
-        lesson = Lesson.read((options.base, options.data), options.task, Path(folder), sizes)
-        benign = [example.messages[0].content for example in harmless(options.data / TEXT, 10**6)]
-        needles = needles_of(lesson.base, lesson.splits["test"].examples, benign, options.needles)
-        rows = list(measure(lesson, options.seeds, needles))
-    notes = {
-        "needles": f"test prompts of at most {LONGEST:.0%} of the context",
-        "n_harmful": sum(needle.example.labels[0] == 1 for needle in needles),
-        "n_harmless": sum(needle.example.labels[0] == 0 for needle in needles),
-        "text": f"rows of {TEXT} around it",
-        "mean_contexts": {kind: _mean_contexts(lesson.base, needles, kind) for kind in LENGTHS},
-        "threshold": "the guard's own: 5% of the harmless validation prompts reach it",
-        "training": "plain: no text with a needle was learnt from",
-        "rows": lesson.counts,
-        "intervals": "95% bootstrap over needles",
-    }
-    path = write_part(options.output, result_of("needle", time.perf_counter() - started, rows, notes))
+    sizes = Sizes(options.limit, options.evaluation_limit, options.epochs)
+    rows: list[Row] = []
+    facts: dict[str, object] = {}
+    path = options.output / FILE
+    for base in installed([options.base, *options.also]):
+        with tempfile.TemporaryDirectory() as folder:
+            lesson = Lesson.read((base, options.data), options.task, Path(folder), sizes)
+            needles = needles_of(lesson.base, lesson.splits["test"].examples, texts_of(options, TEXT), options.needles)
+            lessons = [lesson, taught(lesson, texts_of(options, TAUGHT_TEXT), options.needles)]
+            for one in lessons:
+                rows += measure(one, options.seeds, needles)
+        facts[Path(base).name] = {
+            "n_harmful": sum(needle.example.labels[0] == 1 for needle in needles),
+            "n_harmless": sum(needle.example.labels[0] == 0 for needle in needles),
+            "mean_contexts": {kind: _mean_contexts(lesson.base, needles, kind) for kind in LENGTHS},
+            "rows": {one.method: one.counts for one in lessons},
+        }
+        result = result_of("needle", time.perf_counter() - started, rows, {**NOTES, "bases": facts})
+        path = write_part(options.output, result)  # after every base: a run that is killed keeps what it has
     note(f"wrote {path}")
     return path
+
+
+def texts_of(options: argparse.Namespace, place: str) -> list[str]:
+    """The benign instructions of a file."""
+    return [example.messages[0].content for example in harmless(options.data / place)]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, evaluation_rows=1000)
     parser.add_argument("--task", default="prompt_harm", help="a task of prompts")
+    parser.add_argument("--also", nargs="*", default=["minilm"], help="further bases")
     parser.add_argument("--needles", type=int, default=150, help="of each kind, harmful and harmless")
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from guard_tables import (
@@ -103,17 +104,20 @@ def needle_sections(rows: Sequence[Row]) -> list[Section]:
         (("auroc",), "AUROC", "AUROC by place"),
         (("tpr", "fpr"), "share flagged", "Flagged at the guard's own threshold"),
     )
-    for metrics, axis, caption in asked:
-        colours = {"auroc": (BLUE, ""), "tpr": (BLUE, "harmful needles"), "fpr": (GREY, "harmless needles")}
+    colours = {"auroc": (BLUE, ""), "tpr": (BLUE, "harmful needles"), "fpr": (GREY, "harmless needles")}
+    for way, (metrics, axis, caption) in itertools.product(
+        dict.fromkeys(columns(row, "base", "method") for row in rows), asked
+    ):
+        mine = [row for row in rows if columns(row, "base", "method") == way]
         dots = [
             Dot("alone" if text == "alone" else f"{text}, {place}", *pooled(some), *colours[metric])
             for metric in metrics
-            for (text, place), some in grouped(rows, metric, "text", "place").items()
+            for (text, place), some in grouped(mine, metric, "text", "place").items()
         ]
-        pictures.append((caption, dots_picture(dots, Axis(axis))))
+        pictures.append((f"{caption}: {', '.join(way)}", dots_picture(dots, Axis(axis))))
     text = (
-        "Short test prompts among benign instructions: in texts of one window of the base, and of several. "
-        "The guard learnt from no such text and reads the last token of each window."
+        "Short test prompts among benign instructions: in texts of one window of the base, and of several. lst learnt "
+        "from no such text, lst_needles from some; both read the last token of each window."
     )
     return [Section("A needle in a long text", text, pictures, *needle_table(rows))]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +53,8 @@ class Lesson:
     folder: Path
     sizes: Sizes
     counts: dict[str, int] = field(default_factory=dict)
+    method: str = "lst"
+    """What figures of its guards are called."""
 
     @classmethod
     def read(cls, place: tuple[str, Path], task: str, folder: Path, sizes: Sizes) -> Lesson:
@@ -67,6 +69,12 @@ class Lesson:
         counts |= {f"{split}_too_long": rows.n_too_long for split, rows in splits.items()}
         counts |= {f"{split}_bad": len(rows.bad) for split, rows in splits.items()}
         return cls(base, task, splits, folder, sizes, counts)
+
+    def with_more(self, examples: Sequence[Example], method: str) -> Lesson:
+        """The same lesson with further training rows, whose guards' figures are called ``method``."""
+        train = encode_rows(self.base, [*self.splits["train"].examples, *examples])
+        counts = {**self.counts, "train": len(train.ids)}
+        return replace(self, splits={**self.splits, "train": train}, counts=counts, method=method)
 
     def recipe(
         self, seed: int, targets: Literal["end", "prefixes"] = "end", layers: Sequence[int] | None = None
@@ -153,12 +161,12 @@ class Lesson:
 
     def costs(self, recipe: Recipe, guard: Adapter) -> dict[str, object]:
         """The columns of every figure of this guard."""
-        described = [recipe.model_dump(), asdict(self.sizes)]
+        described = [self.method, recipe.model_dump(), asdict(self.sizes)]
         return {"flops_share": flops_share(self.base, guard), "config_hash": config_hash(described)}
 
     def columns(self, seed: int) -> dict[str, object]:
         """What was measured, in the words of the guards benchmark."""
-        return {"task": self.task, "base": Path(self.base.name).name, "method": "lst", "seed": seed}
+        return {"task": self.task, "base": Path(self.base.name).name, "method": self.method, "seed": seed}
 
 
 def drawn(examples: Sequence[Example], limit: int) -> list[Example]:

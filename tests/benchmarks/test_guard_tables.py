@@ -72,11 +72,16 @@ def test_presets_tell_what_each_catches_and_refuses(tmp_path: Path) -> None:
     assert lines == [f"| hate | builtin | strict | 5.0% | {fitted} | {figures} |" for fitted in fits]
 
 
-def test_needles_have_a_line_for_each_text_and_place(tmp_path: Path) -> None:
+def test_needles_have_a_line_for_each_guard_text_and_place(tmp_path: Path) -> None:
     places = [("alone", "alone"), ("inside", "start"), ("windowed", "end")]
-    rows = [row(metric, 0.5, text=text, place=place) for text, place in places for metric in ("auroc", "tpr", "fpr")]
-    lines = written(tmp_path, "needle", rows).splitlines()[-3:]
-    assert lines == [f"| {text} | {place} |{' 0.500 (0.250 to 0.750) |' * 3}" for text, place in places]
+    keys = [(base, method, *place) for base, method in (("builtin", "lst"), ("minilm", "more")) for place in places]
+    rows = [
+        row(metric, 0.5, base=base, method=method, text=text, place=place)
+        for base, method, text, place in keys
+        for metric in ("auroc", "tpr", "fpr")
+    ]
+    lines = written(tmp_path, "needle", rows).splitlines()[-6:]
+    assert lines == [f"| {' | '.join(key)} |{' 0.500 (0.250 to 0.750) |' * 3}" for key in keys]
 
 
 def test_interception_tells_auroc_and_times_by_block(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import needle
 from benchmarks.made_rows import sentence
+from parts import read_parts
 from safeside.base.model import Base
 from safeside.guards.windows import windows
 from safeside.types import Example, Message
@@ -49,12 +50,21 @@ def test_it_writes_figures_for_every_place(
     rows = [{"prompt": sentence(random.Random(row), False), "label": 0} for row in range(30)]
     (small_tasks / "benign.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(needle, "TEXT", "benign.jsonl")
+    monkeypatch.setattr(needle, "TAUGHT_TEXT", "benign.jsonl")
     monkeypatch.setattr(needle, "LONGEST", 0.6)  # of a context of 256 bytes
     monkeypatch.setattr(needle, "LENGTHS", {"inside": 0.5, "windowed": 4.0})
     words = ["--data", str(small_tasks), "--base", str(tiny_folder("llama")), "--task", "bench/prompts"]
-    small = ["--limit", "64", "--evaluation-limit", "100", "--epochs", "1", "--seeds", "0", "--needles", "5"]
-    result = json.loads(needle.main([*words, *small, "--output", str(tmp_path / "results")]).read_text())
-    found = {(row["text"], row["place"], row["metric"]): row for row in result["rows"]}
+    small = ["--limit", "64", "--evaluation-limit", "100", "--epochs", "1", "--seeds", "0", "--needles", "5", "--also"]
+    result = read_parts(needle.main([*words, *small, "--output", str(tmp_path / "results")]))["needle"]
+    found = {(row["method"], row["text"], row["place"], row["metric"]): row for row in result["rows"]}
     places = [("alone", "alone"), *((text, place) for text in ("inside", "windowed") for place in needle.PLACES)]
-    assert list(found) == [(*place, metric) for place in places for metric in ("auroc", "tpr", "fpr")]
+    assert list(found) == [
+        (method, *place, metric)
+        for method in ("lst", "lst_needles")
+        for place in places
+        for metric in ("auroc", "tpr", "fpr")
+    ]
     assert {row["n"] for row in result["rows"]} == {10}
+    counts = result["notes"]["bases"]["llama"]["rows"]
+    assert counts["lst_needles"]["train"] == counts["lst"]["train"] + 10
+    assert len({row["config_hash"] for row in result["rows"]}) == 2
