@@ -12,6 +12,11 @@ from table_cells import Row, absent, grouped, markdown, text_of
 
 Table = tuple[Sequence[str], list[list[str]]]
 CAUGHT = ("before", "after")
+IN_FORCE = {  # by the thresholds that the patched folder holds
+    "after, by goal, in force": ("after_in_force", ("held_out", "goal")),
+    "harmless flagged before, in force": ("harmless_before_in_force", ("held_out", "")),
+    "harmless flagged after, in force": ("harmless_after_in_force", ("held_out", "")),
+}
 STOP_METRICS = (
     "detection", "whole_detection", "detected_share", "detected_share_equal", "delay_tokens", "delay_share",
     "false_stops", "whole_false_flags",
@@ -82,6 +87,7 @@ def patch_table(rows: Sequence[Row]) -> Table:
     columns = [
         *((f"{metric}, by {name}", metric, ("held_out", name), "{:.3f}") for name in held for metric in CAUGHT),
         ("benign flagged", "benign_flagged", ("held_out", ""), "{:.3f}"),
+        *((head, metric, key, "{:.3f}") for head, (metric, key) in IN_FORCE.items()),
         *((f"change on {suite}", "elsewhere_change", ("suite", suite), "{:+.4f}") for suite in suites),
         ("seconds", "seconds", ("held_out", ""), "{:.0f}"),
     ]

@@ -7,7 +7,9 @@ goals of the training split, and from prompts against all models but one; the se
 the test split, whose goals no example has: under ``held_out`` = ``goal`` those against the examples' models, which are
 often wrapped in the same words, and under ``template`` those that share no run of RUN characters with an example
 beyond their goal.  ``before`` and ``after``: the share that scores above all but 1% of harmless instructions;
-``benign_flagged``: the share of harmless instructions that do, put in the place of the measured prompts' goals;
+``before_in_force`` and ``after_in_force``: the share that the guard flags by the thresholds of its folder, beside
+``harmless_before_in_force`` and ``harmless_after_in_force`` of harmless instructions; ``benign_flagged``: the share of
+harmless instructions above the 1%, put in the place of the measured prompts' goals;
 ``elsewhere_change``: AUROC after less before on a ``suite`` of other prompts.  Replay is what the command replays by
 itself.  Writes the part ``patch`` of guards.json.
 """
@@ -36,17 +38,20 @@ from safeside.artifact import load_adapter
 from safeside.base.model import Base, load_base
 from safeside.errors import InputError
 from safeside.evals.metrics import auroc, paired_difference
+from safeside.guards.carry import in_force
+from safeside.guards.score import place_of
 from safeside.guards.windows import windows
 from safeside.provenance import config_hash
 from safeside.tasks.rows import BadRow, load_examples, open_rows, parse_rows
 from safeside.terminal import note
 from safeside.train.objectives import guard_logits
-from safeside.train.patch import PatchRows, PatchSettings, patch_guard
-from safeside.train.patch_command import DEMO_REPLAY
+from safeside.train.patch import PatchRows, patch_guard
+from safeside.train.patch_command import DEMO_ELSEWHERE, DEMO_REPLAY
+from safeside.train.patch_lesson import PatchSettings
 from safeside.train.rows import Rows
 from safeside.train.splits import find_data
 from safeside.train.taps import StoredTaps, TapStore
-from safeside.types import Example, Message
+from safeside.types import Example, Message, Mode
 from tidy import RESULTS, Row, figure_row, result_of
 
 FAMILIES = ("DSN", "GCG", "JBC", "PAIR", "prompt_with_random_search")
@@ -86,8 +91,17 @@ class Measured:
     row_of_window: np.ndarray
     labels: np.ndarray
     store: TapStore
+    modes: list[Mode]
+    """How each is read."""
     before: np.ndarray
     """Logits (n,) of the guard that is patched."""
+
+    def flagged(self, guard: Adapter, logits: np.ndarray) -> np.ndarray:
+        """(n,) which of them ``guard`` flags by its thresholds in force."""
+        calibration = guard.config.calibration
+        assert calibration is not None
+        scores = 1 / (1 + np.exp(-(calibration.scale[0] * logits + calibration.bias[0])))
+        return np.asarray(scores >= in_force(guard, self.modes)[:, 0], np.float64)
 
     def logits(self, base: Base, guard: Adapter) -> np.ndarray:
         """(n,) logits, of long rows the highest of their windows."""
@@ -105,7 +119,11 @@ def measured(base: Base, guard: Adapter, examples: Sequence[Example], folder: Pa
     places = np.array([row for row, some in enumerate(parts) for _ in some])
     labels = np.array([example.labels[0] for example in examples])
     rows = Rows(ids, [0] * len(ids), torch.zeros(len(ids), 1), None)
-    stored = Measured(rows, places, labels, store, before=np.zeros(0))
+    modes: list[Mode] = [
+        "windowed" if len(some) > 1 else place_of(example.messages)
+        for some, example in zip(parts, examples, strict=True)
+    ]
+    stored = Measured(rows, places, labels, store, modes, before=np.zeros(0))
     return replace(stored, before=stored.logits(base, guard))
 
 
@@ -170,8 +188,12 @@ class Bench:
     """What all patches of a run share."""
 
     base: Base
+    old: Adapter
+    """The guard that is patched."""
     data: Path
     replay: list[Example]
+    kept: list[Example]
+    """What the command keeps thresholds by."""
     harmless: Measured
     elsewhere: dict[str, Measured]
     folder: Path
@@ -182,15 +204,16 @@ class Bench:
     def family(self, name: str) -> Family:
         """Read a family and store the base's states on its measured prompts."""
         seen, unseen = (attacks_of(self.data / ARTIFACTS.format(split), name) for split in ("train", "test"))
-        old = load_adapter("builtin:harm", self.base).float()
         spelled = [attack for attack in unseen if attack.goal in attack.prompt]
         instructions = drawn_harmless(self.data / HARMLESS, len(spelled), seed=1)
         wrapped = [
             Example((Message("user", attack.prompt.replace(attack.goal, row.messages[0].content)),), (0.0,))
             for attack, row in zip(spelled, instructions, strict=True)
         ]
-        stored = measured(self.base, old, [attack.example for attack in unseen], self.folder)
-        return Family(name, seen, unseen, stored, measured(self.base, old, wrapped, self.folder) if wrapped else None)
+        stored = measured(self.base, self.old, [attack.example for attack in unseen], self.folder)
+        return Family(
+            name, seen, unseen, stored, measured(self.base, self.old, wrapped, self.folder) if wrapped else None
+        )
 
     def rows(self, family: Family, size: int, seed: int) -> Iterator[Row]:
         """The figures of one patch."""
@@ -200,16 +223,20 @@ class Bench:
             self.n_measured[f"{family.name}, {size} examples, seed {seed}"] = 0
             return
         new, settings = load_adapter("builtin:harm", self.base), replace(self.settings, seed=seed)
-        rows = PatchRows([attack.example for attack in examples], self.replay, ())  # measured here, outside its seconds
+        learnt = [attack.example for attack in examples]
+        rows = PatchRows(learnt, self.replay, (), self.kept)  # the family is measured here, outside its seconds
         done = patch_guard(self.base, new, rows, settings, dtype=torch.bfloat16)
         labels = {"task": "prompt_harm", "base": Path(self.base.name).name, "method": "patch", "family": family.name}
         labels |= {"examples": size, "seed": seed}
         costs = {"flops_share": flops_share(self.base, new)}
         costs["config_hash"] = config_hash([labels, asdict(settings), len(self.replay)])
-        limit = limit_of(self.harmless.logits(self.base, new))
+        harmless, after = self.harmless.logits(self.base, new), family.measured.logits(self.base, new)
+        limit = limit_of(harmless)
         hits = {
             "before": family.measured.before > limit_of(self.harmless.before),
-            "after": family.measured.logits(self.base, new) > limit,
+            "after": after > limit,
+            "before_in_force": family.measured.flagged(self.old, family.measured.before),
+            "after_in_force": family.measured.flagged(new, after),
         }
         for held_out, chosen in family.groups(examples, left_out).items():
             goals = [attack.goal for attack, is_chosen in zip(family.unseen, chosen, strict=True) if is_chosen]
@@ -220,6 +247,13 @@ class Bench:
         if family.wrapped is not None:
             flagged = family.wrapped.logits(self.base, new) > limit
             yield figure_row(labels, "benign_flagged", *share_figure(flagged), n=len(flagged), **costs)
+        held = {
+            "harmless_before_in_force": (self.old, self.harmless.before),
+            "harmless_after_in_force": (new, harmless),
+        }
+        for metric, (guard, logits) in held.items():
+            flagged = self.harmless.flagged(guard, logits)
+            yield figure_row(labels, metric, *share_figure(flagged), n=len(flagged), **costs)
         for suite, stored in self.elsewhere.items():
             after = stored.logits(self.base, new)
             change = paired_difference(auroc, stored.labels, after, stored.before, n_resamples=N_RESAMPLES)
@@ -250,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     torch.set_num_threads(options.threads)
     started, base = time.perf_counter(), load_base("builtin")
     guard, before = load_adapter("builtin:harm", base).float(), weights_hash(base)
-    replay = load_examples(find_data(DEMO_REPLAY, Path()), ("harm",))[0]
+    replay, kept = (load_examples(find_data(name, Path()), ("harm",))[0] for name in (DEMO_REPLAY, DEMO_ELSEWHERE))
     rows: list[Row] = []
     path = options.output / FILE
     with tempfile.TemporaryDirectory() as name:
@@ -262,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             )
             for file in ELSEWHERE
         }
-        bench = Bench(base, options.data, replay, harmless, elsewhere, folder, PatchSettings())
+        bench = Bench(base, guard, options.data, replay, kept, harmless, elsewhere, folder, PatchSettings())
         for family in map(bench.family, options.families):
             for size, seed in itertools.product(options.examples, range(options.seeds)):
                 rows += bench.rows(family, size, seed)
@@ -285,6 +319,7 @@ def notes_of(bench: Bench) -> dict[str, object]:
         "auroc_elsewhere_before": {
             suite: auroc(stored.labels, stored.before) for suite, stored in bench.elsewhere.items()
         },
+        "in_force": "by the thresholds that the adapter's folder would hold",
         "replay": f"{len(bench.replay)} packaged demo rows, {bench.settings.replay_limit} of them at most",
         "steps": bench.settings.steps,
         "not_a_family": "gptfuzz_responses: its templates are not in the data, and builtin:harm learnt its questions",

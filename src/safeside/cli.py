@@ -307,7 +307,9 @@ def info(
 def patch(
     adapter: Annotated[str, typer.Argument(help="Guard: a folder, a hub name or builtin:harm.")],
     examples: Annotated[Path | None, typer.Option(help="Labelled rows of the new family, 16 to 64 or more.")] = None,
-    replay: Annotated[Path | None, typer.Option(help="Labelled rows like those it learnt from.")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Labelled rows like those it learnt from; half of them measure.")
+    ] = None,
     held_out: Annotated[Path | None, typer.Option(help="More of the family, only measured.")] = None,
     output: Annotated[Path | None, typer.Option(help="A new folder (default: the adapter's own).")] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Undo the last patch, bit for bit.")] = False,

@@ -111,12 +111,17 @@ def test_patches_tell_what_was_held_out_and_every_suite_elsewhere(tmp_path: Path
         if (held, metric) != ("template", "before")  # too few prompts
     ]
     rows += [row("benign_flagged", 0.75, **names), row("seconds", 40.0, **names)]
+    rows += [row("after_in_force", 0.25, **names, held_out=held) for held in ("goal", "template")]
+    rows += [row(f"harmless_{when}_in_force", value, **names) for when, value in (("before", 0.5), ("after", 0.75))]
     rows += [row("elsewhere_change", value, **names, suite=suite) for suite, value in {"demo": 0, "chat": -1}.items()]
     head, _, line = written(tmp_path, "patch", rows).splitlines()[-3:]
     caught = "before, by goal | after, by goal | before, by template | after, by template"
-    assert head == f"| family | examples | {caught} | benign flagged | change on demo | change on chat | seconds |"
+    in_force = "after, by goal, in force | harmless flagged before, in force | harmless flagged after, in force"
+    changes = "change on demo | change on chat"
+    assert head == f"| family | examples | {caught} | benign flagged | {in_force} | {changes} | seconds |"
     figures = [
         "0.250 (0.000 to 0.500)", "0.500 (0.250 to 0.750)", "", "0.750 (0.500 to 1.000)", "0.750 (0.500 to 1.000)",
+        "0.250 (0.000 to 0.500)", "0.500 (0.250 to 0.750)", "0.750 (0.500 to 1.000)",
         "+0.0000 (-0.2500 to +0.2500)", "-1.0000 (-1.2500 to -0.7500)", "40",
     ]  # fmt: skip
     assert line == f"| GCG | 16 | {' | '.join(figures)} |"

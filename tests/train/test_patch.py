@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
@@ -21,9 +23,10 @@ from safeside.errors import InputError
 from safeside.guards.score import judge, score_conversations
 from safeside.guards.versions import roll_back
 from safeside.stopping import kept_rule
-from safeside.tasks.learnt import save_learnt
-from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard
+from safeside.tasks.learnt import load_learnt, save_learnt
+from safeside.train.patch import PatchReport, PatchRows, patch_guard
 from safeside.train.patch_command import PatchFiles, patch_command
+from safeside.train.patch_lesson import Lesson, Parts, PatchSettings, make_pool
 from safeside.train.recipe import Recipe
 from safeside.train.run import run_recipe
 from safeside.types import Example
@@ -31,7 +34,7 @@ from twin import hash_of
 
 WORDS = ("cat", "mat", "sat", "then", "they", "said", "how", "be")
 SAME_SCORE = 1e-5  # float32 sums in another order
-QUICK = PatchSettings(steps=60, replay_limit=120)
+QUICK = PatchSettings(steps=60, replay_limit=60)
 
 
 def rows(n: int, seed: int, word: str = "hat", share: float = 0.5, suffix: str = "") -> list[Example]:
@@ -97,7 +100,8 @@ def test_the_family_is_learnt_and_the_rest_is_kept(patched: tuple[Adapter, Patch
     assert report.auroc_elsewhere[0] > 0.9
     assert report.elsewhere_change > -0.03
     assert report.flagged_elsewhere[1] <= report.flagged_elsewhere[0]
-    assert (report.n_examples, report.n_held_out, report.n_replay) == (16, 40, 120)
+    assert [len(part) for part in report.parts] == [16, 40, 60, 60]
+    assert report.n_unused == 80
 
 
 def test_the_report_is_what_scoring_says(tiny_base: Base, trained: Path, patched: tuple[Adapter, PatchReport]) -> None:
@@ -142,16 +146,75 @@ def test_a_quarter_of_each_class_is_held_out(tiny_base: Base, trained: Path) -> 
     guard = load_adapter(trained, tiny_base)
     mixed = [*family(8, 3), *rows(8, 6, share=0.0, suffix=" #%*!")]
     report = patch_guard(tiny_base, guard, PatchRows(mixed, rows(60, 4)), replace(QUICK, steps=8))
-    assert (report.n_examples, report.n_held_out) == (12, 4)
+    assert [len(report.parts.examples), len(report.parts.held_out)] == [12, 4]
     assert np.isfinite([*report.detected, *report.passed]).all()
 
 
+def test_every_example_is_learnt_from_as_often_as_any_other(
+    tiny_base: Base, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: with 240 of them 60 steps of 8 would leave some out, so there are more."""
+    seen: Counter[int] = Counter()
+    learnt = Lesson._learnt
+
+    def spied(lesson: Lesson, some: list[int]) -> torch.Tensor:
+        seen.update(row for row in some if row in lesson.pool.examples)
+        return learnt(lesson, some)
+
+    monkeypatch.setattr(Lesson, "_learnt", spied)
+    mixed = [*family(200, 3), *rows(40, 6, share=0.0, suffix=" #%*!")]
+    some = PatchRows(mixed, rows(20, 4), ())
+    patch_guard(tiny_base, load_adapter(trained, tiny_base), some, replace(QUICK, replay_size=1))
+    assert set(seen) == set(range(240))
+    assert set(seen.values()) == {4}
+
+
+def test_other_scores_are_measured_on_rows_of_ones_own(tiny_base: Base, trained: Path) -> None:
+    guard, elsewhere = load_adapter(trained, tiny_base), rows(30, 11)
+    report = patch_guard(tiny_base, guard, PatchRows(family(8, 3), rows(80, 4), (), elsewhere), replace(QUICK, steps=8))
+    assert sorted(map(id, report.parts.elsewhere)) == sorted(map(id, elsewhere))
+    assert len(report.parts.replayed) == 60
+    labels = np.array([row.labels[0] for row in elsewhere])
+    assert report.auroc_elsewhere[1] == pytest.approx(roc_auc_score(labels, scores(tiny_base, guard, elsewhere)))
+
+
+def test_rows_that_are_examples_too_are_not_measured_or_replayed(tiny_base: Base, trained: Path) -> None:
+    new, replay = family(8, 3), rows(40, 4)
+    shouted = [replace(new[0], messages=(Message("user", new[0].messages[0].content.upper()),))]
+    report = patch_guard(
+        tiny_base,
+        load_adapter(trained, tiny_base),
+        PatchRows(new, [*replay, new[1]], [*family(6, 5), *shouted], [*rows(30, 11), new[2]]),
+        replace(QUICK, steps=4),
+    )
+    assert report.n_repeated == 3
+    assert [len(part) for part in report.parts] == [8, 6, 40, 30]
+
+
+def test_a_long_row_is_learnt_from_by_the_window_that_counts(tiny_base: Base, trained: Path, tmp_path: Path) -> None:
+    """The same loss and gradient as of all its windows, which is the slow way."""
+    long = Example((Message("user", "the cat sat " * 300 + "#%*! hat"),), (1.0,))
+    guard = load_adapter(trained, tiny_base).float().requires_grad_(True)
+    pool = make_pool(tiny_base, guard, Parts([long, *family(3, 3)], [], rows(8, 4), []), tmp_path)
+    lesson = Lesson(tiny_base, guard, pool, QUICK)
+    assert len(pool.of_row[0]) > 3
+    assert [len(some) for some in lesson.counting] == [1] * 12
+    gradients = []
+    for fast in (True, False):
+        lesson.counting = lesson.counting if fast else [list(some) for some in pool.of_row]
+        loss = lesson._learnt(range(4)).sum()
+        gradients.append(torch.autograd.grad(loss, [*guard.head.parameters()]))
+    for quick, slow in zip(*gradients, strict=True):
+        torch.testing.assert_close(quick, slow)
+    torch.testing.assert_close(lesson._learnt(range(12)).detach(), lesson.targets)
+
+
 def test_long_examples_are_read_in_windows(tiny_base: Base, trained: Path) -> None:
-    long = Example((Message("user", "the cat sat " * 100 + "#%*!"),), (1.0,))
+    long, other = (Example((Message("user", words * 150 + "#%*!"),), (1.0,)) for words in ("the cat ", "the mat "))
     guard = load_adapter(trained, tiny_base)
-    report = patch_guard(tiny_base, guard, PatchRows([long], rows(40, 4), [long]), replace(QUICK, steps=20))
+    report = patch_guard(tiny_base, guard, PatchRows([long], rows(40, 4), [other]), replace(QUICK, steps=20))
     assert report.n_windowed == 2
-    found = scores(tiny_base, guard, [long])[0] >= guard.thresholds[0]
+    found = scores(tiny_base, guard, [other])[0] >= guard.thresholds[0]
     assert report.detected[1] == float(found)
 
 
@@ -180,8 +243,8 @@ def test_rows_that_cannot_teach_are_refused(
     harmless = rows(40, 4, share=0.0)
     for examples, replay, words in (
         (harmless, harmless, "are all harmless"),
-        (family(4, 1), family(8, 2), "too few harmless ones"),
-        (family(4, 1), [], "too few harmless ones"),
+        (family(4, 1), family(8, 2), "hold no harmless one"),
+        (family(4, 1), [], "hold no harmless one"),
         ([], harmless, "no example to learn from"),
     ):
         with pytest.raises(InputError, match=words):
@@ -238,6 +301,26 @@ def test_the_card_tells_of_the_patch_and_rollback_undoes_it(tiny_base: Base, tra
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_what_flatters_or_was_not_used_is_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what was learnt joins the record: rows beyond the limit, and measured ones, may still be promised by."""
+    monkeypatch.setattr("safeside.train.patch_command.PatchSettings", partial(PatchSettings, steps=4, replay_limit=20))
+    known = rows(240, 1)  # that the guard learnt from
+    files = PatchFiles(write(tmp_path / "new.jsonl", family(3, 3)), write(tmp_path / "known.jsonl", known))
+    summary = patch_command(str(trained), files, tmp_path / "out", None, 0)
+    assert summary["patch rows elsewhere known before"] == summary["patch rows elsewhere"] == "20"
+    told = " ".join(capsys.readouterr().err.split())
+    assert "20 of 20 rows elsewhere are ones that the guard had learnt from" in told
+    assert "40 rows of known.jsonl were replayed or measured; 200 more were not used" in told
+    assert "no example was held out" in told
+    hashes = load_learnt(tmp_path / "out")
+    before = load_learnt(trained)
+    assert hashes is not None
+    assert before is not None
+    assert len(hashes) == len(before) + 3
+
+
 def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path: Path) -> None:
     new = write(tmp_path / "new.jsonl", family(8, 3))
     with pytest.raises(InputError, match="Give rows like them with --replay"):
@@ -251,12 +334,17 @@ def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path
     assert patch_command(str(trained), PatchFiles(new, replay), tmp_path / "out", None, 0)["bad_rows"] == 1
 
 
-def test_packaged_rows_are_replayed_to_what_learnt_from_them(trained: Path, tmp_path: Path) -> None:
+def test_packaged_rows_are_replayed_to_what_learnt_from_them(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Not to whatever has the name and the base of ``builtin:harm``."""
     new, copy = write(tmp_path / "new.jsonl", family(8, 3)), tmp_path / "copy"
     config = read_config(find_adapter("builtin:harm")).model_copy(update={"name": "mine"})
     copy_adapter(find_adapter("builtin:harm"), copy, config, {})
-    assert patch_command(str(copy), PatchFiles(new), None, None, 0)["versions_before"] == 1
+    summary = patch_command(str(copy), PatchFiles(new), None, None, 0)
+    assert summary["versions_before"] == 1
+    assert summary["patch rows elsewhere known before"] == "0"
+    assert "were not used" not in capsys.readouterr().err
     assert patch_command(str(copy), PatchFiles(new), None, None, 0)["versions_before"] == 2
     stranger = shutil.copytree(find_adapter("builtin:harm"), tmp_path / "stranger")
     save_learnt(stranger, family(8, 1))
@@ -318,5 +406,10 @@ def test_a_patch_is_measured_by_the_thresholds_in_force(tiny_base: Base, trained
 def test_a_row_that_cannot_be_read_is_named(tiny_base: Base, trained: Path) -> None:
     long = (Message("system", "z" * 600), Message("user", "z" * 600))
     examples = [*family(8, 3), Example(long, (1.0,), line=9)]
-    with pytest.raises(InputError, match=r"The row in line 9 of its file cannot be read: The conversation has"):
+    with pytest.raises(
+        InputError, match=r"The examples row in line 9 of its file cannot be read: The conversation has"
+    ):
         patch_guard(tiny_base, load_adapter(trained, tiny_base), PatchRows(examples, rows(40, 4)), QUICK)
+    blank = [*family(8, 3), Example((Message("user", "\u200b \u2060"),), (1.0,), line=2)]
+    with pytest.raises(InputError, match=r"The held-out row in line 2 of its file cannot be read: .* holds no text"):
+        patch_guard(tiny_base, load_adapter(trained, tiny_base), PatchRows(family(8, 1), rows(40, 4), blank), QUICK)

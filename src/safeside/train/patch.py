@@ -2,7 +2,7 @@
 
 Every step sees some of the examples, with their labels, and some replayed rows, with the guard's own old logits as the
 target.  The base is not touched.  The thresholds in force, those of each reading mode, are kept, or raised to where no
-more harmless replay rows are flagged than before; they are never lowered.
+more harmless ones of the rows measured elsewhere are flagged than before; they are never lowered.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,41 +27,12 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.guards.calibrate import threshold_at
 from safeside.guards.carry import ScoredTwice, carry_thresholds, in_force
-from safeside.guards.score import place_of
-from safeside.guards.windows import Combine, windows
-from safeside.train.loop import Loop, Progress
-from safeside.train.losses import guard_loss
-from safeside.train.recipe import TrainingSection
-from safeside.train.taps import Source, StoredTaps, TapStore, make_batch
+from safeside.tasks.leakage import text_of
+from safeside.train.loop import Progress
+from safeside.train.patch_lesson import Lesson, Parts, PatchSettings, Pool, make_pool
 from safeside.types import Example, Mode
 
-_ROUNDS = 4  # evaluations of the loop; the best one's weights are kept
-_CHUNK = 64  # rows of one pass without gradients
-_GROUP = 8  # windows of one batch
-_LEAST_SPREAD = 1e-3  # of old logits, so that a constant guard divides by something
 _HELD_OUT = 0.25  # of the examples, when no rows to measure on are given
-
-
-@dataclass(frozen=True, slots=True)
-class PatchSettings:
-    """How to patch."""
-
-    steps: int = 60
-    """Optimiser steps in all."""
-    learning_rate: float = 1e-3
-    """Peak of AdamW's rate."""
-    batch_size: int = 8
-    """Examples of one step."""
-    replay_size: int = 24
-    """Replayed rows of one step."""
-    replay_weight: float = 1.0
-    """Weight of the squared change of replayed logits, in units of their old spread."""
-    pull: float = 0.0
-    """Weight of the squared distance to the old weights."""
-    replay_limit: int = 600
-    """Most replay rows: one half is replayed, the other measures and sets the threshold."""
-    seed: int = 0
-    """Of every draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +45,21 @@ class PatchRows:
     """Rows like those that the guard learnt from, labelled; harmless ones among them."""
     held_out: Sequence[Example] | None = None
     """More of the family, only measured; None takes a quarter of the examples away for it."""
+    elsewhere: Sequence[Example] | None = None
+    """Rows like ``replay`` that the guard did not learn from, by which its other scores are measured and its thresholds
+    kept; None takes half of ``replay`` away for it, and figures on rows that the guard knows flatter it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatchReport:
     """What a patch did.  Shares are in [0, 1], NaN where there is no such row."""
 
-    n_examples: int
-    """Examples learnt from."""
-    n_held_out: int
-    """Examples measured on."""
-    n_replay: int
-    """Replay rows, both halves."""
+    parts: Parts
+    """The rows that were used, by what they were for."""
+    n_unused: int
+    """Further rows to replay or measure elsewhere, beyond the settings' limit."""
+    n_repeated: int
+    """Rows to measure or replay whose text is an example's too: left out."""
     n_windowed: int
     """Rows longer than the base's context, read in windows."""
     seconds: float
@@ -96,9 +69,9 @@ class PatchReport:
     passed: tuple[float, float]
     """Share of the harmless held-out rows that are not, before and after."""
     flagged_elsewhere: tuple[float, float]
-    """Share of the harmless replay rows (measuring half) that are flagged, before and after."""
+    """Share of the harmless rows elsewhere that are flagged, before and after."""
     auroc_elsewhere: tuple[float, float]
-    """Mean AUROC over labels on that half, before and after."""
+    """Mean AUROC over labels elsewhere, before and after."""
     threshold: tuple[tuple[float, ...], tuple[float, ...]]
     """The guard's own thresholds before and after."""
     held: Mapping[Mode, tuple[tuple[float, ...], tuple[float, ...]]]
@@ -108,24 +81,8 @@ class PatchReport:
 
     @property
     def elsewhere_change(self) -> float:
-        """AUROC after less AUROC before, on replay rows that were not replayed."""
+        """AUROC after less AUROC before, elsewhere."""
         return self.auroc_elsewhere[1] - self.auroc_elsewhere[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """All rows of a patch as windows, the base's states behind them, and which rows are which."""
-
-    windows: list[tuple[int, ...]]
-    of_row: list[list[int]]
-    combine: Combine
-    modes: list[Mode]
-    labels: NDArray[np.float64]
-    store: TapStore
-    examples: range
-    held_out: range
-    replayed: range
-    elsewhere: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +104,15 @@ def patch_guard(
 ) -> PatchReport:
     """Teach ``guard`` the examples in place; it ends in float32, rounded to ``dtype``, as it is to be stored.
 
-    An aligner, rows that cannot be encoded, replay rows without a harmless one, and examples and replay rows that are
-    all of one class are an InputError.
+    An aligner, rows without text or that cannot be encoded, rows replayed or elsewhere without a harmless one, and
+    examples and rows replayed that are all of one class are an InputError.
     """
     settings = settings or PatchSettings()
     started, old = time.perf_counter(), guard.with_preset(guard.config.preset)
+    parts, n_unused, n_repeated = _parted(guard, rows, settings)
     with tempfile.TemporaryDirectory() as folder:
-        pool = _pool(base, guard, _prepared(guard, rows, settings), Path(folder))
-        lesson = _Lesson(base, guard.float(), pool, settings)
+        pool = make_pool(base, guard, parts, Path(folder))
+        lesson = Lesson(base, guard.float(), pool, settings)
         lesson.learn(report)
         guard.to(dtype).float().eval().requires_grad_(False)
         scores = _calibrated(guard, lesson.row_logits(range(len(pool.of_row))))
@@ -167,9 +125,9 @@ def patch_guard(
     carry_thresholds(guard, old, calibration, ScoredTwice(before.scores[harmless], scores[harmless], rows_of), _raised)
     both = before, _State(scores, in_force(guard, pool.modes))
     return PatchReport(
-        n_examples=len(pool.examples),
-        n_held_out=len(pool.held_out),
-        n_replay=len(pool.replayed) + len(pool.elsewhere),
+        parts=parts,
+        n_unused=n_unused,
+        n_repeated=n_repeated,
         n_windowed=sum(len(some) > 1 for some in pool.of_row),
         seconds=time.perf_counter() - started,
         detected=_pair(both, lambda state: _flagged(state, pool, pool.held_out, 1)),
@@ -188,32 +146,50 @@ def require_guard(config: AdapterConfig) -> None:
         raise InputError(f"{config.name!r} is an aligner; only guards are patched. Train it on more answers instead.")
 
 
-def _prepared(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> PatchRows:
-    """The rows with a held-out part, replay rows shuffled and not too many."""
+def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[Parts, int, int]:
+    """The rows by what they are for, how many were too many, and how many are examples too.
+
+    Only the same text counts as one: prompts of a family often share all words but those that say what they are after.
+    """
     require_guard(guard.config)
     generator = random.Random(settings.seed)
-    replay = list(rows.replay)
-    generator.shuffle(replay)
-    replay = replay[: settings.replay_limit]
     examples, held_out = list(rows.examples), rows.held_out
     if held_out is None:
         generator.shuffle(examples)
         examples, held_out = _split(examples)
     if not examples:
         raise InputError("There is no example to learn from; expected 16 to 64 labelled rows of the new family.")
-    halves = replay[: len(replay) // 2], replay[len(replay) // 2 :]
-    if not all(any(is_harmless(row.labels) for row in half) for half in halves):
-        raise InputError(
-            f"The {len(replay)} replay rows hold too few harmless ones (label 0) to keep the threshold by. Give rows "
-            "like those that the guard learnt from with --replay."
-        )
-    kinds = {1.0 in row.labels for row in (*examples, *halves[0])}
-    if len(kinds) < 2:
+    known = {text_of(example) for example in examples}
+    given = [held_out, rows.replay, rows.elsewhere or ()]
+    fresh = [[row for row in some if text_of(row) not in known] for some in given]
+    n_repeated = sum(map(len, given)) - sum(map(len, fresh))
+    held_out, replay, elsewhere = fresh
+    generator.shuffle(replay)
+    if rows.elsewhere is None:
+        most = min(len(replay), 2 * settings.replay_limit)
+        used = replay[: most // 2], replay[most // 2 : most]
+    else:
+        generator.shuffle(elsewhere)
+        used = replay[: settings.replay_limit], elsewhere[: settings.replay_limit]
+    n_unused = len(replay) + len(elsewhere) - sum(map(len, used))
+    parts = Parts(examples, held_out, *used)
+    _require_kinds(parts)
+    return parts, n_unused, n_repeated
+
+
+def _require_kinds(parts: Parts) -> None:
+    """An InputError unless thresholds can be kept and both kinds are learnt from."""
+    for rows, name in ((parts.replayed, "replayed"), (parts.elsewhere, "measured elsewhere")):
+        if not any(is_harmless(row.labels) for row in rows):
+            raise InputError(
+                f"The {len(rows)} rows that are {name} hold no harmless one (label 0) to keep the threshold by. Give "
+                "rows like those that the guard learnt from with --replay."
+            )
+    if len({1.0 in row.labels for row in (*parts.examples, *parts.replayed)}) < 2:
         raise InputError(
             "Examples and replay rows are all harmless; a guard learns from both kinds. Add harmful rows (label 1) to "
             "either file."
         )
-    return PatchRows(examples, replay, held_out)
 
 
 def is_harmless(labels: Sequence[float]) -> bool:
@@ -231,105 +207,6 @@ def _split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
         taken += some[:n_taken]
         kept += some[n_taken:]
     return kept, taken
-
-
-def _pool(base: Base, guard: Adapter, rows: PatchRows, folder: Path) -> _Pool:
-    held_out, half = rows.held_out or (), len(rows.replay) // 2
-    parts: list[Sequence[Example]] = [rows.examples, held_out, rows.replay[:half], rows.replay[half:]]
-    ids: list[tuple[int, ...]] = []
-    of_row = []
-    for example in (example for part in parts for example in part):
-        try:
-            cut = windows(base, example.messages, combine=guard.config.windows)
-        except InputError as error:
-            raise InputError(f"The row in line {example.line} of its file cannot be read: {error}") from error
-        encoded = [base.encode(part).ids for part in cut]
-        of_row.append(list(range(len(ids), len(ids) + len(encoded))))
-        ids += encoded
-    ends = np.cumsum([0, *map(len, parts)]).tolist()
-    spans = [range(start, end) for start, end in pairwise(ends)]
-    labels = np.array([example.labels for part in parts for example in part], dtype=np.float64)
-    modes: list[Mode] = [
-        "windowed" if len(cut) > 1 else place_of(example.messages)
-        for cut, example in zip(of_row, (example for part in parts for example in part), strict=True)
-    ]
-    store = TapStore.build(base, ids, guard.config.layers, folder)
-    return _Pool(ids, of_row, guard.config.windows, modes, labels, store, *spans)
-
-
-class _Lesson:
-    """A guard, what it learns and what it must keep."""
-
-    def __init__(self, base: Base, guard: Adapter, pool: _Pool, settings: PatchSettings) -> None:
-        self.base, self.guard, self.pool, self.settings = base, guard, pool, settings
-        self.source: Source = StoredTaps(pool.store, guard)
-        self.labels = torch.from_numpy(pool.labels).float()
-        self.targets = self.row_logits(range(len(pool.of_row)))
-        self.spread = self.targets[list(pool.replayed)].std(0, correction=0).clamp_min(_LEAST_SPREAD)
-        self.first = [parameter.detach().clone() for parameter in guard.parameters()]
-        self.draws = random.Random(settings.seed)
-
-    def learn(self, report: Callable[[Progress], None]) -> None:
-        """Train the guard in place."""
-        self.guard.requires_grad_(True)
-        size = self.settings.batch_size
-        training = TrainingSection(
-            epochs=_ROUNDS,
-            batch_size=size,
-            learning_rate=self.settings.learning_rate,
-            weight_decay=0.0,
-            patience=_ROUNDS,
-            checkpoint_seconds=1e9,
-        )
-        lengths = [1] * (max(1, self.settings.steps // _ROUNDS) * size)  # examples come round again and again
-        Loop(self.guard, lengths, self._loss_of, self._fit, training, seed=self.settings.seed, report=report).run()
-
-    @torch.no_grad()
-    def row_logits(self, rows: Sequence[int]) -> Tensor:
-        """(n, K), in the order of ``rows``."""
-        order = sorted(range(len(rows)), key=lambda place: len(self.pool.windows[self.pool.of_row[rows[place]][0]]))
-        result = torch.zeros(len(rows), self.labels.shape[1])
-        for start in range(0, len(order), _CHUNK):
-            places = order[start : start + _CHUNK]
-            result[places] = self._logits_of([rows[place] for place in places])
-        return result
-
-    def _loss_of(self, turns: Sequence[int]) -> Tensor:
-        some = [self.pool.examples[turn % len(self.pool.examples)] for turn in turns]
-        again = self.draws.sample(self.pool.replayed, min(self.settings.replay_size, len(self.pool.replayed)))
-        loss = self._objective(self._logits_of(some), some, self._logits_of(again), again)
-        if not self.settings.pull:
-            return loss
-        moved = zip(self.guard.parameters(), self.first, strict=True)
-        return loss + self.settings.pull * torch.stack([((now - then) ** 2).sum() for now, then in moved]).sum()
-
-    def _fit(self) -> float:
-        """Minus the loss on all examples and replayed rows: by this the best weights are chosen."""
-        some, again = self.pool.examples, self.pool.replayed
-        return -float(self._objective(self.row_logits(some), some, self.row_logits(again), again))
-
-    def _objective(self, learnt: Tensor, some: Sequence[int], kept: Tensor, again: Sequence[int]) -> Tensor:
-        """Cross-entropy of the examples, plus the squared change of replayed logits in units of their spread."""
-        change = ((kept - self.targets[list(again)]) / self.spread).square().mean()
-        return guard_loss(learnt, self.labels[list(some)]) + self.settings.replay_weight * change
-
-    def _logits_of(self, rows: Sequence[int]) -> Tensor:
-        """(n, K): of each row the logit of the window that counts, as when a guard judges long texts."""
-        ends = self._ends([window for row in rows for window in self.pool.of_row[row]])
-        best = torch.amax if self.pool.combine == "max" else torch.amin
-        counts = [len(self.pool.of_row[row]) for row in rows]
-        return torch.stack([best(part, 0) for part in ends.split(counts)])  # type: ignore[no-untyped-call]
-
-    def _ends(self, some: Sequence[int]) -> Tensor:
-        """Logits (n, K) at the last token of some windows, read in groups of like length: padding costs time."""
-        order = sorted(range(len(some)), key=lambda place: len(self.pool.windows[some[place]]))
-        parts = []
-        for start in range(0, len(order), _GROUP):
-            batch = make_batch(self.base, self.pool.windows, [some[place] for place in order[start : start + _GROUP]])
-            output = self.source(batch).output
-            assert output.logits is not None
-            parts.append(output.logits[torch.arange(len(batch.rows)), batch.keep.sum(1) - 1].cpu())
-        return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def _calibrated(guard: Adapter, logits: Tensor) -> NDArray[np.float64]:
@@ -350,14 +227,14 @@ def _pair(states: tuple[_State, _State], figure: Callable[[_State], float]) -> t
     return figure(before), figure(after)
 
 
-def _flagged(state: _State, pool: _Pool, rows: range, label: int) -> float:
+def _flagged(state: _State, pool: Pool, rows: range, label: int) -> float:
     """Share of the labels with value ``label`` (0 or 1) in ``rows`` that are flagged; NaN if there is none."""
     chosen = pool.labels[list(rows)] == label
     flagged = state.scores[list(rows)] >= state.thresholds[list(rows)]
     return float(flagged[chosen].mean()) if chosen.any() else math.nan
 
 
-def _auroc(state: _State, pool: _Pool) -> float:
+def _auroc(state: _State, pool: Pool) -> float:
     """Mean AUROC over the labels that have both classes; NaN if none has."""
     rows = list(pool.elsewhere)
     values = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from safeside.base.model import BUILTIN_NAME
 from safeside.errors import InputError
 from safeside.guards.versions import count_versions, output_of, save_patched, stored_dtype
 from safeside.provenance import provenance
-from safeside.tasks.learnt import load_learnt
+from safeside.tasks.learnt import are_learnt, load_learnt
 from safeside.tasks.rows import load_examples
 from safeside.terminal import note
 from safeside.train.command import training_bars
-from safeside.train.patch import PatchReport, PatchRows, PatchSettings, patch_guard, require_guard
+from safeside.train.patch import PatchReport, PatchRows, patch_guard, require_guard
+from safeside.train.patch_lesson import PatchSettings
 from safeside.train.splits import find_data
 from safeside.types import Example
 
-DEMO_REPLAY = "demo:train.jsonl.gz"
+DEMO_REPLAY, DEMO_ELSEWHERE = "demo:train.jsonl.gz", "demo:validation.jsonl.gz"  # learnt from, and not
 PACKAGED = f"{BUILTIN_NAME}:harm"
 _MEASURED = ("validation", "presets", "calibrated for ", "port held-out ", "port flagged ", "patch ")
 """What the names of facts begin with that are figures and promises of the weights as they were."""
@@ -35,7 +37,8 @@ class PatchFiles:
     examples: Path
     """Labelled rows of the new family."""
     replay: Path | None = None
-    """Rows like those that the guard learnt from; the packaged demo rows for ``builtin:harm`` and its copies."""
+    """Rows like those that the guard learnt from, half of them to measure by; for ``builtin:harm`` and its copies the
+    packaged demo rows, its training rows to replay and its validation rows to measure by."""
     held_out: Path | None = None
     """More of the family, only measured; a quarter of the examples unless given."""
 
@@ -53,13 +56,10 @@ def patch_command(
     settings = PatchSettings(seed=seed)
     with training_bars(guard.name) as (report, _):
         done = patch_guard(base, guard, rows, settings, dtype=stored_dtype(source), report=report)
-    facts = patch_facts(done, files, settings)
-    if done.dropped:
-        note(
-            f"promises, presets and stop rules for mode {', '.join(done.dropped)} were dropped, for the scores are "
-            "new; the thresholds in force were kept, or raised. Run safeside calibrate again."
-        )
-    learnt = [*rows.examples, *rows.replay]
+    facts = {**patch_facts(done, files, settings), **_known_facts(done, source)}
+    for told in _notes_of(done, files):
+        note(told)
+    learnt = [*done.parts.examples, *done.parts.replayed]
     save_patched(guard, source, target, base, {**_kept_facts(source), **facts}, learnt=learnt)
     return {"adapter": str(target), "versions_before": count_versions(target), "bad_rows": n_bad, **facts}
 
@@ -76,15 +76,46 @@ def patch_facts(done: PatchReport, files: PatchFiles, settings: PatchSettings) -
     }
     return {
         "patch file": files.examples.name,
-        "patch examples": str(done.n_examples),
-        "patch held-out examples": str(done.n_held_out),
-        "patch replay rows": str(done.n_replay),
+        "patch examples": str(len(done.parts.examples)),
+        "patch held-out examples": str(len(done.parts.held_out)),
+        "patch replay rows": str(len(done.parts.replayed)),
+        "patch rows elsewhere": str(len(done.parts.elsewhere)),
         "patch windowed rows": str(done.n_windowed),
         "patch seconds": f"{done.seconds:.1f}",
         "patch seed": str(settings.seed),
         **({"patch dropped calibration": ", ".join(done.dropped)} if done.dropped else {}),
         **{name: f"{old:.4f} to {new:.4f}" for name, (old, new) in pairs.items() if math.isfinite(old + new)},
     }
+
+
+def _known_facts(done: PatchReport, source: Path) -> dict[str, str]:
+    """How many of the rows elsewhere the guard learnt from before: figures on those flatter it."""
+    known = load_learnt(source)
+    if known is None:
+        return {}
+    n_known = sum(are_learnt(done.parts.elsewhere, known))
+    if n_known:
+        note(
+            f"{n_known} of {len(done.parts.elsewhere)} rows elsewhere are ones that the guard had learnt from: figures "
+            "elsewhere flatter it. Give --replay rows that it has not seen for better ones."
+        )
+    return {"patch rows elsewhere known before": str(n_known)}
+
+
+def _notes_of(done: PatchReport, files: PatchFiles) -> Iterator[str]:
+    """What the user must be told beside the figures."""
+    if done.dropped:
+        yield (
+            f"promises, presets and stop rules for mode {', '.join(done.dropped)} were dropped, for the scores are "
+            "new; the thresholds in force were kept, or raised. Run safeside calibrate again."
+        )
+    if done.n_repeated:
+        yield f"{done.n_repeated} rows to measure or replay are examples too, word for word, and were left out."
+    if done.n_unused and files.replay is not None:
+        n_used = len(done.parts.replayed) + len(done.parts.elsewhere)
+        yield f"{n_used} rows of {files.replay.name} were replayed or measured; {done.n_unused} more were not used."
+    if not done.parts.held_out:
+        yield "no example was held out, so nothing says what was learnt; expected 16 to 64 of them, or --held-out FILE."
 
 
 def _kept_facts(source: Path) -> dict[str, str]:
@@ -101,18 +132,20 @@ def _is_packaged(source: Path) -> bool:
 
 def _read(files: PatchFiles, guard: Adapter, source: Path) -> tuple[PatchRows, int]:
     """The rows of all files, and how many lines could not be used."""
-    replay = files.replay
+    replay, elsewhere = files.replay, None
     if replay is None:
         if not _is_packaged(source):
             raise InputError(
                 f"{guard.name!r} keeps no rows that it learnt from, and without some it would forget. Give rows like "
                 f"them with --replay FILE (only {PACKAGED} and its copies have packaged ones)."
             )
-        replay = find_data(DEMO_REPLAY, Path())
-    examples, n_bad = _rows(files.examples, guard)
-    replayed, n_bad_replay = _rows(replay, guard)
-    held_out, n_bad_held_out = (None, 0) if files.held_out is None else _rows(files.held_out, guard)
-    return PatchRows(examples, replayed, held_out), n_bad + n_bad_replay + n_bad_held_out
+        replay, elsewhere = (find_data(name, Path()) for name in (DEMO_REPLAY, DEMO_ELSEWHERE))
+    given = [files.examples, replay, files.held_out, elsewhere]
+    found = [None if path is None else _rows(path, guard) for path in given]
+    examples, replayed, held_out, measured = (None if rows is None else rows[0] for rows in found)
+    assert examples is not None
+    assert replayed is not None
+    return PatchRows(examples, replayed, held_out, measured), sum(rows[1] for rows in found if rows is not None)
 
 
 def _rows(path: Path, guard: Adapter) -> tuple[list[Example], int]:
