@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -19,6 +21,7 @@ from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import adapter_matmuls, base_matmuls
 from safeside.artifact import create_adapter
 from safeside.evals.baselines import States, fit_keywords, fit_probe
+from safeside.evals.metrics import auroc
 from safeside.evals.prompted import QUESTIONS, choose_question, prompted_scores
 from safeside.lora import LoraShape
 from safeside.provenance import config_hash, git_commit, machine
@@ -61,6 +64,7 @@ LEARNING_RATES = {"plr": 3e-3, "rtb": 1e-3, "lst": 1e-3, "standalone": 1e-3, "lo
 BATCH_SIZE = 8  # chosen on validation rows of prompt_harm and hate for lst and standalone: 32 gives too few steps
 SOFT_WEIGHT = 0.2  # of the teacher's scores beside the labels; at 0.5 and 1.0 the teacher's mistakes cost more
 TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "batch_size": 16, "folds": 2}
+TEACHER_EPOCHS = {"grounding": 2}  # of long rows, where three would take hours
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +97,21 @@ def recipe_of(setup: Setup, cell: Cell) -> Recipe:
                 "labels": SHARED_TASKS if cell.method == SHARED else ("risk",),
             },
             "training": {
-                "epochs": TEACHER["epochs"] if family == "lora" else setup.epochs,
+                "epochs": teacher_of(cell.task)["epochs"] if family == "lora" else setup.epochs,
                 "batch_size": batch_size_of(cell),
                 "learning_rate": LEARNING_RATES.get(family, 1e-3),
                 "soft_weight": SOFT_WEIGHT if is_taught else 0.0,
                 "patience": 2,
                 "checkpoint_seconds": 1e9,
             },
-            **({"teacher": TEACHER} if is_taught else {}),
+            **({"teacher": teacher_of(cell.task)} if is_taught else {}),
         }
     )
+
+
+def teacher_of(task: str) -> dict[str, object]:
+    """How a task's LoRA guard on the whole base is trained: the teacher, and the method ``lora_full``."""
+    return {**TEACHER, "epochs": TEACHER_EPOCHS.get(task, TEACHER["epochs"])}
 
 
 def batch_size_of(cell: Cell) -> int:
@@ -226,14 +235,16 @@ def _with_targets(setup: Setup, cell: Cell, data: Prepared) -> Rows:
     """The training rows with the teacher's scores, kept without their texts: many minutes, used by twelve cells."""
     splits, scratch = (data.train, data.splits["validation"].rows), setup.scratch / "teachers"
     recipe = recipe_of(setup, replace(cell, seed=0))
-    seen = config_hash([TEACHER, [(tap_key(data.base, rows.ids, ()), rows.labels.tolist()) for rows in splits]])
+    seen = config_hash(
+        [teacher_of(cell.task), [(tap_key(data.base, rows.ids, ()), rows.labels.tolist()) for rows in splits]]
+    )
     shared = recipe.training.model_dump(exclude={*TEACHER, "soft_weight"})
     path = (setup.teachers or scratch) / f"{config_hash([FORMAT, recipe.seed, shared, seen])}.json"
     if path.is_file():
         return replace(data.train, soft=torch.tensor(json.loads(path.read_text(encoding="utf-8"))["soft"]))
     train = teacher_scores(data.base, recipe, splits, scratch)
     assert train.soft is not None
-    facts = {"task": cell.task, "base": cell.base, "teacher": TEACHER}
+    facts = {"task": cell.task, "base": cell.base, "teacher": teacher_of(cell.task)}
     write_json(path, {**facts, "soft": train.soft.tolist()}, indent=None)
     return train
 
@@ -243,7 +254,7 @@ def _looped(data: Prepared, recipe: Recipe, model: nn.Module, sources: dict[str,
         model,
         data.train.lengths,
         guard_objective(data.base, sources["train"], data.train, recipe),
-        guard_metric(data.base, sources["validation"], data.splits["validation"].rows),
+        metric_of(data, sources["validation"]),
         recipe.training,
         seed=recipe.seed,
     )
@@ -256,6 +267,24 @@ def _looped(data: Prepared, recipe: Recipe, model: nn.Module, sources: dict[str,
     facts: dict[str, object] = {"train_seconds": outcome.train_seconds, "peak_bytes": outcome.peak_bytes}
     facts |= {"trainable_params": outcome.trainable_params, "epochs": outcome.epochs}
     return Trained(values, matmuls, facts)
+
+
+def metric_of(data: Prepared, source: Source) -> Callable[[], float]:
+    """The AUROC on validation rows by which epochs are chosen: of windows, or of claims by the window that counts.
+
+    A supported claim has windows that do not support it, so those of ``grounding`` have no labels of their own.
+    """
+    part = data.splits["validation"]
+    if data.task.windows == "max":
+        return guard_metric(data.base, source, part.rows)
+
+    def of_rows() -> float:
+        logits = guard_logits(data.base, source, part.rows)[:, 0]
+        if not np.isfinite(logits).all():
+            return math.nan
+        return auroc(part.labels, part.combined(logits, data.task.windows))
+
+    return of_rows
 
 
 def fitted(setup: Setup, cell: Cell) -> Trained:

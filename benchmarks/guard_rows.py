@@ -26,12 +26,12 @@ from safeside.types import Example
 Array = NDArray[np.float64]
 
 SPLITS = ("train", "validation", "test", "harmless")
-# Rows of training, validation and test, at most: the longer a task's texts, the fewer.
+# Rows of training, validation and test, at most: the longer a task's texts, the fewer; 400 claims taught nothing.
 ROWS = {
     "hate": (1000, 600, 1000),
     "prompt_harm": (600, 400, 800),
     "response_harm": (600, 400, 800),
-    "grounding": (400, 200, 400),
+    "grounding": (1600, 300, 600),
 }
 MOST_WINDOWS = 4  # a row that takes more is left out and counted: whole web pages would take most of the time
 HARMLESS = {

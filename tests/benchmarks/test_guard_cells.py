@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,10 @@ from benchmarks.made_rows import rows_of
 from guard_cells import Cell
 from guard_rows import Prepared, Setup, Split
 from safeside.base.model import Base
+from safeside.tasks.grounding import GROUNDING
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
+from safeside.types import Example, Message
 
 
 @pytest.fixture
@@ -60,3 +63,30 @@ def test_steps_are_small_for_what_learns_in_the_loop() -> None:
     sizes = {method: guard_cells.batch_size_of(Cell("hate", "tiny", method, 0)) for method in guard_cells.METHODS}
     others = {"lora_full": 16, "lst_shared": 32, "probe": 32, "tfidf": 32, "prompted": 32}
     assert sizes == {**dict.fromkeys(guard_cells.METHODS, 8), **others}
+
+
+def test_epochs_of_claims_are_chosen_by_the_window_that_counts(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four claims in two windows each; both supported ones have a window that does not support them."""
+    logits = np.array([3.0, -1.0, -1.0, 3.0, 1.0, 1.0, 2.0, 1.0])
+    monkeypatch.setattr(guard_cells, "guard_logits", lambda base, source, rows: logits[:, None])
+    examples = [Example((Message("user", str(row)),), (float(row > 1),)) for row in range(4)]
+    split = Split(examples, rows_of([str(window) for window in range(8)], 4), np.arange(8) // 2)
+    data = Prepared(tiny_base, GROUNDING, split.rows, {"validation": split})
+    metric = guard_cells.metric_of(data, None)  # type: ignore[arg-type]  # nothing is read
+    assert metric() == 1.0
+    logits[1] = 1.5
+    assert metric() == 0.5
+    logits[5] = np.nan
+    assert np.isnan(metric())
+
+
+def test_a_teacher_of_long_rows_has_fewer_epochs() -> None:
+    setup = Setup(Path(), (("tiny", "tiny", "print"),), Path(), 10**6, 10**6, 5)
+    epochs = {task: guard_cells.teacher_of(task)["epochs"] for task in ("hate", "grounding")}
+    assert epochs == {"hate": 3, "grounding": 2}
+    recipe = guard_cells.recipe_of(setup, Cell("grounding", "tiny", "lst_distilled", 0))
+    assert recipe.teacher is not None
+    assert recipe.teacher.epochs == 2
+    assert guard_cells.recipe_of(setup, Cell("grounding", "tiny", "lora_full", 0)).training.epochs == 2
