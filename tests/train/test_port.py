@@ -15,6 +15,7 @@ import torch
 from safeside import Adapter, Base, Message, attach, create_adapter, load_adapter, load_base, make_config, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
 from safeside.artifact import PROVENANCE_FILE
+from safeside.base.top import described
 from safeside.errors import InputError, MismatchError, UnsupportedError
 from safeside.guards.score import score_conversations
 from safeside.train.port import answered, best_method, calibrate_like, port_adapter
@@ -250,6 +251,40 @@ def test_aligners_of_other_tokenizers_templates_and_methods_are_refused(
     sibling.tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|eos|>")
     with pytest.raises(MismatchError, match="other tokens"):
         port_adapter((tiny_base, aligner), sibling, texts(30), DISTILL)
+
+
+@pytest.mark.parametrize("options", [{"depth": 2}, {"depth": 2, "lora_rank": 4}], ids=["full", "lora"])
+def test_duplicated_blocks_become_those_of_the_new_base(
+    tiny_base: Base, random_aligner: Callable[..., Adapter], tmp_path: Path, options: dict[str, int]
+) -> None:
+    """From the same relative depth up, whatever the new base's depth and width."""
+    aligner = random_aligner(tiny_base, kind="toplayers", **options)
+    changes = {"num_hidden_layers": 6, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    base = load_base(make_tiny("mistral", tmp_path / "deeper", **changes))
+    before = port_adapter((tiny_base, aligner), base, texts(120), replace(DISTILL, epochs=1, learning_rate=1e-9))
+    done = port_adapter((tiny_base, aligner), base, texts(120), replace(DISTILL, learning_rate=1e-2))
+    config = done.adapter.config
+    assert (config.depth, config.layers, config.blocks) == (4, (2,), described(base))
+    assert done.agreement < 0.9 * before.agreement
+    loaded = load_adapter(save_adapter(done.adapter, tmp_path / "ported", base), base)
+    with attach(base, [loaded]):
+        assert base.chat([Message("user", "the cat")], max_new_tokens=3).strength
+
+
+def test_a_base_without_blocks_for_an_aligner_is_refused_before_any_answer(
+    tiny_base: Base, random_aligner: Callable[..., Adapter], sibling: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_: object) -> None:
+        raise AssertionError("answers were written before the kind was looked at")
+
+    def unlike(*_: object) -> None:
+        raise UnsupportedError("their place in the stack counts")
+
+    aligner = random_aligner(tiny_base, kind="toplayers", depth=1)
+    monkeypatch.setattr("safeside.train.port.answered", answer)
+    monkeypatch.setattr("safeside.base.top.Top.check_same", unlike)
+    with pytest.raises(UnsupportedError, match="place in the stack"):
+        port_adapter((tiny_base, aligner), sibling, texts(120), DISTILL)
 
 
 def test_rows_that_a_base_refuses_are_left_out_and_counted(

@@ -73,15 +73,19 @@ def port_adapter(
     """An adapter for ``base`` that does what the old one does on its own base.  ``text`` needs no labels.
 
     An aligner needs ``method="distill"`` and bases of one tokenizer and chat template, else it is a MismatchError; to
-    prompts without an answer the old base writes one, with the aligner.  A kind that no map carries is an
-    UnsupportedError.
+    prompts without an answer the old base writes one, with the aligner.  A kind that no map carries, and one that the
+    new base cannot have, are an UnsupportedError before any text is read.
     """
     settings = settings or PortSettings()
     started = time.perf_counter()
     old_base, teacher = old
     is_guard = teacher.config.role == "guard"
-    rows = (_guard_text if is_guard else _aligner_text)(old, base, text, settings)
+    if settings.method != "distill":
+        check_mappable(teacher)
+    if not is_guard:
+        _check_alignable(old, base)
     student = create_adapter(base, ported_config(teacher.config, base), settings.seed)
+    rows = _aligner_text(old, base, text, settings) if not is_guard else read_text(old_base, base, text, settings)
     with tempfile.TemporaryDirectory() as folder:
         old_side = _side(old_base, teacher.float(), rows.old.ids, folder)
         new_side = _side(base, student, rows.new.ids, folder)
@@ -111,17 +115,9 @@ def best_method(adapter: Adapter) -> Method:
     return "both"
 
 
-def _guard_text(old: tuple[Base, Adapter], base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
-    if settings.method != "distill":
-        check_mappable(old[1])
-    return read_text(old[0], base, text, settings)
-
-
-def _aligner_text(old: tuple[Base, Adapter], base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
-    """Rows with answers, in the same tokens for both bases."""
+def _check_alignable(old: tuple[Base, Adapter], base: Base) -> None:
+    """Raise unless ``base`` gives distributions over the old base's tokens."""
     old_base, aligner = old
-    if settings.method != "distill":
-        check_mappable(aligner)
     if base.is_encoder:
         raise UnsupportedError(f"{base.name} is an encoder: it has no next-token distribution, so guards only.")
     if old_base.fingerprint.tokenizer != base.fingerprint.tokenizer:
@@ -130,6 +126,11 @@ def _aligner_text(old: tuple[Base, Adapter], base: Base, text: Sequence[Example]
             f"{old_base.fingerprint.tokenizer}), but {base.name} has another tokenizer ({base.fingerprint.tokenizer}). "
             "An aligner is ported between bases of one tokenizer only; train one on the new base instead."
         )
+
+
+def _aligner_text(old: tuple[Base, Adapter], base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
+    """Rows with answers, in the same tokens for both bases."""
+    old_base, aligner = old
     rows = read_text(old_base, base, answered(old_base, aligner, text, settings.max_new_tokens), settings)
     if rows.old.ids != rows.new.ids:
         raise MismatchError(

@@ -19,6 +19,7 @@ from safeside.adapters.blocks import TapProjection, normed
 from safeside.adapters.config import AdapterConfig, reference_of, require_valid
 from safeside.adapters.lst import Lst
 from safeside.adapters.plr import Plr
+from safeside.adapters.sizing import make_config
 from safeside.base.model import Base
 from safeside.errors import UnsupportedError
 from safeside.train.port_text import Side
@@ -31,7 +32,8 @@ _BATCH = 32
 def ported_config(source: AdapterConfig, base: Base) -> AdapterConfig:
     """The same side network on ``base``, its projections of full rank.
 
-    Taps stay at their relative depth, so they are fewer where the base is shallower.
+    Taps stay at their relative depth, so they are fewer where the base is shallower.  Of ``toplayers`` the duplicated
+    blocks are those of ``base``, from that depth up; a base whose blocks cannot be built anew is an UnsupportedError.
     """
     layers = tuple(sorted({_new_layer(layer, source, base) for layer in source.layers}))
     values = {
@@ -43,6 +45,9 @@ def ported_config(source: AdapterConfig, base: Base) -> AdapterConfig:
         "modes": {},
         "preset": None,
     }
+    if source.kind == "toplayers":
+        top = make_config(base, kind="toplayers", role=source.role, depth=max(1, base.n_layers - layers[0]))
+        values |= top.model_dump(include={"depth", "layers", "blocks"})
     return require_valid({**values, "allow_mismatch": False})
 
 
