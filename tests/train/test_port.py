@@ -287,6 +287,41 @@ def test_a_base_without_blocks_for_an_aligner_is_refused_before_any_answer(
         port_adapter((tiny_base, aligner), sibling, texts(120), DISTILL)
 
 
+def test_an_aligners_rows_without_an_answer_are_counted(
+    tiny_base: Base, sibling: Base, random_aligner: Callable[..., Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that leave no room, prompts that the template refuses, and prompts that are answered with nothing."""
+    aligner = random_aligner(tiny_base)
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    for base in (tiny_base, sibling):
+        monkeypatch.setattr(base.tokenizer, "chat_template", refusing)
+    long = Example((Message("user", "the " * (tiny_base.max_tokens - 10)),))
+    refused = Example((Message("system", "be good"), Message("user", "how")))
+    given = [replace(row, messages=(*row.messages, Message("assistant", "no"))) for row in texts(120)]
+    assert len(tiny_base.encode(long.messages).ids) < tiny_base.max_tokens
+    done = port_adapter(
+        (tiny_base, aligner), sibling, [*given, long, refused], replace(DISTILL, max_new_tokens=9, epochs=1)
+    )
+    assert (done.n_rows, done.n_left_out) == (120, 2)
+    terse = random_aligner(tiny_base, kind="toplayers", depth=2, lora_rank=4)
+    asked = port_adapter((tiny_base, terse), sibling, texts(120), replace(DISTILL, epochs=1))
+    assert asked.n_rows + asked.n_left_out == 120
+    assert asked.n_rows == len(answered(tiny_base, terse, texts(120), 4)) < 120
+
+
+def test_answers_are_written_only_where_enough_rows_can_have_one(
+    tiny_base: Base, sibling: Base, random_aligner: Callable[..., Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_: object) -> None:
+        raise AssertionError("answers were written for too few rows")
+
+    aligner = random_aligner(tiny_base)
+    monkeypatch.setattr("safeside.train.port.answered", answer)
+    long = [Example((Message("user", "the " * tiny_base.max_tokens),))] * 120
+    with pytest.raises(InputError, match="can read 5 of 125 rows"):
+        port_adapter((tiny_base, aligner), sibling, [*texts(5), *long], DISTILL)
+
+
 def test_rows_that_a_base_refuses_are_left_out_and_counted(
     tiny_base: Base, sibling: Base, random_guard: Callable[..., Adapter]
 ) -> None:

@@ -32,7 +32,7 @@ from safeside.guards.score import place_of
 from safeside.train.loop import Progress
 from safeside.train.port_distill import chunks, distill_aligner, distill_guard, guard_outputs
 from safeside.train.port_map import Maps, check_mappable, ported_config
-from safeside.train.port_text import Method, PortSettings, PortText, Side, read_text
+from safeside.train.port_text import Method, PortSettings, PortText, Readers, Side, read_text, require_enough
 from safeside.train.taps import FINAL, TapStore
 from safeside.types import Example, Message, Mode
 
@@ -51,7 +51,8 @@ class Port:
     n_rows: int
     """Rows of text behind it, the held-out fifth included."""
     n_left_out: int
-    """Rows that one of the bases cannot read whole."""
+    """Rows of the text that either base refuses or cannot read whole, that are not traced to characters where maps are
+    wanted, and of an aligner's those that got no answer."""
     n_pairs: int
     """Positions that the maps were fitted on; 0 without maps."""
     seconds: float
@@ -74,7 +75,7 @@ def port_adapter(
 
     An aligner needs ``method="distill"`` and bases of one tokenizer and chat template, else it is a MismatchError; to
     prompts without an answer the old base writes one, with the aligner.  A kind that no map carries, and one that the
-    new base cannot have, are an UnsupportedError before any text is read.
+    new base cannot have, are an UnsupportedError before any text is read.  Too few usable rows are an InputError.
     """
     settings = settings or PortSettings()
     started = time.perf_counter()
@@ -86,6 +87,7 @@ def port_adapter(
         _check_alignable(old, base)
     student = create_adapter(base, ported_config(teacher.config, base), settings.seed)
     rows = _aligner_text(old, base, text, settings) if not is_guard else read_text(old_base, base, text, settings)
+    require_enough(rows.n_rows, len(text))
     with tempfile.TemporaryDirectory() as folder:
         old_side = _side(old_base, teacher.float(), rows.old.ids, folder)
         new_side = _side(base, student, rows.new.ids, folder)
@@ -98,7 +100,7 @@ def port_adapter(
     return Port(
         adapter=student,
         n_rows=rows.n_rows,
-        n_left_out=rows.n_left_out,
+        n_left_out=len(text) - rows.n_rows,
         n_pairs=sum(map(len, rows.pairs[: rows.n_learnt])),
         seconds=time.perf_counter() - started,
         agreement=agreement,
@@ -129,9 +131,12 @@ def _check_alignable(old: tuple[Base, Adapter], base: Base) -> None:
 
 
 def _aligner_text(old: tuple[Base, Adapter], base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
-    """Rows with answers, in the same tokens for both bases."""
+    """Rows with answers, in the same tokens for both bases; too few that can have one are an InputError."""
     old_base, aligner = old
-    rows = read_text(old_base, base, answered(old_base, aligner, text, settings.max_new_tokens), settings)
+    readers = Readers(old_base, base)
+    usable = [row for row in text if _is_answered(row) or readers.encode(row.messages, settings.max_new_tokens)]
+    require_enough(len(usable), len(text))
+    rows = read_text(old_base, base, answered(old_base, aligner, usable, settings.max_new_tokens), settings)
     if rows.old.ids != rows.new.ids:
         raise MismatchError(
             f"{old_base.name} and {base.name} share a tokenizer but not a chat template: the same conversation becomes "
@@ -140,17 +145,21 @@ def _aligner_text(old: tuple[Base, Adapter], base: Base, text: Sequence[Example]
     return rows
 
 
+def _is_answered(row: Example) -> bool:
+    return row.messages[-1].role == "assistant"
+
+
 def answered(base: Base, aligner: Adapter, text: Sequence[Example], max_new_tokens: int) -> list[Example]:
     """The conversations that end in an answer, after those that did not got one: the aligned base's own, greedy.
 
-    A prompt too long to be answered stays as it is, and so does one that is answered with nothing.
+    ``base`` has room for each of them and ``max_new_tokens``.  A prompt that is answered with nothing is left out: no
+    token of it could be learnt.
     """
-    done = [row for row in text if row.messages[-1].role == "assistant"]
-    asked = [row for row in text if row.messages[-1].role != "assistant"]
-    fits = [row for row in asked if len(base.encode(row.messages).ids) + max_new_tokens <= base.max_tokens]
+    done = [row for row in text if _is_answered(row)]
+    asked = [row for row in text if not _is_answered(row)]
     with attach(base, [aligner]):
-        for start in range(0, len(fits), _N_ANSWERS):
-            some = fits[start : start + _N_ANSWERS]
+        for start in range(0, len(asked), _N_ANSWERS):
+            some = asked[start : start + _N_ANSWERS]
             answers = base.chat_batch([row.messages for row in some], max_new_tokens=max_new_tokens)
             done += [
                 replace(row, messages=(*row.messages, Message("assistant", answer.text)))

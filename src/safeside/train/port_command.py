@@ -51,6 +51,11 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
     with training_bars(old.name) as (report, _):
         done = port_adapter((old_base, old), base, examples, settings, report=report)
     facts = port_facts(done, settings, options)
+    if done.n_left_out:
+        note(
+            f"{done.n_left_out} rows of {options.text.name} were left out: a base refuses them or has no room for them "
+            "and their answer, they cannot be traced to characters, or they were answered with nothing"
+        )
     if old.config.modes:
         note(
             f"promises, presets and stop rules for mode {', '.join(old.config.modes)} stay behind, for the scores are "

@@ -16,7 +16,7 @@ from safeside.errors import InputError
 from safeside.train.offsets import characters_read, paired_positions
 from safeside.train.rows import Rows
 from safeside.train.taps import Batch, TapStore, make_batch
-from safeside.types import Example
+from safeside.types import Example, Message
 
 Method = Literal["map", "distill", "both"]
 METHODS: tuple[Method, ...] = ("map", "distill", "both")
@@ -56,8 +56,6 @@ class PortText:
     """For the base that it goes to."""
     pairs: list[list[tuple[int, int]]]
     """By row, (old, new) positions that have read the same characters; empty where no maps are wanted."""
-    n_left_out: int
-    """Rows that either base refuses or that are too long for it, and rows not traced from tokens to characters."""
 
     @property
     def n_rows(self) -> int:
@@ -82,22 +80,47 @@ class Side:
         return make_batch(self.base, self.ids, rows)
 
 
-def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
-    """``text`` in a random order for both bases.  Rows that one of them cannot read whole are left out and counted.
+class Readers:
+    """The old base and the new one, which are to read the same rows."""
 
-    Fewer than 20 usable rows are an InputError.
+    def __init__(self, old: Base, new: Base) -> None:
+        self.bases = old, new
+
+    def encode(self, messages: Sequence[Message], n_more: int = 0) -> tuple[Encoded, Encoded] | None:
+        """A conversation for both; None where one refuses it or has no room for all of it and ``n_more`` tokens."""
+        old, new = self.bases
+        try:
+            both = old.encode(messages), new.encode(messages)
+        except InputError:  # a template may refuse roles, a tokenizer odd texts
+            return None
+        fits = (len(some.ids) + n_more <= base.max_tokens for some, base in zip(both, self.bases, strict=True))
+        return both if all(fits) else None
+
+
+def require_enough(n_usable: int, n_given: int) -> None:
+    """Raise an InputError where fewer rows are left than a port needs."""
+    if n_usable < _LEAST_ROWS:
+        raise InputError(
+            f"Both bases can read {n_usable} of {n_given} rows of text; expected at least {_LEAST_ROWS}, and several "
+            "hundred for a good port. Give more text of the kind that the adapter reads."
+        )
+
+
+def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
+    """``text`` in a random order for both bases.
+
+    Rows that either base refuses or cannot read whole are left out, and where maps are wanted those that cannot be
+    traced from tokens to characters.
     """
     text = list(text)
     random.Random(settings.seed).shuffle(text)
+    readers = Readers(old_base, base)
     encoded: list[tuple[Encoded, Encoded]] = []
     kept: list[Example] = []
     pairs: list[list[tuple[int, int]]] = []
     for example in text:
-        try:
-            both = old_base.encode(example.messages), base.encode(example.messages)
-        except InputError:  # a template may refuse roles, a tokenizer odd texts
-            continue
-        if len(both[0].ids) > old_base.max_tokens or len(both[1].ids) > base.max_tokens:
+        both = readers.encode(example.messages)
+        if both is None:
             continue
         if settings.method != "distill":
             read = [characters_read(some, example.messages) for some in (old_base, base)]
@@ -106,13 +129,8 @@ def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: Por
             pairs.append(paired_positions(read[0], read[1]))
         encoded.append(both)
         kept.append(example)
-    if len(encoded) < _LEAST_ROWS:
-        raise InputError(
-            f"Both bases can read {len(encoded)} of {len(text)} rows of text; expected at least {_LEAST_ROWS}, and "
-            "several hundred for a good port. Give more text of the kind that the adapter reads."
-        )
     old, new = (_rows([both[side] for both in encoded], kept) for side in (0, 1))
-    return PortText(old, new, pairs, len(text) - len(encoded))
+    return PortText(old, new, pairs)
 
 
 def _rows(encoded: Sequence[Encoded], examples: list[Example]) -> Rows:
