@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.normalizers import Replace
 
 from safeside import Adapter, Base, Message, attach, create_adapter, load_adapter, load_base, make_config, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
@@ -199,6 +200,38 @@ def test_rows_that_a_base_cannot_read_whole_are_counted(
     odd = [Example((Message("user", "the cat " * 200),)), Example((Message("user", "say <|assistant|> now"),))]
     assert port_adapter((tiny_base, guard), tiny_family("gpt2"), [*texts(40), *odd], MAP).n_left_out == 2
     assert port_adapter((tiny_base, guard), tiny_family("gpt2"), [*texts(40), *odd], DISTILL).n_left_out == 1
+
+
+BLANK = [Example((Message("user", text),)) for text in (" \n", "\u200b\u200d", "\u2800\ufeff ")]
+
+
+@pytest.mark.parametrize("settings", [MAP, DISTILL], ids=["map", "distill"])
+def test_rows_without_text_are_left_out_as_a_guard_leaves_them_unscored(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter, settings: PortSettings
+) -> None:
+    scored = score_conversations(tiny_base, [guard], [row.messages for row in BLANK])
+    assert all("holds no text" in str(row.problem) for row in scored)
+    for name in ("gpt2", "bert"):
+        done = port_adapter((tiny_base, guard), tiny_family(name), [*texts(120), *BLANK], replace(settings, epochs=1))
+        assert (done.n_rows, done.n_left_out) == (120, 3)
+
+
+def test_prompts_without_text_are_not_answered(
+    tiny_base: Base, sibling: Base, random_aligner: Callable[..., Adapter]
+) -> None:
+    rows = [*texts(120), *BLANK]
+    done = port_adapter((tiny_base, random_aligner(tiny_base)), sibling, rows, replace(DISTILL, epochs=1))
+    assert (done.n_rows, done.n_left_out) == (120, 3)
+
+
+def test_text_that_a_tokenizer_makes_nothing_of_is_left_out(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_family("bert")
+    monkeypatch.setattr(base.tokenizer.backend_tokenizer, "normalizer", Replace("hat", ""))
+    odd = Example((Message("user", "hat"),))
+    done = port_adapter((tiny_base, guard), base, [*texts(120), odd], replace(DISTILL, epochs=1))
+    assert done.n_left_out == 1
 
 
 def test_too_little_text_is_refused(tiny_base: Base, guard: Adapter) -> None:

@@ -51,8 +51,8 @@ class Port:
     n_rows: int
     """Rows of text behind it, the held-out fifth included."""
     n_left_out: int
-    """Rows of the text that either base refuses or cannot read whole, that are not traced to characters where maps are
-    wanted, and of an aligner's those that got no answer."""
+    """Rows that hold no text, that either base refuses or cannot read whole, that are not traced to characters where
+    maps are wanted, and of an aligner's those that got no answer."""
     n_pairs: int
     """Positions that the maps were fitted on; 0 without maps."""
     seconds: float

@@ -53,8 +53,8 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
     facts = port_facts(done, settings, options)
     if done.n_left_out:
         note(
-            f"{done.n_left_out} rows of {options.text.name} were left out: a base refuses them or has no room for them "
-            "and their answer, they cannot be traced to characters, or they were answered with nothing"
+            f"{done.n_left_out} rows of {options.text.name} were left out: they hold no text, a base refuses them or "
+            "has no room for them and their answer, they are not traced to characters, or they got no answer"
         )
     if old.config.modes:
         note(

@@ -13,6 +13,7 @@ from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
 from safeside.chat import Encoded
 from safeside.errors import InputError
+from safeside.guards.content import BlankIds, refuse_empty
 from safeside.train.offsets import characters_read, paired_positions
 from safeside.train.rows import Rows
 from safeside.train.taps import Batch, TapStore, make_batch
@@ -85,12 +86,19 @@ class Readers:
 
     def __init__(self, old: Base, new: Base) -> None:
         self.bases = old, new
+        self._blanks = BlankIds(old), BlankIds(new)
 
     def encode(self, messages: Sequence[Message], n_more: int = 0) -> tuple[Encoded, Encoded] | None:
-        """A conversation for both; None where one refuses it or has no room for all of it and ``n_more`` tokens."""
+        """A conversation for both; None where it holds no text or one has no room for it and ``n_more`` tokens.
+
+        None too where one refuses it, or makes no token of its text.
+        """
         old, new = self.bases
         try:
+            refuse_empty(messages)
             both = old.encode(messages), new.encode(messages)
+            for some, blank in zip(both, self._blanks, strict=True):
+                blank.refuse(messages, some.ids)
         except InputError:  # a template may refuse roles, a tokenizer odd texts
             return None
         fits = (len(some.ids) + n_more <= base.max_tokens for some, base in zip(both, self.bases, strict=True))
@@ -109,8 +117,8 @@ def require_enough(n_usable: int, n_given: int) -> None:
 def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
     """``text`` in a random order for both bases.
 
-    Rows that either base refuses or cannot read whole are left out, and where maps are wanted those that cannot be
-    traced from tokens to characters.
+    Rows without text and those that either base refuses or cannot read whole are left out, and where maps are wanted
+    those that cannot be traced from tokens to characters.
     """
     text = list(text)
     random.Random(settings.seed).shuffle(text)
