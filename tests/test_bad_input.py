@@ -53,7 +53,7 @@ def test_a_hundred_thousand_tokens_are_read_in_windows(
     """By a guard, here an eighth of them; training and porting leave such a row out and count it."""
     text = "the cat sat and then " * 25_000
     assert len(tiny_base.tokenizer(text)["input_ids"]) > 100_000
-    path = file_of(tmp_path / "rows.jsonl", 40)
+    path = file_of(tmp_path / "rows.jsonl", 100)
     path.write_bytes(path.read_bytes() + b"\n" + json.dumps({"text": text, "label": 1}).encode())
     recipe = toy_recipe(tmp_path, tiny_base)
     trained = run("train", recipe, "--output", tmp_path / "made", "--json")
@@ -126,12 +126,12 @@ def test_a_patch_counts_them(
 
 
 def test_a_port_counts_them(run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path) -> None:
-    text = file_of(tmp_path / "texts.jsonl", 40, (*BROKEN, *LABELS))  # labels are not read
+    text = file_of(tmp_path / "texts.jsonl", 100, (*BROKEN, *LABELS))  # labels are not read
     ran = run(
         "port", adapters / "harm", "--to", tiny_base.folder, "--text", text, "--output", tmp_path / "out",
         "--method", "map", "--json",
     )  # fmt: skip
-    assert (ran.code, ran.json["bad_rows"], ran.json["port rows"]) == (1, len(BROKEN), "43")
+    assert (ran.code, ran.json["bad_rows"], ran.json["port rows"]) == (1, len(BROKEN), "103")
     assert ran.json["port rows left out"] == "1"  # text that spells control tokens is not traced to characters
 
 

@@ -446,7 +446,7 @@ def test_patch_learns_and_rolls_back(run: Callable[..., Ran], adapters: Path, tm
 def test_port_carries_a_guard_over(
     run: Callable[..., Ran], adapters: Path, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    text = write(tmp_path / "text.jsonl", [{"text": text} for text in texts(30)])
+    text = write(tmp_path / "text.jsonl", [{"text": text} for text in texts(100)])
     words = ("port", adapters / "harm", "--to", tiny_folder("gpt2"), "--text", text, "--output")
     done = run(*words, tmp_path / "ported", "--method", "map", "--json")
     assert done.code == 0

@@ -156,7 +156,7 @@ def test_a_rollback_reads_nothing_else(run: Callable[..., Ran], adapters: Path) 
 def patch_and_port(adapters: Path, tiny_base: Base, folder: Path, extra: Sequence[object] = ()) -> list[list[object]]:
     """Both commands on rows that they can use, and ``extra`` ones; each lacks its output."""
     rows = write(folder / "rows.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(texts(40))])
-    used = write(folder / "used.jsonl", [*({"text": text, "label": 1} for text in texts(24)), *extra])
+    used = write(folder / "used.jsonl", [*({"text": text, "label": 1} for text in texts(100)), *extra])
     return [
         ["patch", adapters / "harm", "--examples", used, "--replay", rows, "--output"],
         ["port", adapters / "harm", "--to", tiny_base.folder, "--text", used, "--method", "map", "--output"],
@@ -184,7 +184,7 @@ def test_bad_rows_of_a_patch_or_port_are_exit_1(
     for words in patch_and_port(adapters, tiny_base, tmp_path, ["{broken"]):
         ran = run(*words, tmp_path / str(words[0]), "--json")
         assert (ran.code, ran.json["bad_rows"]) == (1, 1)
-        assert "line 25 was left out: not JSON" in " ".join(ran.err.split())
+        assert "line 101 was left out: not JSON" in " ".join(ran.err.split())
 
 
 def test_a_patch_and_a_port_read_the_recorded_revision(

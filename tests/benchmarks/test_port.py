@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         load_examples(find_data(f"demo:{split}.jsonl.gz", Path()), ())[0][0].messages[0].content
         for split in ("train", "test")
     )
-    texts = [learnt, f"{tested}  ", *(f"{'harm' if row % 2 else 'help'} number {row} please" for row in range(40))]
+    texts = [learnt, f"{tested}  ", *(f"{'harm' if row % 2 else 'help'} number {row} please" for row in range(110))]
     lines = [json.dumps({"prompt": text, "label": row % 2}) for row, text in enumerate(texts)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     return tmp_path
@@ -53,8 +54,9 @@ def test_every_pair_and_method_gets_its_figures(
         return ported(source, target, text, settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(port, "port_adapter", spied)
+    monkeypatch.setattr(port, "PortSettings", partial(port.PortSettings, epochs=1))
     bases = ["--data", str(data), "--bases", str(tiny_folder("llama")), "--also", str(tiny_folder("gpt2"))]
-    small = ["--rows", "24", "--labelled", "24", "--test-rows", "40", "--threads", "1", "--seeds", "1"]
+    small = ["--rows", "100", "--labelled", "24", "--test-rows", "40", "--threads", "1", "--seeds", "1"]
     result = read_parts(port.main([*bases, *small, "--output", str(tmp_path)]))["port"]
     kept = [row for row in result["rows"] if row["metric"] == "kept_auroc"]
     assert [(row["source"], row["target"], row["method"]) for row in kept] == [
@@ -67,7 +69,7 @@ def test_every_pair_and_method_gets_its_figures(
         key = row["source"], row["method"]
         assert row["value"] == pytest.approx(figures[*key, "auroc"] / figures[*key, "source_auroc"])
         assert row["low"] <= row["value"] <= row["high"]
-    assert len(shown) == 24 * 6  # two pairs, three methods
+    assert len(shown) == 100 * 6  # two pairs, three methods
     assert {row.labels for row in shown} == {()}
     assert result["notes"]["bases"]["gpt2"].startswith("3 layers of width 64")
 

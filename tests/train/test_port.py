@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,14 +16,22 @@ from tokenizers.normalizers import Replace
 
 from safeside import Adapter, Base, Message, attach, create_adapter, load_adapter, load_base, make_config, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
-from safeside.artifact import PROVENANCE_FILE
+from safeside.artifact import CARD_FILE, PROVENANCE_FILE
 from safeside.base.top import described
 from safeside.errors import InputError, MismatchError, UnsupportedError
 from safeside.guards.score import score_conversations
-from safeside.train.port import answered, best_method, calibrate_like, port_adapter
+from safeside.train.port import (
+    Port,
+    answered,
+    best_method,
+    calibrate_like,
+    flagged_share,
+    label_correlations,
+    port_adapter,
+)
 from safeside.train.port_command import PortOptions, port_command
 from safeside.train.port_map import Maps, ported_config
-from safeside.train.port_text import PortSettings, Side, read_text
+from safeside.train.port_text import Method, PortSettings, PortText, Side, read_text
 from safeside.train.taps import TapStore, record_states
 from safeside.types import Example, Mode
 from tiny import CHAT_TEMPLATE, make_tiny
@@ -107,8 +116,8 @@ def test_a_map_to_another_base_carries_part_of_the_guard(
     tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter
 ) -> None:
     base = tiny_family("gpt2")
-    done = port_adapter((tiny_base, guard), base, texts(160), PortSettings(method="map"))
-    fresh = port_adapter((tiny_base, guard), base, texts(160), replace(DISTILL, epochs=1, learning_rate=1e-9))
+    done = port_adapter((tiny_base, guard), base, texts(500), PortSettings(method="map"))
+    fresh = port_adapter((tiny_base, guard), base, texts(500), replace(DISTILL, epochs=1, learning_rate=1e-9))
     assert done.agreement > abs(fresh.agreement) + 0.1
     assert done.adapter.config.base.fingerprint == base.fingerprint
 
@@ -129,7 +138,7 @@ def test_taps_stay_at_their_relative_depth(
     tiny_tokenizer().save_pretrained(tmp_path)
     base = load_base(tmp_path)
     assert ported_config(guard.config, base).layers == expected
-    done = port_adapter((tiny_base, guard), base, texts(60), PortSettings(method="map"))
+    done = port_adapter((tiny_base, guard), base, texts(100), PortSettings(method="map"))
     assert np.isfinite(scores(base, done.adapter, texts(5))).all()
 
 
@@ -140,8 +149,8 @@ def test_kinds_as_wide_as_the_base_have_no_map(
     old = random_guard(tiny_base, **options)
     assert best_method(old) == "distill"
     with pytest.raises(UnsupportedError, match="Use --method distill"):
-        port_adapter((tiny_base, old), tiny_family("gpt2"), texts(30), PortSettings())
-    done = port_adapter((tiny_base, old), tiny_family("gpt2"), texts(30), DISTILL)
+        port_adapter((tiny_base, old), tiny_family("gpt2"), texts(100), PortSettings())
+    done = port_adapter((tiny_base, old), tiny_family("gpt2"), texts(100), DISTILL)
     assert done.n_pairs == 0
 
 
@@ -163,10 +172,80 @@ def test_a_distilled_guard_agrees_with_the_old_one(
 
 def test_flag_rates_are_matched(tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter) -> None:
     base = tiny_family("bert")
-    done = port_adapter((tiny_base, guard), base, texts(200), PortSettings(method="map"))
-    held_out = 40
-    assert done.flagged[0] - 1 / held_out <= done.flagged[1] <= done.flagged[0]
-    assert done.flagged[0] > 0
+    done = port_adapter((tiny_base, guard), base, texts(400), PortSettings(method="map"))
+    chosen = rows_of(read_text(tiny_base, base, texts(400), PortSettings()), "choosing")
+    before, after = (
+        float((scores(*side, chosen) >= side[1].thresholds[0]).mean())
+        for side in ((tiny_base, guard), (base, done.adapter))
+    )
+    assert before - 1 / len(chosen) <= after <= before
+    assert before > 0
+    noise = 4 * (0.3 * 0.7 / done.n_measured) ** 0.5  # four standard deviations of a rate of 0.3
+    assert abs(done.flagged[1] - done.flagged[0]) < noise
+
+
+def rows_of(text: PortText, part: str) -> list[Example]:
+    return [text.old.examples[row] for row in {"choosing": text.choosing, "measured": text.measured}[part]]
+
+
+@pytest.mark.parametrize("n", [100, 137, 1000])
+def test_no_row_serves_twice(tiny_base: Base, n: int) -> None:
+    text = read_text(tiny_base, tiny_base, texts(n), DISTILL)
+    assert [*range(text.n_learnt), *text.choosing, *text.measured] == list(range(n))
+    assert len(text.choosing) == len(text.measured) == n // 5
+
+
+@pytest.mark.parametrize("method", ["map", "distill", "both"])
+def test_rows_to_measure_on_serve_nothing_else(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter, method: Method
+) -> None:
+    """With other such rows the ported guard is the same to the last digits, and only its figures are others."""
+    base, given = tiny_family("gpt2"), texts(120)
+    settings = PortSettings(method=method, epochs=3, batch_size=16, learning_rate=5e-3)
+    measured = rows_of(read_text(tiny_base, base, given, settings), "measured")
+    others = iter(texts(len(measured), 77))
+    swapped = [next(others) if any(row is one for one in measured) else row for row in given]
+    first, second = (port_adapter((tiny_base, guard), base, some, settings) for some in (given, swapped))
+    assert first.n_measured == len(measured) == 24
+    for name, tensor in first.adapter.state_dict().items():
+        assert (tensor - second.adapter.state_dict()[name]).abs().max() < EXACT
+    calibrations = [done.adapter.config.calibration for done in (first, second)]
+    for field in ("scale", "bias", "threshold"):
+        assert getattr(calibrations[0], field) == pytest.approx(getattr(calibrations[1], field), abs=EXACT)
+    assert abs(first.agreement - second.agreement) > 10 * EXACT
+
+
+def test_figures_are_those_of_the_rows_to_measure_on(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter
+) -> None:
+    """The slow twin: both guards attached to their bases."""
+    base = tiny_family("gpt2")
+    done = port_adapter((tiny_base, guard), base, texts(160), MAP)
+    some = rows_of(read_text(tiny_base, base, texts(160), MAP), "measured")
+    both = [scores(*side, some) for side in ((tiny_base, guard), (base, done.adapter))]
+    odds = [np.log(found / (1 - found)) for found in both]
+    assert done.correlations == (pytest.approx(np.corrcoef(*odds)[0, 1], abs=EXACT),)
+    assert done.agreement == done.correlations[0]
+    flagged = [(found >= side.thresholds[0]).mean() for found, side in zip(both, (guard, done.adapter), strict=True)]
+    assert done.flagged == pytest.approx(flagged)
+
+
+def test_a_constant_guard_has_no_correlation() -> None:
+    rising = np.arange(20.0)
+    old, new = np.stack([rising, rising, rising], 1), np.stack([rising, -rising, np.zeros(20)], 1)
+    assert label_correlations(old, new) == (pytest.approx(1), pytest.approx(-1), pytest.approx(math.nan, nan_ok=True))
+
+
+def test_a_port_that_follows_too_little_says_so_label_by_label(
+    tiny_base: Base, random_guard: Callable[..., Adapter]
+) -> None:
+    done = port_adapter((tiny_base, random_guard(tiny_base, labels=("a", "finance"))), tiny_base, texts(100), MAP)
+    assert done.warning is None
+    assert replace(done, correlations=(0.5, 0.5)).warning is None
+    low = replace(done, correlations=(0.499, math.nan)).warning
+    assert "over 20 held-out rows" in low
+    assert "0.499 (a), undefined (finance); expected at least 0.5" in low
+    assert "(a)" not in replace(done, correlations=(0.9, -0.5)).warning
 
 
 def test_calibration_copies_mean_spread_and_rate(tiny_base: Base, guard: Adapter) -> None:
@@ -174,14 +253,16 @@ def test_calibration_copies_mean_spread_and_rate(tiny_base: Base, guard: Adapter
     logits = generator.normal(size=(400, 1))
     new = create_adapter(tiny_base, guard.config)
     modes: list[Mode] = ["prompt", "answer"] * 200
-    rates = calibrate_like(new, guard, logits, 3 * logits - 5, modes)
+    calibrate_like(new, guard, logits, 3 * logits - 5, modes)
     assert new.config.calibration.scale[0] == pytest.approx(1 / 3)
     assert new.config.calibration.bias[0] == pytest.approx(5 / 3)
     assert new.config.calibration.false_positive_rate is None  # that was measured on the old guard
-    assert rates[0] == pytest.approx(rates[1], abs=1 / 400)
+    rates = flagged_share(guard, logits, modes), flagged_share(new, 3 * logits - 5, modes)
+    assert 0 < rates[0] == pytest.approx(rates[1], abs=1 / 400)
     rare = guard.config.calibration.model_copy(update={"threshold": (0.999999,)})
     guard.set_calibration(rare)
-    assert calibrate_like(new, guard, logits, logits, modes) == (0.0, 0.0)
+    calibrate_like(new, guard, logits, logits, modes)
+    assert flagged_share(guard, logits, modes) == flagged_share(new, logits, modes) == 0
     assert new.thresholds == (0.999999,)
     promise = Promise(threshold=(0.8,), false_positive_rate=0.05)
     guard.set_mode("answer", ModeCalibration(n_harmless=60, promise=promise))
@@ -198,8 +279,8 @@ def test_rows_that_a_base_cannot_read_whole_are_counted(
     tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter
 ) -> None:
     odd = [Example((Message("user", "the cat " * 200),)), Example((Message("user", "say <|assistant|> now"),))]
-    assert port_adapter((tiny_base, guard), tiny_family("gpt2"), [*texts(40), *odd], MAP).n_left_out == 2
-    assert port_adapter((tiny_base, guard), tiny_family("gpt2"), [*texts(40), *odd], DISTILL).n_left_out == 1
+    assert port_adapter((tiny_base, guard), tiny_family("gpt2"), [*texts(100), *odd], MAP).n_left_out == 2
+    assert port_adapter((tiny_base, guard), tiny_family("gpt2"), [*texts(100), *odd], DISTILL).n_left_out == 1
 
 
 BLANK = [Example((Message("user", text),)) for text in (" \n", "\u200b\u200d", "\u2800\ufeff ")]
@@ -235,8 +316,10 @@ def test_text_that_a_tokenizer_makes_nothing_of_is_left_out(
 
 
 def test_too_little_text_is_refused(tiny_base: Base, guard: Adapter) -> None:
-    for some in ([], texts(19)):
-        with pytest.raises(InputError, match=f"can read {len(some)} of {len(some)} rows"):
+    for some in ([], texts(99)):
+        with pytest.raises(
+            InputError, match=f"can read {len(some)} of {len(some)} rows of text; expected at least 100"
+        ):
             port_adapter((tiny_base, guard), tiny_base, some, MAP)
 
 
@@ -253,8 +336,8 @@ def test_an_aligner_is_ported_where_the_tokenizer_is_shared(
     tiny_base: Base, sibling: Base, random_aligner: Callable[..., Adapter]
 ) -> None:
     aligner = random_aligner(tiny_base)
-    before = port_adapter((tiny_base, aligner), sibling, texts(40), replace(DISTILL, epochs=1, learning_rate=1e-9))
-    done = port_adapter((tiny_base, aligner), sibling, texts(40), replace(DISTILL, epochs=6, learning_rate=1e-2))
+    before = port_adapter((tiny_base, aligner), sibling, texts(100), replace(DISTILL, epochs=1, learning_rate=1e-9))
+    done = port_adapter((tiny_base, aligner), sibling, texts(100), replace(DISTILL, epochs=6, learning_rate=1e-2))
     assert 0 < done.agreement < 0.9 * before.agreement
     with attach(sibling, [done.adapter]):
         assert sibling.chat([Message("user", "the cat")], max_new_tokens=3).strength
@@ -276,14 +359,14 @@ def test_aligners_of_other_tokenizers_templates_and_methods_are_refused(
     aligner = random_aligner(tiny_base)
     assert best_method(aligner) == "distill"
     with pytest.raises(UnsupportedError, match="cannot be ported by maps"):
-        port_adapter((tiny_base, aligner), sibling, texts(30), PortSettings())
+        port_adapter((tiny_base, aligner), sibling, texts(100), PortSettings())
     with pytest.raises(UnsupportedError, match="is an encoder"):
-        port_adapter((tiny_base, aligner), tiny_family("bert"), texts(30), DISTILL)
+        port_adapter((tiny_base, aligner), tiny_family("bert"), texts(100), DISTILL)
     with pytest.raises(MismatchError, match="has another tokenizer"):
-        port_adapter((tiny_base, aligner), load_base("builtin"), texts(30), DISTILL)
+        port_adapter((tiny_base, aligner), load_base("builtin"), texts(100), DISTILL)
     sibling.tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|eos|>")
     with pytest.raises(MismatchError, match="other tokens"):
-        port_adapter((tiny_base, aligner), sibling, texts(30), DISTILL)
+        port_adapter((tiny_base, aligner), sibling, texts(100), DISTILL)
 
 
 @pytest.mark.parametrize("options", [{"depth": 2}, {"depth": 2, "lora_rank": 4}], ids=["full", "lora"])
@@ -362,8 +445,8 @@ def test_rows_that_a_base_refuses_are_left_out_and_counted(
     sibling.tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
     )
-    done = port_adapter((tiny_base, random_guard(tiny_base)), sibling, [*texts(30), refused], MAP)
-    assert (done.n_rows, done.n_left_out) == (30, 1)
+    done = port_adapter((tiny_base, random_guard(tiny_base)), sibling, [*texts(100), refused], MAP)
+    assert (done.n_rows, done.n_left_out) == (100, 1)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -373,12 +456,12 @@ def test_the_folder_says_where_it_came_from(
     tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path
 ) -> None:
     source = save_adapter(guard, tmp_path / "harm", tiny_base, dtype=torch.bfloat16)
-    text, output = write(tmp_path / "text.jsonl", texts(60)), tmp_path / "ported"
+    text, output = write(tmp_path / "text.jsonl", texts(100)), tmp_path / "ported"
     summary = port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output, "map"))
     stamp = json.loads((output / PROVENANCE_FILE).read_text())
     assert stamp["ported from"].startswith("harm on ")
     assert str(tiny_base.fingerprint) in stamp["ported from"]
-    assert (stamp["port method"], stamp["port rows"], stamp["port text"]) == ("map", "60", "text.jsonl")
+    assert (stamp["port method"], stamp["port rows"], stamp["port text"]) == ("map", "100", "text.jsonl")
     assert summary["port held-out correlation"] == stamp["port held-out correlation"]
     base = load_base(tiny_folder("gpt2"))
     assert np.isfinite(scores(base, load_adapter(output, base), texts(3))).all()
@@ -386,10 +469,36 @@ def test_the_folder_says_where_it_came_from(
         port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output))
 
 
+def test_a_port_not_to_rely_on_is_told_and_on_the_card(
+    tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def ported(correlation: float) -> tuple[dict[str, object], Path, str]:
+        def port(*words: object, **options: object) -> Port:
+            return replace(port_adapter(*words, **options), correlations=(correlation,))
+
+        monkeypatch.setattr("safeside.train.port_command.port_adapter", port)
+        output = tmp_path / f"ported {correlation}"
+        summary = port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output, "map"))
+        return summary, output, capsys.readouterr().err
+
+    source, text = save_adapter(guard, tmp_path / "harm", tiny_base), write(tmp_path / "text.jsonl", texts(100))
+    summary, output, told = ported(-0.006)
+    warning = str(summary["port held-out warning"])
+    assert "is -0.006 (harm); expected at least 0.5" in warning
+    assert f"Warning: {warning}" in told
+    assert json.loads((output / PROVENANCE_FILE).read_text())["port held-out warning"] == warning
+    assert warning in (output / CARD_FILE).read_text()
+    summary, _, told = ported(0.9)
+    assert "port held-out warning" not in summary
+    assert "Warning" not in told
+    assert summary["port held-out rows"] == "20"
+
+
 def test_the_default_folder_is_named_after_adapter_and_base(
     tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, text = save_adapter(guard, tmp_path / "source", tiny_base), write(tmp_path / "text.jsonl", texts(30))
+    source, text = save_adapter(guard, tmp_path / "source", tiny_base), write(tmp_path / "text.jsonl", texts(100))
     target = tiny_folder("gpt2")
     options = PortOptions(str(target), text, method="map")
     monkeypatch.chdir(tmp_path)
@@ -406,7 +515,7 @@ def test_bad_calls_are_refused(
     options = PortOptions(str(tiny_folder("gpt2")), empty, tmp_path / "ported")
     with pytest.raises(InputError, match="holds no usable row"):
         port_command(str(source), options)
-    text = write(tmp_path / "text.jsonl", texts(30))
+    text = write(tmp_path / "text.jsonl", texts(100))
     with pytest.raises(InputError, match="no method 'maps'; expected one of map, distill, both"):
         port_command(str(source), replace(options, text=text, method="maps"))
 

@@ -4,7 +4,8 @@ A guard is ported by linear maps (``safeside.train.port_map``), by learning the 
 unlabelled text (``safeside.train.port_distill``), or by the second from where the first ends.  An aligner is ported by
 learning its mixed next-token distribution, for which both bases must share their tokenizer.  A ported guard is
 calibrated anew on text that it did not learn from: its scores get the old ones' mean and spread, and in each reading
-mode it flags no larger share of it.
+mode it flags no larger share of it.  What a port is said to be worth is measured on further text, which served nothing
+else.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safeside.adapters.adapter import Adapter, GuardHead
+from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import Calibration
 from safeside.artifact import create_adapter
 from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.errors import MismatchError, UnsupportedError
-from safeside.guards.calibrate import threshold_at
+from safeside.guards.calibrate import scores_of, threshold_at
 from safeside.guards.carry import ScoredTwice, carry_thresholds, in_force
 from safeside.guards.score import place_of
 from safeside.train.loop import Progress
-from safeside.train.port_distill import chunks, distill_aligner, distill_guard, guard_outputs
+from safeside.train.port_distill import chunks, distill_aligner, distill_guard, guard_outputs, mean_divergence
 from safeside.train.port_map import Maps, check_mappable, ported_config
 from safeside.train.port_text import Method, PortSettings, PortText, Readers, Side, read_text, require_enough
 from safeside.train.taps import FINAL, TapStore
@@ -38,8 +39,10 @@ from safeside.types import Example, Message, Mode
 
 _LEAST_SPREAD = 1e-3  # of a new guard's logits
 _N_ANSWERS = 25  # written in one batch
+_LEAST_CORRELATION = 0.5  # under which a guard's scores say little of the old one's
 
 Array = NDArray[np.float64]
+_Figures = tuple[float, tuple[float, ...], tuple[float, float]]  # agreement, correlations, flagged
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +52,36 @@ class Port:
     adapter: Adapter
     """On the new base, a guard's thresholds set."""
     n_rows: int
-    """Rows of text behind it, the held-out fifth included."""
+    """Rows of text behind it, the held-out two fifths included."""
     n_left_out: int
     """Rows that hold no text, that either base refuses or cannot read whole, that are not traced to characters where
     maps are wanted, and of an aligner's those that got no answer."""
+    n_measured: int
+    """Rows behind the figures below: no weight, scale or threshold comes from them."""
     n_pairs: int
     """Positions that the maps were fitted on; 0 without maps."""
     seconds: float
     """Wall-clock seconds, the passes of both bases included."""
     agreement: float
-    """On held-out text.  Guards: correlation of new and old logits.  Aligners: KL(old || new) in nats a token."""
+    """Guards: mean of the ``correlations``.  Aligners: KL(old || new) in nats a token."""
+    correlations: tuple[float, ...]
+    """Of a guard's new and old logits, by label; NaN where either are all the same.  None of an aligner."""
     flagged: tuple[float, float]
-    """Share of the held-out text's labels that the old guard flags, and the new one; NaN for aligners."""
+    """Share of the labels of all rows that the old guard flags, and the new one; NaN for aligners."""
+
+    @property
+    def warning(self) -> str | None:
+        """Why a guard is not to be relied on; None of an aligner, and where each label's scores follow the old ones."""
+        named = zip(self.correlations, self.adapter.config.labels, strict=False)
+        low = [(value, label) for value, label in named if not value >= _LEAST_CORRELATION]
+        if not low:
+            return None
+        found = ", ".join(f"{'undefined' if math.isnan(value) else f'{value:.3f}'} ({label})" for value, label in low)
+        return (
+            f"Do not rely on this port: over {self.n_measured} held-out rows the correlation of its scores with the "
+            f"old guard's is {found}; expected at least {_LEAST_CORRELATION}. Port with more text of the kind that the "
+            "guard judges, or train a guard on the new base."
+        )
 
 
 def port_adapter(
@@ -91,19 +112,21 @@ def port_adapter(
     with tempfile.TemporaryDirectory() as folder:
         old_side = _side(old_base, teacher.float(), rows.old.ids, folder)
         new_side = _side(base, student, rows.new.ids, folder)
+        _learn(old_side, new_side, rows, settings, report)
+        student.eval().requires_grad_(False)
         if is_guard:
-            agreement, flagged = _port_guard(old_side, new_side, rows, settings, report)
-        else:
-            agreement = distill_aligner(old_side, new_side, rows, settings, report)
-            flagged = math.nan, math.nan
-    student.eval().requires_grad_(False)
+            calibrate_like(student, teacher, *_twice(old_side, new_side, rows, rows.choosing))
+        measure = _guard_figures if is_guard else _aligner_figures
+        agreement, correlations, flagged = measure(old_side, new_side, rows)
     return Port(
         adapter=student,
         n_rows=rows.n_rows,
         n_left_out=len(text) - rows.n_rows,
+        n_measured=len(rows.measured),
         n_pairs=sum(map(len, rows.pairs[: rows.n_learnt])),
         seconds=time.perf_counter() - started,
         agreement=agreement,
+        correlations=correlations,
         flagged=flagged,
     )
 
@@ -174,46 +197,59 @@ def _side(base: Base, adapter: Adapter, ids: Sequence[tuple[int, ...]], folder: 
     return Side(base, adapter, ids, TapStore.build(base, ids, layers, Path(folder)))
 
 
-def _port_guard(
-    old: Side, new: Side, rows: PortText, settings: PortSettings, report: Callable[[Progress], None]
-) -> tuple[float, tuple[float, float]]:
-    """Map, distil and calibrate; the correlation of logits and both flag rates on held-out text."""
+def _learn(old: Side, new: Side, rows: PortText, settings: PortSettings, report: Callable[[Progress], None]) -> None:
+    """Give the new adapter its weights, by maps, by distillation, or by both."""
     if settings.method != "distill":
         Maps(old, new, rows.pairs[: rows.n_learnt], settings.ridge).fold()
     if settings.method != "map":
-        distill_guard(old, new, rows, settings, report)
-    held_out = range(rows.n_learnt, rows.n_rows)
-    with torch.no_grad():
-        logits = [guard_logits_of(side, held_out) for side in (old, new)]
-    modes = [place_of(example.messages) for example in rows.old.examples[rows.n_learnt :]]
-    flagged = calibrate_like(new.adapter, old.adapter, logits[0], logits[1], modes)
-    return _correlation(logits[0], logits[1]), flagged
+        distill = distill_guard if old.adapter.config.role == "guard" else distill_aligner
+        distill(old, new, rows, settings, report)
 
 
-def guard_logits_of(side: Side, rows: range) -> Array:
-    """(n, K) raw logits at the last tokens of some rows."""
-    return torch.cat([guard_outputs(side, some)[0] for some in chunks(rows)]).double().numpy()
+def _aligner_figures(old: Side, new: Side, rows: PortText) -> _Figures:
+    return mean_divergence(old, new, rows, rows.measured), (), (math.nan, math.nan)
 
 
-def calibrate_like(
-    new: Adapter, old: Adapter, old_logits: Array, new_logits: Array, modes: Sequence[Mode]
-) -> tuple[float, float]:
-    """Calibrate ``new`` to score as ``old`` on the same (n, K) rows; returns the shares of labels that each flags.
+def _guard_figures(old: Side, new: Side, rows: PortText) -> _Figures:
+    old_logits, new_logits, modes = _twice(old, new, rows, rows.measured)
+    found = label_correlations(old_logits, new_logits)
+    flagged = flagged_share(old.adapter, old_logits, modes), flagged_share(new.adapter, new_logits, modes)
+    return float(np.mean(found)), found, flagged
+
+
+@torch.no_grad()
+def _twice(old: Side, new: Side, rows: PortText, some: range) -> tuple[Array, Array, list[Mode]]:
+    """Raw logits (n, K) of some rows by the old guard and by the new one, and how each row is read."""
+    logits = [torch.cat([guard_outputs(side, part)[0] for part in chunks(some)]) for side in (old, new)]
+    modes = [place_of(rows.old.examples[row].messages) for row in some]
+    return logits[0].double().numpy(), logits[1].double().numpy(), modes
+
+
+def calibrate_like(new: Adapter, old: Adapter, old_logits: Array, new_logits: Array, modes: Sequence[Mode]) -> None:
+    """Calibrate ``new`` to score as ``old`` on the same (n, K) rows.
 
     Scaled logits get the old ones' mean and spread.  Where a threshold in force flags some of the rows that it judges,
     the new one is set so that as many are flagged at most; where it flags none or all, it stays.
     """
-    assert isinstance(old.head, GuardHead)
-    wanted = old.head.scale.cpu().double().numpy() * old_logits + old.head.bias.cpu().double().numpy()
+    before = _calibration_of(old)
+    wanted = np.array(before.scale) * old_logits + np.array(before.bias)
     scale = wanted.std(0).clip(_LEAST_SPREAD) / new_logits.std(0).clip(_LEAST_SPREAD)
     bias = wanted.mean(0) - scale * new_logits.mean(0)
-    before, after = _scores(wanted), _scores(scale * new_logits + bias)
-    calibration = old.config.calibration or Calibration(scale=tuple(scale), bias=tuple(bias), threshold=old.thresholds)
-    values = {"scale": tuple(scale.tolist()), "bias": tuple(bias.tolist())}
-    rows = ScoredTwice(before, after, modes)
-    carry_thresholds(new, old, calibration.model_copy(update=values), rows, _matched)
-    flagged = (before >= in_force(old, modes)).mean(), (after >= in_force(new, modes)).mean()
-    return float(flagged[0]), float(flagged[1])
+    after = before.model_copy(update={"scale": tuple(scale.tolist()), "bias": tuple(bias.tolist())})
+    rows = ScoredTwice(scores_of(before, old_logits), scores_of(after, new_logits), modes)
+    carry_thresholds(new, old, after, rows, _matched)
+
+
+def flagged_share(guard: Adapter, logits: Array, modes: Sequence[Mode]) -> float:
+    """Share of the labels of all rows, of raw logits (n, K), that a guard flags."""
+    return float((scores_of(_calibration_of(guard), logits) >= in_force(guard, modes)).mean())
+
+
+def _calibration_of(guard: Adapter) -> Calibration:
+    """How the guard's logits become scores, calibrated or not."""
+    thresholds = guard.thresholds
+    plain = Calibration(scale=(1.0,) * len(thresholds), bias=(0.0,) * len(thresholds), threshold=thresholds)
+    return guard.config.calibration or plain
 
 
 def _matched(threshold: float, before: Array, after: Array) -> float:
@@ -222,14 +258,10 @@ def _matched(threshold: float, before: Array, after: Array) -> float:
     return threshold_at(after, rate) if 0 < rate < 1 else threshold
 
 
-def _scores(scaled: Array) -> Array:
-    return np.asarray(torch.sigmoid(torch.from_numpy(scaled).float()).double())
-
-
-def _correlation(old: Array, new: Array) -> float:
-    """Pearson correlation of logits, mean over labels; 0 where either is constant."""
+def label_correlations(old: Array, new: Array) -> tuple[float, ...]:
+    """Pearson correlations of logits (n, K), by label; NaN where either are all the same."""
     values = []
     for before, after in zip(old.T, new.T, strict=True):
-        spread = before.std() * after.std()
-        values.append(float(((before - before.mean()) * (after - after.mean())).mean() / spread) if spread else 0.0)
-    return float(np.mean(values))
+        is_defined = np.ptp(before) > 0 and np.ptp(after) > 0
+        values.append(float(np.corrcoef(before, after)[0, 1]) if is_defined else math.nan)
+    return tuple(values)

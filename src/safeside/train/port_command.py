@@ -56,6 +56,8 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
             f"{done.n_left_out} rows of {options.text.name} were left out: they hold no text, a base refuses them or "
             "has no room for them and their answer, they are not traced to characters, or they got no answer"
         )
+    if done.warning:
+        note(f"Warning: {done.warning}")
     if old.config.modes:
         note(
             f"promises, presets and stop rules for mode {', '.join(old.config.modes)} stay behind, for the scores are "
@@ -86,10 +88,13 @@ def port_facts(done: Port, settings: PortSettings, options: PortOptions) -> dict
         "port rows": str(done.n_rows),
         "port rows left out": str(done.n_left_out),
         "port paired positions": str(done.n_pairs),
+        "port held-out rows": str(done.n_measured),
         f"port held-out {what}": f"{done.agreement:.4f}",
         "port seconds": f"{done.seconds:.1f}",
         "port seed": str(settings.seed),
     }
     if math.isfinite(done.flagged[0]):
         facts["port flagged held-out"] = f"{done.flagged[0]:.4f} by the old, {done.flagged[1]:.4f} by the new"
+    if done.warning:
+        facts["port held-out warning"] = done.warning
     return facts

@@ -23,7 +23,7 @@ _CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class _Objective:
-    """What the loop minimises on some rows and maximises on held-out text, and how much of a mean each row is."""
+    """What the loop minimises on some rows and maximises on others, and how much of a mean each row is."""
 
     loss_of: Callable[[Sequence[int]], Tensor]
     metric_of: Callable[[], float]
@@ -36,7 +36,7 @@ def distill_guard(old: Side, new: Side, text: PortText, settings: PortSettings, 
     The read-out is the normed side state that the head's linear layer reads.
     """
     with torch.no_grad():
-        parts = [guard_outputs(old, some) for some in chunks(range(text.n_rows))]
+        parts = [guard_outputs(old, some) for some in chunks(range(text.choosing.stop))]
     soft = torch.sigmoid(torch.cat([logits for logits, _ in parts]))
     readouts = torch.cat([readout for _, readout in parts])
 
@@ -48,8 +48,7 @@ def distill_guard(old: Side, new: Side, text: PortText, settings: PortSettings, 
         return loss
 
     def metric_of() -> float:
-        held_out = range(text.n_learnt, text.n_rows)
-        logits = torch.cat([guard_outputs(new, some)[0] for some in chunks(held_out)])
+        logits = torch.cat([guard_outputs(new, some)[0] for some in chunks(text.choosing)])
         return -float(guard_loss(logits, soft[text.n_learnt :]))
 
     _train(new, text, _Objective(loss_of, metric_of), settings, report)
@@ -74,29 +73,33 @@ def guard_outputs(side: Side, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     return output.logits.cpu()[last], read[0].float().cpu()[last]
 
 
-def distill_aligner(old: Side, new: Side, text: PortText, settings: PortSettings, report: Report) -> float:
-    """Train the new aligner in place on the old one's next-token distribution over the answers, both at strength 1.
-
-    Returns the mean divergence KL(old || new) in nats a token on held-out text, of the weights that are kept.
-    """
-
-    def divergence(some: Sequence[int]) -> tuple[Tensor, int]:
-        """Summed over the answers of some rows, and their number of tokens."""
-        mask = answer_mask(text.old, old.batch(some))[:, 1:]
-        with torch.no_grad():
-            wanted = _log_distribution(old, some)[mask]
-        return F.kl_div(_log_distribution(new, some)[mask], wanted, log_target=True, reduction="sum"), len(wanted)
+def distill_aligner(old: Side, new: Side, text: PortText, settings: PortSettings, report: Report) -> None:
+    """Train the new aligner in place on the old one's next-token distribution over the answers, both at strength 1."""
 
     def loss_of(some: Sequence[int]) -> Tensor:
-        total, n_tokens = divergence(some)
+        total, n_tokens = _divergence(old, new, text, some)
         return total / n_tokens
 
     def metric_of() -> float:
-        parts = [divergence(some) for some in chunks(range(text.n_learnt, text.n_rows))]
-        return -float(sum(total for total, _ in parts)) / sum(n_tokens for _, n_tokens in parts)
+        return -mean_divergence(old, new, text, text.choosing)
 
     answers = [float(len(ids) - start) for ids, start in zip(text.new.ids, text.new.answer_starts, strict=True)]
-    return -_train(new, text, _Objective(loss_of, metric_of, answers[: text.n_learnt]), settings, report)
+    _train(new, text, _Objective(loss_of, metric_of, answers[: text.n_learnt]), settings, report)
+
+
+@torch.no_grad()
+def mean_divergence(old: Side, new: Side, text: PortText, rows: range) -> float:
+    """KL(old || new) in nats a token, mean over the answers of some rows."""
+    parts = [_divergence(old, new, text, some) for some in chunks(rows)]
+    return float(sum(total for total, _ in parts)) / sum(n_tokens for _, n_tokens in parts)
+
+
+def _divergence(old: Side, new: Side, text: PortText, some: Sequence[int]) -> tuple[Tensor, int]:
+    """KL(old || new), summed over the answers of some rows, and their number of tokens."""
+    mask = answer_mask(text.old, old.batch(some))[:, 1:]
+    with torch.no_grad():
+        wanted = _log_distribution(old, some)[mask]
+    return F.kl_div(_log_distribution(new, some)[mask], wanted, log_target=True, reduction="sum"), len(wanted)
 
 
 def _log_distribution(side: Side, rows: Sequence[int]) -> Tensor:
@@ -105,8 +108,8 @@ def _log_distribution(side: Side, rows: Sequence[int]) -> Tensor:
     return F.log_softmax(answer_logits(side.base, source, side.batch(rows))[:, :-1].float(), dim=-1)
 
 
-def _train(side: Side, text: PortText, objective: _Objective, settings: PortSettings, report: Report) -> float:
-    """Train a side's adapter; returns the best figure on held-out text."""
+def _train(side: Side, text: PortText, objective: _Objective, settings: PortSettings, report: Report) -> None:
+    """Train a side's adapter; it ends with the weights of its best epoch."""
     training = TrainingSection(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
@@ -123,7 +126,7 @@ def _train(side: Side, text: PortText, objective: _Objective, settings: PortSett
         seed=settings.seed,
         report=report,
     )
-    return loop.run().best_metric
+    loop.run()
 
 
 def chunks(rows: range) -> Iterator[range]:

@@ -21,8 +21,8 @@ from safeside.types import Example, Message
 
 Method = Literal["map", "distill", "both"]
 METHODS: tuple[Method, ...] = ("map", "distill", "both")
-_HELD_OUT = 0.2  # of the text: chooses the best epoch and calibrates
-_LEAST_ROWS = 20
+_SHARE = 0.2  # of the text: once to choose and calibrate by, once to measure on
+_LEAST_ROWS = 100  # so that either share is 20 rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class PortSettings:
 
 @dataclass(frozen=True, slots=True)
 class PortText:
-    """The usable rows, encoded for both bases; the last fifth is held out."""
+    """The usable rows, encoded for both bases: three fifths to learn from, then two fifths that are held out."""
 
     old: Rows
     """For the base that the adapter was made for."""
@@ -65,7 +65,17 @@ class PortText:
     @property
     def n_learnt(self) -> int:
         """Rows to learn from, the first ones."""
-        return self.n_rows - int(self.n_rows * _HELD_OUT)
+        return self.n_rows - 2 * int(self.n_rows * _SHARE)
+
+    @property
+    def choosing(self) -> range:
+        """The rows that choose the best epoch and calibrate a guard."""
+        return range(self.n_learnt, self.n_rows - int(self.n_rows * _SHARE))
+
+    @property
+    def measured(self) -> range:
+        """The rows that serve nothing but the figures of a finished port."""
+        return range(self.choosing.stop, self.n_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +119,8 @@ def require_enough(n_usable: int, n_given: int) -> None:
     """Raise an InputError where fewer rows are left than a port needs."""
     if n_usable < _LEAST_ROWS:
         raise InputError(
-            f"Both bases can read {n_usable} of {n_given} rows of text; expected at least {_LEAST_ROWS}, and several "
-            "hundred for a good port. Give more text of the kind that the adapter reads."
+            f"Both bases can read {n_usable} of {n_given} rows of text; expected at least {_LEAST_ROWS} (two fifths "
+            "are held out), and several hundred for a good port. Give more text of the kind that the adapter reads."
         )
 
 
