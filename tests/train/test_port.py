@@ -230,6 +230,20 @@ def test_figures_are_those_of_the_rows_to_measure_on(
     assert done.flagged == pytest.approx(flagged)
 
 
+@pytest.mark.parametrize("settings", [MAP, DISTILL], ids=["map", "distill"])
+def test_a_guard_is_calibrated_as_it_is_stored(
+    tiny_base: Base, tiny_family: Callable[[str], Base], guard: Adapter, tmp_path: Path, settings: PortSettings
+) -> None:
+    """Rounded first: a threshold stands 2e-6 above a row, and rounding moves scores by a thousand times that."""
+    base, some = tiny_family("gpt2"), texts(40, 3)
+    done = port_adapter((tiny_base, guard), base, texts(120), settings, dtype=torch.bfloat16)
+    stored = load_adapter(save_adapter(done.adapter, tmp_path / "ported", base, dtype=torch.bfloat16), base)
+    assert stored.thresholds == done.adapter.thresholds
+    assert np.abs(scores(base, stored, some) - scores(base, done.adapter, some)).max() < 1e-6
+    whole = port_adapter((tiny_base, guard), base, texts(120), settings)
+    assert np.abs(scores(base, whole.adapter, some) - scores(base, done.adapter, some)).max() > 1e-4
+
+
 def test_a_constant_guard_has_no_correlation() -> None:
     rising = np.arange(20.0)
     old, new = np.stack([rising, rising, rising], 1), np.stack([rising, -rising, np.zeros(20)], 1)
@@ -467,6 +481,25 @@ def test_the_folder_says_where_it_came_from(
     assert np.isfinite(scores(base, load_adapter(output, base), texts(3))).all()
     with pytest.raises(InputError, match="exists already"):
         port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output))
+
+
+def test_a_reloaded_port_flags_what_its_card_says(
+    tiny_base: Base, tiny_folder: Callable[[str], Path], guard: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores are those that it was calibrated by, in the dtype of the old folder."""
+    made: list[Port] = []
+
+    def port(*words: object, **options: object) -> Port:
+        made.append(port_adapter(*words, **options))
+        return made[-1]
+
+    monkeypatch.setattr("safeside.train.port_command.port_adapter", port)
+    source = save_adapter(guard, tmp_path / "harm", tiny_base, dtype=torch.bfloat16)
+    text, output = write(tmp_path / "text.jsonl", texts(120)), tmp_path / "ported"
+    port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output, "map"))
+    base = load_base(tiny_folder("gpt2"))
+    found = [scores(base, guard, texts(120)) for guard in (made[0].adapter, load_adapter(output, base))]
+    assert np.abs(found[0] - found[1]).max() < 1e-6
 
 
 def test_a_port_not_to_rely_on_is_told_and_on_the_card(

@@ -90,9 +90,12 @@ def port_adapter(
     text: Sequence[Example],
     settings: PortSettings | None = None,
     *,
+    dtype: torch.dtype = torch.float32,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Port:
     """An adapter for ``base`` that does what the old one does on its own base.  ``text`` needs no labels.
+
+    It is in float32, rounded to ``dtype``, as it is to be stored, before it is calibrated and measured.
 
     An aligner needs ``method="distill"`` and bases of one tokenizer and chat template, else it is a MismatchError; to
     prompts without an answer the old base writes one, with the aligner.  A kind that no map carries, and one that the
@@ -113,7 +116,7 @@ def port_adapter(
         old_side = _side(old_base, teacher.float(), rows.old.ids, folder)
         new_side = _side(base, student, rows.new.ids, folder)
         _learn(old_side, new_side, rows, settings, report)
-        student.eval().requires_grad_(False)
+        student.to(dtype).float().eval().requires_grad_(False)
         if is_guard:
             calibrate_like(student, teacher, *_twice(old_side, new_side, rows, rows.choosing))
         measure = _guard_figures if is_guard else _aligner_figures

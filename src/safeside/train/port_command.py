@@ -49,7 +49,7 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
     old = load_adapter(adapter_name, old_base)
     settings = PortSettings(method=_method(options.method) or best_method(old), seed=options.seed)
     with training_bars(old.name) as (report, _):
-        done = port_adapter((old_base, old), base, examples, settings, report=report)
+        done = port_adapter((old_base, old), base, examples, settings, dtype=stored_dtype(source), report=report)
     facts = port_facts(done, settings, options)
     if done.n_left_out:
         note(
