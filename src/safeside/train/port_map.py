@@ -9,7 +9,7 @@ to explain, so a shallower base, for which rungs are dropped, and errors of lowe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +83,17 @@ class Maps:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Give the new adapter the old one's blocks and head, and fit its down-projections."""
+        """Give the new adapter the old one's blocks and head, and fit its down-projections.
+
+        The old side is read once: what its modules take and give at the paired positions is kept, d wide each.
+        """
         old, new = _trunk_of(self.old.adapter), _trunk_of(self.new.adapter)
         self.new.adapter.head.load_state_dict(self.old.adapter.head.state_dict())
         if isinstance(old, Plr) and isinstance(new, Plr):
             assert old.hidden is not None
             assert new.hidden is not None
-            self._fit(new.hidden, new.layer, (old.hidden, OUTPUT), None)
+            (wanted,) = self._wanted([(old.hidden, OUTPUT)])
+            self._fit(new.hidden, new.layer, wanted, None)
         elif isinstance(old, Lst) and isinstance(new, Lst):
             self._fold_ladder(old, new)
 
@@ -101,28 +105,46 @@ class Maps:
             block.load_state_dict(old_blocks[source[layer]].state_dict())
         below: nn.Module = new.taps[str(new.first)]
         if not new.rungs:
-            self._fit(below, new.first, (old_blocks[source[new.first]], INPUT), None)
+            (wanted,) = self._wanted([(old_blocks[source[new.first]], INPUT)])
+            self._fit(below, new.first, wanted, None)
             return
         bottom = source[new.first]
         begins = old.taps[str(bottom)] if bottom == old.first else old_blocks[bottom]
-        self._fit(below, new.first, (begins, OUTPUT), None)
-        for layer, block in zip(new.rungs, new.blocks, strict=True):
-            self._fit(new.taps[str(layer)], layer, (old_blocks[source[layer]], INPUT), below)
+        inputs = [(old_blocks[source[layer]], INPUT) for layer in new.rungs]
+        first, *others = self._wanted([(begins, OUTPUT), *inputs])
+        self._fit(below, new.first, first, None)
+        for layer, block, wanted in zip(new.rungs, new.blocks, others, strict=True):
+            self._fit(new.taps[str(layer)], layer, wanted, below)
             below = block
 
-    def _fit(self, tap: nn.Module, layer: int, wanted: tuple[nn.Module, int], below: nn.Module | None) -> None:
+    def _wanted(self, taken: Sequence[tuple[nn.Module, int]]) -> list[Tensor]:
+        """What goes into or comes out of modules of the old side at all paired positions, (n, d) each, in order."""
+        parts = [
+            [passed[row_of, old_at] for passed in _passing(self.old, rows, taken)]
+            for rows, row_of, old_at, _ in self._batches()
+        ]
+        return [torch.cat(some) for some in zip(*parts, strict=True)]
+
+    def _batches(self) -> Iterator[tuple[range, Tensor, Tensor, Tensor]]:
+        """Some rows, and of their pairs the place of the row, the old position and the new one."""
+        for start in range(0, len(self.pairs), _BATCH):
+            rows = range(start, min(start + _BATCH, len(self.pairs)))
+            places = [(place, *pair) for place, row in enumerate(rows) for pair in self.pairs[row]]
+            yield (rows, *torch.tensor(places, dtype=torch.long).reshape(-1, 3).T)
+
+    def _fit(self, tap: nn.Module, layer: int, wanted: Tensor, below: nn.Module | None) -> None:
         """Ridge regression of one down-projection from ``layer``; ``below`` feeds the other half of its block."""
         assert isinstance(tap, TapProjection)
         n_inputs = self.new.base.d_model + 1
         squares = torch.zeros(n_inputs, n_inputs, dtype=torch.float64)
         products = torch.zeros(n_inputs, self.new.adapter.config.width, dtype=torch.float64)
-        for start in range(0, len(self.pairs), _BATCH):
-            rows = range(start, min(start + _BATCH, len(self.pairs)))
-            places = [(place, *pair) for place, row in enumerate(rows) for pair in self.pairs[row]]
-            row_of, old_at, new_at = torch.tensor(places).T
-            targets = _passing(self.old, rows, *wanted)[row_of, old_at].double()
+        done = 0
+        for rows, row_of, _, new_at in self._batches():
+            targets = wanted[done : done + len(row_of)].double()
+            done += len(row_of)
             if below is not None:
-                targets = 2 * targets - _passing(self.new, rows, below, OUTPUT)[row_of, new_at].double()
+                (given,) = _passing(self.new, rows, [(below, OUTPUT)])
+                targets = 2 * targets - given[row_of, new_at].double()
             states = normed(self.new.store.read(self.new.batch(rows))[layer].float())[row_of, new_at].cpu().double()
             inputs = torch.cat([states, torch.ones(len(states), 1, dtype=torch.float64)], dim=1)
             squares += inputs.T @ inputs
@@ -136,16 +158,17 @@ class Maps:
         projection.bias.copy_(solution[-1])
 
 
-def _passing(side: Side, rows: Sequence[int], module: nn.Module, end: int) -> Tensor:
-    """What goes into or comes out of ``module`` (B, T, d) while the side's adapter reads some rows."""
-    seen: list[Tensor] = []
+def _passing(side: Side, rows: Sequence[int], taken: Sequence[tuple[nn.Module, int]]) -> list[Tensor]:
+    """What goes into or comes out of modules (B, T, d) while the side's adapter reads some rows, in their order."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((inputs[0], output)[end].detach().float().cpu())
+        seen[module] = inputs[0], output
 
-    handle = module.register_forward_hook(keep)
+    handles = [module.register_forward_hook(keep) for module, _ in taken]
     try:
         StoredTaps(side.store, side.adapter)(side.batch(rows))
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return [seen[module][end].detach().float().cpu() for module, end in taken]
