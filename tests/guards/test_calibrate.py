@@ -10,7 +10,7 @@ from itertools import islice, takewhile
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -66,6 +66,31 @@ def test_the_margin_is_wider_than_rounding() -> None:
 def test_rows_that_all_score_one_have_no_threshold() -> None:
     with pytest.raises(InputError, match=r"More than 5\.00% of the harmless rows have score 1"):
         threshold_at(np.ones(10), 0.05)
+
+
+def test_a_rate_that_was_counted_allows_as_many_rows() -> None:
+    """15 of 22 rows are 15, though the product of 22 and the float 15 / 22 is just below."""
+    assert int(22 * (15 / 22)) == 14
+    for n in range(2, 90):
+        scores = np.arange(n) / n
+        flagged = [int((scores >= threshold_at(scores, counted / n)).sum()) for counted in range(1, n)]
+        assert flagged == list(range(1, n))
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=2, max_size=120),
+    threshold=st.integers(0, 40),
+)
+@example(rows=[(index, index) for index in range(22)], threshold=7)
+def test_a_threshold_flags_as_many_as_another_did(rows: list[tuple[int, int]], threshold: int) -> None:
+    """As a patch and a port choose it for scores before and after; the twin counts rows and tries every score."""
+    before, after = np.array(rows).T / 41
+    n_before = int((before >= threshold / 41).sum())
+    assume(n_before < len(rows))
+    lowest = min(score for score in after.tolist() if (after > score).sum() <= n_before)
+    found = threshold_at(after, float((before >= threshold / 41).mean()))
+    assert found == pytest.approx(lowest, abs=3e-6)
+    assert (after >= found).sum() <= n_before
 
 
 def logits_and_labels(shift: float, n: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

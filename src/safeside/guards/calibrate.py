@@ -59,13 +59,16 @@ def _scores(logit: Array, scale: float, bias: float) -> Array:
 def threshold_at(harmless_scores: Array, false_positive_rate: float) -> float:
     """The lowest threshold that flags at most this share of the harmless rows (flagged means score >= threshold).
 
-    It stands a hair above the highest score that passes, for the same text in another batch differs in its last digits.
-    When too many rows score 1 there is none, and that is an InputError; so is no row at all.  A score that is not a
-    number is a NotFiniteError.
+    The share of k of n rows is the float ``k / n``, so a rate that was counted on as many rows allows what was counted.
+    The threshold stands a hair above the highest score that passes, for the same text in another batch differs in its
+    last digits.  When too many rows score 1 there is none, and that is an InputError; so is no row at all.  A score
+    that is not a number is a NotFiniteError.
     """
     if not len(harmless_scores):
         raise InputError("A threshold needs harmless rows; got none. Add rows with label 0.")
-    return _above(harmless_scores, int(false_positive_rate * len(harmless_scores)), false_positive_rate)
+    shares = np.arange(1, len(harmless_scores) + 1) / len(harmless_scores)
+    n_within = int(np.searchsorted(shares, false_positive_rate, side="right"))
+    return _above(harmless_scores, n_within, false_positive_rate)
 
 
 def threshold_with_bound(benign_scores: Array, false_positive_rate: float, confidence: float = CONFIDENCE) -> float:
