@@ -211,6 +211,13 @@ def test_a_rate_lies_between_0_and_1(rate: float) -> None:
         threshold_with_bound(np.zeros(100), rate)
 
 
+@pytest.mark.parametrize("rate", [5e-324, 1e-300, 1e-17, 2e-9])
+def test_a_rate_that_no_file_can_promise_is_refused(rate: float) -> None:
+    with pytest.raises(InputError, match=f"rate of {rate} cannot be promised: .* more than 1,000,000,000 .* Ask for "):
+        rows_needed(rate)
+    assert rows_needed(1e-8) == 299573226
+
+
 @settings(max_examples=60)
 @given(
     n=st.integers(1, 150),

@@ -23,6 +23,7 @@ Score = Annotated[Finite, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 PRESET_RATES: dict[Preset, float] = {"strict": 0.05, "balanced": 0.01, "permissive": 0.001}
 CONFIDENCE = 0.95  # of every promise
+_MOST_ROWS = 10**9  # harmless rows that a promise may ask for
 _EDGE = 1e-7  # float32 has no score nearer to 1 but 1 itself
 
 
@@ -284,11 +285,18 @@ class AdapterConfig(BaseModel):
 def rows_needed(false_positive_rate: float, confidence: float = CONFIDENCE) -> int:
     """The fewest harmless rows that can promise a rate: 59 for 5%, 299 for 1%, 2,995 for 0.1% at 95% confidence.
 
-    With fewer, a guard that flags none of them may still flag more than ``false_positive_rate`` of all others.
+    With fewer, a guard that flags none of them may still flag more than ``false_positive_rate`` of all others.  A rate
+    that takes more than a billion is an InputError, and so is one outside (0, 1).
     """
     if not (0 < false_positive_rate < 1 and 0 < confidence < 1):
         raise InputError(f"A rate and a confidence lie between 0 and 1; got {false_positive_rate} and {confidence}.")
-    return math.ceil(math.log1p(-confidence) / math.log1p(-false_positive_rate))
+    needed = math.log1p(-confidence) / math.log1p(-false_positive_rate)
+    if needed > _MOST_ROWS:
+        raise InputError(
+            f"A false-positive rate of {false_positive_rate} cannot be promised: with {confidence:.0%} confidence it "
+            f"takes more than {_MOST_ROWS:,} harmless rows. Ask for a higher rate: 0.001, for example."
+        )
+    return math.ceil(needed)
 
 
 def reference_of(base: Base) -> BaseReference:
