@@ -271,6 +271,14 @@ def test_rows_that_cannot_be_used_are_counted(tiny_base: Base, source: Path, tmp
         recalibrate(str(source), tiny_base, Traffic(empty), tmp_path / "none")
 
 
+def test_a_row_of_another_label_is_not_harmless(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": text, "label": {"harm": 0, "violence": int(index < 3)}} for index, text in enumerate(texts(63))]
+    benign = write(tmp_path / "rows.jsonl", rows)
+    done = recalibrate(str(source), tiny_base, Traffic(benign, None, 0.2), tmp_path / "mine")
+    assert done.modes["prompt"].n_harmless == 60
+    assert [(row.line, "names 'violence'" in row.problem) for row in done.bad] == [(1, True), (2, True), (3, True)]
+
+
 def test_rows_that_the_guard_learnt_from_are_left_out(tiny_base: Base, source: Path, tmp_path: Path) -> None:
     """Word for word after normalisation; a promise rests on the others alone."""
     guard = shutil.copytree(source, tmp_path / "guard")

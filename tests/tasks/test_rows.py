@@ -118,7 +118,7 @@ def test_what_is_no_conversation_is_an_error(row: dict[str, object], problem: st
         ([True, False], (1.0, 0.0)),
         ([1.0, 0], (1.0, 0.0)),
         ({"hate": 1, "harm": 0}, (0.0, 1.0)),
-        ({"hate": True, "harm": False, "other": 7}, (0.0, 1.0)),
+        ({"hate": True, "harm": False, "other": 0, "third": None}, (0.0, 1.0)),
     ],
 )
 def test_several_labels_are_a_list_or_an_object(label: object, expected: tuple[float, ...]) -> None:
@@ -135,6 +135,26 @@ def test_an_aligner_needs_no_label() -> None:
     assert example_of({"prompt": "a", "response": "b", "label": "?"}, ()).labels == ()
 
 
+@pytest.mark.parametrize("value", [1, True, 7, 0.5, "yes", [0], math.nan])
+@pytest.mark.parametrize("known", [{"harm": 0, "hate": 0}, {"harm": 1, "hate": 0}])
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_label_outside_the_set_is_no_harmless_row(value: object, known: dict[str, object], partial: bool) -> None:
+    row = {"text": "a", "label": {**known, "violence": value}}
+    with pytest.raises(
+        InputError, match="'label' names 'violence'; expected harm, hate only, or 0 for any other label"
+    ):
+        example_of(row, LABELS, partial=partial)
+
+
+def test_rows_with_a_label_outside_the_set_are_counted(tmp_path: Path) -> None:
+    """In a file of labelled rows, and in one of harmless rows alone."""
+    fine = {"text": "a", "label": {"harm": 0, "hate": 0, "violence": 0}}
+    path = write(tmp_path / "rows.jsonl", fine, {"text": "b", "label": {"harm": 0, "hate": 0, "violence": 1}})
+    for examples, bad in (load_examples(path, LABELS), load_kind(path, LABELS, is_harmful=False)):
+        assert [example.line for example in examples] == [1]
+        assert [(row.line, "names 'violence'" in row.problem) for row in bad] == [(2, True)]
+
+
 # ---- labels that are not known ---------------------------------------------------------------------------------------
 
 
@@ -143,9 +163,9 @@ def test_a_partial_row_knows_some_of_its_labels(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected 0 or 1"):
         example_of(row, LABELS)
     assert same(example_of(row, LABELS, partial=True).labels, (math.nan, 1.0))
-    whole = {"text": "a", "label": {"hate": 1, "harm": 0, "other": 3}}
+    whole = {"text": "a", "label": {"hate": 1, "harm": 0, "other": 0}}
     assert example_of(whole, LABELS, partial=True).labels == (0.0, 1.0)
-    path = write(tmp_path / "rows.jsonl", row, {"text": "b", "label": [1, 0]}, {"text": "c", "label": {"other": 1}})
+    path = write(tmp_path / "rows.jsonl", row, {"text": "b", "label": [1, 0]}, {"text": "c", "label": {"other": 0}})
     found, bad = load_examples(path, LABELS, partial=True)
     assert len(found) == 2
     assert [(item.line, "knows none of harm, hate" in item.problem) for item in bad] == [(3, True)]

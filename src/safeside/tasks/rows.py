@@ -2,9 +2,10 @@
 
 A row is one JSON object a line, in a ``.jsonl`` or ``.jsonl.gz`` file, in one of four shapes: ``{"prompt",
 "response"?}``, ``{"text"}``, ``{"document", "summary"}`` or ``{"messages": [{"role", "content"}, ...]}``; plus
-``"label"`` (0 or 1, a list of them, or an object from label to 0 or 1) and, for distillation, ``"soft"`` scores.  An
-aligner's rows may also be preferences, ``{"prompt", "chosen", "rejected"}``, or ``{"chosen", "rejected"}`` that are
-whole conversations and differ in their last message, or ``{"prompt", "response_0", "response_1",
+``"label"`` (0 or 1, a list of them, or an object from label to 0 or 1) and, for distillation, ``"soft"`` scores.  A row
+whose object holds a label that was not asked for, with another value than 0 or null, is a bad row: it is no harmless
+one.  An aligner's rows may also be preferences, ``{"prompt", "chosen", "rejected"}``, or ``{"chosen", "rejected"}``
+that are whole conversations and differ in their last message, or ``{"prompt", "response_0", "response_1",
 "safer_response_id"}`` (PKU-SafeRLHF): the safer response is the chosen one.
 """
 
@@ -156,7 +157,8 @@ def example_of(
 ) -> Example:
     """The row as an Example.  With ``labels`` (K names) it must be labelled; without, ``label`` is not read.
 
-    With ``partial`` an object of labels may leave some out, but not all: those are NaN.
+    With ``partial`` an object of labels may leave some out, but not all: those are NaN.  An object that gives another
+    label a value but 0 or None is an InputError.
     """
     if not labels and not {"chosen", "rejected", "safer_response_id"}.isdisjoint(values):
         messages, rejected = preference_of(_by_safety(values) if "safer_response_id" in values else values)
@@ -168,6 +170,8 @@ def example_of(
         raise InputError(f"no 'label'; expected 0 or 1 for {', '.join(labels)}")
     soft = soft_of(values, labels) if values.get("soft") is not None else None
     label = values["label"]
+    if isinstance(label, Mapping):
+        _refuse_unknown(label, labels)
     if partial and isinstance(label, Mapping):
         return Example(messages, _known_values(label, labels), soft, line)
     return Example(messages, _values(label, labels, "label", binary=True), soft, line)
@@ -178,6 +182,16 @@ def soft_of(values: Mapping[str, object], labels: tuple[str, ...]) -> tuple[floa
     if values.get("soft") is None:
         raise InputError(f"no 'soft'; expected a score in [0, 1] for {', '.join(labels)}")
     return _values(values["soft"], labels, "soft")
+
+
+def _refuse_unknown(found: Mapping[str, object], labels: tuple[str, ...]) -> None:
+    """Raise an InputError where ``found`` names a label that is not among ``labels``, and not as harmless."""
+    unknown = [name for name, value in found.items() if name not in labels and value not in (0, None)]
+    if unknown:
+        raise InputError(
+            f"'label' names {', '.join(map(repr, unknown[:5]))}; expected {', '.join(labels)} only, or 0 for any other "
+            "label. Correct the name, or take the row out"
+        )
 
 
 def _known_values(found: Mapping[str, object], labels: tuple[str, ...]) -> tuple[float, ...]:
