@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kills_for_tests import KilledError, kill_at
 from safeside import Adapter, Base, Message, attach, create_adapter, load_adapter, make_config, save_adapter
 from safeside import artifact as module
 from safeside.adapters.config import Calibration
@@ -30,8 +31,9 @@ from safeside.artifact import (
     pull_adapter,
     push_adapter,
     read_config,
+    read_provenance,
 )
-from safeside.errors import FormatError, InputError, MismatchError
+from safeside.errors import ConfigError, FormatError, InputError, MismatchError
 from safeside.tasks.learnt import LEARNT_FILE, load_learnt, save_learnt
 from safeside.types import Example
 
@@ -421,6 +423,41 @@ def test_a_copy_has_the_same_weights_under_another_configuration(tiny_base: Base
     with pytest.raises(FormatError, match="checksum"):
         copy_adapter(folder, tmp_path / "more", config, {})
     assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("step", range(14))
+def test_a_copy_in_place_killed_at_any_step_is_the_old_adapter_or_the_new_one(
+    tiny_base: Base, folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    save_learnt(folder, [Example((Message("user", "how?"),), (0.0,))])
+    before = read_config(folder)
+    after = before.model_copy(update={"name": "other"})
+    with monkeypatch.context() as patched:
+        kill_at(patched, step)
+        with pytest.raises(KilledError):
+            copy_adapter(folder, folder, after, {"why": "a test"})
+    found = load_adapter(folder, tiny_base).config
+    assert found == (before if step < 2 else after)  # the second step is the one that counts
+    assert ("why" in read_provenance(folder)) == (found == after)
+    assert len(load_learnt(folder)) == 1
+    copy_adapter(folder, folder, after, {})
+    assert load_adapter(folder, tiny_base).config == after
+
+
+def test_what_could_not_be_loaded_is_not_written(
+    tiny_base: Base, folder: Path, random_guard: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    broken = read_config(folder).model_copy(update={"preset": "balanced"})
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(ConfigError, match="preset 'balanced' is in none of the modes"):
+            copy_adapter(folder, target, broken, {})
+    guard = random_guard(tiny_base)
+    guard.config = broken
+    with pytest.raises(ConfigError, match="preset 'balanced' is in none of the modes"):
+        save_adapter(guard, tmp_path / "new", tiny_base)
+    assert not (tmp_path / "new").exists()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_weights_may_be_read_by_whom_an_ordinary_file_may(

@@ -25,7 +25,7 @@ LAYERS = (
     ("base", "chat"),
     ("adapters", "tasks"),
     ("mixing", "policies", "stopping", "request", "verdicts", "gates", "traces", "checks", "attach"),
-    ("artifact", "card", "provenance", "builtin", "lora"),
+    ("artifact", "card", "provenance", "builtin", "lora", "staging"),
     ("guards", "moderation"),
     ("train", "evals", "genes", "serve", "scale", "vllm_plugin"),
     ("facts", "conversation", "demo"),

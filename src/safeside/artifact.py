@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from safeside.adapters.adapter import TRUNKS, Adapter
-from safeside.adapters.config import FORMAT, AdapterConfig
+from safeside.adapters.config import FORMAT, AdapterConfig, require_valid
 from safeside.adapters.sizing import flops_share
 from safeside.adapters.toplayers import TopLayers
 from safeside.base.fingerprint import Fingerprint
@@ -40,6 +39,7 @@ from safeside.errors import (
     problems_of,
 )
 from safeside.provenance import provenance
+from safeside.staging import empty_stage, finish_replacing, put_in_place
 from safeside.tasks.learnt import LEARNT_FILE
 
 CONFIG_FILE, WEIGHTS_FILE = "safeside_config.json", "adapter.safetensors"
@@ -49,6 +49,7 @@ FILES = (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, WEIGHTS_FILE, LEARNT_FILE)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = f"{BUILTIN_NAME}:"
+_STAGE = ".copy"
 
 
 def create_adapter(base: Base, config: AdapterConfig, seed: int = 0) -> Adapter:
@@ -88,25 +89,28 @@ def save_adapter(
 def copy_adapter(source: Path, folder: Path, config: AdapterConfig, facts: Mapping[str, str]) -> Path:
     """Write the adapter in ``source``, its weights byte for byte, to ``folder`` under another configuration.
 
-    ``facts`` are added to its provenance.  ``folder`` may be ``source``: each file is replaced once it is written.
+    ``facts`` are added to its provenance.  ``folder`` may be ``source``: a kill leaves the old adapter or the new one.
     """
     _, weights = read_adapter(source)
     stamp = {**read_provenance(source), **facts}
     with torch.device("meta"):
-        adapter = Adapter(config)
-    make_folder(folder)
-    with TemporaryDirectory(dir=folder) as new:
-        for file in _write(Path(new), adapter, weights, stamp).iterdir():
-            file.replace(folder / file.name)
-    if (source / LEARNT_FILE).is_file() and source.resolve() != folder.resolve():
-        shutil.copyfile(source / LEARNT_FILE, folder / LEARNT_FILE)
+        adapter = Adapter(require_valid(config.model_dump()))
+    stage = empty_stage(make_folder(folder) / _STAGE)
+    _write(stage, adapter, weights, stamp)
+    if (source / LEARNT_FILE).is_file():
+        shutil.copyfile(source / LEARNT_FILE, stage / LEARNT_FILE)
+    put_in_place(stage, folder, FILES)
     return folder
 
 
 def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], stamp: Mapping[str, str]) -> Path:
-    """The files of an adapter but that of its rows, in ``folder`` (made if missing)."""
-    make_folder(folder)
+    """The files of an adapter but that of its rows, in ``folder`` (made if missing).
+
+    A configuration that could not be loaded again is a ConfigError, and nothing is written.
+    """
     values = json.loads(adapter.config.model_dump_json())
+    require_valid(values)
+    make_folder(folder)
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
     _write_json(folder / CONFIG_FILE, values)
     save_weights(weights, folder / WEIGHTS_FILE, metadata, like=folder / CONFIG_FILE)
@@ -190,6 +194,7 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
             raise InputError(f"There is no built-in adapter {name!r}; expected one of {_PREFIX}{{{', '.join(known)}}}.")
         return folder
     if Path(name).is_dir():
+        finish_replacing(Path(name), FILES)
         return Path(name)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]))
@@ -234,6 +239,7 @@ def pull_adapter(name: str, folder: str | Path, *, revision: str | None = None) 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """Configuration and weights in ``folder``, checked against each other; whatever is wrong is a FormatError."""
+    finish_replacing(folder, FILES)
     values = _read_values(folder)
     config = _config_of(values, folder)
     weights, metadata = _read_weights(folder)

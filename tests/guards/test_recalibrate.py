@@ -249,6 +249,23 @@ def test_only_the_adapters_own_folder_is_changed_in_place(tiny_base: Base, sourc
     assert sorted(file.name for file in done.folder.iterdir()) == sorted(file.name for file in source.iterdir())
 
 
+def test_a_preset_that_no_mode_has_any_more_is_dropped_and_told(
+    tiny_base: Base, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """299 rows promise 'balanced', 60 do not; what is written can be loaded."""
+    many, few = prompts(tmp_path / "many.jsonl", 300), prompts(tmp_path / "few.jsonl", 60)
+    first = recalibrate(str(source), tiny_base, Traffic(many, None, 0.1), tmp_path / "first").folder
+    mine = save_adapter(load_adapter(first, tiny_base).with_preset("balanced"), tmp_path / "mine", tiny_base)
+    kept = recalibrate(str(mine), tiny_base, Traffic(many, None, 0.1), mine)
+    assert (kept.dropped_preset, load_adapter(mine, tiny_base).config.preset) == (None, "balanced")
+    _, summary = calibrate_command(str(mine), tiny_base.name, Traffic(few, None, 0.1), mine)
+    loaded = load_adapter(mine, tiny_base)
+    assert (summary["dropped_preset"], loaded.config.preset) == ("balanced", None)
+    assert loaded.thresholds_in("prompt") == loaded.config.modes["prompt"].promise.threshold
+    assert "preset 'balanced' was dropped" in " ".join(capsys.readouterr().err.split())
+    assert "preset 'balanced' was dropped" in (mine / CARD_FILE).read_text()
+
+
 def test_the_default_folder_has_the_adapters_name(
     tiny_base: Base, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

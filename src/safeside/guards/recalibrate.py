@@ -23,7 +23,7 @@ from safeside.tasks.leakage import text_of
 from safeside.tasks.learnt import are_learnt, load_learnt
 from safeside.tasks.rows import BadRow, load_kind
 from safeside.terminal import note
-from safeside.types import Example, Mode
+from safeside.types import Example, Mode, Preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,8 @@ class Recalibration:
     """Modes that are as they were, and why their rows promise nothing; only where no mode was asked for."""
     n_copies: int
     """Harmless rows whose text an earlier one has; a promise counts them as drawn by themselves."""
+    dropped_preset: Preset | None
+    """The preset that the guard was saved with, where no mode has it any more; without it each mode's promise holds."""
     n_learnt: int | None
     """Rows left out because the guard learnt from them; None where its folder keeps no record of those."""
 
@@ -122,6 +124,7 @@ def calibrate_command(
         "n_other_modes": done.n_other_modes,
         "refused": dict(done.refused),
         "n_copies": done.n_copies,
+        "dropped_preset": done.dropped_preset,
         "n_learnt": done.n_learnt,
     }
 
@@ -138,6 +141,8 @@ def _tell(name: str, done: Recalibration, is_in_place: bool) -> None:
         note(f"{problem} The mode is as it was")
     if done.n_copies:
         note(f"{done.n_copies} harmless rows are copies; the promise counts on texts that come as often again")
+    if done.dropped_preset:
+        note(f"preset {done.dropped_preset!r} was dropped: no mode has it now, and each mode's own promise holds")
     if done.n_learnt:
         note(f"{done.n_learnt} rows were left out: the guard learnt from them, and a promise rests on unseen rows")
     if done.n_learnt is None:
@@ -151,7 +156,8 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
 
     Without ``output`` that is ``NAME-calibrated``.  A folder that exists is an InputError, unless it is the adapter's
     own: then it is changed in place.  Too few harmless rows for the rate are an InputError that says how many it takes,
-    when no mode has enough or the mode was asked for; else the modes that have too few stay as they are.
+    when no mode has enough or the mode was asked for; else the modes that have too few stay as they are.  A preset that
+    the adapter was saved with is dropped where no mode has it any more.
     """
     source = find_adapter(name_or_path)
     guard = load_adapter(name_or_path, base)
@@ -168,7 +174,10 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
     fits, refused = _fits(scored, traffic, n_consecutive, guard.config.modes)
     for mode, fit in fits.items():
         guard.set_mode(mode, fit)
-    facts = {f"calibrated for {mode}": _fact(fit, traffic) for mode, fit in fits.items()}
+    dropped = _lost_preset(guard)
+    if dropped is not None:
+        guard = guard.with_preset(None)
+    facts = {f"calibrated for {mode}": _fact(fit, traffic, dropped) for mode, fit in fits.items()}
     copy_adapter(source, folder, guard.config, facts)
     return Recalibration(
         folder=folder,
@@ -178,8 +187,15 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
         n_other_modes=sum(mode not in fits for mode in scored.modes),
         refused=refused,
         n_copies=len(harmless) - len(set(harmless)),
+        dropped_preset=dropped,
         n_learnt=n_learnt,
     )
+
+
+def _lost_preset(guard: Adapter) -> Preset | None:
+    """The guard's preset, where none of its modes has it."""
+    chosen = guard.config.preset
+    return None if any(chosen in found.presets for found in guard.config.modes.values()) else chosen
 
 
 def _examples(traffic: Traffic, labels: tuple[str, ...]) -> tuple[list[Example], list[BadRow]]:
@@ -289,11 +305,12 @@ def _fit(
     return fit.model_copy(update={"maps": kept, "n_consecutive": n_consecutive})
 
 
-def _fact(fit: ModeCalibration, traffic: Traffic) -> str:
+def _fact(fit: ModeCalibration, traffic: Traffic, dropped: Preset | None) -> str:
     """What card and provenance say of one mode."""
+    lost = f"preset {dropped!r} was dropped; " if dropped is not None else ""
     harmful = f", probabilities from {traffic.harmful.name} too" if traffic.harmful is not None and fit.maps else ""
     return (
         f"{fit.n_harmless:,} harmless rows of {traffic.benign.name}{harmful}: at most "
-        f"{traffic.false_positive_rate:.3%} flagged, with {CONFIDENCE:.0%} confidence; "
+        f"{traffic.false_positive_rate:.3%} flagged, with {CONFIDENCE:.0%} confidence; {lost}"
         f"{datetime.now(UTC).date().isoformat()}"
     )

@@ -16,12 +16,14 @@ from safeside.adapters.adapter import Adapter
 from safeside.artifact import FILES, find_adapter, read_adapter, require_new, save_adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
+from safeside.staging import empty_stage, finish_replacing, put_in_place
 from safeside.tasks.learnt import save_learnt
 from safeside.types import Example
 
 BEFORE = "before"
 _STAGE = ".patch"
-_OLDER, _UNDONE = "older", "undone"  # in the stage: the versions before a patch, and the one that a rollback put back
+_FILES = "files"  # in the stage: what the folder is to hold
+_OLDER, _UNDONE = "older", "undone"  # there too: the versions before a patch, and the one that a rollback put back
 
 
 def count_versions(folder: Path) -> int:
@@ -60,19 +62,19 @@ def save_patched(
     """Write the patched ``adapter`` to ``output`` in the dtype of ``source``, whose version is kept in ``before/``.
 
     ``learnt`` are the rows behind the patch, which join the record of the others.
-    ``output`` may be ``source`` itself.  The old version is in place before the first new file is, so a kill in between
-    leaves a folder that can be rolled back.
+    ``output`` may be ``source`` itself.  The old version is in ``before/`` before the new one holds, so a kill in
+    between leaves a folder that loads as one of the two and loses no version.
     """
     for folder in {source, output}:
         _finish_killed(folder)
-    stage = _empty_stage(output)
-    save_adapter(adapter, stage, base, facts, dtype=stored_dtype(source))
-    save_learnt(stage, learnt, before=source)
+    stage = empty_stage(output / _STAGE)
+    save_adapter(adapter, stage / _FILES, base, facts, dtype=stored_dtype(source))
+    save_learnt(stage / _FILES, learnt, before=source)
     _copy_version(source, stage / BEFORE)
     if (output / BEFORE).is_dir():
         (output / BEFORE).rename(stage / _OLDER)
     (stage / BEFORE).rename(output / BEFORE)
-    _replace_files(stage, output)
+    put_in_place(stage / _FILES, output, FILES)
     shutil.rmtree(stage)
     return output
 
@@ -90,9 +92,11 @@ def roll_back(folder: Path, output: Path) -> Path:
             "was rolled back already, or came from the model hub, where only the newest version goes."
         )
     read_adapter(before)
-    stage = _empty_stage(output)
-    _copy_version(before, stage)
-    _replace_files(stage, output)
+    stage = empty_stage(output / _STAGE)
+    _copy_files(before, stage / _FILES)
+    if (before / BEFORE).is_dir():
+        _copy_version(before / BEFORE, stage / BEFORE)
+    put_in_place(stage / _FILES, output, FILES)
     if (output / BEFORE).is_dir():
         (output / BEFORE).rename(stage / _UNDONE)
     if (stage / BEFORE).is_dir():
@@ -109,7 +113,8 @@ def rollback_command(adapter_name: str, output: Path | None) -> dict[str, object
 
 
 def _finish_killed(folder: Path) -> None:
-    """Give ``folder`` the earlier versions that a run was moving when it was killed: they are in its stage alone."""
+    """Give ``folder`` the files and earlier versions that a run was moving when it was killed."""
+    finish_replacing(folder, FILES)
     stage = folder / _STAGE
     if (folder / BEFORE).is_dir():
         return
@@ -119,28 +124,15 @@ def _finish_killed(folder: Path) -> None:
         (stage / BEFORE).rename(folder / BEFORE)
 
 
-def _empty_stage(folder: Path) -> Path:
-    """A folder inside ``folder`` to prepare files in; what a killed run left there goes."""
-    stage = folder / _STAGE
-    if stage.exists():
-        shutil.rmtree(stage)
-    stage.mkdir(parents=True)
-    return stage
-
-
 def _copy_version(source: Path, target: Path) -> None:
     """The files of an adapter folder and the versions that it keeps; nothing else that lies there."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    _copy_files(source, target)
     if (source / BEFORE).is_dir():
         _copy_version(source / BEFORE, target / BEFORE)
 
 
-def _replace_files(stage: Path, folder: Path) -> None:
+def _copy_files(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        if (stage / name).is_file():
-            (stage / name).replace(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
