@@ -108,7 +108,7 @@ def test_every_mode_of_the_rows_is_calibrated_or_the_one_asked_for(
 ) -> None:
     rows: list[object] = [{"prompt": text} for text in texts(12)]
     rows += [{"prompt": "how?", "response": text} for text in texts(14)]
-    rows += [{"prompt": LONG}] * 3
+    rows += [{"prompt": f"{LONG}{number}"} for number in range(3)]
     benign = write(tmp_path / "rows.jsonl", rows)
     done = recalibrate(str(source), tiny_base, Traffic(benign, false_positive_rate=0.7), tmp_path / "all")
     assert {mode: fit.n_harmless for mode, fit in done.modes.items()} == {"prompt": 12, "answer": 14, "windowed": 3}
@@ -146,10 +146,36 @@ def test_a_mode_with_too_few_rows_stays_as_it_was(
         recalibrate(str(source), tiny_base, Traffic(benign, mode="windowed", false_positive_rate=0.1), tmp_path / "b")
 
 
-def test_copies_are_counted(tiny_base: Base, source: Path, tmp_path: Path) -> None:
-    benign = write(tmp_path / "benign.jsonl", [{"prompt": "the cat sat"}] * 60)
-    done = recalibrate(str(source), tiny_base, Traffic(benign, false_positive_rate=0.1), tmp_path / "new")
-    assert (done.n_copies, done.modes["prompt"].n_harmless) == (59, 60)
+def test_copies_buy_no_promise(tiny_base: Base, source: Path, tmp_path: Path) -> None:
+    """Neither of one text, nor beside 58 others; case and spacing make no other text."""
+    copies = [{"prompt": "the cat sat"}] * 150 + [{"prompt": " The  cat sat"}] * 149
+    one = write(tmp_path / "one.jsonl", copies)
+    with pytest.raises(InputError, match=r"'prompt', each text counted once: 1 harmless rows cannot .* takes 299"):
+        recalibrate(str(source), tiny_base, Traffic(one, false_positive_rate=0.01), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    few = write(tmp_path / "few.jsonl", [*({"prompt": text} for text in texts(57)), *copies])
+    with pytest.raises(InputError, match=r"each text counted once: 58 harmless rows cannot promise .* takes 59"):
+        recalibrate(str(source), tiny_base, Traffic(few, false_positive_rate=0.05), tmp_path / "new")
+
+
+@pytest.mark.parametrize("copied", ["highest", "lowest"])
+def test_a_promise_counts_each_text_once_and_each_flagged_row(
+    tiny_base: Base, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], copied: str
+) -> None:
+    """Whichever is copied, no more rows are flagged than the distinct texts may have: of 80 at 10% that is 3."""
+    found = scores(tiny_base, source, [[Message("user", text)] for text in texts(80)])
+    many = texts(80)[int(found.argmax() if copied == "highest" else found.argmin())]
+    benign = write(tmp_path / "benign.jsonl", [{"prompt": text} for text in [*texts(80), *[many] * 40]])
+    _, summary = calibrate_command(str(source), tiny_base.name, Traffic(benign, None, 0.1), tmp_path / "new")
+    fit = load_adapter(tmp_path / "new", tiny_base).config.modes["prompt"]
+    highest = np.sort([*found, *[found.max() if copied == "highest" else found.min()] * 40])[-80:]
+    assert fit.promise.threshold == pytest.approx((threshold_with_bound(highest, 0.1),), abs=1e-5)
+    assert ((found >= fit.promise.threshold[0]).sum() == 0) == (copied == "highest")
+    assert (summary["n_copies"], fit.n_harmless) == (40, 80)
+    assert "40 harmless rows are copies of others" in " ".join(capsys.readouterr().err.split())
+    assert (
+        "80 harmless rows of benign.jsonl and 40 copies of them: at most" in (tmp_path / "new" / CARD_FILE).read_text()
+    )
 
 
 def test_a_stop_rule_is_kept_and_used_when_asked_for(tiny_base: Base, source: Path, tmp_path: Path) -> None:
@@ -194,17 +220,22 @@ def test_a_stop_rule_needs_answers_and_rows(tiny_base: Base, source: Path, tmp_p
         Traffic(few, None, 0.05, "stream", 0)
 
 
+def named(row: dict[str, str], number: int) -> dict[str, str]:
+    """The same answer to another question."""
+    return {**row, "prompt": f"how {number * 7919}?"}
+
+
 def test_a_stop_rule_rests_on_no_answer_too_short_for_it(tiny_base: Base, source: Path, tmp_path: Path) -> None:
     """Such a rule would stop every longer answer; with fewer tokens in a row it is the one of ``fit_stop_rule``."""
     short, long = ({"prompt": "how?", "response": text} for text in ("no", "the cat sat there and then the other sat"))
-    benign = write(tmp_path / "answers.jsonl", [*[short] * 59, long])
+    benign = write(tmp_path / "answers.jsonl", [*(named(short, row) for row in range(59)), long])
     with pytest.raises(InputError, match=r"Mode 'stream', 8 tokens in a row: 59 of 60 harmless .* \(--consecutive\)"):
         recalibrate(str(source), tiny_base, Traffic(benign, None, 0.1, "stream"), tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
     done = recalibrate(str(source), tiny_base, Traffic(benign, None, 0.1, "stream", 1), tmp_path / "mine")
     assert done.modes["stream"].promise.threshold[0] > 0.01
     harmful = answers(tmp_path / "harmful.jsonl", 40, "hat")
-    mixed = write(tmp_path / "mixed.jsonl", [*[short] * 30, *[long] * 30])
+    mixed = write(tmp_path / "mixed.jsonl", [named(row, place) for place in range(30) for row in (short, long)])
     both = recalibrate(str(source), tiny_base, Traffic(mixed, harmful, 0.1, "stream", 8), tmp_path / "both")
     (fit,) = both.modes["stream"].maps  # short answers count for probabilities
     assert (fit.n_harmless, both.n_unscored) == (60, 0)

@@ -147,7 +147,7 @@ class ModeCalibration(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n_harmless: int = Field(ge=0)
-    """Harmless rows behind the thresholds; of several labels the fewest."""
+    """Harmless rows behind the thresholds; of several labels the fewest.  ``calibrate`` counts each text once."""
     promise: Promise | None = None
     """Thresholds of this mode when no preset is chosen; without them the guard's own ``threshold`` holds."""
     held: tuple[Score, ...] = ()

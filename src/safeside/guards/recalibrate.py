@@ -69,7 +69,7 @@ class Recalibration:
     refused: Mapping[Mode, str]
     """Modes that are as they were, and why their rows promise nothing; only where no mode was asked for."""
     n_copies: int
-    """Harmless rows whose text an earlier one has; a promise counts them as drawn by themselves."""
+    """Harmless rows whose text an earlier one has; they buy no promise, and count where they are flagged."""
     dropped_preset: Preset | None
     """The preset that the guard was saved with, where no mode has it any more; without it each mode's promise holds."""
     n_learnt: int | None
@@ -78,16 +78,24 @@ class Recalibration:
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """Scores (n, K), labels (n, K) and modes (n) of all rows."""
+    """Scores (n, K), labels (n, K), modes (n) and normalised texts (n) of all rows."""
 
     scores: Array
     labels: Array
     modes: tuple[Mode, ...]
+    texts: tuple[str, ...]
 
     def of(self, mode: Mode) -> _Scored:
         """The rows of one mode."""
-        own = np.array([found == mode for found in self.modes])
-        return _Scored(self.scores[own], self.labels[own], tuple(found for found in self.modes if found == mode))
+        own = [row for row, found in enumerate(self.modes) if found == mode]
+        texts = tuple(self.texts[row] for row in own)
+        return _Scored(self.scores[own], self.labels[own], (mode,) * len(own), texts)
+
+    @property
+    def benign(self) -> tuple[Array, int]:
+        """Scores (m, K) of the harmless rows, and how many distinct texts they have."""
+        is_harmless = ~self.labels.any(1)
+        return self.scores[is_harmless], len({self.texts[row] for row in np.flatnonzero(is_harmless)})
 
 
 def calibrate_command(
@@ -140,7 +148,7 @@ def _tell(name: str, done: Recalibration, is_in_place: bool) -> None:
     for problem in done.refused.values():
         note(f"{problem} The mode is as it was")
     if done.n_copies:
-        note(f"{done.n_copies} harmless rows are copies; the promise counts on texts that come as often again")
+        note(f"{done.n_copies} harmless rows are copies of others; a promise takes distinct texts and counts each once")
     if done.dropped_preset:
         note(f"preset {done.dropped_preset!r} was dropped: no mode has it now, and each mode's own promise holds")
     if done.n_learnt:
@@ -168,7 +176,6 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
         raise InputError(f"{folder} exists already. Choose another --output, or the adapter's own folder to change it.")
     examples, bad = _examples(traffic, guard.config.labels)
     examples, n_learnt = _unseen(examples, source, traffic)
-    harmless = [text_of(example) for example in examples if not any(example.labels)]
     n_consecutive = _n_consecutive(guard, traffic)
     scored = _score(base, guard, examples, n_consecutive)
     fits, refused = _fits(scored, traffic, n_consecutive, guard.config.modes)
@@ -177,8 +184,9 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
     dropped = _lost_preset(guard)
     if dropped is not None:
         guard = guard.with_preset(None)
-    facts = {f"calibrated for {mode}": _fact(fit, traffic, dropped) for mode, fit in fits.items()}
+    facts = {f"calibrated for {mode}": _fact(fit, traffic, dropped, scored.of(mode)) for mode, fit in fits.items()}
     copy_adapter(source, folder, guard.config, facts)
+    benign, n_distinct = scored.benign
     return Recalibration(
         folder=folder,
         modes=fits,
@@ -186,7 +194,7 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
         n_unscored=int(np.isnan(scored.scores).any(1).sum()),
         n_other_modes=sum(mode not in fits for mode in scored.modes),
         refused=refused,
-        n_copies=len(harmless) - len(set(harmless)),
+        n_copies=len(benign) - n_distinct,
         dropped_preset=dropped,
         n_learnt=n_learnt,
     )
@@ -246,10 +254,11 @@ def _n_consecutive(guard: Adapter, traffic: Traffic) -> int | None:
 def _score(base: Base, guard: Adapter, examples: Sequence[Example], n_consecutive: int | None) -> _Scored:
     """What each row's mode compares with its threshold; with ``n_consecutive`` answers are read token by token."""
     labels = np.array([example.labels for example in examples], dtype=np.float64)
+    texts = tuple(map(text_of, examples))
     if n_consecutive is None:
         found = score_conversations(base, [guard], [example.messages for example in examples])
         scores = np.array([row.by_guard[guard.name] for row in found], dtype=np.float64)
-        return _Scored(scores, labels, tuple(row.mode_for(guard) for row in found))
+        return _Scored(scores, labels, tuple(row.mode_for(guard) for row in found), texts)
     answers = score_answers(base, guard, [example.messages for example in examples])
     modes: list[Mode] = [
         "stream" if answer.problem is None else "windowed" if place_of(example.messages) == "answer" else "prompt"
@@ -257,7 +266,7 @@ def _score(base: Base, guard: Adapter, examples: Sequence[Example], n_consecutiv
     ]
     scores = stream_scores(answers, n_consecutive, labels.shape[1])
     scores[np.isnan(scores)] = 1.0  # of rows in other modes
-    return _Scored(scores, any_label(labels), tuple(modes))
+    return _Scored(scores, any_label(labels), tuple(modes), texts)
 
 
 def _modes(scored: _Scored, traffic: Traffic) -> list[Mode]:
@@ -293,24 +302,32 @@ def _fits(
 def _fit(
     scored: _Scored, traffic: Traffic, n_consecutive: int | None, before: ModeCalibration | None
 ) -> ModeCalibration:
-    """The calibration of one mode, by its rows; without harmful ones its old map from score to probability stays."""
-    benign = scored.scores[~scored.labels.any(1)]
+    """The calibration of one mode, by its rows; without harmful ones its old map from score to probability stays.
+
+    Of the harmless scores as many of the highest count as there are distinct texts: so a copy buys no promise, and yet
+    the promise holds for texts that come as often as the rows do.
+    """
+    benign, n_distinct = scored.benign
+    highest = np.sort(benign, axis=0)[-n_distinct:]  # NaN is the highest of all
     try:
-        fit = fit_mode(scored.scores, scored.labels, benign=benign, false_positive_rate=traffic.false_positive_rate)
+        fit = fit_mode(scored.scores, scored.labels, benign=highest, false_positive_rate=traffic.false_positive_rate)
     except InputError as error:
         rule = "" if n_consecutive is None else f", {n_consecutive} tokens in a row"
-        raise InputError(f"Mode {scored.modes[0]!r}{rule}: {error}") from error
+        once = ", each text counted once" if n_distinct < len(benign) else ""
+        raise InputError(f"Mode {scored.modes[0]!r}{rule}{once}: {error}") from error
     is_same_score = before is not None and before.n_consecutive == n_consecutive
     kept = before.maps if before is not None and is_same_score and not fit.maps else fit.maps
     return fit.model_copy(update={"maps": kept, "n_consecutive": n_consecutive})
 
 
-def _fact(fit: ModeCalibration, traffic: Traffic, dropped: Preset | None) -> str:
-    """What card and provenance say of one mode."""
+def _fact(fit: ModeCalibration, traffic: Traffic, dropped: Preset | None, scored: _Scored) -> str:
+    """What card and provenance say of one mode and its rows."""
+    benign, n_distinct = scored.benign
+    copies = f" and {len(benign) - n_distinct:,} copies of them" if n_distinct < len(benign) else ""
     lost = f"preset {dropped!r} was dropped; " if dropped is not None else ""
     harmful = f", probabilities from {traffic.harmful.name} too" if traffic.harmful is not None and fit.maps else ""
     return (
-        f"{fit.n_harmless:,} harmless rows of {traffic.benign.name}{harmful}: at most "
+        f"{fit.n_harmless:,} harmless rows of {traffic.benign.name}{copies}{harmful}: at most "
         f"{traffic.false_positive_rate:.3%} flagged, with {CONFIDENCE:.0%} confidence; {lost}"
         f"{datetime.now(UTC).date().isoformat()}"
     )
