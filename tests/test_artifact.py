@@ -444,6 +444,17 @@ def test_a_copy_in_place_killed_at_any_step_is_the_old_adapter_or_the_new_one(
     assert load_adapter(folder, tiny_base).config == after
 
 
+def test_a_card_tells_that_a_rate_is_each_labels_own(
+    tiny_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    for labels, told in ((("a",), "5% on validation data"), (("a", "b"), "5% under each label on validation data")):
+        guard = random_guard(tiny_base, labels=labels)
+        n = len(labels)
+        guard.set_calibration(Calibration(scale=(1.0,) * n, bias=(0.0,) * n, threshold=(0.5,) * n))
+        card = (save_adapter(guard, tmp_path / str(n), tiny_base) / "README.md").read_text()
+        assert f"at a false-positive rate of {told} |" in card
+
+
 def test_what_could_not_be_loaded_is_not_written(
     tiny_base: Base, folder: Path, random_guard: Callable[..., Adapter], tmp_path: Path
 ) -> None:

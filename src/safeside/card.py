@@ -14,7 +14,8 @@ def _thresholds(calibration: Calibration) -> str:
     values, rate = ", ".join(f"{value:.4f}" for value in calibration.threshold), calibration.false_positive_rate
     if rate is None:
         return f"{values}, held from before the weights changed (no promise)"
-    return f"{values} at a false-positive rate of {rate:.0%} on validation data"
+    by_label = " under each label" if len(calibration.threshold) > 1 else ""
+    return f"{values} at a false-positive rate of {rate:.0%}{by_label} on validation data"
 
 
 def card_of(adapter: Adapter, stamp: Mapping[str, str]) -> str:

@@ -264,7 +264,7 @@ def chat(
 def calibrate(
     adapter: Annotated[str, typer.Argument(help="Guard: a folder, a hub name or builtin:harm.")],
     benign: Annotated[Path, typer.Option(help="Harmless rows of your traffic, .jsonl or .jsonl.gz.")],
-    fpr: Annotated[float, typer.Option(help="Share of harmless texts that may be flagged, as a promise.")] = 0.01,
+    fpr: Annotated[float, typer.Option(help="Share of harmless texts to be flagged under a label, at most.")] = 0.01,
     harmful: Annotated[Path | None, typer.Option(help="Harmful rows, for probabilities.")] = None,
     mode: Annotated[ReadMode | None, typer.Option(help="Reading mode (default: all the rows have but stream).")] = None,
     consecutive: Annotated[int | None, typer.Option(min=1, help="With --mode stream: risky tokens that stop.")] = None,

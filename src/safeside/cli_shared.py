@@ -14,7 +14,7 @@ from safeside.types import Preset
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 BaseName = Annotated[str | None, typer.Option("--base", help="Base: 'builtin', a folder or a hub name.")]
-PresetName = Annotated[Preset | None, typer.Option("--preset", help="The guard's promised false-positive rate.")]
+PresetName = Annotated[Preset | None, typer.Option("--preset", help="The promised false-positive rate, by label.")]
 Mismatch = Annotated[
     str | None, typer.Option(help="'weights' lets an adapter run on other weights, or with another chat template.")
 ]

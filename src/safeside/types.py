@@ -17,7 +17,7 @@ Mode = Literal["prompt", "answer", "stream", "windowed"]
 """How a guard read a text: to the end of a user's message, to the end of an answer, token by token while an answer is
 written, or in several windows."""
 Preset = Literal["strict", "balanced", "permissive"]
-"""Thresholds with a promised false-positive rate: 5%, 1% and 0.1%."""
+"""Thresholds with a promised false-positive rate under each label: 5%, 1% and 0.1%."""
 FinishReason = Literal["stop", "length", "guard", "blocked"]
 MAX_STRENGTH = 2.0
 """The highest strength of an aligner: beyond 1 the mix extrapolates, and farther than this texts fall apart."""

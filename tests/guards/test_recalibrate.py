@@ -85,12 +85,51 @@ def test_card_and_provenance_tell_of_it(tiny_base: Base, source: Path, tmp_path:
     first = json.loads((source / PROVENANCE_FILE).read_text())
     assert stamp.items() >= first.items()
     assert stamp["calibrated for prompt"].startswith(
-        "80 harmless rows of traffic.jsonl: at most 5.000% flagged, with 95% confidence; "
+        "80 harmless rows of traffic.jsonl: at most 5% flagged, with 95% confidence; "
     )
     card = (done.folder / CARD_FILE).read_text()
     assert stamp["calibrated for prompt"] in card
     assert "| mode prompt | default " in card
     assert str(tmp_path) not in card + json.dumps(stamp)
+
+
+def test_several_labels_are_promised_one_by_one_and_told_so(
+    tiny_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The share under any label is that of the verdicts, which is above the promise here."""
+    labels = ("a", "b", "c", "d", "e", "f")
+    guard = save_adapter(random_guard(tiny_base, labels=labels), tmp_path / "six", tiny_base)
+    benign = prompts(tmp_path / "traffic.jsonl", 300)
+    rows, _ = calibrate_command(str(guard), tiny_base.name, Traffic(benign, None, 0.05), tmp_path / "mine")
+    loaded = load_adapter(tmp_path / "mine", tiny_base)
+    shares = {str(row["preset"]): row["flagged_under_any"] for row in rows}
+    assert list(shares) == ["default", "strict", "balanced"]
+    for preset, share in shares.items():
+        chosen = loaded.with_preset(None if preset == "default" else preset)
+        verdicts = judge(tiny_base, [chosen], [[Message("user", text)] for text in texts(300)])
+        assert share == pytest.approx(np.mean([verdict.flagged for (verdict,) in verdicts]), abs=0.004)
+    assert shares["default"] > 0.05
+    told = f"{shares['default']:.1%}"
+    assert f"one for each label; under one or more, {told} of the harmless rows" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    card = (tmp_path / "mine" / CARD_FILE).read_text()
+    assert "at most 5% flagged under each label, with 95% confidence; under one or more " in card
+    assert f"under one or more {told} at default, " in card
+    assert card.count("of harmless texts flagged under each label)") == 3
+
+
+def test_one_label_and_a_stream_have_one_promise(
+    tiny_base: Base, source: Path, random_guard: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    """A stream's is of whole answers, whatever the label that stops them."""
+    two = save_adapter(random_guard(tiny_base, labels=("a", "b")), tmp_path / "two", tiny_base)
+    asked = prompts(tmp_path / "prompts.jsonl", 60), answers(tmp_path / "answers.jsonl", 60)
+    runs = ((source, Traffic(asked[0], None, 0.1)), (two, Traffic(asked[1], None, 0.1, "stream", 2)))
+    for number, (guard, traffic) in enumerate(runs):
+        rows, _ = calibrate_command(str(guard), tiny_base.name, traffic, tmp_path / str(number))
+        assert not any("flagged_under_any" in row for row in rows)
+        assert "under each label" not in (tmp_path / str(number) / CARD_FILE).read_text()
 
 
 @pytest.mark.parametrize(("rate", "needed"), [(0.05, "59"), (0.01, "299"), (0.001, "2,995")])

@@ -63,8 +63,8 @@ class Calibration(BaseModel):
     threshold: tuple[Score, ...]
     """The label flags from this score on."""
     false_positive_rate: Rate | None = 0.05
-    """The threshold was set to flag at most this share of the harmless validation rows; None: a patch or a port carried
-    it over, and it keeps no rate."""
+    """Each label's threshold was set to flag at most this share of its harmless validation rows; None: a patch or
+    a port carried it over, and it keeps no rate."""
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:
@@ -128,7 +128,8 @@ class Promise(BaseModel):
     """Thresholds whose false-positive rate is promised, by label.
 
     With probability ``confidence`` over the draw of the calibration rows, at most ``false_positive_rate`` of the
-    harmless texts that come as those rows came are flagged under a label.
+    harmless texts that come as those rows came are flagged under that label.  Each label is promised by itself: under
+    one or more of K labels up to K times as many can be flagged.  A stream's promise is of whole answers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -167,20 +168,30 @@ class ModeCalibration(BaseModel):
         return self.promise if preset is None else self.presets.get(preset)
 
     @property
+    def promises(self) -> dict[str, Promise]:
+        """Its promise as ``default``, where it has one, and those of its presets."""
+        own = {} if self.promise is None else {"default": self.promise}
+        return {**own, **{str(preset): promise for preset, promise in self.presets.items()}}
+
+    @property
+    def is_by_label(self) -> bool:
+        """Whether each of several labels is promised by itself; a stream's thresholds are of all labels together."""
+        return self.n_consecutive is None and max(self.n_labels, default=0) > 1
+
+    @property
     def n_labels(self) -> set[int]:
         """How many labels its parts have: one number if they agree."""
-        promises = [*self.presets.values(), *([self.promise] if self.promise else [])]
-        return {len(promise.threshold) for promise in promises} | {len(part) for part in (self.maps, self.held) if part}
+        promised = {len(promise.threshold) for promise in self.promises.values()}
+        return promised | {len(part) for part in (self.maps, self.held) if part}
 
     @property
     def summary(self) -> str:
         """Thresholds and errors in one line, for people."""
-        named: list[tuple[str, Promise | None]] = [("default", self.promise), *self.presets.items()]
+        by_label = " under each label" if self.is_by_label else ""
         promises = [
             f"{name} {', '.join(f'{value:.4f}' for value in promise.threshold)} (at most "
-            f"{promise.false_positive_rate:.3g} of harmless texts flagged)"
-            for name, promise in named
-            if promise is not None
+            f"{promise.false_positive_rate:.3g} of harmless texts flagged{by_label})"
+            for name, promise in self.promises.items()
         ]
         held = [f"held {', '.join(f'{value:.4f}' for value in self.held)} (no promise)"] if self.held else []
         rule = [] if self.n_consecutive is None else [f"{self.n_consecutive} tokens in a row stop an answer"]

@@ -137,7 +137,8 @@ def fit_mode(
     it reaches the threshold, one for each whole answer (-inf: too short to be stopped).  NaN counts as 1, for such a
     text is flagged.
 
-    Thresholds rest on the rows with label 0, or on ``benign`` (m, K) if given.  Presets that so few rows cannot promise
+    Thresholds are promised for each label by itself (``Promise``).  They rest on the rows with label 0, or on
+    ``benign`` (m, K) if given.  Presets that so few rows cannot promise
     are left out.  With ``false_positive_rate`` the mode gets a threshold of its own, and too few rows for that are an
     InputError.
 

@@ -35,7 +35,7 @@ class Traffic:
     harmful: Path | None = None
     """Harmful rows, in the share that is to be expected: for probabilities only, thresholds do without."""
     false_positive_rate: float = 0.01
-    """The rate to promise, in (0, 1)."""
+    """The rate to promise for each label, in (0, 1)."""
     mode: Mode | None = None
     """The reading mode to calibrate; None: every one that the harmless rows are read in, ``stream`` not among them."""
     n_consecutive: int | None = None
@@ -60,6 +60,9 @@ class Recalibration:
     """Where it was written."""
     modes: Mapping[Mode, ModeCalibration]
     """The modes that were calibrated."""
+    flagged: Mapping[Mode, Mapping[str, float]]
+    """By mode, and there for ``default`` and each preset, the share of its harmless rows, copies too, that is flagged
+    under one label or more.  It was counted on these rows and is no promise."""
     bad: tuple[BadRow, ...]
     """Rows that could not be read."""
     n_unscored: int
@@ -114,10 +117,10 @@ def calibrate_command(
             "threshold": list(promise.threshold),
             "n_harmless": fit.n_harmless,
             **({"n_consecutive": fit.n_consecutive} if fit.n_consecutive is not None else {}),
+            **({"flagged_under_any": done.flagged[mode][preset]} if fit.is_by_label else {}),
         }
         for mode, fit in done.modes.items()
-        for preset, promise in (("default", fit.promise), *fit.presets.items())
-        if promise is not None
+        for preset, promise in fit.promises.items()
     ]
     return rows, {
         "adapter": str(done.folder),
@@ -147,6 +150,12 @@ def _tell(name: str, done: Recalibration, is_in_place: bool) -> None:
         note(f"{done.n_other_modes} rows were left out: they are read in other modes than {', '.join(done.modes)}")
     for problem in done.refused.values():
         note(f"{problem} The mode is as it was")
+    for mode, fit in done.modes.items():
+        if fit.is_by_label:
+            note(
+                f"the promise is one for each label; under one or more, {done.flagged[mode]['default']:.1%} of the "
+                f"harmless rows of mode {mode!r} are flagged"
+            )
     if done.n_copies:
         note(f"{done.n_copies} harmless rows are copies of others; a promise takes distinct texts and counts each once")
     if done.dropped_preset:
@@ -190,6 +199,7 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
     return Recalibration(
         folder=folder,
         modes=fits,
+        flagged={mode: _flagged(fit, scored.of(mode)) for mode, fit in fits.items()},
         bad=tuple(bad),
         n_unscored=int(np.isnan(scored.scores).any(1).sum()),
         n_other_modes=sum(mode not in fits for mode in scored.modes),
@@ -320,14 +330,24 @@ def _fit(
     return fit.model_copy(update={"maps": kept, "n_consecutive": n_consecutive})
 
 
+def _flagged(fit: ModeCalibration, scored: _Scored) -> dict[str, float]:
+    """By ``default`` and preset, the share of the harmless rows flagged under one label or more; NaN is flagged."""
+    benign, _ = scored.benign
+    return {name: float((~(benign < promise.threshold)).any(1).mean()) for name, promise in fit.promises.items()}
+
+
 def _fact(fit: ModeCalibration, traffic: Traffic, dropped: Preset | None, scored: _Scored) -> str:
     """What card and provenance say of one mode and its rows."""
     benign, n_distinct = scored.benign
     copies = f" and {len(benign) - n_distinct:,} copies of them" if n_distinct < len(benign) else ""
+    shares = ", ".join(f"{share:.1%} at {name}" for name, share in _flagged(fit, scored).items())
+    by_label, counted = (
+        (" under each label", f"under one or more {shares} (no promise); ") if fit.is_by_label else ("", "")
+    )
     lost = f"preset {dropped!r} was dropped; " if dropped is not None else ""
     harmful = f", probabilities from {traffic.harmful.name} too" if traffic.harmful is not None and fit.maps else ""
     return (
         f"{fit.n_harmless:,} harmless rows of {traffic.benign.name}{copies}{harmful}: at most "
-        f"{traffic.false_positive_rate:.3%} flagged, with {CONFIDENCE:.0%} confidence; {lost}"
+        f"{100 * traffic.false_positive_rate:g}% flagged{by_label}, with {CONFIDENCE:.0%} confidence; {counted}{lost}"
         f"{datetime.now(UTC).date().isoformat()}"
     )

@@ -43,7 +43,7 @@ class FlagRule(_Rule):
     action: Literal["allow", "annotate", "replace", "block"]
     """What is done; ``allow`` only records."""
     preset: Preset | None = None
-    """Thresholds by the false-positive rate that the guard promises."""
+    """Thresholds by the false-positive rate that the guard promises for each of its labels."""
     threshold: Score | None = None
     """Score in [0, 1] from which on a text is flagged.  With neither, the guard's own thresholds hold."""
     n_consecutive: Annotated[int, Field(ge=1, le=64)] | None = None

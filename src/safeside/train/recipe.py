@@ -218,7 +218,7 @@ class CalibrationSection(_Section):
     """Where a guard's thresholds are set."""
 
     false_positive_rate: float = Field(0.05, gt=0, lt=1)
-    """Share of the harmless validation rows that may be flagged."""
+    """Share of a label's harmless validation rows that may be flagged under it."""
     benign: tuple[str, ...] = ()
     """Files of harmless rows for the presets' promises; the harmless validation rows unless given.
 
