@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from kills_for_tests import KilledError, kill_at
 from safeside import Adapter, Base, Message, load_adapter, save_adapter
-from safeside.artifact import WEIGHTS_FILE
+from safeside.artifact import WEIGHTS_FILE, read_checksum
 from safeside.errors import FormatError, InputError
 from safeside.guards.versions import BEFORE, count_versions, output_of, roll_back, save_patched, stored_dtype
 from safeside.tasks.learnt import are_learnt, load_learnt, save_learnt
@@ -48,6 +48,19 @@ def test_two_patches_are_rolled_back_one_after_the_other(tiny_base: Base, folder
         assert sums(folder) == state
     assert count_versions(folder) == 0
     load_adapter(folder, tiny_base)
+
+
+def test_of_two_patches_at_once_the_later_one_is_refused(tiny_base: Base, folder: Path) -> None:
+    """Else the first one's work would be lost, and ``before/`` would say that it is in the newest version."""
+    loaded = read_checksum(folder)
+    first, second = (changed(load_adapter(folder, tiny_base), by) for by in (1.0, 2.0))
+    save_patched(first, folder, folder, tiny_base, {}, loaded=loaded)
+    now = sums(folder)
+    with pytest.raises(InputError, match="has changed since this patch began"):
+        save_patched(second, folder, folder, tiny_base, {}, loaded=loaded)
+    assert sums(folder) == now
+    save_patched(second, folder, folder, tiny_base, {}, loaded=read_checksum(folder))
+    assert count_versions(folder) == 2
 
 
 def test_the_rows_of_a_patch_join_the_record_and_leave_it(tiny_base: Base, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import FILES, find_adapter, read_adapter, require_new, save_adapter
+from safeside.artifact import FILES, find_adapter, read_adapter, read_checksum, require_new, save_adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.staging import empty_stage, finish_replacing, put_in_place
@@ -58,15 +58,23 @@ def save_patched(
     facts: Mapping[str, str],
     *,
     learnt: Sequence[Example] = (),
+    loaded: str | None = None,
 ) -> Path:
     """Write the patched ``adapter`` to ``output`` in the dtype of ``source``, whose version is kept in ``before/``.
 
     ``learnt`` are the rows behind the patch, which join the record of the others.
     ``output`` may be ``source`` itself.  The old version is in ``before/`` before the new one holds, so a kill in
-    between leaves a folder that loads as one of the two and loses no version.
+    between leaves a folder that loads as one of the two and loses no version.  ``loaded`` is the checksum of ``source``
+    when the adapter was loaded: where it has another one now, another run patched or calibrated it meanwhile, and
+    that is an InputError; nothing is written then.
     """
     for folder in {source, output}:
         _finish_killed(folder)
+    if loaded is not None and read_checksum(source) != loaded:
+        raise InputError(
+            f"{source} has changed since this patch began: another run wrote to it meanwhile. Its version stays; run "
+            "the patch again, on top of it."
+        )
     stage = empty_stage(output / _STAGE)
     save_adapter(adapter, stage / _FILES, base, facts, dtype=stored_dtype(source))
     save_learnt(stage / _FILES, learnt, before=source)

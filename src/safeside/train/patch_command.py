@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import base_of, find_adapter, load_adapter, read_config, read_provenance
+from safeside.artifact import base_of, find_adapter, load_adapter, read_checksum, read_config, read_provenance
 from safeside.base.model import BUILTIN_NAME
 from safeside.errors import InputError
 from safeside.guards.versions import count_versions, output_of, save_patched, stored_dtype
@@ -51,7 +51,7 @@ def patch_command(
     require_guard(read_config(source))
     target = output_of(adapter_name, source, output)
     base = base_of(adapter_name, base_name)
-    guard = load_adapter(adapter_name, base)
+    loaded, guard = read_checksum(source), load_adapter(adapter_name, base)
     rows, n_bad = _read(files, guard, source)
     settings = PatchSettings(seed=seed)
     with training_bars(guard.name) as (report, _):
@@ -60,7 +60,7 @@ def patch_command(
     for told in _notes_of(done, files):
         note(told)
     learnt = [*done.parts.examples, *done.parts.replayed]
-    save_patched(guard, source, target, base, {**_kept_facts(source), **facts}, learnt=learnt)
+    save_patched(guard, source, target, base, {**_kept_facts(source), **facts}, learnt=learnt, loaded=loaded)
     return {"adapter": str(target), "versions_before": count_versions(target), "bad_rows": n_bad, **facts}
 
 
