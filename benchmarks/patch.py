@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--examples", nargs="+", type=int, default=(16, 32, 64))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=600, help="harmless rows")
     parser.add_argument("--suite-rows", type=int, default=2000, help="at most, of each suite elsewhere")
     parser.add_argument("--threads", type=int, default=2)
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         }
         bench = Bench(base, guard, options.data, replay, kept, harmless, elsewhere, folder, PatchSettings())
         for family in map(bench.family, options.families):
-            for size, seed in itertools.product(options.examples, range(options.seeds)):
+            for size, seed in itertools.product(options.examples, options.seeds):
                 rows += bench.rows(family, size, seed)
             notes = notes_of(bench) | {"base_unchanged": weights_hash(base) == before}
             result = result_of("patch", time.perf_counter() - started, rows, notes)
