@@ -444,6 +444,25 @@ def test_a_copy_in_place_killed_at_any_step_is_the_old_adapter_or_the_new_one(
     assert load_adapter(folder, tiny_base).config == after
 
 
+@pytest.mark.parametrize("step", range(12))
+def test_a_save_over_an_adapter_killed_at_any_step_is_the_old_one_or_the_new_one(
+    tiny_base: Base, folder: Path, random_guard: Callable[..., Adapter], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The old one's record of learnt rows goes with it."""
+    save_learnt(folder, [Example((Message("user", "how?"),), (0.0,))])
+    before, guard = read_config(folder), random_guard(tiny_base, labels=("other",))
+    with monkeypatch.context() as patched:
+        kill_at(patched, step)
+        with pytest.raises(KilledError):
+            save_adapter(guard, folder, tiny_base)
+    found = load_adapter(folder, tiny_base).config
+    assert found.labels in (before.labels, ("other",))
+    assert (load_learnt(folder) is None) == (found.labels == ("other",))
+    save_adapter(guard, folder, tiny_base)
+    assert load_adapter(folder, tiny_base).config.labels == ("other",)
+    assert {file.name for file in folder.iterdir() if file.is_file()} == set(WRITTEN)
+
+
 def test_a_card_tells_that_a_rate_is_each_labels_own(
     tiny_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ FILES = (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, WEIGHTS_FILE, LEARNT_FILE)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = f"{BUILTIN_NAME}:"
-_STAGE = ".copy"
+_STAGE = ".stage"
 
 
 def create_adapter(base: Base, config: AdapterConfig, seed: int = 0) -> Adapter:
@@ -73,7 +73,8 @@ def save_adapter(
     """Write ``adapter`` to ``folder`` (made if missing) with its provenance and card.
 
     ``facts`` (a run's figures, data and licences) go into both.  With ``base`` the card tells the share of its compute.
-    Weights are stored in ``dtype``, their own unless given.
+    Weights are stored in ``dtype``, their own unless given.  An adapter that is there already goes; a kill leaves the
+    old one or the new one.  A configuration that could not be loaded again is a ConfigError, and nothing is written.
     """
     stamp = {**provenance(), **(facts or {})}
     if base is not None:
@@ -81,9 +82,7 @@ def save_adapter(
     weights = {
         name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in adapter.state_dict().items()
     }
-    written = _write(Path(folder), adapter, weights, stamp)
-    (written / LEARNT_FILE).unlink(missing_ok=True)  # of the adapter that was there before
-    return written
+    return _put(Path(folder), adapter, weights, stamp)
 
 
 def copy_adapter(source: Path, folder: Path, config: AdapterConfig, facts: Mapping[str, str]) -> Path:
@@ -94,28 +93,29 @@ def copy_adapter(source: Path, folder: Path, config: AdapterConfig, facts: Mappi
     _, weights = read_adapter(source)
     stamp = {**read_provenance(source), **facts}
     with torch.device("meta"):
-        adapter = Adapter(require_valid(config.model_dump()))
-    stage = empty_stage(make_folder(folder) / _STAGE)
-    _write(stage, adapter, weights, stamp)
-    if (source / LEARNT_FILE).is_file():
-        shutil.copyfile(source / LEARNT_FILE, stage / LEARNT_FILE)
-    put_in_place(stage, folder, FILES)
-    return folder
+        adapter = Adapter(config)
+    return _put(folder, adapter, weights, stamp, source / LEARNT_FILE)
 
 
-def _write(folder: Path, adapter: Adapter, weights: dict[str, torch.Tensor], stamp: Mapping[str, str]) -> Path:
-    """The files of an adapter but that of its rows, in ``folder`` (made if missing).
-
-    A configuration that could not be loaded again is a ConfigError, and nothing is written.
-    """
+def _put(
+    folder: Path,
+    adapter: Adapter,
+    weights: dict[str, torch.Tensor],
+    stamp: Mapping[str, str],
+    learnt: Path | None = None,
+) -> Path:
+    """The files of an adapter in ``folder`` (made if missing), all at once; ``learnt`` is that of its rows, if any."""
     values = json.loads(adapter.config.model_dump_json())
     require_valid(values)
-    make_folder(folder)
+    stage = empty_stage(make_folder(folder) / _STAGE)
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
-    _write_json(folder / CONFIG_FILE, values)
-    save_weights(weights, folder / WEIGHTS_FILE, metadata, like=folder / CONFIG_FILE)
-    _write_json(folder / PROVENANCE_FILE, stamp)
-    (folder / CARD_FILE).write_text(card_of(adapter, stamp), encoding="utf-8")
+    _write_json(stage / CONFIG_FILE, values)
+    save_weights(weights, stage / WEIGHTS_FILE, metadata, like=stage / CONFIG_FILE)
+    _write_json(stage / PROVENANCE_FILE, stamp)
+    (stage / CARD_FILE).write_text(card_of(adapter, stamp), encoding="utf-8")
+    if learnt is not None and learnt.is_file():
+        shutil.copyfile(learnt, stage / LEARNT_FILE)
+    put_in_place(stage, folder, FILES)
     return folder
 
 
