@@ -122,7 +122,7 @@ def test_a_patch_counts_them(
     harmful = tmp_path / "harmful.jsonl"
     harmful.write_text("\n".join(json.dumps({"text": text, "label": 1}) for text in texts(20)))
     one_class = run("patch", adapters / "harm", "--examples", examples, "--replay", harmful, "--output", tmp_path / "o")
-    assert (one_class.code, "too few harmless ones" in told(one_class)) == (2, True)
+    assert (one_class.code, "hold no harmless one" in told(one_class)) == (2, True)
 
 
 def test_a_port_counts_them(run: Callable[..., Ran], adapters: Path, tiny_base: Base, tmp_path: Path) -> None:
