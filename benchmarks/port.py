@@ -3,10 +3,9 @@
     python benchmarks/port.py --data DATA                  between the built-in base and MiniLM
     python benchmarks/port.py --data DATA --also FOLDER    and a base of one's own
 
-Every base has a source guard: ``builtin:harm``, elsewhere one that learns all labelled rows of the packaged demo set.
-It is ported to every other base by each method, on prompts without labels that no source has learnt from; ``scratch``
-learns from these same prompts with their labels.  All are measured on the demo set's test rows; its validation rows
-choose the epochs of sources and of ``scratch``.
+Every base has a source guard that learns labelled prompts of a task.  It is ported to every other base by each method,
+on further prompts of the task's training split, without labels; ``scratch`` learns from these same prompts with their
+labels.  All are measured on the task's test rows; its validation rows choose the epochs of sources and of ``scratch``.
 Writes the part ``port`` of guards.json.
 """
 
@@ -15,42 +14,38 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from guard_cells import BATCH_SIZE
-from guard_rows import installed, usable
+from guard_rows import installed
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.sizing import flops_share
-from safeside.artifact import find_adapter, load_adapter
-from safeside.base.model import BUILTIN_NAME, Base
+from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.metrics import auroc, bootstrap
 from safeside.guards.score import score_conversations
 from safeside.provenance import config_hash
 from safeside.tasks.leakage import without_leaks
-from safeside.tasks.learnt import are_learnt, load_learnt
-from safeside.tasks.rows import load_examples
+from safeside.tasks.task import load_task
 from safeside.terminal import note
 from safeside.train.port import port_adapter
 from safeside.train.port_text import METHODS, PortSettings
 from safeside.train.recipe import Recipe
 from safeside.train.run import run_recipe
-from safeside.train.splits import find_data
 from safeside.types import Example
+from task_guards import drawn
 from tidy import RESULTS, Row, figure_row, result_of
 
 SCRATCH = "scratch"
-PACKAGED = "builtin:harm"
-TEXT = "guardreasoner_prompts5k/train.jsonl.gz"
-LEARNT = ("demo:train.jsonl.gz", "demo:validation.jsonl.gz")  # by the sources, beside what builtin:harm learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +59,27 @@ class Guarded:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all ports of a run share."""
+    """What all ports of a run share: rows of one task, no two parts of which share a text, or nearly."""
 
+    labelled: list[Example]
+    """Behind the sources."""
     text: list[Example]
     """Labelled: ports are shown it without."""
+    validation: list[Example]
     test: list[Example]
-    n_labelled: int
-    """Most labelled rows behind a guard."""
+
+    @classmethod
+    def read(cls, task: str, options: argparse.Namespace) -> Bench:
+        """At most as many rows of each part as the options say."""
+        found = load_task(task, options.data)
+        most = options.labelled + options.rows
+        train = random.Random(0).sample(found.of("train"), min(most, len(found.of("train"))))
+        labelled = train[: options.labelled]
+        text, n_leaks = without_leaks(train[options.labelled :], labelled)
+        if n_leaks:
+            note(f"{n_leaks} rows of text are like labelled ones and were left out")
+        validation, test = (drawn(found.of(split), options.test_rows) for split in ("validation", "test"))
+        return cls(labelled, text, validation, test)
 
     @property
     def labels(self) -> np.ndarray:
@@ -83,26 +92,26 @@ class Bench:
 
     def source(self, base: Base, seed: int) -> Guarded:
         """The guard of ``base`` that is ported."""
-        is_packaged = base.name == BUILTIN_NAME
-        guard = load_adapter(PACKAGED, base) if is_packaged else self.trained(base, seed, LEARNT[0])
+        guard = self.trained(base, seed, self.labelled)
         return Guarded(base, guard, self.scores(base, guard))
 
     def scratch(self, base: Base, seed: int) -> Adapter:
         """A fresh guard of ``base`` that learns from the text with its labels."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "labelled.jsonl"
-            lines = [{"text": row.messages[0].content, "label": int(row.labels[0])} for row in self.text]
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            return self.trained(base, seed, str(file))
+        return self.trained(base, seed, self.text)
 
-    def trained(self, base: Base, seed: int, train: str) -> Adapter:
-        """A fresh guard of ``base`` that learns from a file."""
+    def trained(self, base: Base, seed: int, rows: Sequence[Example]) -> Adapter:
+        """A fresh guard of ``base`` that learns from ``rows``."""
         values: dict[str, object] = {"name": "harm", "output": "none", "seed": seed, "base": {"name": name_of(base)}}
-        values["data"] = {"train": (train,), "validation": (LEARNT[1],), "limit": self.n_labelled}
         values["adapter"] = {"kind": "lst", "reduction": 4}
         values["training"] = {"epochs": 8, "batch_size": BATCH_SIZE, "checkpoint_seconds": 1e9}
-        with tempfile.TemporaryDirectory() as folder:
-            return run_recipe(Recipe.model_validate(values), output=Path(folder), base=base).adapter
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            files = [
+                str(written(folder / file, some))
+                for file, some in (("train.jsonl", rows), ("validation.jsonl", self.validation))
+            ]
+            values["data"] = {"train": files[:1], "validation": files[1:]}
+            return run_recipe(Recipe.model_validate(values), output=folder / "guard", base=base).adapter
 
     def ports(self, source: Guarded, target: Base, scratch: Adapter, seed: int) -> Iterator[Row]:
         """The figures of one source on one target."""
@@ -115,7 +124,7 @@ class Bench:
         yield from self._rows(source, target, scratch, {"method": SCRATCH, "seed": seed}, None)
 
     def _hash(self, labels: dict[str, object]) -> str:
-        return config_hash([labels, TEXT, len(self.text), len(self.test)])
+        return config_hash([labels, len(self.labelled), len(self.text), len(self.test)])
 
     def _rows(
         self, source: Guarded, target: Base, guard: Adapter, labels: dict[str, object], seconds: float | None
@@ -138,14 +147,11 @@ class Bench:
             yield figure_row(labels, "seconds", seconds, **costs)
 
 
-def unseen(path: Path, limit: int, test: Sequence[Example]) -> list[Example]:
-    """The first prompts of a file that no source has learnt from and no test row is like."""
-    examples = usable(path, ("label",))
-    known = [row for name in LEARNT for row in load_examples(find_data(name, Path()), ("harm",))[0]]
-    hashes = load_learnt(find_adapter(PACKAGED))
-    assert hashes is not None, f"{PACKAGED} keeps a record of what it learnt from"
-    fresh = [row for row, is_known in zip(examples, are_learnt(examples, hashes), strict=True) if not is_known]
-    return without_leaks(fresh, [*known, *test])[0][:limit]
+def written(path: Path, rows: Sequence[Example]) -> Path:
+    """A file of labelled rows."""
+    lines = [{"messages": [asdict(message) for message in row.messages], "label": int(row.labels[0])} for row in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
 
 
 def name_of(base: Base) -> str:
@@ -167,17 +173,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--bases", nargs="+", default=["builtin", "minilm"], help="as for load_base")
     parser.add_argument("--also", nargs="+", default=[], help="further bases")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--rows", type=int, default=1000, help="of text")
-    parser.add_argument("--labelled", type=int, default=2600, help="most labelled rows behind a guard")
-    parser.add_argument("--test-rows", type=int, default=600)
+    parser.add_argument("--rows", type=int, default=1000, help="of text, without labels")
+    parser.add_argument("--labelled", type=int, default=1000, help="rows behind a source")
+    parser.add_argument("--task", default="prompt_harm", help="a task of prompts")
+    parser.add_argument("--test-rows", type=int, default=600, help="and of validation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
-    test = load_examples(find_data("demo:test.jsonl.gz", Path()), ("harm",))[0][: options.test_rows]
-    bench = Bench(unseen(options.data / TEXT, options.rows, test), test, options.labelled)
+    bench = Bench.read(options.task, options)
     bases = two_bases([*options.bases, *options.also])
     path = options.output / FILE
     rows: list[Row] = []
@@ -187,10 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for source, target in itertools.permutations(guarded, 2):
             rows += bench.ports(source, target.base, scratch[name_of(target.base)], seed)
             notes = {
-                "text": f"{len(bench.text)} rows of {TEXT} that no source learnt from, with labels for {SCRATCH} alone",
+                "task": options.task,
+                "sources": f"guards of {len(bench.labelled)} labelled training rows",
+                "text": f"{len(bench.text)} further training rows, with labels for {SCRATCH} alone",
                 "shares": "of a port's text three fifths teach, a fifth chooses epochs; scratch learns from all of it",
-                "sources": f"{PACKAGED}, the same for every seed; elsewhere guards of {options.labelled} demo rows",
-                "test": f"{len(test)} test rows of the demo set",
+                "test": f"{len(bench.test)} rows",
                 "bases": {
                     name_of(base): f"{base.n_layers} layers of width {base.d_model}, {len(base.tokenizer)} tokens"
                     for base in bases

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,35 +16,20 @@ import guard_rows
 import port
 from parts import read_parts
 from safeside.errors import InputError, MissingExtraError
-from safeside.tasks.rows import load_examples
-from safeside.train.splits import find_data
 from safeside.types import Example
 
 
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of prompts, of which the first is a row that ``builtin:harm`` learnt and the second is like a test row."""
-    monkeypatch.setattr(port, "TEXT", "prompts.jsonl")
-    learnt, tested = (
-        load_examples(find_data(f"demo:{split}.jsonl.gz", Path()), ())[0][0].messages[0].content
-        for split in ("train", "test")
-    )
-    texts = [learnt, f"{tested}  ", *(f"{'harm' if row % 2 else 'help'} number {row} please" for row in range(110))]
-    lines = [json.dumps({"prompt": text, "label": row % 2}) for row, text in enumerate(texts)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    return tmp_path
-
-
-def test_the_text_is_prompts_that_nobody_learnt_from_or_is_measured_on(data: Path) -> None:
-    test = load_examples(find_data("demo:test.jsonl.gz", Path()), ("harm",))[0]
-    found = port.unseen(data / "prompts.jsonl", 10, test)
-    assert [row.messages[0].content for row in found[:2]] == ["help number 0 please", "harm number 1 please"]
-    assert len(found) == 10
-    assert {row.labels for row in found} == {(0.0,), (1.0,)}
+def test_sources_text_and_test_rows_are_apart(small_tasks: Path) -> None:
+    options = Namespace(data=small_tasks, labelled=100, rows=60, test_rows=50)
+    bench = port.Bench.read("bench/prompts", options)
+    parts = [bench.labelled, bench.text, bench.validation, bench.test]
+    assert [len(part) for part in parts] == [100, 60, 50, 50]
+    assert len({row.messages[0].content for part in parts for row in part}) == 260
+    assert {row.labels for row in bench.text} == {(0.0,), (1.0,)}
 
 
 def test_every_pair_and_method_gets_its_figures(
-    data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    small_tasks: Path, tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[Example] = []
     ported = port.port_adapter
@@ -55,7 +40,8 @@ def test_every_pair_and_method_gets_its_figures(
 
     monkeypatch.setattr(port, "port_adapter", spied)
     monkeypatch.setattr(port, "PortSettings", partial(port.PortSettings, epochs=1))
-    bases = ["--data", str(data), "--bases", str(tiny_folder("llama")), "--also", str(tiny_folder("gpt2"))]
+    bases = ["--bases", str(tiny_folder("llama")), "--also", str(tiny_folder("gpt2"))]
+    bases += ["--data", str(small_tasks), "--task", "bench/prompts"]
     small = ["--rows", "100", "--labelled", "24", "--test-rows", "40", "--threads", "1", "--seeds", "0"]
     result = read_parts(port.main([*bases, *small, "--output", str(tmp_path)]))["port"]
     kept = [row for row in result["rows"] if row["metric"] == "kept_auroc"]
