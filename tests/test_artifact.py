@@ -334,7 +334,7 @@ def test_hub_names_are_downloaded_without_code(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(module, "snapshot_download", download)
     assert find_adapter("org/harm", "v2") == saved
-    assert asked == ["org/harm", "v2", ["*.json", "*.safetensors", "*.md"]]
+    assert asked == ["org/harm", "v2", list(module.FILES)]  # and no folder of the same kinds of files
 
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), ValueError("bad name"), OSError("no route")])
@@ -461,6 +461,19 @@ def test_a_save_over_an_adapter_killed_at_any_step_is_the_old_one_or_the_new_one
     save_adapter(guard, folder, tiny_base)
     assert load_adapter(folder, tiny_base).config.labels == ("other",)
     assert {file.name for file in folder.iterdir() if file.is_file()} == set(WRITTEN)
+
+
+def test_a_copy_of_what_has_changed_meanwhile_is_refused(
+    tiny_base: Base, folder: Path, random_guard: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    """A promise about the scores of other weights would be none."""
+    loaded, config = module.read_checksum(folder), read_config(folder)
+    save_adapter(random_guard(tiny_base, labels=("other",)), folder, tiny_base)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(InputError, match="has changed since this run began"):
+            copy_adapter(folder, target, config, {}, loaded=loaded)
+    assert load_adapter(folder, tiny_base).config.labels == ("other",)
+    assert not (tmp_path / "new" / "safeside_config.json").exists()
 
 
 def test_a_card_tells_that_a_rate_is_each_labels_own(

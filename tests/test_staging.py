@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import pytest
 
 from kills_for_tests import KilledError, kill_at
 from safeside.errors import FormatError
-from safeside.staging import empty_stage, finish_replacing, put_in_place
+from safeside.staging import empty_stage, finish_replacing, put_in_place, seal, writing
 
 NAMES = ("one", "two", "three")
 OLD, NEW = {"one": "old", "three": "old", "mine": "kept"}, {"one": "new", "two": "new"}  # so "three" goes
@@ -52,7 +53,7 @@ def test_a_kill_at_any_step_leaves_the_old_files_or_the_new_ones(
 @pytest.mark.parametrize("attempt", range(20))
 def test_a_killed_run_is_finished_by_several_processes_at_once(tmp_path: Path, attempt: int) -> None:
     folder = fill(tmp_path / "folder", OLD)
-    fill(folder / ".new", NEW)
+    seal(fill(folder / ".new", NEW))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(finish_replacing, [folder] * 8, [NAMES] * 8))
     assert contents_of(folder) == {**NEW, "mine": "kept"}
@@ -60,7 +61,7 @@ def test_a_killed_run_is_finished_by_several_processes_at_once(tmp_path: Path, a
 
 def test_what_a_killed_run_left_is_finished_before_newer_files_come(tmp_path: Path) -> None:
     folder = fill(tmp_path / "folder", OLD)
-    fill(folder / ".new", {"three": "never seen"})
+    seal(fill(folder / ".new", {"three": "never seen"}))
     put_in_place(fill(empty_stage(folder / "stage"), NEW), folder, NAMES)
     assert contents_of(folder) == {**NEW, "mine": "kept"}
 
@@ -81,3 +82,32 @@ def test_files_that_cannot_be_put_in_place_are_an_error_and_wait(tmp_path: Path)
     shutil.rmtree(folder / "two")
     finish_replacing(folder, NAMES)
     assert contents_of(folder) == NEW
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_a_folder_that_is_not_whole_changes_nothing(tmp_path: Path, is_sealed: bool) -> None:
+    """As a copy that was broken off leaves one."""
+    folder = fill(tmp_path / "folder", OLD)
+    new = fill(folder / ".new", NEW if is_sealed else {})
+    if is_sealed:
+        seal(new)
+        (new / "two").write_text("ne")
+    finish_replacing(folder, NAMES)
+    assert contents_of(folder) == OLD
+    put_in_place(fill(empty_stage(folder / "stage"), NEW), folder, NAMES)
+    assert contents_of(folder) == {**NEW, "mine": "kept"}
+
+
+def test_who_writes_to_a_folder_waits_for_who_does(tmp_path: Path) -> None:
+    order = []
+
+    def write(name: str) -> None:
+        with writing(tmp_path):
+            order.append(name)
+            sleep(0.02)
+            order.append(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert order[::2] == order[1::2]
+    assert sorted(order[::2]) == list("abcd")

@@ -39,7 +39,7 @@ from safeside.errors import (
     problems_of,
 )
 from safeside.provenance import provenance
-from safeside.staging import empty_stage, finish_replacing, put_in_place
+from safeside.staging import empty_stage, finish_replacing, put_in_place, writing
 from safeside.tasks.learnt import LEARNT_FILE
 
 CONFIG_FILE, WEIGHTS_FILE = "safeside_config.json", "adapter.safetensors"
@@ -85,16 +85,19 @@ def save_adapter(
     return _put(Path(folder), adapter, weights, stamp)
 
 
-def copy_adapter(source: Path, folder: Path, config: AdapterConfig, facts: Mapping[str, str]) -> Path:
+def copy_adapter(
+    source: Path, folder: Path, config: AdapterConfig, facts: Mapping[str, str], *, loaded: str | None = None
+) -> Path:
     """Write the adapter in ``source``, its weights byte for byte, to ``folder`` under another configuration.
 
     ``facts`` are added to its provenance.  ``folder`` may be ``source``: a kill leaves the old adapter or the new one.
+    ``loaded`` is as for ``require_unchanged``.
     """
     _, weights = read_adapter(source)
     stamp = {**read_provenance(source), **facts}
     with torch.device("meta"):
         adapter = Adapter(config)
-    return _put(folder, adapter, weights, stamp, source / LEARNT_FILE)
+    return _put(folder, adapter, weights, stamp, (source, loaded))
 
 
 def _put(
@@ -102,21 +105,41 @@ def _put(
     adapter: Adapter,
     weights: dict[str, torch.Tensor],
     stamp: Mapping[str, str],
-    learnt: Path | None = None,
+    source: tuple[Path, str | None] | None = None,
 ) -> Path:
-    """The files of an adapter in ``folder`` (made if missing), all at once; ``learnt`` is that of its rows, if any."""
+    """The files of an adapter in ``folder`` (made if missing), all at once.
+
+    ``source`` is the folder whose adapter it is under another configuration, for its record of learnt rows, and the
+    checksum that it must still have.
+    """
     values = json.loads(adapter.config.model_dump_json())
     require_valid(values)
-    stage = empty_stage(make_folder(folder) / _STAGE)
     metadata = {"checksum": _checksum(values, weights)}  # one entry: the order of several is random in the file
-    _write_json(stage / CONFIG_FILE, values)
-    save_weights(weights, stage / WEIGHTS_FILE, metadata, like=stage / CONFIG_FILE)
-    _write_json(stage / PROVENANCE_FILE, stamp)
-    (stage / CARD_FILE).write_text(card_of(adapter, stamp), encoding="utf-8")
-    if learnt is not None and learnt.is_file():
-        shutil.copyfile(learnt, stage / LEARNT_FILE)
-    put_in_place(stage, folder, FILES)
+    with writing(make_folder(folder)):
+        if source is not None:
+            require_unchanged(*source)
+        stage = empty_stage(folder / _STAGE)
+        _write_json(stage / CONFIG_FILE, values)
+        save_weights(weights, stage / WEIGHTS_FILE, metadata, like=stage / CONFIG_FILE)
+        _write_json(stage / PROVENANCE_FILE, stamp)
+        (stage / CARD_FILE).write_text(card_of(adapter, stamp), encoding="utf-8")
+        if source is not None and (source[0] / LEARNT_FILE).is_file():
+            shutil.copyfile(source[0] / LEARNT_FILE, stage / LEARNT_FILE)
+        put_in_place(stage, folder, FILES)
     return folder
+
+
+def require_unchanged(folder: Path, loaded: str | None) -> None:
+    """An InputError where the adapter in ``folder`` has another checksum than ``loaded``, that of when it was loaded.
+
+    Another run has written to it then, and figures or weights that come from the adapter of before would not be its
+    own.  None asks nothing.
+    """
+    if loaded is not None and read_checksum(folder) != loaded:
+        raise InputError(
+            f"{folder} has changed since this run began: another one wrote to it meanwhile. What that one wrote stays; "
+            "start again, on top of it."
+        )
 
 
 def annotate_adapter(folder: str | Path, facts: Mapping[str, str]) -> Path:
@@ -197,7 +220,7 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
         finish_replacing(Path(name), FILES)
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise InputError(
             f"Cannot load an adapter from {name!r}: no such folder, and the model hub gave: {error}. "

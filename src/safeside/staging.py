@@ -2,19 +2,35 @@
 
 They are written into a folder of their own first.  One rename of it to ``.new`` is the step from which on they are what
 the folder holds; then they are copied to their places one by one.  Whoever uses the folder after a kill goes on with
-that first.
+that first.  A ``.new`` that is not whole, by the list of its files, is nobody's work and changes nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from safeside.errors import FormatError
 
 _NEW = ".new"
+_SIZES = "sizes.json"  # in it: by name, the bytes of each file
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Have ``folder`` to oneself: whoever else is to write there waits.  The lock goes with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def empty_stage(stage: Path) -> Path:
@@ -26,10 +42,30 @@ def empty_stage(stage: Path) -> Path:
 
 
 def put_in_place(new: Path, folder: Path, names: Sequence[str]) -> None:
-    """Give ``folder`` the files in ``new``, a folder on the same disk, which goes; other files of ``names`` go too."""
+    """Give ``folder`` the files in ``new``, a folder on the same disk, which goes; other files of ``names`` go too.
+
+    For who holds ``writing(folder)``.
+    """
     finish_replacing(folder, names)
+    if (folder / _NEW).is_dir():  # not whole
+        shutil.rmtree(folder / _NEW)
+    seal(new)
     new.rename(folder / _NEW)
     finish_replacing(folder, names)
+
+
+def seal(new: Path) -> None:
+    """Put the list of its files into a folder that is whole."""
+    (new / _SIZES).write_text(json.dumps({file.name: file.stat().st_size for file in new.iterdir()}), encoding="utf-8")
+
+
+def _sealed(new: Path) -> set[str] | None:
+    """The names of the files in ``new``; None where it has no list, or other files than its list says."""
+    try:
+        sizes = json.loads((new / _SIZES).read_text(encoding="utf-8"))
+        return set(sizes) if all((new / name).stat().st_size == size for name, size in sizes.items()) else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def finish_replacing(folder: Path, names: Sequence[str]) -> None:
@@ -38,12 +74,10 @@ def finish_replacing(folder: Path, names: Sequence[str]) -> None:
     Several processes may do so at once.  A folder that cannot be written is a FormatError.
     """
     new = folder / _NEW
-    if not new.is_dir():
+    found = _sealed(new)
+    if found is None:
         return
     try:
-        found = {file.name for file in new.iterdir()}
-        if not new.is_dir():  # another process was done meanwhile, and the listing may lack what it had deleted
-            return
         with TemporaryDirectory(prefix=f"{_NEW}-", dir=folder) as own:
             for name in names:
                 if name in found:

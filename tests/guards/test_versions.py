@@ -56,7 +56,7 @@ def test_of_two_patches_at_once_the_later_one_is_refused(tiny_base: Base, folder
     first, second = (changed(load_adapter(folder, tiny_base), by) for by in (1.0, 2.0))
     save_patched(first, folder, folder, tiny_base, {}, loaded=loaded)
     now = sums(folder)
-    with pytest.raises(InputError, match="has changed since this patch began"):
+    with pytest.raises(InputError, match="has changed since this run began"):
         save_patched(second, folder, folder, tiny_base, {}, loaded=loaded)
     assert sums(folder) == now
     save_patched(second, folder, folder, tiny_base, {}, loaded=read_checksum(folder))

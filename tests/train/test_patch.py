@@ -23,7 +23,7 @@ from safeside.errors import InputError
 from safeside.guards.score import judge, score_conversations
 from safeside.guards.versions import roll_back
 from safeside.stopping import kept_rule
-from safeside.tasks.learnt import load_learnt, save_learnt
+from safeside.tasks.learnt import are_learnt, load_learnt, save_learnt
 from safeside.train.patch import PatchReport, PatchRows, patch_guard
 from safeside.train.patch_command import PatchFiles, patch_command
 from safeside.train.patch_lesson import Lesson, Parts, PatchSettings, make_pool
@@ -101,7 +101,8 @@ def test_the_family_is_learnt_and_the_rest_is_kept(patched: tuple[Adapter, Patch
     assert report.elsewhere_change > -0.03
     assert report.flagged_elsewhere[1] <= report.flagged_elsewhere[0]
     assert [len(part) for part in report.parts] == [16, 40, 60, 60]
-    assert report.n_unused == 80
+    n_texts = len({row.messages[0].content for row in rows(200, 4)})
+    assert (report.n_unused, report.n_repeated) == (n_texts - 120, 200 - n_texts)
 
 
 def test_the_report_is_what_scoring_says(tiny_base: Base, trained: Path, patched: tuple[Adapter, PatchReport]) -> None:
@@ -179,16 +180,27 @@ def test_other_scores_are_measured_on_rows_of_ones_own(tiny_base: Base, trained:
 
 
 def test_rows_that_are_examples_too_are_not_measured_or_replayed(tiny_base: Base, trained: Path) -> None:
-    new, replay = family(8, 3), rows(40, 4)
+    new, replay = family(8, 3), rows(40, 4, suffix=" x")
+    replay = list({row.messages[0].content: row for row in replay}.values())
     shouted = [replace(new[0], messages=(Message("user", new[0].messages[0].content.upper()),))]
     report = patch_guard(
         tiny_base,
         load_adapter(trained, tiny_base),
-        PatchRows(new, [*replay, new[1]], [*family(6, 5), *shouted], [*rows(30, 11), new[2]]),
+        PatchRows(new, [*replay, new[1]], [*family(6, 5), *shouted], [*rows(9, 11), new[2], replay[0]]),
         replace(QUICK, steps=4),
     )
-    assert report.n_repeated == 3
-    assert [len(part) for part in report.parts] == [8, 6, 40, 30]
+    assert report.n_repeated == 4
+    assert [len(part) for part in report.parts] == [8, 6, len(replay), 9]
+
+
+def test_a_text_that_comes_often_is_not_both_replayed_and_measured(tiny_base: Base, trained: Path) -> None:
+    often = rows(12, 4, suffix=" x") * 10
+    report = patch_guard(tiny_base, load_adapter(trained, tiny_base), PatchRows(family(8, 3), often), QUICK)
+    replayed, elsewhere = (
+        {row.messages[0].content for row in some} for some in (report.parts.replayed, report.parts.elsewhere)
+    )
+    assert not replayed & elsewhere
+    assert report.n_repeated == len(often) - len(replayed) - len(elsewhere)
 
 
 def test_a_long_row_is_learnt_from_by_the_window_that_counts(tiny_base: Base, trained: Path, tmp_path: Path) -> None:
@@ -312,13 +324,32 @@ def test_what_flatters_or_was_not_used_is_told(
     assert summary["patch rows elsewhere known before"] == summary["patch rows elsewhere"] == "20"
     told = " ".join(capsys.readouterr().err.split())
     assert "20 of 20 rows elsewhere are ones that the guard had learnt from" in told
-    assert "40 rows of known.jsonl were replayed or measured; 200 more were not used" in told
+    n_unused = len({row.messages[0].content for row in known}) - 40
+    assert f"40 rows of known.jsonl were replayed or measured; {n_unused} more were not used" in told
     assert "no example was held out" in told
     hashes = load_learnt(tmp_path / "out")
     before = load_learnt(trained)
     assert hashes is not None
     assert before is not None
     assert len(hashes) == len(before) + 3
+
+
+def test_held_out_rows_of_a_patch_before_are_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay, first = write(tmp_path / "replay.jsonl", rows(40, 4)), family(8, 3)
+    patch_command(str(trained), PatchFiles(write(tmp_path / "1.jsonl", first), replay), tmp_path / "one", None, 0)
+    more = write(tmp_path / "more.jsonl", [*first[:4], *family(4, 9)])
+    files = PatchFiles(write(tmp_path / "2.jsonl", family(8, 5)), replay, more)
+    learnt = load_learnt(tmp_path / "one")
+    assert learnt is not None
+    n_known = sum(are_learnt([*first[:4], *family(4, 9)], learnt))
+    assert n_known > 1
+    summary = patch_command(str(tmp_path / "one"), files, None, None, 0)
+    assert summary["patch held-out examples known before"] == str(n_known)
+    assert f"{n_known} of 8 held-out examples are ones that the guard had learnt from" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_replay_rows_are_asked_for_and_bad_lines_counted(trained: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from safeside.artifact import CARD_FILE, PROVENANCE_FILE
 from safeside.base.top import described
 from safeside.errors import InputError, MismatchError, UnsupportedError
 from safeside.guards.score import score_conversations
+from safeside.train import port as port_module
 from safeside.train.port import (
     Port,
     answered,
@@ -190,9 +191,15 @@ def rows_of(text: PortText, part: str) -> list[Example]:
 
 @pytest.mark.parametrize("n", [100, 137, 1000])
 def test_no_row_serves_twice(tiny_base: Base, n: int) -> None:
-    text = read_text(tiny_base, tiny_base, texts(n), DISTILL)
+    given = [
+        replace(row, messages=(Message("user", f"{place} {row.messages[0].content}"),))
+        for place, row in enumerate(texts(n))
+    ]
+    text = read_text(tiny_base, tiny_base, given, DISTILL)
     assert [*range(text.n_learnt), *text.choosing, *text.measured] == list(range(n))
     assert len(text.choosing) == len(text.measured) == n // 5
+    again = read_text(tiny_base, tiny_base, [*given, *given[:40]], DISTILL)
+    assert again.n_rows == n  # a copy could stand in two parts
 
 
 @pytest.mark.parametrize("method", ["map", "distill", "both"])
@@ -556,3 +563,12 @@ def test_bad_calls_are_refused(
 def test_layers_without_a_base_of_their_own_stay_sorted(tiny_base: Base, tiny_family: Callable[[str], Base]) -> None:
     config = make_config(tiny_base, layers=(1, 3), reduction=2)
     assert ported_config(config, tiny_family("gpt2")).layers == (1, 3)
+
+
+@pytest.mark.parametrize("after", [(0.1, 0.2, 0.6, 0.9), (0.1, 0.2, 0.3, 0.4), (0.9, 0.9, 0.6, 0.6)])
+def test_a_threshold_that_flagged_nothing_flags_nothing(after: tuple[float, ...]) -> None:
+    before, new = np.array([0.1, 0.2, 0.3, 0.4]), np.array(after)
+    found = port_module._matched(0.5, before, new)
+    assert not (new >= found).any()
+    assert found >= 0.5
+    assert (found == 0.5) == (max(after) < 0.5)

@@ -12,7 +12,7 @@ import numpy as np
 
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.config import CONFIDENCE, ModeCalibration, rows_needed
-from safeside.artifact import base_of, copy_adapter, find_adapter, load_adapter
+from safeside.artifact import base_of, copy_adapter, find_adapter, load_adapter, read_checksum
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.guards.calibrate import fit_mode
@@ -174,10 +174,11 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
     Without ``output`` that is ``NAME-calibrated``.  A folder that exists is an InputError, unless it is the adapter's
     own: then it is changed in place.  Too few harmless rows for the rate are an InputError that says how many it takes,
     when no mode has enough or the mode was asked for; else the modes that have too few stay as they are.  A preset that
-    the adapter was saved with is dropped where no mode has it any more.
+    the adapter was saved with is dropped where no mode has it any more.  An adapter that another run has changed
+    meanwhile is an InputError, for its scores are others now.
     """
     source = find_adapter(name_or_path)
-    guard = load_adapter(name_or_path, base)
+    loaded, guard = read_checksum(source), load_adapter(name_or_path, base)
     if guard.config.role != "guard":
         raise InputError(f"{guard.name!r} is an aligner and flags nothing; only guards are calibrated.")
     folder = output or Path(f"{guard.name}-calibrated")
@@ -194,7 +195,7 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
     if dropped is not None:
         guard = guard.with_preset(None)
     facts = {f"calibrated for {mode}": _fact(fit, traffic, dropped, scored.of(mode)) for mode, fit in fits.items()}
-    copy_adapter(source, folder, guard.config, facts)
+    copy_adapter(source, folder, guard.config, facts, loaded=loaded)
     benign, n_distinct = scored.benign
     return Recalibration(
         folder=folder,

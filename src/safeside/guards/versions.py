@@ -13,10 +13,18 @@ from pathlib import Path
 import torch
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import FILES, find_adapter, read_adapter, read_checksum, require_new, save_adapter
+from safeside.artifact import (
+    FILES,
+    find_adapter,
+    make_folder,
+    read_adapter,
+    require_new,
+    require_unchanged,
+    save_adapter,
+)
 from safeside.base.model import Base
 from safeside.errors import InputError
-from safeside.staging import empty_stage, finish_replacing, put_in_place
+from safeside.staging import empty_stage, finish_replacing, put_in_place, writing
 from safeside.tasks.learnt import save_learnt
 from safeside.types import Example
 
@@ -64,26 +72,22 @@ def save_patched(
 
     ``learnt`` are the rows behind the patch, which join the record of the others.
     ``output`` may be ``source`` itself.  The old version is in ``before/`` before the new one holds, so a kill in
-    between leaves a folder that loads as one of the two and loses no version.  ``loaded`` is the checksum of ``source``
-    when the adapter was loaded: where it has another one now, another run patched or calibrated it meanwhile, and
-    that is an InputError; nothing is written then.
+    between leaves a folder that loads as one of the two and loses no version.  ``loaded`` is as for
+    ``require_unchanged``; where the source has changed nothing is written.
     """
-    for folder in {source, output}:
-        _finish_killed(folder)
-    if loaded is not None and read_checksum(source) != loaded:
-        raise InputError(
-            f"{source} has changed since this patch began: another run wrote to it meanwhile. Its version stays; run "
-            "the patch again, on top of it."
-        )
-    stage = empty_stage(output / _STAGE)
-    save_adapter(adapter, stage / _FILES, base, facts, dtype=stored_dtype(source))
-    save_learnt(stage / _FILES, learnt, before=source)
-    _copy_version(source, stage / BEFORE)
-    if (output / BEFORE).is_dir():
-        (output / BEFORE).rename(stage / _OLDER)
-    (stage / BEFORE).rename(output / BEFORE)
-    put_in_place(stage / _FILES, output, FILES)
-    shutil.rmtree(stage)
+    with writing(make_folder(output)):
+        for folder in {source, output}:
+            _finish_killed(folder)
+        require_unchanged(source, loaded)
+        stage = empty_stage(output / _STAGE)
+        save_adapter(adapter, stage / _FILES, base, facts, dtype=stored_dtype(source))
+        save_learnt(stage / _FILES, learnt, before=source)
+        _copy_version(source, stage / BEFORE)
+        if (output / BEFORE).is_dir():
+            (output / BEFORE).rename(stage / _OLDER)
+        (stage / BEFORE).rename(output / BEFORE)
+        put_in_place(stage / _FILES, output, FILES)
+        shutil.rmtree(stage)
     return output
 
 
@@ -92,6 +96,11 @@ def roll_back(folder: Path, output: Path) -> Path:
 
     A folder without an earlier version is an InputError, a damaged one a FormatError; then nothing is changed.
     """
+    with writing(make_folder(output)):
+        return _roll_back(folder, output)
+
+
+def _roll_back(folder: Path, output: Path) -> Path:
     _finish_killed(folder)
     before = folder / BEFORE
     if not before.is_dir():

@@ -59,7 +59,8 @@ class PatchReport:
     n_unused: int
     """Further rows to replay or measure elsewhere, beyond the settings' limit."""
     n_repeated: int
-    """Rows to measure or replay whose text is an example's too: left out."""
+    """Rows to measure or replay whose text is an example's too, and copies of rows to replay or measure elsewhere: left
+    out."""
     n_windowed: int
     """Rows longer than the base's context, read in windows."""
     seconds: float
@@ -69,7 +70,7 @@ class PatchReport:
     passed: tuple[float, float]
     """Share of the harmless held-out rows that are not, before and after."""
     flagged_elsewhere: tuple[float, float]
-    """Share of the harmless rows elsewhere that are flagged, before and after."""
+    """Share of the labels 0 of the rows elsewhere that are flagged, before and after; the threshold is kept by them."""
     auroc_elsewhere: tuple[float, float]
     """Mean AUROC over labels elsewhere, before and after."""
     threshold: tuple[tuple[float, ...], tuple[float, ...]]
@@ -147,7 +148,7 @@ def require_guard(config: AdapterConfig) -> None:
 
 
 def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[Parts, int, int]:
-    """The rows by what they are for, how many were too many, and how many are examples too.
+    """The rows by what they are for, how many were too many, and how many have a text that others have.
 
     Only the same text counts as one: prompts of a family often share all words but those that say what they are after.
     """
@@ -161,9 +162,9 @@ def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[P
         raise InputError("There is no example to learn from; expected 16 to 64 labelled rows of the new family.")
     known = {text_of(example) for example in examples}
     given = [held_out, rows.replay, rows.elsewhere or ()]
-    fresh = [[row for row in some if text_of(row) not in known] for some in given]
-    n_repeated = sum(map(len, given)) - sum(map(len, fresh))
-    held_out, replay, elsewhere = fresh
+    held_out = [row for row in held_out if text_of(row) not in known]
+    replay, elsewhere = (_fresh(some, known) for some in given[1:])
+    n_repeated = sum(map(len, given)) - len(held_out) - len(replay) - len(elsewhere)
     generator.shuffle(replay)
     if rows.elsewhere is None:
         most = min(len(replay), 2 * settings.replay_limit)
@@ -175,6 +176,17 @@ def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[P
     parts = Parts(examples, held_out, *used)
     _require_kinds(parts)
     return parts, n_unused, n_repeated
+
+
+def _fresh(rows: Sequence[Example], known: set[str]) -> list[Example]:
+    """The rows whose text is not ``known``, each text once; they are known from then on."""
+    fresh = []
+    for row in rows:
+        text = text_of(row)
+        if text not in known:
+            known.add(text)
+            fresh.append(row)
+    return fresh
 
 
 def _require_kinds(parts: Parts) -> None:

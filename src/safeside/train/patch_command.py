@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,9 @@ def patch_facts(done: PatchReport, files: PatchFiles, settings: PatchSettings) -
         "patch passed held-out": done.passed,
         "patch flagged elsewhere": done.flagged_elsewhere,
         "patch auroc elsewhere": done.auroc_elsewhere,
-        "patch threshold": (max(done.threshold[0]), max(done.threshold[1])),
-        **{f"patch threshold, mode {mode}": (max(old), max(new)) for mode, (old, new) in done.held.items()},
     }
+    thresholds = {"patch threshold": done.threshold}
+    thresholds |= {f"patch threshold, mode {mode}": both for mode, both in done.held.items()}
     return {
         "patch file": files.examples.name,
         "patch examples": str(len(done.parts.examples)),
@@ -85,21 +85,32 @@ def patch_facts(done: PatchReport, files: PatchFiles, settings: PatchSettings) -
         "patch seed": str(settings.seed),
         **({"patch dropped calibration": ", ".join(done.dropped)} if done.dropped else {}),
         **{name: f"{old:.4f} to {new:.4f}" for name, (old, new) in pairs.items() if math.isfinite(old + new)},
+        **{name: " to ".join(map(_by_label, both)) for name, both in thresholds.items()},
     }
 
 
+def _by_label(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
 def _known_facts(done: PatchReport, source: Path) -> dict[str, str]:
-    """How many of the rows elsewhere the guard learnt from before: figures on those flatter it."""
+    """How many of the measured rows the guard learnt from before: figures on those flatter it."""
     known = load_learnt(source)
     if known is None:
         return {}
-    n_known = sum(are_learnt(done.parts.elsewhere, known))
-    if n_known:
-        note(
-            f"{n_known} of {len(done.parts.elsewhere)} rows elsewhere are ones that the guard had learnt from: figures "
-            "elsewhere flatter it. Give --replay rows that it has not seen for better ones."
-        )
-    return {"patch rows elsewhere known before": str(n_known)}
+    facts = {}
+    for name, rows, option in (
+        ("rows elsewhere", done.parts.elsewhere, "--replay"),
+        ("held-out examples", done.parts.held_out, "--held-out"),
+    ):
+        n_known = sum(are_learnt(rows, known)) if rows else 0
+        if n_known:
+            note(
+                f"{n_known} of {len(rows)} {name} are ones that the guard had learnt from before: the figures on them "
+                f"flatter it. Give {option} rows that it has not seen for better ones."
+            )
+        facts[f"patch {name} known before"] = str(n_known)
+    return facts
 
 
 def _notes_of(done: PatchReport, files: PatchFiles) -> Iterator[str]:
@@ -110,7 +121,7 @@ def _notes_of(done: PatchReport, files: PatchFiles) -> Iterator[str]:
             "new; the thresholds in force were kept, or raised. Run safeside calibrate again."
         )
     if done.n_repeated:
-        yield f"{done.n_repeated} rows to measure or replay are examples too, word for word, and were left out."
+        yield f"{done.n_repeated} rows to measure or replay have the text of an example or of one another: left out."
     if done.n_unused and files.replay is not None:
         n_used = len(done.parts.replayed) + len(done.parts.elsewhere)
         yield f"{n_used} rows of {files.replay.name} were replayed or measured; {done.n_unused} more were not used."

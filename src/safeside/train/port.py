@@ -232,7 +232,7 @@ def calibrate_like(new: Adapter, old: Adapter, old_logits: Array, new_logits: Ar
     """Calibrate ``new`` to score as ``old`` on the same (n, K) rows.
 
     Scaled logits get the old ones' mean and spread.  Where a threshold in force flags some of the rows that it judges,
-    the new one is set so that as many are flagged at most; where it flags none or all, it stays.
+    the new one is set so that as many are flagged at most; where it flags all, or neither flags any, it stays.
     """
     before = _calibration_of(old)
     wanted = np.array(before.scale) * old_logits + np.array(before.bias)
@@ -256,9 +256,11 @@ def _calibration_of(guard: Adapter) -> Calibration:
 
 
 def _matched(threshold: float, before: Array, after: Array) -> float:
-    """The lowest threshold that flags no larger share of the rows than before; the old one if that was none or all."""
+    """The lowest threshold that flags no larger share of the rows than before; where that was none or all, no lower."""
     rate = float((before >= threshold).mean())
-    return threshold_at(after, rate) if 0 < rate < 1 else threshold
+    if rate == 1 or (rate == 0 and not (after >= threshold).any()):
+        return threshold
+    return threshold_at(after, rate)
 
 
 def label_correlations(old: Array, new: Array) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from safeside.base.model import Base
 from safeside.chat import Encoded
 from safeside.errors import InputError
 from safeside.guards.content import BlankIds, refuse_empty
+from safeside.tasks.leakage import text_of
 from safeside.train.offsets import characters_read, paired_positions
 from safeside.train.rows import Rows
 from safeside.train.taps import Batch, TapStore, make_batch
@@ -127,8 +128,8 @@ def require_enough(n_usable: int, n_given: int) -> None:
 def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: PortSettings) -> PortText:
     """``text`` in a random order for both bases.
 
-    Rows without text and those that either base refuses or cannot read whole are left out, and where maps are wanted
-    those that cannot be traced from tokens to characters.
+    Rows without text, those that either base refuses or cannot read whole and copies of others are left out, and where
+    maps are wanted those that cannot be traced from tokens to characters.
     """
     text = list(text)
     random.Random(settings.seed).shuffle(text)
@@ -136,10 +137,12 @@ def read_text(old_base: Base, base: Base, text: Sequence[Example], settings: Por
     encoded: list[tuple[Encoded, Encoded]] = []
     kept: list[Example] = []
     pairs: list[list[tuple[int, int]]] = []
+    known: set[str] = set()
     for example in text:
         both = readers.encode(example.messages)
-        if both is None:
+        if both is None or text_of(example) in known:
             continue
+        known.add(text_of(example))
         if settings.method != "distill":
             read = [characters_read(some, example.messages) for some in (old_base, base)]
             if read[0] is None or read[1] is None:
