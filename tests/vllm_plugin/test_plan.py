@@ -207,6 +207,17 @@ def test_flags_that_could_take_the_guards_out_are_refused(flag: str, monkeypatch
         launch.vllm_command(launch.VllmOptions("builtin", ["builtin:harm"], more=["--max-model-len", "64", flag]))
 
 
+def test_an_engine_in_the_servers_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a real server of this kind scores of structured output are lost."""
+    monkeypatch.setattr(launch, "installed_version", lambda: "0.32.0")
+    options = launch.VllmOptions("builtin", ["builtin:harm"])
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with pytest.raises(InputError, match=r"MULTIPROCESSING=0 is set: .* Unset it"):
+        launch.vllm_command(options)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    assert launch.vllm_command(options)
+
+
 def test_other_flags_are_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "installed_version", lambda: "0.32.0")
     more = ["--model-impl=auto", "--tokenizer-mode=slow", "--logits-processor-pattern=x", "--config-format=hf", "-O0"]

@@ -31,7 +31,8 @@ ROWS = (
 
 def test_bulk_scores_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slow twin cuts texts to the same windows and reads one at a time."""
-    for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
+    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    for name, value in own.items():  # set by the scorer too, and here so that no other test inherits it
         monkeypatch.setenv(name, value)
     options = ("max_model_len=256", "enforce_eager=true", "enable_prefix_caching=true")
     scorer = make_scorer(Setup(("builtin:harm",), engine_options=options))

@@ -18,6 +18,9 @@ OWN_FLAGS = (
 )  # fmt: skip
 """Flags of vLLM that only the plan sets.  Of two of a name vLLM takes the last, and ``--config`` is a file of flags."""
 
+PROCESSES = "VLLM_ENABLE_V1_MULTIPROCESSING"
+"""vLLM's switch for an engine in a process of its own, which is its default."""
+
 
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
@@ -40,6 +43,7 @@ class VllmOptions:
 def vllm_command(options: VllmOptions) -> list[str]:
     """The command that serves; whatever does not fit together is an error before anything is started."""
     check_version(installed_version())
+    _check_environment()
     _check_flags(options.more)
     settings = {"strength": options.strength, "spare_tokens": options.spare_tokens}
     plan = plan_engine(options.base, options.guards, options.aligner, **settings)  # type: ignore[arg-type]
@@ -47,6 +51,15 @@ def vllm_command(options: VllmOptions) -> list[str]:
     named = ["--served-model-name", options.model or options.base]
     typed = ["--dtype", options.dtype] if options.dtype is not None else []
     return plan.command([*at, *named, *typed, *options.more])
+
+
+def _check_environment() -> None:
+    """Raise an InputError where vLLM's engine would share the server's process: kept scores are lost there."""
+    if os.environ.get(PROCESSES) == "0":
+        raise InputError(
+            f"{PROCESSES}=0 is set: the engine would run in the server's own process, where the scores of structured "
+            "output are lost and every such answer is flagged. Expected it to be unset, or 1. Unset it."
+        )
 
 
 def _check_flags(words: Sequence[str]) -> None:
