@@ -40,6 +40,9 @@ GOALS = {
 }  # for the guard, without the built-in
 PHASES = ("prefill", "decode")
 TAPS = (3,)  # guards of fewer and wider taps, beside that on all layers
+EVERY = (
+    8,
+)  # tokens of an answer judged together, beside each by itself: while decoding alone, for prompts do not wait
 MEANING = {
     "time": "ratio_to_base: 95% bootstrap over rounds of the median; seconds: 2.5% and 97.5% of the rounds",
     "peaks": "most resident memory of a process of its own (libraries and weights included), lowest of three",
@@ -211,7 +214,8 @@ def time_rows(plan: Plan, batches: Sequence[int], phases: Sequence[str], setting
     variants, rows = build(plan), list[Row]()
     for phase, batch in itertools.product(phases, batches):
         labels: dict[str, object] = {"geometry": plan.geometry, "phase": phase, "batch": batch}
-        rows += rows_of(labels, measure(variants, phase, batch, settings), variants, settings)
+        timed = {name: made for name, made in variants.items() if phase == "decode" or "_every_" not in name}
+        rows += rows_of(labels, measure(timed, phase, batch, settings), timed, settings)
     for variant in variants.values():
         if isinstance(variant, Guarded):
             variant.attachment.detach()
@@ -223,7 +227,9 @@ def time_rows(plan: Plan, batches: Sequence[int], phases: Sequence[str], setting
 def measure_part(part: str, options: argparse.Namespace) -> Path:
     """Measure one part at every geometry and write its rows and goals."""
     started, on_gpu = time.perf_counter(), options.device == "cuda"
-    variants = ("base", *options.only, *(f"guard_{count}" for count in options.taps))
+    guards = ["guard", *(f"guard_{count}" for count in options.taps)]
+    grouped = [f"{guard}_every_{count}" for count in options.every for guard in guards]
+    variants = ("base", *options.only, *guards[1:], *(grouped if part == "time" else ()))
     batches = options.batches or ([1, 4, 16, 64] if on_gpu else [1, 8])
     rows: list[Row] = []
     used = {}
@@ -253,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         print_peaks(options.peak)
         sys.exit()
     torch.set_num_threads(options.threads)
+    for every in options.every:
+        if every < 2 or options.steps % every:
+            raise SystemExit(f"--every {every} is not a number above 1 that divides --steps {options.steps}.")
     for part in options.parts:
         path = measure_part(part, options)
     note(f"wrote {path}")
@@ -268,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
     parser.add_argument("--parts", nargs="+", default=OVERHEAD.parts, choices=OVERHEAD.parts)
     parser.add_argument("--taps", nargs="*", type=int, default=TAPS, help="guards on so many layers, at equal FLOPs")
+    parser.add_argument("--every", nargs="*", type=int, default=EVERY, help="guards that judge so many tokens together")
     parser.add_argument("--only", nargs="+", default=VARIANTS[1:], choices=VARIANTS[1:], help="variants beside base")
     parser.add_argument("--tokens", type=int, default=512, help="of the prompt; the built-in base takes 448 at most")
     parser.add_argument("--steps", type=int, default=16, help="decoded tokens of one timing")

@@ -113,14 +113,14 @@ class Alone:
 
 
 class Guarded(Alone):
-    """With a guard that reads the same pass."""
+    """With a guard that reads the same pass, and judges decoded tokens each by itself or in groups."""
 
-    def __init__(self, base: Base, config: AdapterConfig) -> None:
+    def __init__(self, base: Base, config: AdapterConfig, judge_every: int = 1) -> None:
         super().__init__(base)
         with torch.device(base.device):
             guard = Adapter(config).to(base.dtype).eval().requires_grad_(False)
         self.extra_matmuls = flops_share(base, guard)
-        self.attachment = attach(base, guards=[guard])
+        self.attachment = attach(base, guards=[guard], judge_every=judge_every)
 
 
 class SecondPass(Alone):
@@ -187,7 +187,7 @@ class WithStandalone(Alone):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which variants are timed: those of VARIANTS and ``guard_N`` for a guard on N layers."""
+    """Which variants are timed: those of VARIANTS, and guards as ``guarded`` names them."""
 
     geometry: str
     variants: tuple[str, ...]
@@ -196,18 +196,25 @@ class Plan:
     """Of DTYPES: what the geometry's weights, and all that is beside them, are held in."""
 
 
+def guarded(base: Base, name: str) -> Guarded:
+    """``guard``, ``guard_N`` on N layers, and either with ``_every_K``: decoded tokens judged K at a time."""
+    _, *parts = name.split("_")
+    every = int(parts[-1]) if "every" in parts else 1
+    n_taps = int(parts[0]) if parts and parts[0] != "every" else None
+    return Guarded(base, tapped_config(base, n_taps), every)
+
+
 def build(plan: Plan, base: Base | None = None) -> dict[str, Alone]:
     """The variants of a plan around one set of weights."""
     base = base or open_base(plan.geometry, plan.device, plan.dtype)
     made: dict[str, Alone] = {}
     for name in plan.variants:
         twin = twin_of(base)
-        kind, _, n_taps = name.partition("_") if name.startswith("guard_") else (name, "", "")
-        if kind == "guard":
-            made[name] = Guarded(twin, tapped_config(twin, int(n_taps) if n_taps else None))
-        elif kind == "second_pass":
+        if name.startswith("guard"):
+            made[name] = guarded(twin, name)
+        elif name == "second_pass":
             made[name] = SecondPass(twin)
-        elif kind == "standalone":
+        elif name == "standalone":
             made[name] = WithStandalone(twin, tapped_config(twin, None))
         else:
             made[name] = Alone(twin)

@@ -24,7 +24,7 @@ LAYERS = (
     ("types", "errors", "registry", "terminal"),
     ("base", "chat"),
     ("adapters", "tasks"),
-    ("mixing", "policies", "stopping", "request", "verdicts", "gates", "traces", "checks", "attach"),
+    ("mixing", "policies", "stopping", "waiting", "request", "verdicts", "gates", "traces", "checks", "attach"),
     ("artifact", "card", "provenance", "builtin", "lora", "staging"),
     ("guards", "moderation"),
     ("train", "evals", "genes", "serve", "scale", "vllm_plugin"),

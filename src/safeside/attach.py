@@ -22,20 +22,23 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.utils.generic import ModelOutput
 
-from safeside.adapters.adapter import Adapter, SideOutput
+from safeside.adapters.adapter import Adapter
 from safeside.base.families import is_updated
 from safeside.base.model import Base
 from safeside.base.taps import SideCache, Tape
 from safeside.checks import cache_of, check_adapters, check_intercept, keep_mask, refuse_compiled, refuse_packed
 from safeside.errors import AttachmentError, BlockedError, InputError
 from safeside.gates import answer_standings, blocked_prompts, seen_so_far, strength_of
-from safeside.mixing import Policy, as_policies, mix
-from safeside.policies import guards_of
+from safeside.mixing import as_policies, mix
+from safeside.policies import check_guards, guards_of
 from safeside.request import (
+    ForwardPass,
     PassRecord,
     Request,
     RequestLayer,
-    SideLayer,
+    add_layers,
+    check_group,
+    check_seen,
     columns_of,
     ended_request,
     history_of,
@@ -49,24 +52,10 @@ from safeside.verdicts import LORA_NOTE, prompt_and_answer_verdicts
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class _Pass:
-    """One forward pass of the base in flight: its tapes, its cache, its request, and what was run before its end."""
-
-    def __init__(self, tapes: dict[str, Tape], cache: DynamicCache | None, request: Request) -> None:
-        self.tapes = tapes
-        self.cache = cache
-        self.request = request
-        self.early: dict[str, SideOutput] = {}
-
-    @property
-    def layer(self) -> RequestLayer | None:
-        return request_layer(self.cache) if self.cache is not None else None
-
-
 class _Thread(threading.local):
     """What one thread has in flight.  Requests in different threads never meet."""
 
-    current: _Pass | None = None
+    current: ForwardPass | None = None
     request: Request | None = None
     record: PassRecord | None = None
 
@@ -81,6 +70,8 @@ class Attachment:
         guards: Sequence[Adapter],
         strength: object,
         intercept: Adapter | None = None,
+        *,
+        judge_every: int = 1,
     ) -> None:
         if intercept is not None:
             check_intercept(base, intercept)
@@ -93,7 +84,9 @@ class Attachment:
         self.guards = {adapter.name: adapter for adapter in guards}
         self.intercept = intercept
         self.policies = as_policies(strength, list(self.aligners))
-        self._check_gates(self.policies)
+        check_guards(self.policies, list(self.guards))
+        check_group(judge_every)
+        self.judge_every = judge_every
         self._adapters = {**self.guards, **self.aligners}
         self._thread = _Thread()
         self._signature = inspect.signature(base.decoder.forward)
@@ -127,6 +120,7 @@ class Attachment:
         prompt_end: Sequence[int] | Tensor | None = None,
         copies: int = 1,
         stop: object = None,
+        judge_every: int | None = None,
     ) -> Iterator[None]:
         """Settings for the forward passes that this thread runs inside the ``with`` block.
 
@@ -134,16 +128,18 @@ class Attachment:
         prompt tokens of each row, padding not counted, and is what latched policies and interception wait for.
         ``copies`` is how many rows ``generate`` makes of each: ``num_beams`` or ``num_return_sequences``.  ``stop`` is
         a StopRule for the only guard, rules by guard, or True (those in the artifacts): what ``standings`` judges by.
+        ``judge_every`` replaces the attachment's.
         """
         self._check_attached()
         if strength is not None and not self.aligners:
             raise InputError("A strength was given but only guards are attached. Call attach(base, aligners=[...]).")
         policies = self.policies if strength is None else as_policies(strength, list(self.aligners))
-        self._check_gates(policies)
+        check_guards(policies, list(self.guards))
         ends = None if prompt_end is None else tuple(int(end) for end in prompt_end)
         if ends is not None and min(ends, default=0) < 1:
             raise InputError(f"prompt_end counts tokens and starts at 1; got {ends}.")
-        request = Request(policies, ends, copies=copies, rules=as_rules(stop, list(self.guards.values())))
+        rules = as_rules(stop, list(self.guards.values()))
+        request = Request(policies, ends, copies, rules, self.judge_every if judge_every is None else judge_every)
         before, self._thread.request = self._thread.request, request
         try:
             yield
@@ -157,6 +153,17 @@ class Attachment:
             raise AttachmentError("No forward pass has run in this thread yet. Run the base first.")
         return self._thread.record
 
+    @torch.no_grad()
+    def judge(self, cache: DynamicCache) -> dict[str, Tensor]:
+        """Judge the tokens of ``cache`` that still wait; by guard their scores (B, T, K), nothing where none waits."""
+        layer = request_layer(cache)
+        if layer is None or not layer.waiting:
+            return {}
+        tapes = layer.waiting.take(layer.keep)
+        outputs = {name: guard(tapes[name], self._side_cache(cache, name)) for name, guard in self.guards.items()}
+        layer.judged(torch.cat([output.scores for output in outputs.values()], -1))
+        return {name: output.scores for name, output in outputs.items()}
+
     def verdicts(self, cache: DynamicCache, answer_lengths: Sequence[int] | None = None) -> list[tuple[Verdict, ...]]:
         """For each row: every guard on the prompt and, where tokens follow it, on the answer so far.
 
@@ -164,12 +171,13 @@ class Attachment:
         """
         ends = ended_request(cache).prompt_end or ()
         guards = list(self.guards.values())
+        self.judge(cache)
         return prompt_and_answer_verdicts(guards, history_of(cache), ends, answer_lengths, is_updated(self.base.model))
 
     def standings(self, cache: DynamicCache, answer_lengths: Sequence[int]) -> list[Standing]:
         """For each row how its answer of so many tokens stands by the request's stop rules and the intercepting guard.
 
-        Tokens that were not fed to the base yet are not scored, and so not clear while there is a rule.
+        Tokens that were not fed to the base yet, or wait to be judged, are not clear while there is a rule.
         """
         guards = list(self.guards.values())
         return answer_standings(ended_request(cache), history_of(cache), guards, self.intercept, answer_lengths)
@@ -180,6 +188,7 @@ class Attachment:
 
     def traces(self, cache: DynamicCache) -> list[tuple[StrengthTrace, ...]]:
         """For each row and aligner, which guard set the strength behind each answer token, and by which score."""
+        self.judge(cache)
         layer, history = request_layer(cache), history_of(cache)
         assert layer is not None
         return traces_of(layer.request, history, list(self.guards.values()), list(self.aligners))
@@ -211,23 +220,21 @@ class Attachment:
         keep = keep_mask(bound.get("attention_mask"), n_rows, n_new, n_past, inputs.device)
         request = self._request_of(cache, n_past, n_rows, n_new)
         tape = Tape(keep, n_new, is_causal=not self.base.is_encoder)
-        self._thread.current = _Pass({name: tape.fork() for name in self._adapters}, cache, request)
+        current = ForwardPass({name: tape.fork() for name in self._adapters}, cache, request)
+        if cache is not None and not current.may_wait:
+            self.judge(cache)
+        self._thread.current = current
         return args, kwargs
 
     def _request_of(self, cache: DynamicCache | None, n_past: int, n_rows: int, n_new: int) -> Request:
         """The request in force: the thread's own, else the one that the cache already carries, else the default."""
         layer = request_layer(cache) if cache is not None else None
-        if layer is not None and layer.owner is not self:
-            raise AttachmentError("This cache belongs to another attachment. Start with a new DynamicCache().")
         if layer is not None:
-            layer.refuse_spent()
-        n_seen = 0 if layer is None else layer.get_seq_length()
-        if n_seen != n_past:
-            raise AttachmentError(
-                f"The cache holds {n_past} tokens but the adapters have seen {n_seen}: it was used without them, or a "
-                "pass failed. Start with a new DynamicCache()."
-            )
-        request = self._thread.request or (layer.request if layer is not None else Request(self.policies))
+            layer.refuse_foreign(self)
+        check_seen(layer, n_past)
+        request = self._thread.request or (
+            layer.request if layer is not None else Request(self.policies, judge_every=self.judge_every)
+        )
         if layer is not None and self._thread.request is None:
             layer.refuse_new_turn(n_new, self.intercept is not None)
         if request.prompt_end is None and layer is not None:
@@ -239,16 +246,11 @@ class Attachment:
             )
         request = request.for_rows(n_rows)
         if cache is not None and layer is None:
-            self._grow(cache, request)
+            counts = [sum(adapter.n_cache_layers for adapter in some.values()) for some in (self.guards, self.aligners)]
+            add_layers(cache, self.base.n_layers, counts, RequestLayer(self, request))
         elif layer is not None:
             layer.request = request
         return request
-
-    def _grow(self, cache: DynamicCache, request: Request) -> None:
-        n_side = sum(adapter.n_cache_layers for adapter in self._adapters.values())
-        missing = self.base.n_layers + n_side - len(cache.layers)
-        cache.layers.extend(SideLayer() for _ in range(missing))  # type: ignore[no-untyped-call]
-        cache.layers.append(RequestLayer(self, request))
 
     def _embedding_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._read(0, args[0] if args else kwargs["hidden_states"])
@@ -267,10 +269,10 @@ class Attachment:
         for name, adapter in self._adapters.items():
             if layer in adapter.config.layers:
                 adapter.read(current.tapes[name], layer, hidden)
-        if self.intercept is not None and layer == self.intercept.config.layers[-1]:
+        if self.intercept is not None and layer == self.intercept.config.layers[-1] and not current.may_wait:
             self._judge_prompts(self.intercept, current)
 
-    def _judge_prompts(self, guard: Adapter, current: _Pass) -> None:
+    def _judge_prompts(self, guard: Adapter, current: ForwardPass) -> None:
         """The intercepting guard has all its taps: run it now, and stop the pass when it blocks every prompt."""
         tape, layer = current.tapes[guard.name], current.layer
         current.early[guard.name] = output = guard(tape, self._side_cache(current.cache, guard.name))
@@ -301,7 +303,7 @@ class Attachment:
         self._run_guards(current, record)
         self._run_aligners(current, record, layer := current.layer)
         if layer is not None:
-            layer.update(*self._entries(current, record))
+            layer.store(record, next(iter(current.tapes.values())))
         self._thread.record = record
         if not self.aligners:
             return output
@@ -315,14 +317,20 @@ class Attachment:
         before = list(self._adapters)[: list(self._adapters).index(name)]
         return SideCache(cache, self.base.n_layers + sum(self._adapters[other].n_cache_layers for other in before))
 
-    def _run_guards(self, current: _Pass, record: PassRecord) -> None:
+    def _run_guards(self, current: ForwardPass, record: PassRecord) -> None:
+        tapes = {name: current.tapes[name] for name in self.guards}
+        if current.may_wait and (layer := current.layer) is not None:
+            layer.waiting.add(tapes)
+            if len(layer.waiting) < current.request.group:
+                return
+            tapes = layer.waiting.take(next(iter(tapes.values())).keep)
         for name, guard in self.guards.items():
-            output = current.early.get(name) or guard(current.tapes[name], self._side_cache(current.cache, name))
+            output = current.early.get(name) or guard(tapes[name], self._side_cache(current.cache, name))
             assert output.scores is not None
             assert output.logits is not None
             record.scores[name], record.logits[name] = output.scores, output.logits
 
-    def _run_aligners(self, current: _Pass, record: PassRecord, layer: RequestLayer | None) -> None:
+    def _run_aligners(self, current: ForwardPass, record: PassRecord, layer: RequestLayer | None) -> None:
         for name, aligner in self.aligners.items():
             strength, is_final = self._strength(current, record, layer, name)
             record.strengths[name] = strength
@@ -339,36 +347,21 @@ class Attachment:
             record.deltas[name] = aligner(current.tapes[name], self._side_cache(current.cache, name)).delta
 
     def _strength(
-        self, current: _Pass, record: PassRecord, layer: RequestLayer | None, name: str
+        self, current: ForwardPass, record: PassRecord, layer: RequestLayer | None, name: str
     ) -> tuple[Tensor, bool]:
         """Strength (B, T) of one aligner, and whether it can change no more during this request."""
         policy, tape = current.request.policies[name], current.tapes[name]
         columns = columns_of(list(self.guards.values()))
-        seen = {guard: seen_so_far(layer, columns[guard], record.scores[guard], tape) for guard in guards_of(policy)}
+        seen = {
+            guard: seen_so_far(layer, columns[guard], record.scores.get(guard), tape) for guard in guards_of(policy)
+        }
         strength, is_decided = strength_of(policy, current.request.prompt_end, seen, tape)
         # A cache may be re-used at another fixed strength, so it is always written.
         return strength, is_decided and (policy.guard is not None or layer is None)
 
-    def _entries(self, current: _Pass, record: PassRecord) -> tuple[Tensor, Tensor]:
-        """What the request's layer stores of this pass: scores (B, 1, T, K) and strengths with indices."""
-        tape = next(iter(current.tapes.values()))
-        n_rows, n_new = tape.keep_new.shape
-        scores = [*record.scores.values()] or [torch.zeros(n_rows, n_new, 1, device=tape.keep.device)]
-        indices = torch.where(tape.keep_new, tape.positions, -1).float()
-        strengths = [record.strengths[name].expand(n_rows, n_new) for name in self.aligners]
-        return torch.cat(scores, -1).detach()[:, None], torch.stack([*strengths, indices], -1).detach()[:, None]
-
     def _check_attached(self) -> None:
         if not self._handles:
             raise AttachmentError("This attachment was detached: the base runs alone. Call attach() again.")
-
-    def _check_gates(self, policies: dict[str, Policy]) -> None:
-        for name, policy in policies.items():
-            if missing := [guard for guard in guards_of(policy) if guard not in self.guards]:
-                raise InputError(
-                    f"The strength of {name!r} asks guard {missing[0]!r}, which is not attached; attached guards: "
-                    f"{', '.join(self.guards) or 'none'}. Pass it in attach(guards=[...])."
-                )
 
 
 def attach(
@@ -378,6 +371,7 @@ def attach(
     strength: object = 1.0,
     *,
     intercept: Adapter | None = None,
+    judge_every: int = 1,
 ) -> Attachment:
     """Attach guards and aligners to ``base``; use the result in a ``with`` statement or call its ``detach``.
 
@@ -386,10 +380,15 @@ def attach(
     layer that it reads has run, and blocks what it flags: when it blocks the whole batch the deeper layers never run.
     It need not be in ``guards`` too; its passes need ``prompt_end``.
 
+    With ``judge_every`` above 1 the guards judge an answer's tokens in groups of so many, for a fraction of the cost of
+    each by itself, and with the same scores.  A stop rule ends an answer up to so many tokens later, at the token at
+    which it would have, and none that waits is released before.  Where a strength follows the scores of an answer its
+    tokens do not wait.
+
     A base that cannot take hooks safely is an UnsupportedError that names why; adapters that do not fit the base, their
     list or each other are an InputError; a base takes one attachment at a time, a second is an AttachmentError.
     """
-    return Attachment(base, aligners, guards, strength, intercept)
+    return Attachment(base, aligners, guards, strength, intercept, judge_every=judge_every)
 
 
 def _with_final(output: Any, final: Tensor) -> Any:

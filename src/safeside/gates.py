@@ -35,8 +35,14 @@ class Seen:
         return self.scores[rows, at_end.int().argmax(1)], at_end.any(1)
 
 
-def seen_so_far(layer: RequestLayer | None, columns: slice, new: Float[Tensor, "B T K"], tape: Tape) -> Seen:
-    """What the request's layer remembers of a guard (its ``columns``) and the ``new`` scores of this pass."""
+def seen_so_far(layer: RequestLayer | None, columns: slice, new: Float[Tensor, "B T K"] | None, tape: Tape) -> Seen:
+    """What the request's layer remembers of a guard (its ``columns``) and the ``new`` scores of this pass.
+
+    Without ``new`` its tokens wait to be judged; so long their scores are not numbers.
+    """
+    if new is None:
+        new = torch.full((*tape.keep_new.shape, columns.stop - columns.start), torch.nan, device=tape.keep.device)
+    new = new[:, -tape.n_new :]
     positions = torch.where(tape.keep_new, tape.positions, -1)
     if layer is None or layer.keys is None or layer.values is None or not layer.keys.numel():
         return Seen(new, positions)

@@ -6,7 +6,7 @@ The plain ones, ``fixed``, ``step`` and ``ramp``, are in ``safeside.mixing``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal
@@ -258,6 +258,16 @@ def parts_of(policy: Policy) -> tuple[Policy, ...]:
 def guards_of(policy: Policy) -> tuple[str, ...]:
     """Names of the guards that a policy asks, each once."""
     return tuple(dict.fromkeys(part.guard for part in parts_of(policy) if part.guard is not None))
+
+
+def check_guards(policies: Mapping[str, Policy], attached: Sequence[str]) -> None:
+    """Refuse policies (by aligner) that ask a guard which is not ``attached``."""
+    for name, policy in policies.items():
+        if missing := [guard for guard in guards_of(policy) if guard not in attached]:
+            raise InputError(
+                f"The strength of {name!r} asks guard {missing[0]!r}, which is not attached; attached guards: "
+                f"{', '.join(attached) or 'none'}. Pass it in attach(guards=[...])."
+            )
 
 
 def counts_from_prompt(policy: Policy) -> bool:

@@ -6,20 +6,30 @@ cropped, repeated and copied with them, and two requests can never share it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from safeside.adapters.adapter import Adapter
+from safeside.adapters.adapter import Adapter, SideOutput
+from safeside.base.taps import Tape
 from safeside.errors import AttachmentError, InputError, UnsupportedError
 from safeside.mixing import Policy
 from safeside.policies import counts_from_prompt, row_values, with_row_values
 from safeside.stopping import StopRule
+from safeside.waiting import Waiting
+
+
+def check_group(judge_every: object) -> None:
+    """Refuse what is no number of tokens that can be judged together."""
+    if not isinstance(judge_every, int) or judge_every < 1:
+        raise InputError(f"judge_every is a number of tokens, 1 or more; got {judge_every!r}.")
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,11 @@ class Request:
     """Rows that ``generate`` makes of each row before the first pass."""
     rules: Mapping[str, StopRule] = field(default_factory=dict)
     """Stop rules by guard."""
+    judge_every: int = 1
+    """Tokens of an answer that guards judge together."""
 
     def __post_init__(self) -> None:
+        check_group(self.judge_every)
         waiting = [name for name, policy in self.policies.items() if counts_from_prompt(policy)]
         if waiting and self.prompt_end is None:
             raise AttachmentError(
@@ -57,6 +70,12 @@ class Request:
     def is_gated(self) -> bool:
         """Whether any strength depends on a guard."""
         return any(policy.guard is not None for policy in self.policies.values())
+
+    @property
+    def group(self) -> int:
+        """Tokens of an answer that may be judged together: one where a strength follows what guards say of each."""
+        follows = any(policy.guard is not None and not policy.latched for policy in self.policies.values())
+        return 1 if follows else self.judge_every
 
     def for_rows(self, n_rows: int) -> Request:
         """The request for a batch of ``n_rows``: each row as often as ``copies`` says."""
@@ -92,30 +111,41 @@ class Request:
 
 
 class SideLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer of a cache for the adapters; one that holds nothing yet can be cropped too."""
+    """A layer of a cache for the adapters; one that holds nothing yet can be cropped too.
+
+    A guard's layer is behind the base's by the tokens that are ``waiting``.
+    """
+
+    def __init__(self, waiting: Waiting | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._lag = waiting
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens, if there are any."""
+        """Remove the last tokens (a negative number of them), if there are any."""
         if self.keys is not None:
-            super().crop(tokens_to_remove)
+            super().crop(min(0, tokens_to_remove + len(self._lag)) if self._lag is not None else tokens_to_remove)
 
 
-class RequestLayer(SideLayer):
+class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
     """The request's own layer of a cache.
 
-    ``keys`` (B, 1, S, K) hold the scores of all guards, ``values`` (B, 1, S, A + 1) the strengths of all aligners and
-    the token's index among the kept ones of its row (-1 for padding).
+    ``keys`` (B, 1, S, K) hold the scores of all guards, NaN for tokens that wait; ``values`` (B, 1, S, A + 1) the
+    strengths of all aligners and the token's index among the kept ones of its row (-1 for padding).
     """
 
     def __init__(self, owner: object, request: Request) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.owner = owner
         self.request = request
+        self.waiting = Waiting()
         self.skipped: set[str] = set()
+        self._has_prompts = False  # all rows have read theirs
         self.is_spent = False  # a pass was stopped on the way: the layers behind it have not seen its tokens
 
-    def refuse_spent(self) -> None:
-        """Raise where an intercepting guard stopped a pass on the way."""
+    def refuse_foreign(self, attachment: object) -> None:
+        """Raise where another attachment owns this layer, or an intercepting guard stopped a pass on the way."""
+        if self.owner is not attachment:
+            raise AttachmentError("This cache belongs to another attachment. Start with a new DynamicCache().")
         if self.is_spent:
             raise AttachmentError(
                 "The prompts on this cache were blocked before the base had read them. Start with a new DynamicCache()."
@@ -131,14 +161,54 @@ class RequestLayer(SideLayer):
                 "attachment.request(prompt_end=[...]), so that its own prompt is judged."
             )
 
+    @property
+    def keep(self) -> Bool[Tensor, "B S"]:
+        """Which slots hold a token of their row."""
+        assert self.values is not None
+        kept: Tensor = self.values[:, 0, :, -1] >= 0
+        return kept
+
+    def may_wait(self, tape: Tape) -> bool:
+        """Whether the pass on ``tape`` feeds each row one token of its answer, and guards may judge such later."""
+        if tape.n_new > 1 or not tape.n_past or self.request.group == 1:
+            return False
+        if self.request.prompt_end is not None and not self._has_prompts:
+            ends = torch.tensor(self.request.prompt_end, device=tape.keep.device)
+            self._has_prompts = bool((tape.positions[:, 0] >= ends).all())
+        return self.request.prompt_end is None or self._has_prompts
+
+    def judged(self, scores: Float[Tensor, "B T K"]) -> None:
+        """Write the scores of the newest tokens, some of which had to wait."""
+        assert self.keys is not None
+        before = self.keys[:, :, : self.keys.shape[2] - scores.shape[1]]
+        self.keys = torch.cat([before, scores.to(before.dtype)[:, None]], 2)
+
+    def store(self, record: PassRecord, tape: Tape) -> None:
+        """Add a pass: the scores of the tokens that it judged, the strengths and indices of those on ``tape``."""
+        n_rows, n_new = tape.keep_new.shape
+        if record.scores:
+            scores = torch.cat([*record.scores.values()], -1).detach()
+        else:  # its tokens wait, or there is no guard
+            n_columns = self.keys.shape[-1] if self.waiting and self.keys is not None else 1
+            scores = torch.full((n_rows, n_new, n_columns), math.nan if self.waiting else 0.0, device=tape.keep.device)
+        indices = torch.where(tape.keep_new, tape.positions, -1).float()
+        strengths = [strength.expand(n_rows, n_new) for strength in record.strengths.values()]
+        self.update(scores[:, None, -n_new:], torch.stack([*strengths, indices], -1).detach()[:, None])
+        if scores.shape[1] > n_new:
+            self.judged(scores)
+
     def reset(self) -> None:
         """Forget every token, and that aligners were skipped on them."""
         super().reset()
+        self.waiting.drop(len(self.waiting))
         self.skipped.clear()
+        self._has_prompts = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; when none is left, no aligner has missed any."""
         super().crop(tokens_to_remove)
+        self.waiting.drop(-tokens_to_remove)
+        self._has_prompts = False
         if not self.get_seq_length():
             self.skipped.clear()
 
@@ -150,20 +220,24 @@ class RequestLayer(SideLayer):
                 "Use a fixed strength, or sampling."
             )
         super().reorder_cache(beam_idx)
+        self.waiting.select(beam_idx.tolist())
         self.request = self.request.select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.keys is not None:
+            self.waiting.select([row // repeats for row in range(self.keys.shape[0])])
             self.request = replace(self.request, copies=repeats).for_rows(self.keys.shape[0])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self.waiting.select(rows.tolist())
         self.request = self.request.select(rows.tolist())
 
     def __deepcopy__(self, memo: dict[int, object]) -> RequestLayer:
         copy = RequestLayer(self.owner, self.request)
+        copy.waiting = deepcopy(self.waiting, memo)
         copy.skipped, copy.is_spent = set(self.skipped), self.is_spent
         if self.keys is not None and self.values is not None:
             copy.update(self.keys.clone(), self.values.clone())
@@ -173,7 +247,7 @@ class RequestLayer(SideLayer):
 
 @dataclass(slots=True)
 class History:
-    """Scores, strengths and token indices of every slot so far, read from a request's layer."""
+    """Scores, strengths and token indices of every slot that was judged so far, read from a request's layer."""
 
     scores: Float[Tensor, "B S K"]
     strengths: Float[Tensor, "B S A"]
@@ -207,8 +281,9 @@ def history_of(cache: DynamicCache) -> History:
     layer = request_layer(cache)
     if layer is None or layer.keys is None or layer.values is None:
         raise AttachmentError("This cache was not filled under an attachment. Generate inside attach(...) with it.")
-    values = layer.values[:, 0]
-    return History(layer.keys[:, 0], values[..., :-1], values[..., -1])
+    n_judged = layer.keys.shape[2] - len(layer.waiting)
+    values = layer.values[:, 0, :n_judged]
+    return History(layer.keys[:, 0, :n_judged], values[..., :-1], values[..., -1])
 
 
 def request_layer(cache: DynamicCache) -> RequestLayer | None:
@@ -217,12 +292,47 @@ def request_layer(cache: DynamicCache) -> RequestLayer | None:
     return last if isinstance(last, RequestLayer) else None
 
 
+def add_layers(cache: DynamicCache, n_base: int, n_side: Sequence[int], last: RequestLayer) -> None:
+    """Give a new cache, behind the base's layers, those of guards and aligners (``n_side``) and the request's own."""
+    cache.layers.extend(SideLayer() for _ in range(n_base - len(cache.layers)))
+    for lag, count in zip((last.waiting, None), n_side, strict=True):
+        cache.layers.extend(SideLayer(lag) for _ in range(count))
+    cache.layers.append(last)
+
+
+def check_seen(layer: RequestLayer | None, n_past: int) -> None:
+    """Refuse a cache of ``n_past`` tokens on which the adapters have seen another number of them."""
+    n_seen = 0 if layer is None else layer.get_seq_length()
+    if n_seen != n_past:
+        raise AttachmentError(
+            f"The cache holds {n_past} tokens but the adapters have seen {n_seen}: it was used without them, or a "
+            "pass failed. Start with a new DynamicCache()."
+        )
+
+
 def ended_request(cache: DynamicCache) -> Request:
     """The request on ``cache``; one that does not know where its prompts end is an AttachmentError."""
     layer = request_layer(cache)
     if layer is None or layer.request.prompt_end is None:
         raise AttachmentError("Verdicts need the prompt's end. Run inside attachment.request(prompt_end=[...]).")
     return layer.request
+
+
+class ForwardPass:
+    """One forward pass of the base in flight: its tapes, its cache, its request, and what was run before its end."""
+
+    def __init__(self, tapes: dict[str, Tape], cache: DynamicCache | None, request: Request) -> None:
+        self.tapes = tapes
+        self.cache = cache
+        self.request = request
+        self.early: dict[str, SideOutput] = {}
+        self.may_wait = self.layer is not None and self.layer.may_wait(next(iter(tapes.values())))
+        """Whether its tokens are of answers and may be judged later, with those behind them."""
+
+    @property
+    def layer(self) -> RequestLayer | None:
+        """The request's layer of its cache."""
+        return request_layer(self.cache) if self.cache is not None else None
 
 
 @dataclass(slots=True)
@@ -236,6 +346,7 @@ class PassRecord:
     strengths: dict[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     """By aligner, the strength in [0, 2] of each new token."""
     scores: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
-    """By guard, calibrated risk in [0, 1]."""
+    """By guard, calibrated risk in [0, 1] of the tokens that the pass judged: its new ones and those that waited
+    before them, or none where its own have to wait."""
     logits: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
     """By guard, the raw outputs behind the scores."""

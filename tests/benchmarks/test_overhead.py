@@ -123,7 +123,7 @@ def test_a_goal_is_met_at_the_upper_end_only() -> None:
 
 def test_it_writes_every_row(tmp_path: Path, geometry: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["--tokens", "8", "--steps", "2", "--pairs", "2", "--threads", "1", "--batches", "1", "2"]
-    small += ["--geometries", geometry, "--taps", "2", "--output", str(tmp_path), "--parts"]
+    small += ["--geometries", geometry, "--taps", "2", "--every", "2", "--output", str(tmp_path), "--parts"]
     path = overhead.main([*small, "time"])
     result = json.loads(path.read_text())
     found = {(row["phase"], row["batch"], row["variant"], row["metric"]) for row in result["rows"]}
@@ -132,6 +132,12 @@ def test_it_writes_every_row(tmp_path: Path, geometry: str, monkeypatch: pytest.
     assert found == {
         *((*case, name, metric) for case in cases for name in beside for metric in ("ratio_to_base", "flops_share")),
         *((*case, name, "seconds") for case in cases for name in ("base", *beside)),
+        *(
+            ("decode", batch, f"{name}_every_2", metric)
+            for batch in (1, 2)
+            for name in ("guard", "guard_2")
+            for metric in ("ratio_to_base", "flops_share", "seconds")
+        ),
     }
     goals = result["notes"]["parts"]["time"]["notes"]["goals"]
     assert {goal["metric"] for goal in goals} == {"ratio_to_base", "flops_share"}
@@ -142,6 +148,12 @@ def test_it_writes_every_row(tmp_path: Path, geometry: str, monkeypatch: pytest.
     assert [row for row in both["rows"] if row["part"] == "time"] == result["rows"]
     assert {row["metric"] for row in both["rows"] if row["part"] == "peaks"} == {"peak_bytes", "peak_ratio"}
     assert {goal["metric"] for goal in both["notes"]["parts"]["peaks"]["notes"]["goals"]} == {"peak_ratio"}
+
+
+@pytest.mark.parametrize("every", ["1", "3", "0"])
+def test_groups_that_no_timing_holds_whole_are_refused(every: str) -> None:
+    with pytest.raises(SystemExit, match=rf"--every {every} is not a number above 1 that divides --steps 4\."):
+        overhead.main(["--steps", "4", "--every", every, "--parts", "time"])
 
 
 def test_a_process_prints_its_peaks(geometry: str, capsys: pytest.CaptureFixture[str]) -> None:

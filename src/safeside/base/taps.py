@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -30,6 +31,8 @@ class Tape:
     """By layer, what the adapter wrote of it."""
     final: Tensor | None = None
     """The decoder's normed output (B, T, D), once the base has run."""
+    n_passes: int = 1
+    """Passes of the base that the new tokens came in, as many in each."""
 
     @property
     def n_past(self) -> int:
@@ -38,8 +41,8 @@ class Tape:
 
     @property
     def is_short(self) -> bool:
-        """Whether the pass has a few new tokens only, all rows counted, as in decoding: steps cost more than sums."""
-        return self.keep.shape[0] * self.n_new <= _FEW_TOKENS
+        """Whether a pass has a few new tokens only, all rows counted, as in decoding: steps cost more than sums."""
+        return self.keep.shape[0] * self.n_new <= _FEW_TOKENS * self.n_passes
 
     @property
     def keep_new(self) -> Bool[Tensor, "B T"]:
@@ -69,6 +72,29 @@ class Tape:
     def fork(self) -> Tape:
         """An empty tape over the same tokens, for another adapter."""
         return Tape(self.keep, self.n_new, self.is_causal)
+
+    def at_rows(self, rows: Sequence[int]) -> Tape:
+        """The same tape of some rows, in this order; one may come more than once."""
+        chosen = list(rows)
+        hidden = {layer: state[chosen] for layer, state in self.hidden.items()}
+        return replace(self, keep=self.keep[chosen], hidden=hidden, final=_at(self.final, chosen))
+
+    @classmethod
+    def joined(cls, tapes: Sequence[Tape], keep: Bool[Tensor, "B S"]) -> Tape:
+        """One tape over the new tokens of passes that followed each other; ``keep`` covers them and all before.
+
+        A layer that one of them lacks, because its adapter failed there, is left out.
+        """
+        layers = [layer for layer in tapes[0].hidden if all(layer in tape.hidden for tape in tapes)]
+        hidden = {layer: torch.cat([tape.hidden[layer] for tape in tapes], 1) for layer in layers}
+        finals = [tape.final for tape in tapes if tape.final is not None]
+        n_new = sum(tape.n_new for tape in tapes)
+        final = torch.cat(finals, 1) if len(finals) == len(tapes) else None
+        return cls(keep, n_new, tapes[0].is_causal, hidden, final, len(tapes))
+
+
+def _at(state: Tensor | None, rows: list[int]) -> Tensor | None:
+    return None if state is None else state[rows]
 
 
 @dataclass(frozen=True, slots=True)
