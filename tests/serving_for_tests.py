@@ -85,7 +85,7 @@ class Script:
             self.row._text.add(token.id)
             if len(self.row.tokens) == self.row.job.sampling.max_tokens:
                 self.row._ending = "length"
-            if not self.row.hear({"harm": score if isinstance(score, tuple) else (score,)}):
+            if not self.row.hear([{"harm": score if isinstance(score, tuple) else (score,)}]):
                 break
         return self.heard
 

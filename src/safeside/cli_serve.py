@@ -21,7 +21,7 @@ Engine = Literal["hf", "vllm"]
 OPTIONS_OF_ONE = {
     "hf": (
         "policy", "keys", "audit", "device", "adapter_root", "origin", "max_rows", "max_waiting", "deadline",
-        "guard_timeout", "max_body", "max_judged", "max_tokens", "drain",
+        "guard_timeout", "judge_every", "max_body", "max_judged", "max_tokens", "drain",
     ),
     "vllm": ("guard", "aligner", "strength", "spare_token", "vllm_flag", "print_command"),
 }  # fmt: skip
@@ -46,6 +46,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; one more gets 429.")] = 64,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that one answer may take.")] = 120.0,
     guard_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a guard is too late.")] = 10.0,
+    judge_every: Annotated[int, typer.Option(min=1, help="Tokens of an answer that guards judge together.")] = 1,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 1 << 20,
     max_judged: Annotated[int, typer.Option(min=1, help="Most tokens that one moderation reads.")] = 65_536,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request says nothing.")] = 256,
@@ -62,16 +63,23 @@ def serve(
     _check_engine(context, engine_name)
     at: dict[str, object] = {"base": base, "host": host, "port": port, "model": model_name, "dtype": dtype}
     if engine_name == "vllm":
-        adapters = {"guards": guard or (), "aligner": aligner, "spare_tokens": spare_token or ()}
-        return _serve_vllm({**at, **adapters, "more": vllm_flag or ()}, strength, print_command)
+        return _serve_vllm({**at, "aligner": aligner}, (guard, spare_token, vllm_flag), strength, print_command)
     files: dict[str, object] = {"policy": policy, "keys": keys, "audit": audit, "device": device, "drain_s": drain}
-    engine = {"max_rows": max_rows, "max_waiting": max_waiting, "guard_timeout_s": guard_timeout}
+    guards = {"guard_timeout_s": guard_timeout, "judge_every": judge_every}
+    engine = {"max_rows": max_rows, "max_waiting": max_waiting, **guards}
     service = {"deadline_s": deadline, "max_body_bytes": max_body, "max_judged_tokens": max_judged}
-    lists = {"adapter_roots": tuple(adapter_root or ()), "origins": tuple(origin or ())}
-    return _serve_embedded({**at, **files, **lists}, engine, {**service, "default_max_tokens": max_tokens})
+    service["default_max_tokens"] = max_tokens
+    return _serve_embedded({**at, **files}, (adapter_root, origin), engine, service)
 
 
-def _serve_embedded(options: dict[str, object], engine: dict[str, Any], service: dict[str, Any]) -> None:
+def _serve_embedded(
+    options: dict[str, object],
+    lists: tuple[list[Path] | None, list[str] | None],
+    engine: dict[str, Any],
+    service: dict[str, Any],
+) -> None:
+    roots, origins = lists
+    options |= {"adapter_roots": tuple(roots or ()), "origins": tuple(origins or ())}
     with extra("serve"):
         from safeside.serve.command import ServeOptions, serve_command
         from safeside.serve.engine import EngineLimits
@@ -104,7 +112,11 @@ def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in given]
 
 
-def _serve_vllm(options: dict[str, object], strength: str | None, only_prints: bool) -> None:
+def _serve_vllm(
+    options: dict[str, object], lists: tuple[list[str] | None, ...], strength: str | None, only_prints: bool
+) -> None:
+    guards, spare_tokens, more = (given or () for given in lists)
+    options |= {"guards": guards, "spare_tokens": spare_tokens, "more": more}
     with extra("vllm"):
         from safeside.vllm_plugin.launch import VllmOptions, serve_on_vllm
         from safeside.vllm_plugin.strengths import spelled

@@ -75,15 +75,19 @@ def test_an_answer_is_that_of_chat(tiny_base: Base, guard: Adapter, aligner: Ada
     assert found.ended.verdicts[0].score == pytest.approx(expected.verdicts[-1].score, abs=1e-5)
 
 
-def test_answers_of_a_crowd_are_those_of_each_alone(tiny_base: Base, guard: Adapter, aligner: Adapter) -> None:
+@pytest.mark.parametrize("judge_every", [1, 3, 100])
+def test_answers_of_a_crowd_are_those_of_each_alone(
+    tiny_base: Base, guard: Adapter, aligner: Adapter, judge_every: int
+) -> None:
     """Greedy tokens differ only where the two likeliest are closer than float32 can tell."""
     adapters = [guard, aligner]
     policies = policies_of(adapters)
     prompts = [prompt(tiny_base, "the cat sat on the hat and " * (1 + row % 4) + str(row)) for row in range(10)]
     lengths = [replace(GREEDY, max_tokens=4 + row) for row in range(10)]
-    with engine_of(tiny_base, adapters, max_rows=5, prefill_tokens=60) as engine:
+    with engine_of(tiny_base, adapters, max_rows=5, prefill_tokens=60, judge_every=judge_every) as engine:
         crowd = [ask(engine, ids, policies[row % 5], lengths[row]) for row, ids in enumerate(prompts)]
         together = [listener.wait().tokens for listener in crowd]
+    with engine_of(tiny_base, adapters) as engine:
         alone = [ask(engine, ids, policies[row % 5], lengths[row]).wait().tokens for row, ids in enumerate(prompts)]
     for row, (one, other) in enumerate(zip(together, alone, strict=True)):
         if one != other:
@@ -141,12 +145,17 @@ def harmful_midway(tiny_base: Base, guard: Adapter) -> tuple[Adapter, list[int],
 
 @pytest.mark.parametrize("hold_back", [1, 4, 8, 64])
 @pytest.mark.parametrize("n_consecutive", [1, 3])
+@pytest.mark.parametrize("judge_every", [1, 2, 7])
 def test_held_back_nothing_harmful_is_ever_told(
-    tiny_base: Base, harmful_midway: tuple[Adapter, list[int], list[int]], hold_back: int, n_consecutive: int
+    tiny_base: Base,
+    harmful_midway: tuple[Adapter, list[int], list[int]],
+    hold_back: int,
+    n_consecutive: int,
+    judge_every: int,
 ) -> None:
     guard, answer, good = harmful_midway
     policy = effective([guard], answer=[{**BLOCK, "n_consecutive": n_consecutive}], hold_back=hold_back)
-    with engine_of(tiny_base, [guard]) as engine, scripted(tiny_base, answer) as n_written:
+    with engine_of(tiny_base, [guard], judge_every=judge_every) as engine, scripted(tiny_base, answer) as n_written:
         found = ask(engine, prompt(tiny_base, "?"), policy, LONG).wait()
     assert not set(found.tokens) & set(answer[len(good) :])
     assert tiny_base.tokenizer.decode(good).startswith(found.text)
@@ -155,28 +164,33 @@ def test_held_back_nothing_harmful_is_ever_told(
     assert found.ended.decision.action == "block"
     assert found.ended.stop is not None
     assert (found.ended.stop.guard, found.ended.stop.token) == ("harm", len(good) + n_consecutive - 1)
-    assert n_written() == len(good) + n_consecutive + 1, "the base stops as soon as the guard does"
+    n_judged = -(-(len(good) + n_consecutive) // judge_every) * judge_every  # whole groups
+    assert n_written() == n_judged + 1, "the base stops as soon as the guard does"
 
 
 @pytest.mark.parametrize("n_consecutive", [1, 3])
+@pytest.mark.parametrize("judge_every", [1, 2, 3])
 def test_sent_at_once_as_many_harmful_tokens_get_out_as_the_bound_says(
-    tiny_base: Base, harmful_midway: tuple[Adapter, list[int], list[int]], n_consecutive: int
+    tiny_base: Base, harmful_midway: tuple[Adapter, list[int], list[int]], n_consecutive: int, judge_every: int
 ) -> None:
     guard, answer, good = harmful_midway
     policy = effective([guard], answer=[{**BLOCK, "n_consecutive": n_consecutive}], hold_back=0)
-    with engine_of(tiny_base, [guard]) as engine, scripted(tiny_base, answer):
+    with engine_of(tiny_base, [guard], judge_every=judge_every) as engine, scripted(tiny_base, answer):
         found = ask(engine, prompt(tiny_base, "?"), policy, LONG).wait()
     assert found.tokens[: len(good)] == good
-    assert len(found.tokens) - len(good) == n_consecutive == found.ended.leak_bound
+    assert found.ended.leak_bound == n_consecutive + judge_every - 1
+    n_told = -(-(len(good) + n_consecutive) // judge_every) * judge_every  # whole groups
+    assert len(found.tokens) - len(good) == n_told - len(good) <= found.ended.leak_bound
     assert found.ended.finish == "content_filter"
 
 
+@pytest.mark.parametrize("judge_every", [1, 2, 100])
 def test_the_last_token_is_scored_before_the_answer_ends(
-    tiny_base: Base, harmful_midway: tuple[Adapter, list[int], list[int]]
+    tiny_base: Base, harmful_midway: tuple[Adapter, list[int], list[int]], judge_every: int
 ) -> None:
     guard, answer, good = harmful_midway
     policy = effective([guard], answer=[BLOCK])
-    with engine_of(tiny_base, [guard]) as engine, scripted(tiny_base, answer):
+    with engine_of(tiny_base, [guard], judge_every=judge_every) as engine, scripted(tiny_base, answer):
         found = ask(engine, prompt(tiny_base, "?"), policy, replace(LONG, max_tokens=len(good) + 1)).wait()
     assert found.ended.finish == "content_filter"
     assert not set(found.tokens) - set(good)
@@ -213,10 +227,15 @@ def test_a_flagged_prompt_has_no_answer(tiny_base: Base, guard: Adapter) -> None
     assert watched.text
 
 
-@pytest.mark.parametrize("failure", ["error", "nan", "timeout"])
-@pytest.mark.parametrize("when", ["prompt", "answer"])
+@pytest.mark.parametrize(
+    ("failure", "when", "judge_every"),
+    [
+        *((failure, when, 1) for failure in ("error", "nan", "timeout") for when in ("prompt", "answer")),
+        *((failure, "answer", 3) for failure in ("error", "nan", "timeout")),
+    ],
+)
 def test_a_guard_that_cannot_score_blocks_and_is_counted(
-    tiny_base: Base, random_guard: Make, failure: str, when: str
+    tiny_base: Base, random_guard: Make, failure: str, when: str, judge_every: int
 ) -> None:
     """Rows that do not ask it go on; the policy's stated alternative lets its own go on too."""
     broken, fine = random_guard(tiny_base, "broken"), random_guard(tiny_base, "fine", seed=4)
@@ -226,7 +245,8 @@ def test_a_guard_that_cannot_score_blocks_and_is_counted(
     lenient = effective([broken, fine], prompt=[allow], answer=[allow], on_error="annotate")
     other = effective([broken, fine], prompt=[{**allow, "guard": "fine"}])
     ids = prompt(tiny_base, "?")
-    with engine_of(tiny_base, [broken, fine], guard_timeout_s=0.2 if failure == "timeout" else 60.0) as engine:
+    limits = {"guard_timeout_s": 0.2 if failure == "timeout" else 60.0, "judge_every": judge_every}
+    with engine_of(tiny_base, [broken, fine], **limits) as engine:
         rows = [ask(engine, ids, policy, replace(GREEDY, max_tokens=4)) for policy in (strict, lenient, other)]
         blocked, noted, untouched = (row.wait() for row in rows)
         count = engine.metrics.guard_failures.labels("broken", failure)._value.get()
@@ -240,11 +260,11 @@ def test_a_guard_that_cannot_score_blocks_and_is_counted(
 
 
 def break_guard(guard: Adapter, failure: str, when: str) -> None:
-    """Let the guard's trunk fail in passes over prompts, or in those over single tokens."""
+    """Let the guard's trunk fail in passes over prompts, or in those over tokens behind them."""
     real = guard.trunk.forward
 
     def forward(tape: object, cache: object) -> torch.Tensor:
-        if (tape.n_new > 1) != (when == "prompt"):
+        if (tape.n_past == 0) != (when == "prompt"):
             return real(tape, cache)
         if failure == "error":
             raise RuntimeError("broken")
@@ -273,6 +293,44 @@ def test_a_pass_that_fails_ends_its_answers_and_the_engine_goes_on(tiny_base: Ba
         assert isinstance(running.wait().error, ServingError)
         del engine._runner.step
         assert ask(engine, prompt(tiny_base, "?"), effective()).wait().text
+
+
+def test_what_waits_and_cannot_be_judged_ends_its_answers_and_not_those_that_join(
+    tiny_base: Base, guard: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*rows: object) -> object:
+        raise RuntimeError("broken")
+
+    ids, policy = prompt(tiny_base, "?"), effective([guard], answer=[{**BLOCK, "threshold": 1.0}])
+    with engine_of(tiny_base, [guard], judge_every=100) as engine:
+        running = ask(engine, ids, policy, LONG)
+        wait_for(lambda: engine.n_cached_tokens > len(ids) + 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._runner, "judge", failing)
+            joining = ask(engine, ids, policy, GREEDY)
+            assert isinstance(running.wait().error, ServingError)
+        assert joining.wait().text
+
+
+def test_a_guard_that_fails_at_a_tap_fails_its_group(tiny_base: Base, guard: Adapter, random_guard: Make) -> None:
+    """And the guard beside it goes on, whose taps are all there."""
+    broken, real, n_read = random_guard(tiny_base, "broken"), guard.trunk.read, 0
+
+    def read(tape: object, layer: int, hidden: torch.Tensor) -> None:
+        nonlocal n_read
+        n_read += 1
+        if n_read > 30:
+            raise RuntimeError("broken")
+        real(tape, layer, hidden)
+
+    broken.trunk.read = read  # type: ignore[method-assign]
+    rules = [{"guard": name, "action": "annotate", "threshold": 1.0} for name in ("broken", "harm")]
+    policy = effective([broken, guard], answer=rules)
+    with engine_of(tiny_base, [broken, guard], judge_every=4) as engine:
+        found = ask(engine, prompt(tiny_base, "?"), policy, LONG).wait()
+        assert engine.metrics.guard_failures.labels("broken", "error")._value.get() >= 1
+        assert engine.metrics.guard_failures.labels("harm", "error")._value.get() == 0
+    assert (found.ended.finish, found.ended.decision.action) == ("content_filter", "block")
 
 
 def test_rows_that_cannot_be_joined_end_and_the_engine_goes_on(

@@ -77,10 +77,76 @@ def test_a_mixed_batch_is_its_rows_alone(
                 n_fed[row] += 1
                 expected = alone[row][n_fed[row]]
                 assert torch.allclose(found.logits[row], expected.logits[0], atol=1e-4, rtol=0.0)
-                assert found.scores[row]["harm"] == pytest.approx(expected.scores[0]["harm"], abs=CLOSE)
+                assert found.scores[row][-1]["harm"] == pytest.approx(expected.scores[0][-1]["harm"], abs=CLOSE)
                 assert found.strengths[row] == pytest.approx(expected.strengths[0], abs=CLOSE * 10)
     finally:
         runner.detach()
+
+
+@pytest.mark.parametrize("judge_every", [2, 3, 50])
+@torch.no_grad()
+def test_tokens_that_waited_have_the_scores_of_those_that_did_not(
+    tiny_base: Base, random_guard: Make, random_aligner: Make, judge_every: int
+) -> None:
+    """Rows join and leave under way; what waits is judged before they join, and when it is asked for."""
+    texts = ["cat", "the cat sat on the mat", "then the hat is in", "how can it be"]
+    prompts = [prompt(tiny_base, text) for text in texts]
+    policies = [fixed(0.0), fixed(0.7), step("harm", 0.5, 0.1, 1.5), ramp("harm", 0.2, 0.8)]
+    settings = [setting(ids, policy) for ids, policy in zip(prompts, policies, strict=True)]
+    adapters = [random_guard(tiny_base)], [random_aligner(tiny_base)]
+    heard: dict[int, dict[int, list[float]]] = {}
+    lags = set()
+    for every in (1, judge_every):
+        runner = Runner(tiny_base, *adapters, every)
+        own = heard[every] = {row: [] for row in range(len(prompts))}
+
+        def hear(
+            scores: tuple[tuple[object, ...], ...], rows: Sequence[int], own: dict[int, list[float]] = own
+        ) -> None:
+            for row, tokens in zip(rows, scores, strict=True):
+                own[row] += [token["harm"][0] for token in tokens]  # type: ignore[index]
+
+        present, rows = [0, 1], runner.prefill(prompts[:2], settings[:2]).rows
+        for number in range(12):
+            if number in (4, 7):  # one joins
+                hear(runner.judge(rows), present)
+                new = len(prompts) - 2 if number == 4 else len(prompts) - 1
+                rows = joined(rows, runner.prefill([prompts[new]], [settings[new]]).rows)
+                present.append(new)
+            if number == 9:  # one leaves
+                rows, present = selected(rows, [0, 2, 3]), [present[place] for place in (0, 2, 3)]
+            found = runner.step(rows, [20 + row for row in present], [settings[row] for row in present])
+            hear(found.scores, present)
+            lags.add(number + 1 - len(own[0]))
+            rows = found.rows
+        hear(runner.step(rows, [9] * 3, [settings[row] for row in present], judges_now=True).scores, present)
+        runner.detach()
+    assert len(lags) > 1
+    assert {row: len(scores) for row, scores in heard[1].items()} == {0: 13, 1: 9, 2: 9, 3: 6}
+    for row, scores in heard[1].items():
+        waited = heard[judge_every][row]
+        assert waited == pytest.approx(scores[: len(waited)], abs=CLOSE)
+        assert len(waited) == len(scores) or row == 1, "only who left early may be unheard at the end"
+
+
+@torch.no_grad()
+def test_no_token_waits_beside_a_strength_that_follows_the_answer(
+    tiny_base: Base, random_guard: Make, random_aligner: Make
+) -> None:
+    runner = Runner(tiny_base, [random_guard(tiny_base)], [random_aligner(tiny_base)], 8)
+    ids = prompt(tiny_base, "the cat")
+    for policy, n_heard in ((fixed(0.5), 0), (ramp("harm", 0.2, 0.8), 0), (ramp("harm", 0.2, 0.8, latched=False), 1)):
+        rows = runner.prefill([ids], [setting(ids, policy)]).rows
+        assert [len(found) for found in runner.step(rows, [20], [setting(ids, policy)]).scores] == [n_heard]
+
+
+@torch.no_grad()
+def test_rows_with_tokens_that_wait_do_not_join(tiny_base: Base, random_guard: Make) -> None:
+    runner, ids = Runner(tiny_base, [random_guard(tiny_base)], [], 8), prompt(tiny_base, "the cat")
+    first, second = (runner.prefill([ids], [Setting(len(ids), {})]).rows for _ in range(2))
+    first = runner.step(first, [20], [Setting(len(ids), {})]).rows
+    with pytest.raises(AssertionError, match="judged before rows join"):
+        joined(first, second)
 
 
 @torch.no_grad()
@@ -144,7 +210,7 @@ def test_without_adapters_the_base_runs_alone(tiny_base: Base) -> None:
     runner, ids = Runner(tiny_base, [], []), prompt(tiny_base, "the cat")
     found = runner.prefill([ids], [Setting(len(ids), {})])
     assert torch.equal(found.logits[0], tiny_base.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1])
-    assert (found.scores, found.strengths) == (({},), ({},))
+    assert (found.scores, found.strengths) == ((({},),), ({},))
     assert tiny_base.attachment is None
 
 

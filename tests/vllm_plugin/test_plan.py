@@ -249,7 +249,7 @@ def test_options_of_the_other_engine_are_refused(
 
 def test_every_option_that_vllm_does_not_read_is_named(run: Callable[..., Ran]) -> None:
     numbers = ("drain", "max-rows", "max-waiting", "max-judged", "max-tokens", "deadline", "guard-timeout", "max-body")
-    words = ["--audit=sqlite:///a.db", "--device=cuda", *(f"--{name}=4096" for name in numbers)]
+    words = ["--audit=sqlite:///a.db", "--device=cuda", *(f"--{name}=4096" for name in (*numbers, "judge-every"))]
     ended = run("serve", "--engine", "vllm", *words)
     assert ended.code
     assert all(word.partition("=")[0] in ended.err for word in words), ended.err

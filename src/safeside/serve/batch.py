@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from safeside.errors import UnsupportedError
-from safeside.request import RequestLayer
+from safeside.request import RequestLayer, request_layer
 
 State = tuple[Tensor, Tensor]
 """Keys and values of one layer, each (B, H, S, D)."""
@@ -39,6 +39,7 @@ class Rows:
 
 def joined(first: Rows, second: Rows) -> Rows:
     """The rows of both, the shorter ones padded on the left."""
+    assert not any(_waits(rows) for rows in (first, second)), "what waits is judged before rows join"
     length = max(first.keep.shape[1], second.keep.shape[1])
     keep = torch.cat([F.pad(rows.keep, (length - rows.keep.shape[1], 0)) for rows in (first, second)])
     for own, other in zip(first.cache.layers, second.cache.layers, strict=True):
@@ -63,7 +64,15 @@ def selected(rows: Rows, indices: Sequence[int]) -> Rows:
     for layer in rows.cache.layers:
         if (state := _state(layer)) is not None:
             _set_state(layer, (state[0][chosen, :, start:], state[1][chosen, :, start:]))
+    if (request := request_layer(rows.cache)) is not None:
+        request.waiting.select(chosen)
     return Rows(rows.cache, keep[:, start:])
+
+
+def _waits(rows: Rows) -> bool:
+    """Whether tokens of these rows have yet to be judged."""
+    request = request_layer(rows.cache)
+    return request is not None and len(request.waiting) > 0
 
 
 def fill(layer: object, length: int) -> None:

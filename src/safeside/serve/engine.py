@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,9 +22,9 @@ from safeside.serve.batch import Rows, joined, selected
 from safeside.serve.metrics import Metrics
 from safeside.serve.passes import Pass, Runner, Scores
 from safeside.serve.row import Failed, Job, Row
+from safeside.serve.task import Answer, Task
 from safeside.serve.watch import Watch, WatchedGuard
 
-Answer = TypeVar("Answer")
 _LAST_PASS_S = 10.0  # that a pass may take after the engine's end before its thread is left behind
 _log = logging.getLogger(__name__)
 
@@ -43,27 +43,11 @@ class EngineLimits:
     """Tokens of texts to judge that one call reads between two steps, padding included; one window may be longer."""
     guard_timeout_s: float = 10.0
     """Seconds of one pass from which on a guard's scores are too late."""
+    judge_every: int = 1
+    """Tokens of an answer that guards judge together."""
     threads: int | None = None
     """Threads that a pass computes with on CPUs; torch's own number unless given.  In a process where other threads
     compute with several as well OpenMP puts idle ones to sleep between operations, and decoding takes twice as long."""
-
-
-@dataclass(slots=True)
-class _Task(Generic[Answer]):
-    """Something else that has to run in the engine's thread."""
-
-    run: Callable[[], Answer]
-    is_exclusive: bool
-    """Whether it waits until no answer is being written."""
-    answer: Future[Answer] = field(default_factory=Future)
-
-    def do(self) -> None:
-        if not self.answer.set_running_or_notify_cancel():
-            return
-        try:
-            self.answer.set_result(self.run())
-        except Exception as error:  # handed to whoever asked
-            self.answer.set_exception(error)
 
 
 def overdue() -> DeadlineError:
@@ -94,7 +78,7 @@ class Engine:
         self._stop_ids = base.stop_ids()
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._tasks: deque[_Task[object]] = deque()
+        self._tasks: deque[Task[object]] = deque()
         self._n_held = 0  # places in the queue of work that is called in parts
         self._running: list[Row] = []
         self._rows: Rows | None = None
@@ -167,7 +151,7 @@ class Engine:
 
     def call(self, run: Callable[[Runner], Answer], *, exclusive: bool = False) -> Future[Answer]:
         """Run a function of the runner between two passes, with ``exclusive`` once no answer is being written."""
-        task = _Task(lambda: run(self._runner), exclusive)
+        task = Task(lambda: run(self._runner), exclusive)
         with self._wake:
             self._refuse_closed()
             self._tasks.append(task)  # type: ignore[arg-type]
@@ -182,7 +166,7 @@ class Engine:
             try:
                 self._runner = self._made(adapters)
             except Exception:  # whatever it was, the base is not left without its guards
-                self._runner = Runner(self.base, runner.guards, runner.aligners)
+                self._runner = Runner(self.base, runner.guards, runner.aligners, runner.judge_every)
                 raise
 
         return self.call(swap, exclusive=True)
@@ -207,7 +191,8 @@ class Engine:
             lambda guard, failure: self.metrics.guard_failures.labels(guard, failure).inc(),
         )
         guards = [WatchedGuard(adapter, watch) for adapter in adapters if adapter.config.role == "guard"]
-        return Runner(self.base, guards, [adapter for adapter in adapters if adapter.config.role == "align"])
+        aligners = [adapter for adapter in adapters if adapter.config.role == "align"]
+        return Runner(self.base, guards, aligners, self.limits.judge_every)
 
     def _refuse_closed(self) -> None:
         if not self.is_ready:
@@ -318,13 +303,14 @@ class Engine:
     def _begin(self, jobs: Sequence[Job]) -> bool:
         """Read the prompts of ``jobs``; False where that failed and another try, each alone, may help."""
         try:
-            rows = [Row(job, self.base.tokenizer, self._stop_ids) for job in jobs]
+            rows = [Row(job, self.base.tokenizer, self._stop_ids, self.limits.judge_every) for job in jobs]
             found = self._runner.prefill([job.ids for job in jobs], [row.setting for row in rows])
         except Exception as error:  # the edge of the server: no request may end the thread
             if len(jobs) == 1:
                 self._fail(jobs, error)
             return False
         stays = [self._advance(row, row.begin, found, index) for index, row in enumerate(rows)]
+        self._judge_running()
         kept = [index for index, stay in enumerate(stays) if stay]
         if kept:
             self._running += [rows[index] for index in kept]  # from here on an error is theirs too
@@ -333,14 +319,35 @@ class Engine:
         self.metrics.running.set(len(self._running))
         return True
 
-    def _advance(self, row: Row, take: Callable[[Scores], bool], found: Pass, index: int) -> bool:
+    def _judge_running(self) -> None:
+        """Let no token of the answers in progress wait any longer: rows that join have none that does."""
+        if self._rows is None:
+            return
+        try:
+            found = self._runner.judge(self._rows)
+        except Exception as error:  # as above, and theirs alone: whoever joins has not been with them
+            self._fail_running(error)
+            return
+        if any(found):
+            pairs = zip(self._running, found, strict=True)
+            self._keep([self._tried(row, partial(row.hear, scores)) for row, scores in pairs])
+
+    def _advance(self, row: Row, take: Callable[[Sequence[Scores]], bool], found: Pass, index: int) -> bool:
         """Give a row its part of a pass and draw its next token; whether it needs another pass."""
         strength = max(found.strengths[index].values(), default=0.0)
-        try:
+
+        def go_on() -> bool:
             if not take(found.scores[index]):
                 return False
             self.metrics.strength.observe(strength)
             return row.draw(found.logits[index], strength)
+
+        return self._tried(row, go_on)
+
+    def _tried(self, row: Row, go_on: Callable[[], bool]) -> bool:
+        """Whether a row goes on; where that fails it alone does."""
+        try:
+            return go_on()
         except Exception as error:  # as above: the other rows go on
             self._fail([row.job], error)
             return False
@@ -349,8 +356,9 @@ class Engine:
         if self._rows is None:
             return
         rows = self._running
+        tokens, settings = [row.newest for row in rows], [row.setting for row in rows]
         try:
-            found = self._runner.step(self._rows, [row.newest for row in rows], [row.setting for row in rows])
+            found = self._runner.step(self._rows, tokens, settings, judges_now=any(row.is_complete for row in rows))
         except Exception as error:  # as above
             self._fail_running(error)
             return

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -41,6 +42,11 @@ class Setting:
     strengths: Mapping[str, Policy]
     """By aligner, what sets its strength; aligners left out are off."""
 
+    @property
+    def follows_answer(self) -> bool:
+        """Whether a strength depends on what guards say of each token of the answer."""
+        return any(policy.guard is not None and not policy.latched for policy in self.strengths.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -50,8 +56,9 @@ class Pass:
     """The rows with everything that they have read."""
     logits: Float[Tensor, "B V"]
     """Of the next token."""
-    scores: tuple[Scores, ...]
-    """By row."""
+    scores: tuple[tuple[Scores, ...], ...]
+    """By row, of each token that the pass judged, the oldest first: its newest, those that waited before it, or none
+    where it has to wait itself."""
     strengths: tuple[Mapping[str, float], ...]
     """By row, the strength in [0, 2] of each aligner."""
 
@@ -59,13 +66,16 @@ class Pass:
 class Runner:
     """A base with its adapters, one pass at a time: use it in one thread."""
 
-    def __init__(self, base: Base, guards: Sequence[Adapter], aligners: Sequence[Adapter]) -> None:
+    def __init__(
+        self, base: Base, guards: Sequence[Adapter], aligners: Sequence[Adapter], judge_every: int = 1
+    ) -> None:
         self.base = base
+        self.judge_every = judge_every
         self.guards = tuple(guards)
         self.aligners = tuple(aligners)
         self.attachment: Attachment | None = None
         if guards or aligners:
-            self.attachment = attach(base, aligners, guards, strength=0.0)
+            self.attachment = attach(base, aligners, guards, strength=0.0, judge_every=judge_every)
 
     def detach(self) -> None:
         """Leave the base as it was."""
@@ -82,11 +92,24 @@ class Runner:
         ids, keep = pad_batch(prompts, self.base.pad_id, side="left")
         return self._run(ids, Rows(DynamicCache(), keep.to(self.base.device)), settings)
 
-    def step(self, rows: Rows, tokens: Sequence[int], settings: Sequence[Setting]) -> Pass:
-        """Feed one more token of each row."""
-        return self._run(torch.tensor(tokens)[:, None], rows.grown(), settings)
+    def step(self, rows: Rows, tokens: Sequence[int], settings: Sequence[Setting], *, judges_now: bool = False) -> Pass:
+        """Feed one more token of each row, and with ``judges_now`` let none wait."""
+        found = self._run(torch.tensor(tokens)[:, None], rows.grown(), settings)
+        if judges_now and self.guards and not any(found.scores):
+            return replace(found, scores=self.judge(found.rows))
+        return found
+
+    def judge(self, rows: Rows) -> tuple[tuple[Scores, ...], ...]:
+        """By row the scores of its tokens that wait, the oldest first; then none does."""
+        found = self.attachment.judge(rows.cache) if self.attachment is not None else {}
+        return _by_row(found, rows.keep.shape[0])
 
     def _run(self, ids: Tensor, rows: Rows, settings: Sequence[Setting]) -> Pass:
+        waits = self.attachment is not None and any(setting.follows_answer for setting in settings)
+        with self.attachment.request(judge_every=1) if waits and self.attachment is not None else nullcontext():
+            return self._passed(ids, rows, settings)
+
+    def _passed(self, ids: Tensor, rows: Rows, settings: Sequence[Setting]) -> Pass:
         if not self.is_attached:  # its record would be that of another pass
             raise ServingError("The adapters are not attached, so nothing can be judged.")
         final = self.base.decoder(
@@ -104,15 +127,16 @@ class Runner:
         return Pass(
             rows,
             self.base.head_logits(_compact(final))[:, -1],
-            self._scores(len(settings)),
+            self._scores(len(settings), is_prompt=rows.keep.shape == ids.shape),
             tuple(dict(zip(strengths, values, strict=True)) for values in by_row) or ({},) * len(settings),
         )
 
-    def _scores(self, n_rows: int) -> tuple[Scores, ...]:
-        if self.attachment is None:
-            return ({},) * n_rows
-        found = {name: scores[:, -1].tolist() for name, scores in self.attachment.record.scores.items()}
-        return tuple({name: tuple(values[row]) for name, values in found.items()} for row in range(n_rows))
+    def _scores(self, n_rows: int, *, is_prompt: bool) -> tuple[tuple[Scores, ...], ...]:
+        """By row: of a prompt at its end alone."""
+        if self.attachment is None or not self.guards:
+            return (({},),) * n_rows
+        scores = self.attachment.record.scores
+        return _by_row({name: values[:, -1:] for name, values in scores.items()} if is_prompt else scores, n_rows)
 
     def _strengths(self, rows: Rows, settings: Sequence[Setting]) -> dict[str, Float[Tensor, "B 1"]]:
         """By aligner the strength of each row at its newest token; rows of one policy are decided together."""
@@ -138,6 +162,15 @@ class Runner:
             guard: Seen(history.scores[rows][..., columns[guard]], history.positions[rows].long())
             for guard in guards_of(policy)
         }
+
+
+def _by_row(scores: Mapping[str, Float[Tensor, "B T K"]], n_rows: int) -> tuple[tuple[Scores, ...], ...]:
+    lists = {name: values.tolist() for name, values in scores.items()}
+    n_tokens = min((values.shape[1] for values in scores.values()), default=0)
+    return tuple(
+        tuple({name: tuple(values[row][token]) for name, values in lists.items()} for token in range(n_tokens))
+        for row in range(n_rows)
+    )
 
 
 def _compact(states: Float[Tensor, "B 1 D"]) -> Float[Tensor, "B 1 D"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -109,7 +109,7 @@ class Job:
 class Row:
     """The state of one job while it runs; its tokens and scores go in, events come out."""
 
-    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]) -> None:
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], judge_every: int = 1) -> None:
         policy = job.policy
         self.job = job
         self.setting = Setting(len(job.ids), policy.strengths())
@@ -122,6 +122,7 @@ class Row:
         self._sends_at_once = not self._guards or (job.is_streamed and policy.hold_back == 0)
         self._stream = StreamGuard(rules, max(0, policy.hold_back - 1) if rules else 0)
         self._watch = AnswerWatch(policy)
+        self._judge_every = judge_every
         self._strengths: list[float] = []
         self._risks: list[Scores] = []
         self._failed: dict[str, tuple[float, ...]] = {}  # by guard, scores of which one was not a number
@@ -133,9 +134,9 @@ class Row:
         """The token that is fed next."""
         return self.tokens[-1].id
 
-    def begin(self, scores: Scores) -> bool:
+    def begin(self, scores: Sequence[Scores]) -> bool:
         """Judge the prompt by the scores at its end; whether an answer follows."""
-        verdicts = verdicts_of(self.job.policy, scores, "prompt")
+        verdicts = verdicts_of(self.job.policy, scores[-1], "prompt")
         decision = self.job.policy.decide_prompt(verdicts)
         self.job.listen(Judged(verdicts, decision))
         if decision.action in ENDS:
@@ -143,8 +144,19 @@ class Row:
             return False
         return True
 
-    def hear(self, scores: Scores) -> bool:
-        """Take the scores of the token that was fed; whether the answer goes on."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether its last token was drawn, which has yet to be judged."""
+        return self._ending is not None
+
+    def hear(self, scores: Sequence[Scores]) -> bool:
+        """Take the scores of the tokens that were judged, the oldest first; whether the answer goes on."""
+        if not all(self._hear_one(token) for token in scores):
+            return False
+        self._tell(self._n_clear)
+        return True
+
+    def _hear_one(self, scores: Scores) -> bool:
         self._risks.append(scores)
         broken = {name: values for name in self._guards if not all(map(math.isfinite, values := scores[name]))}
         self._failed.update(broken)
@@ -155,8 +167,7 @@ class Row:
             if decision.action in ENDS:
                 self._end("content_filter", verdicts, decision)
                 return False
-        if self._ending is None:
-            self._tell(self._n_clear)
+        if self._ending is None or len(self._risks) < len(self.tokens):
             return True
         self._judge_whole(scores)
         return False
@@ -201,9 +212,15 @@ class Row:
                 max(self._strengths, default=0.0),
                 self._text.text,
                 self._stream.stop,
-                self._stream.leak_bound if self._sends_at_once else 0,
+                self._leak_bound,
             )
         )
+
+    @property
+    def _leak_bound(self) -> int:
+        """A run of risky tokens, and those that were sent while its last one waited to be judged."""
+        run = self._stream.leak_bound if self._sends_at_once else 0
+        return run and run + self._judge_every - 1
 
     @property
     def _n_clear(self) -> int:
