@@ -20,6 +20,7 @@ from safeside.errors import InputError, NotFiniteError
 from safeside.guards.calibrate import (
     JudgedRows,
     calibrate_guard,
+    counted_once,
     fit_calibration,
     fit_mode,
     n_allowed,
@@ -413,6 +414,34 @@ def test_training_takes_benign_rows_where_it_has_them(tiny_base: Base, random_gu
     )
     assert modes["windowed"].presets == {}
     assert modes["windowed"].maps == ()
+
+
+def test_copies_among_the_rows_of_training_buy_no_promise(
+    tiny_base: Base, random_guard: Callable[..., Adapter]
+) -> None:
+    """58 harmless texts promise no 5%, however often each comes; a 59th does.  So it is for benign rows."""
+    logits, labels = logits_and_labels(2.0, 400)
+    n_harmless = int((labels == 0).sum())
+    for n_distinct in (58, 59):
+        texts = np.array([f"harmful {row}" for row in range(400)], dtype=object)
+        texts[labels[:, 0] == 0] = [f"harmless {row % n_distinct}" for row in range(n_harmless)]
+        guard = random_guard(tiny_base)
+        calibrate_guard(guard, 0.1, JudgedRows(logits, labels, ("prompt",) * 400, tuple(texts)))
+        fit = guard.config.modes["prompt"]
+        assert (fit.n_harmless, list(fit.presets)) == (n_distinct, ["strict"] if n_distinct == 59 else [])
+        clean = logits[labels[:, 0] == 0]
+        benign = JudgedRows(clean, np.zeros((len(clean), 1)), ("prompt",) * len(clean), tuple(texts[labels[:, 0] == 0]))
+        calibrate_guard(guard, 0.1, JudgedRows(logits, labels, ("prompt",) * 400), benign)
+        assert guard.config.modes["prompt"].presets == fit.presets
+        assert guard.config.modes["prompt"].n_harmless == n_distinct
+
+
+def test_of_copies_the_highest_scores_count() -> None:
+    scores = np.array([[0.1, 0.9], [0.5, 0.2], [math.nan, 0.3], [0.2, 0.4]])
+    found = counted_once(scores, ["a", "b", "a", "b"])
+    assert np.array_equal(found, [[0.5, 0.4], [math.nan, 0.9]], equal_nan=True)
+    assert counted_once(scores, []).shape == (4, 2), "without texts no row is a copy"
+    assert counted_once(np.zeros((0, 2)), []).shape == (0, 2)
 
 
 def test_rows_that_do_not_know_a_label_count_for_the_others_only() -> None:

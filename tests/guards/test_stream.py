@@ -102,7 +102,9 @@ def test_a_trained_guard_has_no_preset_that_rests_on_short_answers(
 ) -> None:
     """With 300 harmless answers 8 may be stopped at 5% and none at 1%; only 5 are long enough to be."""
     texts = ["no"] * 295 + ["the cat sat there and then the other cat sat"] * 5
-    rows = [Example((Message("user", "how?"), Message("assistant", text)), (0.0,)) for text in texts]
+    rows = [
+        Example((Message("user", f"how {row}?"), Message("assistant", text)), (0.0,)) for row, text in enumerate(texts)
+    ]
     guard = random_guard(tiny_base)
     calibrate_stream(tiny_base, guard, rows)
     assert set(guard.config.modes["stream"].presets) == {"balanced"}
@@ -112,6 +114,8 @@ def test_a_trained_guard_has_no_preset_that_rests_on_short_answers(
     calibrate_stream(tiny_base, guard, rows, n_consecutive=1)
     assert set(guard.config.modes["stream"].presets) == {"strict", "balanced"}
     assert capsys.readouterr().err == ""
+    calibrate_stream(tiny_base, guard, [rows[0]] * 300, n_consecutive=1)
+    assert guard.config.modes["stream"].presets == {}, "copies of one answer are one"
 
 
 def test_a_rule_stops_as_many_benign_answers_as_allowed() -> None:

@@ -157,11 +157,13 @@ def test_bfloat16_soft_targets_and_class_weights_train(tiny_base: Base, data: Pa
 
 def test_each_reading_mode_is_calibrated_by_its_validation_rows(tiny_base: Base, data: Path, tmp_path: Path) -> None:
     """And the presets by the harmless files of the recipe, where it names any."""
-    rows = guard_rows(120, 5)
+    rows = list({row["prompt"]: row for row in guard_rows(120, 5)}.values())  # a copy would buy no promise
     mixed = [row if index % 3 else {**row, "response": "they said so"} for index, row in enumerate(rows)]
     write(tmp_path / "guard_train.jsonl", guard_rows(64, 1))
     write(tmp_path / "guard_validation.jsonl", mixed)
-    clean = [{"prompt": row["prompt"]} for row in guard_rows(150, 6) if not row["label"]]
+    clean = [
+        {"prompt": text} for text in dict.fromkeys(row["prompt"] for row in guard_rows(150, 6) if not row["label"])
+    ]
     learnt = next(row["prompt"] for row in guard_rows(64, 1) if not row["label"])
     write(tmp_path / "clean.jsonl", [*clean, "{broken", {"prompt": f" {learnt.upper()}"}])
     short = {"training": {"epochs": 1}}

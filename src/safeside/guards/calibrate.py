@@ -121,10 +121,19 @@ def _above(harmless_scores: Array, n_flagged: int, false_positive_rate: float) -
     return float(min(1.0, falling[n_flagged] + _ROUNDING))
 
 
+def counted_once(harmless: Array, texts: Sequence[str]) -> Array:
+    """Of (m, K) scores of harmless rows as many of the highest as their ``texts`` (m, normalised) are distinct.
+
+    So a copy buys no promise, and yet the promise holds for texts that come as often as the rows do.
+    """
+    return np.sort(harmless, axis=0)[len(texts) - len(set(texts)) :]  # NaN is the highest of all
+
+
 def fit_mode(
     scores: Array,
     labels: Array,
     *,
+    texts: Sequence[str] = (),
     benign: Array | None = None,
     false_positive_rate: float | None = None,
     uncalibrated: Array | None = None,
@@ -137,17 +146,19 @@ def fit_mode(
     it reaches the threshold, one for each whole answer (-inf: too short to be stopped).  NaN counts as 1, for such a
     text is flagged.
 
-    Thresholds are promised for each label by itself (``Promise``).  They rest on the rows with label 0, or on
-    ``benign`` (m, K) if given.  Presets that so few rows cannot promise
-    are left out.  With ``false_positive_rate`` the mode gets a threshold of its own, and too few rows for that are an
-    InputError.
+    Thresholds are promised for each label by itself (``Promise``).  They rest on the rows with label 0, of which each
+    of their ``texts`` (n, normalised) counts once if these are given, or on ``benign`` (m, K) if given.  Presets that
+    so few rows cannot promise are left out.  With ``false_positive_rate`` the mode gets a threshold of its own, and too
+    few rows for that are an InputError.
 
     Where the scores were fitted to these very rows, ``uncalibrated`` (n, K) are the rows' scores before that, which the
     calibration error "before" is of.
     """
     scores = np.where(np.isnan(scores), 1.0, scores)
     if benign is None:
-        harmless = [column[label == 0] for column, label in zip(scores.T, labels.T, strict=True)]
+        known = np.array(texts or range(len(scores)))
+        columns = zip(scores.T, labels.T, strict=True)
+        harmless = [counted_once(column[label == 0], known[label == 0].tolist()) for column, label in columns]
     else:
         harmless = list(np.where(np.isnan(benign), 1.0, benign).T)
     presets: dict[Preset, Promise] = {}
@@ -181,6 +192,14 @@ class JudgedRows:
     """(n, K), 0 or 1; NaN where a row does not know the label."""
     modes: tuple[Mode, ...]
     """How each row was read."""
+    texts: tuple[str, ...] = ()
+    """Each row's text, normalised: copies buy no promise.  Without them no row is taken for a copy."""
+
+    def of(self, mode: Mode) -> JudgedRows:
+        """The rows of one mode."""
+        own = np.array([found == mode for found in self.modes], dtype=bool)
+        texts = tuple(text for text, is_own in zip(self.texts, own, strict=bool(self.texts)) if is_own)
+        return JudgedRows(self.logits[own], self.labels[own], (mode,) * int(own.sum()), texts)
 
 
 def calibrate_guard(
@@ -194,17 +213,15 @@ def calibrate_guard(
     calibration = fit_calibration(rows.logits, rows.labels, false_positive_rate)
     guard.set_calibration(calibration)
     for mode in sorted({*rows.modes, *(benign.modes if benign is not None else ())}):
-        own = np.array([found == mode for found in rows.modes], dtype=bool)
-        clean = np.array([found == mode for found in benign.modes], dtype=bool) if benign is not None else np.zeros(0)
-        guard.set_mode(
-            mode,
-            fit_mode(
-                scores_of(calibration, rows.logits[own]),
-                rows.labels[own],
-                benign=scores_of(calibration, benign.logits[clean]) if benign is not None and clean.any() else None,
-                uncalibrated=_scores(rows.logits[own], 1.0, 0.0),
-            ),
+        own, clean = rows.of(mode), benign.of(mode) if benign is not None and mode in benign.modes else None
+        fit = fit_mode(
+            scores_of(calibration, own.logits),
+            own.labels,
+            texts=own.texts,
+            benign=counted_once(scores_of(calibration, clean.logits), clean.texts) if clean is not None else None,
+            uncalibrated=_scores(own.logits, 1.0, 0.0),
         )
+        guard.set_mode(mode, fit)
 
 
 def scores_of(calibration: Calibration, logits: Array) -> Array:

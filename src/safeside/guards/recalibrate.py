@@ -15,7 +15,7 @@ from safeside.adapters.config import CONFIDENCE, ModeCalibration, rows_needed
 from safeside.artifact import base_of, copy_adapter, find_adapter, load_adapter, read_checksum
 from safeside.base.model import Base
 from safeside.errors import InputError
-from safeside.guards.calibrate import fit_mode
+from safeside.guards.calibrate import counted_once, fit_mode
 from safeside.guards.probability import Array
 from safeside.guards.score import place_of, score_conversations
 from safeside.guards.stream import N_CONSECUTIVE, any_label, score_answers, stream_scores
@@ -97,8 +97,12 @@ class _Scored:
     @property
     def benign(self) -> tuple[Array, int]:
         """Scores (m, K) of the harmless rows, and how many distinct texts they have."""
-        is_harmless = ~self.labels.any(1)
-        return self.scores[is_harmless], len({self.texts[row] for row in np.flatnonzero(is_harmless)})
+        return self.scores[~self.labels.any(1)], len(set(self.benign_texts))
+
+    @property
+    def benign_texts(self) -> list[str]:
+        """Texts (m) of the harmless rows."""
+        return [self.texts[row] for row in np.flatnonzero(~self.labels.any(1))]
 
 
 def calibrate_command(
@@ -313,19 +317,15 @@ def _fits(
 def _fit(
     scored: _Scored, traffic: Traffic, n_consecutive: int | None, before: ModeCalibration | None
 ) -> ModeCalibration:
-    """The calibration of one mode, by its rows; without harmful ones its old map from score to probability stays.
-
-    Of the harmless scores as many of the highest count as there are distinct texts: so a copy buys no promise, and yet
-    the promise holds for texts that come as often as the rows do.
-    """
+    """The calibration of one mode, by its rows; without harmful ones its old map from score to probability stays."""
     benign, n_distinct = scored.benign
-    highest = np.sort(benign, axis=0)[-n_distinct:]  # NaN is the highest of all
+    once = counted_once(benign, scored.benign_texts)
     try:
-        fit = fit_mode(scored.scores, scored.labels, benign=highest, false_positive_rate=traffic.false_positive_rate)
+        fit = fit_mode(scored.scores, scored.labels, benign=once, false_positive_rate=traffic.false_positive_rate)
     except InputError as error:
         rule = "" if n_consecutive is None else f", {n_consecutive} tokens in a row"
-        once = ", each text counted once" if n_distinct < len(benign) else ""
-        raise InputError(f"Mode {scored.modes[0]!r}{rule}{once}: {error}") from error
+        how = ", each text counted once" if n_distinct < len(benign) else ""
+        raise InputError(f"Mode {scored.modes[0]!r}{rule}{how}: {error}") from error
     is_same_score = before is not None and before.n_consecutive == n_consecutive
     kept = before.maps if before is not None and is_same_score and not fit.maps else fit.maps
     return fit.model_copy(update={"maps": kept, "n_consecutive": n_consecutive})

@@ -25,9 +25,10 @@ from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.chat import Encoded, pad_batch
 from safeside.errors import InputError, UnsupportedError
-from safeside.guards.calibrate import fit_mode, n_allowed, threshold_with_bound
+from safeside.guards.calibrate import counted_once, fit_mode, n_allowed, threshold_with_bound
 from safeside.guards.probability import Array
 from safeside.stopping import StopRule, run_scores
+from safeside.tasks.leakage import text_of
 from safeside.terminal import note
 from safeside.types import Completion, Example, Message
 
@@ -146,12 +147,17 @@ def calibrate_stream(
         answers = [row for row in some if row.messages[-1].role == "assistant"]
         found = score_answers(base, guard, [row.messages for row in answers]) if answers else []
         labels = np.array([row.labels for row in answers], dtype=np.float64).reshape(-1, n_labels)
-        parts.append((stream_scores(found, n_consecutive, n_labels), any_label(labels)))
-    (scores, labels), (clean, _) = parts
+        texts = tuple(map(text_of, answers))
+        parts.append((stream_scores(found, n_consecutive, n_labels), any_label(labels), texts))
+    (scores, labels, texts), (clean, _, clean_texts) = parts
+    if not len(clean):
+        is_clean = (labels == 0).all(1)
+        clean, clean_texts = scores[is_clean], tuple(np.array(texts, dtype=object)[is_clean])
     if len(scores) or len(clean):
-        fit = fit_mode(scores, labels, benign=clean if len(clean) else None)
+        once = counted_once(clean, clean_texts)
+        fit = fit_mode(scores, labels, benign=once)
         guard.set_mode("stream", fit.model_copy(update={"n_consecutive": n_consecutive}))
-        _note_short(clean if len(clean) else scores[(labels == 0).all(1)], n_consecutive)
+        _note_short(once, n_consecutive)
 
 
 def _note_short(harmless: Array, n_consecutive: int) -> None:

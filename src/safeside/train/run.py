@@ -19,6 +19,7 @@ from safeside.guards.calibrate import JudgedRows, calibrate_guard
 from safeside.guards.score import place_of
 from safeside.guards.stream import calibrate_stream
 from safeside.provenance import config_hash
+from safeside.tasks.leakage import text_of
 from safeside.tasks.learnt import save_learnt
 from safeside.terminal import note
 from safeside.train.importance import Sample, measure_importance
@@ -189,6 +190,7 @@ def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[S
             guard_logits(base, source, rows),
             rows.labels.double().numpy(),
             tuple(place_of(example.messages) for example in rows.examples),
+            tuple(map(text_of, rows.examples)),
         )
         for source, rows in zip(sources, splits, strict=True)
     ]
