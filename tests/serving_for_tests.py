@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -98,6 +100,19 @@ def engine_of(base: Base, adapters: Sequence[Adapter] = (), **limits: float) -> 
         yield engine
     finally:
         engine.close()
+
+
+@contextmanager
+def still_engine(base: Base, adapters: Sequence[Adapter] = (), **limits: float) -> Iterator[Engine]:
+    """An engine without a thread: the test takes its turns."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(threading.Thread, "start", lambda thread: None)
+        patch.setattr(Engine, "_refuse_closed", lambda engine: None)
+        engine = Engine(base, adapters, limits=EngineLimits(**limits))  # type: ignore[arg-type]
+        try:
+            yield engine
+        finally:
+            engine._runner.detach()
 
 
 def ask(

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from safeside import Adapter, Base, Message, attach, step
+from safeside import Adapter, Base, Message, attach, ramp, step
 from safeside.attach import Attachment
 from safeside.base.taps import Tape
-from safeside.errors import InputError
+from safeside.errors import AttachmentError, BlockedError, InputError
 from safeside.request import history_of, request_layer
 from safeside.stopping import StopRule
 from safeside.types import Completion
@@ -198,6 +198,8 @@ OPERATIONS = st.lists(
         st.tuples(st.just("crop"), st.integers(1, 5)),
         st.tuples(st.just("select"), st.lists(st.integers(0, 1), min_size=2, max_size=2)),
         st.tuples(st.just("reorder"), st.lists(st.integers(0, 1), min_size=2, max_size=2)),
+        st.tuples(st.just("repeat"), st.none()),
+        st.tuples(st.just("reset"), st.none()),
         st.tuples(st.just("copy"), st.none()),
         st.tuples(st.just("judge"), st.none()),
     ),
@@ -218,7 +220,7 @@ def test_whatever_is_done_to_a_cache_its_scores_are_those_of_its_text(
         feed(attachment, ids, cache)
         for name, value in operations:
             if name == "feed":
-                new = torch.randint(10, 200, (2, value), generator=generator)
+                new = torch.randint(10, 200, (len(ids), value), generator=generator)
                 feed(attachment, new, cache)
                 ids = torch.cat([ids, new], 1)
             elif name == "crop":
@@ -231,6 +233,12 @@ def test_whatever_is_done_to_a_cache_its_scores_are_those_of_its_text(
             elif name == "reorder":
                 cache.reorder_cache(torch.tensor(value))
                 ids = ids[value]
+            elif name == "repeat":
+                cache.batch_repeat_interleave(2)
+                cache.batch_select_indices(torch.tensor([0, len(ids)]))  # a row of each
+            elif name == "reset":
+                cache.reset()
+                feed(attachment, ids, cache)
             elif name == "copy":
                 left, cache = cache, copy.deepcopy(cache)
                 feed(attachment, ids[:, :1], left)  # what happens to the one is nothing to the other
@@ -293,7 +301,7 @@ def test_a_request_can_judge_each_token_where_the_attachment_does_not(tiny_base:
         assert attachment.record.scores == {}
         with attachment.request(judge_every=1):
             feed(attachment, ids[:, 5:], cache)
-        assert attachment.record.scores["harm"].shape[1] == 1
+        assert attachment.record.scores["harm"].shape[1] == 3, "its own and the two that waited"
         found = history_of(cache).scores
     close(found, run_by_hand(tiny_base, guard, ids).scores)
 
@@ -337,3 +345,168 @@ def test_what_waits_forgets_no_more_than_it_holds() -> None:
     assert len(waiting) == 1
     waiting.drop(9)
     assert len(waiting) == 0
+
+
+# ---- what may not go wrong while tokens wait -------------------------------------------------------------------------
+
+IDS = torch.tensor([[11, 90, 40, 77, 200, 9, 33, 21, 60, 71]])
+
+
+def by_hand(base: Base, guard: Adapter, n_tokens: int) -> list[float]:
+    scores: list[float] = run_by_hand(base, guard, IDS[:, :n_tokens]).scores[0, :, 0].tolist()
+    return scores
+
+
+@pytest.mark.parametrize("n_new", [3, 13])
+def test_without_a_guard_nothing_waits(tiny_base: Base, random_aligner: Callable[..., Adapter], n_new: int) -> None:
+    options = {"max_new_tokens": n_new, "min_new_tokens": n_new}
+    with attach(tiny_base, [random_aligner(tiny_base)], strength=0.7):
+        expected = tiny_base.chat_batch(TALKS, **options)
+    with attach(tiny_base, [random_aligner(tiny_base)], strength=0.7, judge_every=4):
+        assert tiny_base.chat_batch(TALKS, **options) == expected
+
+
+@pytest.mark.parametrize(("n_before", "n_after"), [(40, 10), (20, 40)])
+@pytest.mark.parametrize("width", [32, 64])
+def test_rows_leave_and_come_among_few_and_many(
+    tiny_base: Base, random_guard: Callable[..., Adapter], n_before: int, n_after: int, width: int
+) -> None:
+    """Taps are read otherwise where a pass has few tokens; a group is read as its first token was."""
+    guard, cache = random_guard(tiny_base, width=width), DynamicCache()
+    with attach(tiny_base, guards=[guard], judge_every=4) as attachment:
+        for part in IDS[:, :5].expand(n_before, -1).split([4, 1], 1):
+            feed(attachment, part, cache)
+        cache.batch_select_indices(torch.arange(n_after) % n_before)
+        feed(attachment, IDS[:, 5:6].expand(n_after, -1), cache)
+        attachment.judge(cache)
+        found = history_of(cache).scores
+    close(found, run_by_hand(tiny_base, guard, IDS[:, :6]).scores.expand_as(found))
+
+
+@pytest.mark.parametrize("judge_every", [1, 4])
+def test_a_new_prompt_that_comes_token_by_token_is_judged_at_its_end(
+    tiny_base: Base, random_guard: Callable[..., Adapter], random_aligner: Callable[..., Adapter], judge_every: int
+) -> None:
+    guard, cache = random_guard(tiny_base), DynamicCache()
+    strength = ramp("harm", 0.0, 1.0)
+    with attach(tiny_base, [random_aligner(tiny_base)], [guard], strength, judge_every=judge_every) as attachment:
+        with attachment.request(prompt_end=[4]):
+            for part in IDS[:, :5].split([4, 1], 1):
+                feed(attachment, part, cache)
+        with attachment.request(prompt_end=[6]):
+            feed(attachment, IDS[:, 5:6], cache)
+            found = [float(attachment.record.strengths["refuse"][0, -1])]
+            feed(attachment, IDS[:, 6:7], cache)
+            found.append(float(attachment.record.strengths["refuse"][0, -1]))
+    assert found == pytest.approx([by_hand(tiny_base, guard, 6)[-1]] * 2, abs=SAME)
+
+
+@pytest.mark.parametrize("judge_every", [1, 4])
+def test_an_intercepting_guard_sees_a_new_prompt_of_single_tokens(
+    tiny_base: Base, random_guard: Callable[..., Adapter], judge_every: int
+) -> None:
+    guard, cache = random_guard(tiny_base, layers=(0, 1)), DynamicCache()
+    guard.head.linear.bias.data.fill_(-50.0)
+    with attach(tiny_base, intercept=guard, judge_every=judge_every) as attachment:
+        with attachment.request(prompt_end=[4]):
+            for part in IDS[:, :5].split([4, 1], 1):
+                feed(attachment, part, cache)
+        guard.head.linear.bias.data.fill_(50.0)
+        with attachment.request(prompt_end=[7]):
+            feed(attachment, IDS[:, 5:6], cache)
+            with pytest.raises(BlockedError):
+                feed(attachment, IDS[:, 6:7], cache)
+
+
+@pytest.mark.parametrize("judge_every", [1, 4])
+def test_a_prompt_whose_end_is_told_late_sets_the_strength(
+    tiny_base: Base, random_guard: Callable[..., Adapter], random_aligner: Callable[..., Adapter], judge_every: int
+) -> None:
+    guard, cache = random_guard(tiny_base), DynamicCache()
+    with attach(tiny_base, [random_aligner(tiny_base)], [guard], 0.3, judge_every=judge_every) as attachment:
+        for part in IDS[:, :4].split([3, 1], 1):
+            feed(attachment, part, cache)
+        with attachment.request(prompt_end=[4], strength=ramp("harm", 0.0, 1.0)):
+            feed(attachment, IDS[:, 4:5], cache)
+            found = float(attachment.record.strengths["refuse"][0, -1])
+            n_heard = attachment.record.scores["harm"].shape[1]
+    assert found == pytest.approx(by_hand(tiny_base, guard, 4)[-1], abs=SAME)
+    assert n_heard == 1, "what waited was judged in this pass, or the token itself was"
+
+
+@pytest.mark.parametrize("kind", ["plr", "lst"])
+@pytest.mark.parametrize("judge_every", [1, 4])
+def test_a_pass_that_fails_leaves_what_was_before(
+    tiny_base: Base,
+    random_guard: Callable[..., Adapter],
+    random_aligner: Callable[..., Adapter],
+    kind: str,
+    judge_every: int,
+) -> None:
+    guard, cache = random_guard(tiny_base, kind=kind), DynamicCache()
+    off = step("harm", 1.0, 0.0, 1.0)
+    with attach(tiny_base, [random_aligner(tiny_base)], [guard], off, judge_every=judge_every) as attachment:
+        with attachment.request(prompt_end=[4]):
+            for part in IDS[:, :6].split([4, 1, 1], 1):
+                feed(attachment, part, cache)
+        with attachment.request(prompt_end=[4], strength=1.0), pytest.raises(AttachmentError, match="off for good"):
+            feed(attachment, IDS[:, 6:7], cache)
+        attachment.verdicts(cache)
+        found = history_of(cache).scores[0, :, 0].tolist()
+    assert found == pytest.approx(by_hand(tiny_base, guard, 6), abs=SAME)
+
+
+def test_what_waits_is_judged_by_its_own_attachment_alone(
+    tiny_base: Base, random_guard: Callable[..., Adapter]
+) -> None:
+    cache = DynamicCache()
+    with attach(tiny_base, guards=[random_guard(tiny_base)], judge_every=8) as one, one.request(prompt_end=[4]):
+        for part in IDS[:, :6].split([4, 1, 1], 1):
+            feed(one, part, cache)
+    with (
+        attach(tiny_base, guards=[random_guard(tiny_base, seed=9)], judge_every=8) as other,
+        pytest.raises(AttachmentError, match="belongs to another attachment"),
+    ):
+        other.verdicts(cache)
+
+
+def test_a_guard_that_fails_on_what_waited_ends_the_cache(
+    tiny_base: Base, random_guard: Callable[..., Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, cache = random_guard(tiny_base), DynamicCache()
+    told = r"A guard failed on tokens of this cache that had waited for it\. Start with a new DynamicCache\(\)\."
+    with attach(tiny_base, guards=[guard], judge_every=8) as attachment:
+        for part in IDS[:, :6].split([4, 1, 1], 1):
+            feed(attachment, part, cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(guard.trunk, "forward", lambda *_: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                attachment.judge(cache)
+        with pytest.raises(AttachmentError, match=told):
+            feed(attachment, IDS[:, 6:7], cache)
+        assert not torch.isfinite(history_of(cache).scores[:, 4:]).any(), "unjudged is never a score"
+
+
+def test_standings_are_of_the_whole_answer(tiny_base: Base, guard: Adapter) -> None:
+    prompt = torch.tensor([tiny_base.encode(TALKS[0]).ids])
+    found = []
+    for judge_every in (1, 50):
+        cache = DynamicCache()
+        with (
+            attach(tiny_base, guards=[guard], judge_every=judge_every) as attachment,
+            attachment.request(prompt_end=[prompt.shape[1]], stop=StopRule(0.05, 1)),
+        ):
+            tiny_base.model.generate(prompt, past_key_values=cache, do_sample=False, **PLENTY)
+            (standing,) = attachment.standings(cache, [N_NEW])
+        assert standing.stop is not None
+        found.append((standing.n_clear, standing.stop.token, standing.stop.n_kept))
+    assert found[0] == found[1]
+
+
+def test_a_failure_to_read_is_a_failure_of_the_group() -> None:
+    keep, broken = torch.ones(2, 5, dtype=torch.bool), ValueError("broken")
+    tapes = [Tape(keep, 1, hidden={0: torch.ones(2, 1, 4)}) for _ in range(3)]
+    assert Tape.joined(tapes, keep).hidden[0].shape == (2, 3, 4)
+    tapes[1].failure = broken
+    assert Tape.joined(tapes, keep).failure is broken
+    assert tapes[1].at_rows([1]).failure is broken

@@ -13,18 +13,17 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
-from transformers.utils.generic import ModelOutput
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.families import is_updated
 from safeside.base.model import Base
+from safeside.base.states import with_final
 from safeside.base.taps import SideCache, Tape
 from safeside.checks import cache_of, check_adapters, check_intercept, keep_mask, refuse_compiled, refuse_packed
 from safeside.errors import AttachmentError, BlockedError, InputError
@@ -42,6 +41,7 @@ from safeside.request import (
     columns_of,
     ended_request,
     history_of,
+    request_in_force,
     request_layer,
 )
 from safeside.stopping import Standing, as_rules
@@ -86,7 +86,7 @@ class Attachment:
         self.policies = as_policies(strength, list(self.aligners))
         check_guards(self.policies, list(self.guards))
         check_group(judge_every)
-        self.judge_every = judge_every
+        self.judge_every = judge_every if self.guards else 1  # without a guard there is nothing to judge
         self._adapters = {**self.guards, **self.aligners}
         self._thread = _Thread()
         self._signature = inspect.signature(base.decoder.forward)
@@ -128,7 +128,7 @@ class Attachment:
         prompt tokens of each row, padding not counted, and is what latched policies and interception wait for.
         ``copies`` is how many rows ``generate`` makes of each: ``num_beams`` or ``num_return_sequences``.  ``stop`` is
         a StopRule for the only guard, rules by guard, or True (those in the artifacts): what ``standings`` judges by.
-        ``judge_every`` replaces the attachment's.
+        ``judge_every`` replaces the attachment's.  All of it stays with the caches that these passes fill.
         """
         self._check_attached()
         if strength is not None and not self.aligners:
@@ -139,7 +139,8 @@ class Attachment:
         if ends is not None and min(ends, default=0) < 1:
             raise InputError(f"prompt_end counts tokens and starts at 1; got {ends}.")
         rules = as_rules(stop, list(self.guards.values()))
-        request = Request(policies, ends, copies, rules, self.judge_every if judge_every is None else judge_every)
+        group = self.judge_every if judge_every is None or not self.guards else judge_every
+        request = Request(policies, ends, copies, rules, group)
         before, self._thread.request = self._thread.request, request
         try:
             yield
@@ -159,9 +160,12 @@ class Attachment:
         layer = request_layer(cache)
         if layer is None or not layer.waiting:
             return {}
+        layer.refuse_foreign(self)
+        layer.spent = "A guard failed on tokens of this cache that had waited for it."  # unless it does not
         tapes = layer.waiting.take(layer.keep)
         outputs = {name: guard(tapes[name], self._side_cache(cache, name)) for name, guard in self.guards.items()}
         layer.judged(torch.cat([output.scores for output in outputs.values()], -1))
+        layer.spent = ""
         return {name: output.scores for name, output in outputs.items()}
 
     def verdicts(self, cache: DynamicCache, answer_lengths: Sequence[int] | None = None) -> list[tuple[Verdict, ...]]:
@@ -177,8 +181,13 @@ class Attachment:
     def standings(self, cache: DynamicCache, answer_lengths: Sequence[int]) -> list[Standing]:
         """For each row how its answer of so many tokens stands by the request's stop rules and the intercepting guard.
 
-        Tokens that were not fed to the base yet, or wait to be judged, are not clear while there is a rule.
+        Tokens that were not fed to the base yet are not scored, and so not clear while there is a rule.
         """
+        self.judge(cache)
+        return self.standings_so_far(cache, answer_lengths)
+
+    def standings_so_far(self, cache: DynamicCache, answer_lengths: Sequence[int]) -> list[Standing]:
+        """As ``standings``, while the answer is written: tokens that wait to be judged are not clear either."""
         guards = list(self.guards.values())
         return answer_standings(ended_request(cache), history_of(cache), guards, self.intercept, answer_lengths)
 
@@ -218,39 +227,31 @@ class Attachment:
         n_past = cache.get_seq_length() if cache is not None else 0
         refuse_packed(bound, n_new)
         keep = keep_mask(bound.get("attention_mask"), n_rows, n_new, n_past, inputs.device)
-        request = self._request_of(cache, n_past, n_rows, n_new)
-        tape = Tape(keep, n_new, is_causal=not self.base.is_encoder)
-        current = ForwardPass({name: tape.fork() for name in self._adapters}, cache, request)
-        if cache is not None and not current.may_wait:
-            self.judge(cache)
-        self._thread.current = current
-        return args, kwargs
-
-    def _request_of(self, cache: DynamicCache | None, n_past: int, n_rows: int, n_new: int) -> Request:
-        """The request in force: the thread's own, else the one that the cache already carries, else the default."""
         layer = request_layer(cache) if cache is not None else None
         if layer is not None:
             layer.refuse_foreign(self)
         check_seen(layer, n_past)
-        request = self._thread.request or (
-            layer.request if layer is not None else Request(self.policies, judge_every=self.judge_every)
-        )
-        if layer is not None and self._thread.request is None:
-            layer.refuse_new_turn(n_new, self.intercept is not None)
-        if request.prompt_end is None and layer is not None:
-            request = replace(request, prompt_end=layer.request.prompt_end)
-        if self.intercept is not None and request.prompt_end is None:
-            raise AttachmentError(
-                f"Guard {self.intercept.name!r} intercepts at the prompt's end, but prompt_end is not known. Run "
-                "inside attachment.request(prompt_end=[...]), or use base.chat."
-            )
-        request = request.for_rows(n_rows)
-        if cache is not None and layer is None:
+        request = request_in_force(self, layer, self._thread.request, n_new).for_rows(n_rows)
+        judged = self._begin_on(cache, layer, request)
+        tape = Tape(keep, n_new, is_causal=not self.base.is_encoder)
+        current = ForwardPass({name: tape.fork() for name in self._adapters}, cache, request)
+        if cache is not None and not current.may_wait:
+            judged |= self.judge(cache)
+        current.judged = judged
+        self._thread.current = current
+        return args, kwargs
+
+    def _begin_on(self, cache: DynamicCache | None, layer: RequestLayer | None, request: Request) -> dict[str, Tensor]:
+        """Have ``request`` go on from its cache; by guard the scores of what waited there for another one."""
+        if cache is None:
+            return {}
+        if layer is None:
             counts = [sum(adapter.n_cache_layers for adapter in some.values()) for some in (self.guards, self.aligners)]
             add_layers(cache, self.base.n_layers, counts, RequestLayer(self, request))
-        elif layer is not None:
-            layer.request = request
-        return request
+            return {}
+        judged = self.judge(cache) if request != layer.request else {}
+        layer.request = request
+        return judged
 
     def _embedding_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._read(0, args[0] if args else kwargs["hidden_states"])
@@ -285,7 +286,7 @@ class Attachment:
             return
         self._thread.current = None
         if layer is not None:
-            layer.is_spent = True
+            layer.spent = "The prompts on this cache were blocked before the base had read them."
         raise BlockedError(
             f"Guard {guard.name!r} blocked every prompt of this batch after block {guard.config.layers[-1]}; there is "
             "no output. Use base.chat, which gives the verdicts, or catch BlockedError.",
@@ -300,16 +301,17 @@ class Attachment:
         record = PassRecord(final)
         for tape in current.tapes.values():
             tape.final = final
-        self._run_guards(current, record)
+        if not current.may_wait:
+            self._run_guards(current, record)
         self._run_aligners(current, record, layer := current.layer)
         if layer is not None:
-            layer.store(record, next(iter(current.tapes.values())))
+            self._store(current, record, layer)
         self._thread.record = record
         if not self.aligners:
             return output
         names = list(record.deltas)
         mixed = mix(final, [record.deltas[name] for name in names], [record.strengths[name] for name in names])
-        return _with_final(output, mixed)
+        return with_final(output, mixed)
 
     def _side_cache(self, cache: DynamicCache | None, name: str) -> SideCache | None:
         if cache is None:
@@ -318,17 +320,23 @@ class Attachment:
         return SideCache(cache, self.base.n_layers + sum(self._adapters[other].n_cache_layers for other in before))
 
     def _run_guards(self, current: ForwardPass, record: PassRecord) -> None:
-        tapes = {name: current.tapes[name] for name in self.guards}
-        if current.may_wait and (layer := current.layer) is not None:
-            layer.waiting.add(tapes)
-            if len(layer.waiting) < current.request.group:
-                return
-            tapes = layer.waiting.take(next(iter(tapes.values())).keep)
         for name, guard in self.guards.items():
-            output = current.early.get(name) or guard(tapes[name], self._side_cache(current.cache, name))
+            output = current.early.get(name) or guard(current.tapes[name], self._side_cache(current.cache, name))
             assert output.scores is not None
             assert output.logits is not None
-            record.scores[name], record.logits[name] = output.scores, output.logits
+            before = current.judged.get(name)
+            record.scores[name] = output.scores if before is None else torch.cat([before, output.scores], 1)
+            record.logits[name] = output.logits
+
+    def _store(self, current: ForwardPass, record: PassRecord, layer: RequestLayer) -> None:
+        """Keep what the pass gave with the request, and judge its tokens where enough of them have waited."""
+        layer.store(record, next(iter(current.tapes.values())))
+        if current.may_wait and current.cache is not None:
+            layer.waiting.add({name: current.tapes[name] for name in self.guards})
+            if len(layer.waiting) >= current.request.group:
+                record.scores = self.judge(current.cache)
+            else:
+                record.scores = current.judged
 
     def _run_aligners(self, current: ForwardPass, record: PassRecord, layer: RequestLayer | None) -> None:
         for name, aligner in self.aligners.items():
@@ -381,19 +389,10 @@ def attach(
     It need not be in ``guards`` too; its passes need ``prompt_end``.
 
     With ``judge_every`` above 1 the guards judge an answer's tokens in groups of so many, for a fraction of the cost of
-    each by itself, and with the same scores.  A stop rule ends an answer up to so many tokens later, at the token at
-    which it would have, and none that waits is released before.  Where a strength follows the scores of an answer its
-    tokens do not wait.
+    each by itself, and with the same scores.  A stop rule ends an answer where it would have, with fewer than so many
+    tokens more that are computed and never shown.  Where a strength follows the scores of an answer none waits.
 
     A base that cannot take hooks safely is an UnsupportedError that names why; adapters that do not fit the base, their
     list or each other are an InputError; a base takes one attachment at a time, a second is an AttachmentError.
     """
     return Attachment(base, aligners, guards, strength, intercept, judge_every=judge_every)
-
-
-def _with_final(output: Any, final: Tensor) -> Any:
-    """The decoder's output with another final state."""
-    if isinstance(output, ModelOutput):
-        output["last_hidden_state"] = final
-        return output
-    return (final, *output[1:])

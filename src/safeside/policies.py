@@ -270,6 +270,11 @@ def check_guards(policies: Mapping[str, Policy], attached: Sequence[str]) -> Non
             )
 
 
+def follows_answer(policy: Policy) -> bool:
+    """Whether ``policy`` asks a guard again at every token."""
+    return policy.guard is not None and not policy.latched
+
+
 def counts_from_prompt(policy: Policy) -> bool:
     """Whether ``policy`` has to know where the prompt ends."""
     if isinstance(policy, Strongest):

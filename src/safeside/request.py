@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +22,7 @@ from safeside.adapters.adapter import Adapter, SideOutput
 from safeside.base.taps import Tape
 from safeside.errors import AttachmentError, InputError, UnsupportedError
 from safeside.mixing import Policy
-from safeside.policies import counts_from_prompt, row_values, with_row_values
+from safeside.policies import counts_from_prompt, follows_answer, row_values, with_row_values
 from safeside.stopping import StopRule
 from safeside.waiting import Waiting
 
@@ -74,8 +75,7 @@ class Request:
     @property
     def group(self) -> int:
         """Tokens of an answer that may be judged together: one where a strength follows what guards say of each."""
-        follows = any(policy.guard is not None and not policy.latched for policy in self.policies.values())
-        return 1 if follows else self.judge_every
+        return 1 if any(map(follows_answer, self.policies.values())) else self.judge_every
 
     def for_rows(self, n_rows: int) -> Request:
         """The request for a batch of ``n_rows``: each row as often as ``copies`` says."""
@@ -113,17 +113,18 @@ class Request:
 class SideLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache for the adapters; one that holds nothing yet can be cropped too.
 
-    A guard's layer is behind the base's by the tokens that are ``waiting``.
+    A guard's layer is behind the base's by the tokens that wait.
     """
 
-    def __init__(self, waiting: Waiting | None = None) -> None:
+    def __init__(self, behind: Waiting | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._lag = waiting
+        self._behind = behind
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (a negative number of them), if there are any."""
         if self.keys is not None:
-            super().crop(min(0, tokens_to_remove + len(self._lag)) if self._lag is not None else tokens_to_remove)
+            n_waiting = 0 if self._behind is None else len(self._behind)
+            super().crop(min(0, tokens_to_remove + n_waiting))
 
 
 class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
@@ -139,17 +140,16 @@ class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
         self.request = request
         self.waiting = Waiting()
         self.skipped: set[str] = set()
-        self._has_prompts = False  # all rows have read theirs
-        self.is_spent = False  # a pass was stopped on the way: the layers behind it have not seen its tokens
+        self._read: tuple[int, ...] | None = None  # prompts' ends that all rows have behind them
+        self.spent = ""
+        """Why nothing can go on from this cache: some of its layers have not seen what others have."""
 
     def refuse_foreign(self, attachment: object) -> None:
-        """Raise where another attachment owns this layer, or an intercepting guard stopped a pass on the way."""
+        """Raise where another attachment owns this layer, or nothing can go on from it."""
         if self.owner is not attachment:
             raise AttachmentError("This cache belongs to another attachment. Start with a new DynamicCache().")
-        if self.is_spent:
-            raise AttachmentError(
-                "The prompts on this cache were blocked before the base had read them. Start with a new DynamicCache()."
-            )
+        if self.spent:
+            raise AttachmentError(f"{self.spent} Start with a new DynamicCache().")
 
     def refuse_new_turn(self, n_new: int, intercepts: bool) -> None:
         """Raise where several tokens follow a judged prompt without a request of their own: nobody would judge them."""
@@ -172,43 +172,43 @@ class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
         """Whether the pass on ``tape`` feeds each row one token of its answer, and guards may judge such later."""
         if tape.n_new > 1 or not tape.n_past or self.request.group == 1:
             return False
-        if self.request.prompt_end is not None and not self._has_prompts:
-            ends = torch.tensor(self.request.prompt_end, device=tape.keep.device)
-            self._has_prompts = bool((tape.positions[:, 0] >= ends).all())
-        return self.request.prompt_end is None or self._has_prompts
+        ends = self.request.prompt_end
+        if ends != self._read and ends is not None:
+            is_read = bool((tape.positions[:, 0] >= torch.tensor(ends, device=tape.keep.device)).all())
+            self._read = ends if is_read else None
+        return ends == self._read or ends is None
 
     def judged(self, scores: Float[Tensor, "B T K"]) -> None:
-        """Write the scores of the newest tokens, some of which had to wait."""
+        """Write the scores of the newest tokens, which had to wait."""
         assert self.keys is not None
         before = self.keys[:, :, : self.keys.shape[2] - scores.shape[1]]
         self.keys = torch.cat([before, scores.to(before.dtype)[:, None]], 2)
 
     def store(self, record: PassRecord, tape: Tape) -> None:
-        """Add a pass: the scores of the tokens that it judged, the strengths and indices of those on ``tape``."""
+        """Add a pass: the scores, strengths and indices of the tokens on ``tape``."""
         n_rows, n_new = tape.keep_new.shape
         if record.scores:
-            scores = torch.cat([*record.scores.values()], -1).detach()
-        else:  # its tokens wait, or there is no guard
-            n_columns = self.keys.shape[-1] if self.waiting and self.keys is not None else 1
-            scores = torch.full((n_rows, n_new, n_columns), math.nan if self.waiting else 0.0, device=tape.keep.device)
+            scores = torch.cat([*record.scores.values()], -1).detach()[:, -n_new:]
+        elif self.keys is not None and self.keys.numel():  # its tokens wait, or there is no guard
+            scores = self.keys.new_full((n_rows, n_new, self.keys.shape[-1]), math.nan)
+        else:
+            scores = torch.full((n_rows, n_new, 1), math.nan, device=tape.keep.device)
         indices = torch.where(tape.keep_new, tape.positions, -1).float()
         strengths = [strength.expand(n_rows, n_new) for strength in record.strengths.values()]
-        self.update(scores[:, None, -n_new:], torch.stack([*strengths, indices], -1).detach()[:, None])
-        if scores.shape[1] > n_new:
-            self.judged(scores)
+        self.update(scores[:, None], torch.stack([*strengths, indices], -1).detach()[:, None])
 
     def reset(self) -> None:
         """Forget every token, and that aligners were skipped on them."""
         super().reset()
         self.waiting.drop(len(self.waiting))
         self.skipped.clear()
-        self._has_prompts = False
+        self._read = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; when none is left, no aligner has missed any."""
         super().crop(tokens_to_remove)
         self.waiting.drop(-tokens_to_remove)
-        self._has_prompts = False
+        self._read = None
         if not self.get_seq_length():
             self.skipped.clear()
 
@@ -238,7 +238,7 @@ class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
     def __deepcopy__(self, memo: dict[int, object]) -> RequestLayer:
         copy = RequestLayer(self.owner, self.request)
         copy.waiting = deepcopy(self.waiting, memo)
-        copy.skipped, copy.is_spent = set(self.skipped), self.is_spent
+        copy.skipped, copy.spent = set(self.skipped), self.spent
         if self.keys is not None and self.values is not None:
             copy.update(self.keys.clone(), self.values.clone())
         memo[id(self)] = copy
@@ -295,8 +295,8 @@ def request_layer(cache: DynamicCache) -> RequestLayer | None:
 def add_layers(cache: DynamicCache, n_base: int, n_side: Sequence[int], last: RequestLayer) -> None:
     """Give a new cache, behind the base's layers, those of guards and aligners (``n_side``) and the request's own."""
     cache.layers.extend(SideLayer() for _ in range(n_base - len(cache.layers)))
-    for lag, count in zip((last.waiting, None), n_side, strict=True):
-        cache.layers.extend(SideLayer(lag) for _ in range(count))
+    for behind, count in zip((last.waiting, None), n_side, strict=True):
+        cache.layers.extend(SideLayer(behind) for _ in range(count))
     cache.layers.append(last)
 
 
@@ -318,6 +318,33 @@ def ended_request(cache: DynamicCache) -> Request:
     return layer.request
 
 
+class Owner(Protocol):
+    """What a request has to know of the attachment."""
+
+    policies: dict[str, Policy]
+    intercept: Adapter | None
+    judge_every: int
+
+
+def request_in_force(owner: Owner, layer: RequestLayer | None, asked: Request | None, n_new: int) -> Request:
+    """The request of a pass: the thread's own, else the one that the cache already carries, else the default."""
+    if asked is not None:
+        request = asked
+    elif layer is not None:
+        request = layer.request
+        layer.refuse_new_turn(n_new, owner.intercept is not None)
+    else:
+        request = Request(owner.policies, judge_every=owner.judge_every)
+    if request.prompt_end is None and layer is not None:
+        request = replace(request, prompt_end=layer.request.prompt_end)
+    if owner.intercept is not None and request.prompt_end is None:
+        raise AttachmentError(
+            f"Guard {owner.intercept.name!r} intercepts at the prompt's end, but prompt_end is not known. Run inside "
+            "attachment.request(prompt_end=[...]), or use base.chat."
+        )
+    return request
+
+
 class ForwardPass:
     """One forward pass of the base in flight: its tapes, its cache, its request, and what was run before its end."""
 
@@ -326,8 +353,12 @@ class ForwardPass:
         self.cache = cache
         self.request = request
         self.early: dict[str, SideOutput] = {}
+        self.judged: dict[str, Tensor] = {}
+        """By guard the scores of tokens that waited until now."""
         self.may_wait = self.layer is not None and self.layer.may_wait(next(iter(tapes.values())))
         """Whether its tokens are of answers and may be judged later, with those behind them."""
+        if self.may_wait and self.layer is not None:
+            self.layer.waiting.match(tapes.values())
 
     @property
     def layer(self) -> RequestLayer | None:
@@ -346,7 +377,7 @@ class PassRecord:
     strengths: dict[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     """By aligner, the strength in [0, 2] of each new token."""
     scores: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
-    """By guard, calibrated risk in [0, 1] of the tokens that the pass judged: its new ones and those that waited
-    before them, or none where its own have to wait."""
+    """By guard, calibrated risk in [0, 1] of the tokens that the pass judged, the last of them its own and before them
+    those that waited; none where its own have to wait."""
     logits: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
-    """By guard, the raw outputs behind the scores."""
+    """By guard, the raw outputs behind the scores of the pass's own tokens; none where these wait."""

@@ -6,7 +6,7 @@ costs hardly more.  What waits hangs on the request's cache and is cropped, repe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -23,6 +23,11 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._passes)
 
+    def match(self, tapes: Iterable[Tape]) -> None:
+        """Have new tapes read as those that wait were: rows may have left since, or come."""
+        for tape in tapes:
+            tape.few = next(iter(self._passes[0].values())).few if self._passes else tape.few
+
     def add(self, tapes: dict[str, Tape]) -> None:
         """Take what the guards read in one more pass."""
         self._passes.append(tapes)
@@ -30,8 +35,6 @@ class Waiting:
     def take(self, keep: Bool[Tensor, "B S"]) -> dict[str, Tape]:
         """By guard one tape of all that waited; then nothing does.  ``keep`` covers these tokens and all before."""
         passes, self._passes = self._passes, []
-        if len(passes) == 1:
-            return passes[0]
         return {name: Tape.joined([tapes[name] for tapes in passes], keep) for name in passes[0]}
 
     def drop(self, n_tokens: int) -> None:

@@ -42,7 +42,10 @@ class Trunk(Protocol):
         ...
 
     def read(self, tape: Tape, layer: int, hidden: Float[Tensor, "B T D"]) -> None:
-        """Write on ``tape`` what is needed of one tapped state, as narrow as possible.  Called layer by layer."""
+        """Write on ``tape.hidden`` what is needed of one tapped state, (B, T, ...) and as narrow as possible.
+
+        Called layer by layer.
+        """
         ...
 
     def forward(self, tape: Tape, cache: SideCache | None) -> Float[Tensor, "B T d"]:

@@ -43,8 +43,6 @@ class AttachedAdapters(Protocol):
         self, *, strength: object = None, prompt_end: Sequence[int] | None = None, stop: object = None
     ) -> contextlib.AbstractContextManager[None]: ...
 
-    def judge(self, cache: DynamicCache) -> object: ...
-
     def verdicts(
         self, cache: DynamicCache, answer_lengths: Sequence[int] | None = None
     ) -> list[tuple[Verdict, ...]]: ...
@@ -52,6 +50,8 @@ class AttachedAdapters(Protocol):
     def traces(self, cache: DynamicCache) -> list[tuple[StrengthTrace, ...]]: ...
 
     def standings(self, cache: DynamicCache, answer_lengths: Sequence[int]) -> Sequence[AnswerStanding]: ...
+
+    def standings_so_far(self, cache: DynamicCache, answer_lengths: Sequence[int]) -> Sequence[AnswerStanding]: ...
 
 
 class Follower(StoppingCriteria):
@@ -79,7 +79,7 @@ class Follower(StoppingCriteria):
         if self.attachment is None:
             self._release(answers, [len(answer) for answer in answers])
             return torch.zeros(len(answers), dtype=torch.bool, device=input_ids.device)
-        standings = self.attachment.standings(self.cache, [len(answer) for answer in answers])
+        standings = self.attachment.standings_so_far(self.cache, [len(answer) for answer in answers])
         self._release(answers, [standing.n_clear for standing in standings])
         ended = [standing.is_blocked or standing.stop is not None for standing in standings]
         return torch.tensor(ended, device=input_ids.device)

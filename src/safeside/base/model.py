@@ -247,8 +247,6 @@ class Base:
         own = [cut(answer, follower.stop_ids) for answer in answers]
         lengths = [len(kept) + ended for kept, ended in own]
         attached = self.attachment
-        if attached:
-            attached.judge(cache)
         standings = attached.standings(cache, lengths) if attached else [None] * len(ends)
         texts, reasons = [], []
         for row, ((kept, ended), standing) in enumerate(zip(own, standings, strict=True)):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from safeside.base.model import Base
 
@@ -36,3 +38,11 @@ def recorded_states(base: Base, layers: Sequence[int]) -> Iterator[dict[int, Ten
     finally:
         for handle in handles:
             handle.remove()
+
+
+def with_final(output: Any, final: Tensor) -> Any:
+    """The decoder's output with another final state."""
+    if isinstance(output, ModelOutput):
+        output["last_hidden_state"] = final
+        return output
+    return (final, *output[1:])

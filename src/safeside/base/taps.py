@@ -31,8 +31,14 @@ class Tape:
     """By layer, what the adapter wrote of it."""
     final: Tensor | None = None
     """The decoder's normed output (B, T, D), once the base has run."""
-    n_passes: int = 1
-    """Passes of the base that the new tokens came in, as many in each."""
+    few: bool | None = None
+    """What ``is_short`` says; counted from the tape's own tokens unless given."""
+    failure: Exception | None = None
+    """What went wrong where its adapter read; the tape is then of no use."""
+
+    def __post_init__(self) -> None:
+        if self.few is None:
+            self.few = self.keep.shape[0] * self.n_new <= _FEW_TOKENS
 
     @property
     def n_past(self) -> int:
@@ -41,8 +47,11 @@ class Tape:
 
     @property
     def is_short(self) -> bool:
-        """Whether a pass has a few new tokens only, all rows counted, as in decoding: steps cost more than sums."""
-        return self.keep.shape[0] * self.n_new <= _FEW_TOKENS * self.n_passes
+        """Whether the pass has a few new tokens only, all rows counted, as in decoding: steps cost more than sums.
+
+        It stays so where the tape is joined with others, or other rows are chosen of it.
+        """
+        return bool(self.few)
 
     @property
     def keep_new(self) -> Bool[Tensor, "B T"]:
@@ -71,7 +80,7 @@ class Tape:
 
     def fork(self) -> Tape:
         """An empty tape over the same tokens, for another adapter."""
-        return Tape(self.keep, self.n_new, self.is_causal)
+        return Tape(self.keep, self.n_new, self.is_causal, few=self.few)
 
     def at_rows(self, rows: Sequence[int]) -> Tape:
         """The same tape of some rows, in this order; one may come more than once."""
@@ -83,14 +92,17 @@ class Tape:
     def joined(cls, tapes: Sequence[Tape], keep: Bool[Tensor, "B S"]) -> Tape:
         """One tape over the new tokens of passes that followed each other; ``keep`` covers them and all before.
 
-        A layer that one of them lacks, because its adapter failed there, is left out.
+        A failure in one of them is a failure of all.
         """
-        layers = [layer for layer in tapes[0].hidden if all(layer in tape.hidden for tape in tapes)]
-        hidden = {layer: torch.cat([tape.hidden[layer] for tape in tapes], 1) for layer in layers}
+        first, n_new = tapes[0], sum(tape.n_new for tape in tapes)
+        failures = [tape.failure for tape in tapes if tape.failure is not None]
+        if failures:
+            return cls(keep, n_new, first.is_causal, few=first.few, failure=failures[0])
+        assert all(tape.few == first.few for tape in tapes), "tapes of a group are read alike"
+        hidden = {layer: torch.cat([tape.hidden[layer] for tape in tapes], 1) for layer in first.hidden}
         finals = [tape.final for tape in tapes if tape.final is not None]
-        n_new = sum(tape.n_new for tape in tapes)
-        final = torch.cat(finals, 1) if len(finals) == len(tapes) else None
-        return cls(keep, n_new, tapes[0].is_causal, hidden, final, len(tapes))
+        final = torch.cat(finals, 1) if finals else None
+        return cls(keep, n_new, first.is_causal, hidden, final, first.few)
 
 
 def _at(state: Tensor | None, rows: list[int]) -> Tensor | None:

@@ -39,7 +39,7 @@ class Rows:
 
 def joined(first: Rows, second: Rows) -> Rows:
     """The rows of both, the shorter ones padded on the left."""
-    assert not any(_waits(rows) for rows in (first, second)), "what waits is judged before rows join"
+    assert not any(map(_waits, (first, second))), "what waits is judged before rows join"
     length = max(first.keep.shape[1], second.keep.shape[1])
     keep = torch.cat([F.pad(rows.keep, (length - rows.keep.shape[1], 0)) for rows in (first, second)])
     for own, other in zip(first.cache.layers, second.cache.layers, strict=True):
@@ -58,14 +58,13 @@ def joined(first: Rows, second: Rows) -> Rows:
 
 def selected(rows: Rows, indices: Sequence[int]) -> Rows:
     """Only the rows at ``indices``, without the padding that none of them needs; the others' memory is free."""
+    assert not _waits(rows), "what waits is judged before rows leave"
     chosen = list(indices)
     keep = rows.keep[chosen]
     start = int(keep.any(0).int().argmax())
     for layer in rows.cache.layers:
         if (state := _state(layer)) is not None:
             _set_state(layer, (state[0][chosen, :, start:], state[1][chosen, :, start:]))
-    if (request := request_layer(rows.cache)) is not None:
-        request.waiting.select(chosen)
     return Rows(rows.cache, keep[:, start:])
 
 

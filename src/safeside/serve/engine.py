@@ -212,6 +212,7 @@ class Engine:
             while self._wait():
                 self._turn()
         finally:
+            self._judge_running()
             self._runner.detach()
             self._refuse_rest()
 
@@ -249,6 +250,8 @@ class Engine:
 
     def _drop_gone(self) -> None:
         """Let go of rows and waiting jobs that nobody listens to any more, or whose time is over."""
+        if any(row.job.is_over for row in self._running):
+            self._judge_running()
         self._keep([self._is_wanted(row.job) for row in self._running])
         with self._wake:
             self._waiting = deque(job for job in self._waiting if self._is_wanted(job))
@@ -272,9 +275,12 @@ class Engine:
         return False
 
     def _keep(self, stays: Sequence[bool]) -> None:
-        """Go on with the rows for which ``stays`` is true."""
+        """Go on with the rows for which ``stays`` is true, once none of their tokens waits to be judged."""
         if all(stays):
             return
+        if self._rows is not None and any(stays):
+            heard = zip(stays, self._running, self._runner.judge(self._rows), strict=True)
+            stays = [stay and self._tried(row, partial(row.hear, scores)) for stay, row, scores in heard]
         kept = [index for index, stay in enumerate(stays) if stay]
         self._running = [self._running[index] for index in kept]
         self._rows = selected(self._rows, kept) if kept and self._rows is not None else None
@@ -310,9 +316,9 @@ class Engine:
                 self._fail(jobs, error)
             return False
         stays = [self._advance(row, row.begin, found, index) for index, row in enumerate(rows)]
-        self._judge_running()
         kept = [index for index, stay in enumerate(stays) if stay]
         if kept:
+            self._judge_running()
             self._running += [rows[index] for index in kept]  # from here on an error is theirs too
             begun = found.rows if all(stays) else selected(found.rows, kept)
             self._rows = begun if self._rows is None else joined(self._rows, begun)
@@ -320,7 +326,7 @@ class Engine:
         return True
 
     def _judge_running(self) -> None:
-        """Let no token of the answers in progress wait any longer: rows that join have none that does."""
+        """Let no token of the answers in progress wait any longer: before rows join, or are let go of."""
         if self._rows is None:
             return
         try:
@@ -328,9 +334,8 @@ class Engine:
         except Exception as error:  # as above, and theirs alone: whoever joins has not been with them
             self._fail_running(error)
             return
-        if any(found):
-            pairs = zip(self._running, found, strict=True)
-            self._keep([self._tried(row, partial(row.hear, scores)) for row, scores in pairs])
+        pairs = zip(self._running, found, strict=True)
+        self._keep([self._tried(row, partial(row.hear, scores)) for row, scores in pairs])
 
     def _advance(self, row: Row, take: Callable[[Sequence[Scores]], bool], found: Pass, index: int) -> bool:
         """Give a row its part of a pass and draw its next token; whether it needs another pass."""

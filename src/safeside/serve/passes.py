@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +24,7 @@ from safeside.chat import pad_batch
 from safeside.errors import ServingError
 from safeside.gates import Seen, strength_of
 from safeside.mixing import Policy, mix
-from safeside.policies import guards_of
+from safeside.policies import follows_answer, guards_of
 from safeside.request import History, columns_of, history_of
 from safeside.serve.batch import Rows
 
@@ -45,7 +44,7 @@ class Setting:
     @property
     def follows_answer(self) -> bool:
         """Whether a strength depends on what guards say of each token of the answer."""
-        return any(policy.guard is not None and not policy.latched for policy in self.strengths.values())
+        return any(map(follows_answer, self.strengths.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +104,10 @@ class Runner:
         return _by_row(found, rows.keep.shape[0])
 
     def _run(self, ids: Tensor, rows: Rows, settings: Sequence[Setting]) -> Pass:
-        waits = self.attachment is not None and any(setting.follows_answer for setting in settings)
-        with self.attachment.request(judge_every=1) if waits and self.attachment is not None else nullcontext():
+        if self.attachment is None:
+            return self._passed(ids, rows, settings)
+        follows = any(setting.follows_answer for setting in settings)
+        with self.attachment.request(judge_every=1 if follows else self.judge_every):
             return self._passed(ids, rows, settings)
 
     def _passed(self, ids: Tensor, rows: Rows, settings: Sequence[Setting]) -> Pass:
@@ -165,10 +166,12 @@ class Runner:
 
 
 def _by_row(scores: Mapping[str, Float[Tensor, "B T K"]], n_rows: int) -> tuple[tuple[Scores, ...], ...]:
+    """By row the scores of each token, the oldest first; without any guard's scores no token has some."""
     lists = {name: values.tolist() for name, values in scores.items()}
-    n_tokens = min((values.shape[1] for values in scores.values()), default=0)
+    counts = {values.shape[1] for values in scores.values()} or {0}
+    assert len(counts) == 1, "guards judge the same tokens"
     return tuple(
-        tuple({name: tuple(values[row][token]) for name, values in lists.items()} for token in range(n_tokens))
+        tuple({name: tuple(values[row][token]) for name, values in lists.items()} for token in range(*counts))
         for row in range(n_rows)
     )
 

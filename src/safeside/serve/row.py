@@ -105,6 +105,11 @@ class Job:
     def is_overdue(self) -> bool:
         return time.monotonic() > self.deadline
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody waits for it any more, or not for that long."""
+        return self.is_overdue or self.cancelled.is_set()
+
 
 class Row:
     """The state of one job while it runs; its tokens and scores go in, events come out."""
@@ -151,10 +156,7 @@ class Row:
 
     def hear(self, scores: Sequence[Scores]) -> bool:
         """Take the scores of the tokens that were judged, the oldest first; whether the answer goes on."""
-        if not all(self._hear_one(token) for token in scores):
-            return False
-        self._tell(self._n_clear)
-        return True
+        return all(self._hear_one(token) for token in scores)
 
     def _hear_one(self, scores: Scores) -> bool:
         self._risks.append(scores)
@@ -168,6 +170,7 @@ class Row:
                 self._end("content_filter", verdicts, decision)
                 return False
         if self._ending is None or len(self._risks) < len(self.tokens):
+            self._tell(self._n_clear)
             return True
         self._judge_whole(scores)
         return False
@@ -185,7 +188,7 @@ class Row:
                 self._ending = "stop" if self._text.is_stopped else "length"
         if self._sends_at_once:
             self._tell(len(self.tokens))
-        if self._ending is not None and not self._guards:
+        if self._ending is not None and not self._guards and len(self._risks) == len(self.tokens) - 1:
             self._end(self._ending, (), self.job.policy.decide_answer(()))
             return False
         return True
@@ -199,18 +202,19 @@ class Row:
         self._end("content_filter" if is_stopped else self._ending, verdicts, decision)
 
     def _end(self, finish: Finish, verdicts: tuple[Verdict, ...], decision: Decision) -> None:
-        n_clear = len(self.tokens)
+        n_tokens = n_clear = len(self.tokens)
         if finish == "content_filter":  # what a guard could not score is not clear
             n_clear = self._n_told if self._failed else self._n_clear
+            n_tokens = self._n_known
         self._tell(n_clear, is_last=finish != "content_filter")
         self.job.listen(
             Ended(
                 finish,
-                len(self.tokens),
+                n_tokens,
                 self._watch.marked(verdicts),
                 self._watch.settled(decision),
-                max(self._strengths, default=0.0),
-                self._text.text,
+                max(self._strengths[:n_tokens], default=0.0),
+                self._text.of(n_tokens) if n_tokens < len(self.tokens) else self._text.text,
                 self._stream.stop,
                 self._leak_bound,
             )
@@ -220,7 +224,12 @@ class Row:
     def _leak_bound(self) -> int:
         """A run of risky tokens, and those that were sent while its last one waited to be judged."""
         run = self._stream.leak_bound if self._sends_at_once else 0
-        return run and run + self._judge_every - 1
+        return run and run + (0 if self.setting.follows_answer else self._judge_every - 1)
+
+    @property
+    def _n_known(self) -> int:
+        """Tokens that count as written: where they are held back, those that were judged."""
+        return len(self.tokens) if self._sends_at_once else len(self._risks)
 
     @property
     def _n_clear(self) -> int:
@@ -231,7 +240,7 @@ class Row:
         n_shown = len(self.tokens) - (self.tokens[-1:] != [] and self.newest in self._stop_ids)
         n_clear = max(self._n_told, min(n_clear, n_shown))
         tokens = tuple(self.tokens[self._n_told : n_clear])
-        text = self._text.show(n_clear, is_last=is_last)
+        text = self._text.show(n_clear, self._n_known, is_last=is_last)
         n_traced = min(n_clear, len(self._risks))
         traces = tuple(
             Trace(self.tokens[index].id, self._risks[index], self._strengths[index])

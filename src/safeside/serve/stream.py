@@ -25,8 +25,16 @@ class AnswerText:
         self._shown = 0
         self.text = ""
         """Everything so far, half characters left out, and nothing from a stop string on."""
-        self.is_stopped = False
+        self._stopped_at = math.inf  # how many tokens there were when a stop string was met
+
+    @property
+    def is_stopped(self) -> bool:
         """Whether a stop string was met."""
+        return len(self._ids) >= self._stopped_at
+
+    def of(self, n_tokens: int) -> str:
+        """What the first ``n_tokens`` spell, or all of them where there are fewer."""
+        return self.text[: self._ends[:n_tokens][-1]] if n_tokens and self._ends else ""
 
     def add(self, token: int) -> None:
         """Take the next token of the answer."""
@@ -36,14 +44,19 @@ class AnswerText:
             self._take(piece)
         self._ends.append(len(self.text))
 
-    def show(self, n_tokens: int, *, is_last: bool = False) -> str:
-        """What the first ``n_tokens`` spell beyond what was shown; the start of a stop string waits for its rest."""
+    def show(self, n_tokens: int, n_known: int | None = None, *, is_last: bool = False) -> str:
+        """What the first ``n_tokens`` spell beyond what was shown; the start of a stop string waits for its rest.
+
+        Of the others only the first ``n_known`` count, as if no more had been written; all unless given.
+        """
+        n_known = len(self._ids) if n_known is None else n_known
         if is_last and not self.is_stopped and n_tokens == len(self._ids) and (rest := self._piece()):
             self._take(rest)
             self._ends[-1] = len(self.text)
-        end = min(self._ends[n_tokens - 1], len(self.text)) if n_tokens else 0
-        if not (is_last or self.is_stopped):
-            end = min(end, len(self.text) - self._n_waiting())
+        end = len(self.of(n_tokens))
+        if not (is_last or n_known >= self._stopped_at):
+            known = self.of(n_known)
+            end = min(end, len(known) - self._n_waiting(known))
         piece = self.text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
@@ -63,13 +76,13 @@ class AnswerText:
         places = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop]
         found = [place for place in places if place >= 0]
         if found:
-            self.text, self.is_stopped = self.text[: min(found)], True
+            self.text, self._stopped_at = self.text[: min(found)], len(self._ids)
 
-    def _n_waiting(self) -> int:
-        """Characters at the text's end that may begin a stop string."""
+    def _n_waiting(self, text: str) -> int:
+        """Characters at the end of ``text`` that may begin a stop string."""
         longest = max((len(stop) for stop in self._stop), default=0)
-        tails = range(min(longest - 1, len(self.text)), 0, -1)
-        return next((n for n in tails if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)
+        tails = range(min(longest - 1, len(text)), 0, -1)
+        return next((n for n in tails if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
 
 
 @dataclass(slots=True)

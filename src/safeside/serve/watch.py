@@ -38,15 +38,14 @@ class WatchedGuard(Adapter):
         super().__init__(guard.config)
         self.trunk, self.head = guard.trunk, guard.head
         self.watch = watch
-        self._error: Exception | None = None
         self.eval()
 
     def read(self, tape: Tape, layer: int, hidden: Tensor) -> None:
-        """Take what the trunk needs; an error is kept for the end of the pass."""
+        """Take what the trunk needs; an error is kept on the tape for when it is judged."""
         try:
             super().read(tape, layer, hidden)
         except Exception as error:  # whatever a guard does wrong, the pass goes on without it
-            self._error = error
+            tape.failure = error
 
     def forward(self, tape: Tape, cache: SideCache | None = None) -> SideOutput:
         """The guard's scores (B, T, K), or NaN."""
@@ -57,7 +56,6 @@ class WatchedGuard(Adapter):
         except Exception as error:  # as above
             _log.error("guard %s failed: %s", self.name, type(error).__name__)
             failure, output = "error", self._unscored(tape)
-        self._error = None
         if cache is not None and failure is not None:
             self._fill(cache, tape.keep.shape[1])
         seconds = time.perf_counter() - started
@@ -71,8 +69,8 @@ class WatchedGuard(Adapter):
         return output
 
     def _scored(self, tape: Tape, cache: SideCache | None) -> SideOutput:
-        if self._error is not None:
-            raise self._error
+        if tape.failure is not None:
+            raise tape.failure
         return super().forward(tape, cache)
 
     def _unscored(self, tape: Tape) -> SideOutput:
