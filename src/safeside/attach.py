@@ -232,26 +232,22 @@ class Attachment:
             layer.refuse_foreign(self)
         check_seen(layer, n_past)
         request = request_in_force(self, layer, self._thread.request, n_new).for_rows(n_rows)
-        judged = self._begin_on(cache, layer, request)
-        tape = Tape(keep, n_new, is_causal=not self.base.is_encoder)
-        current = ForwardPass({name: tape.fork() for name in self._adapters}, cache, request)
-        if cache is not None and not current.may_wait:
-            judged |= self.judge(cache)
-        current.judged = judged
-        self._thread.current = current
-        return args, kwargs
-
-    def _begin_on(self, cache: DynamicCache | None, layer: RequestLayer | None, request: Request) -> dict[str, Tensor]:
-        """Have ``request`` go on from its cache; by guard the scores of what waited there for another one."""
-        if cache is None:
-            return {}
-        if layer is None:
+        if layer is not None and cache is not None:
+            if layer.waiting and request != layer.request:
+                self.judge(cache)
+            layer.request = request
+        elif cache is not None:
             counts = [sum(adapter.n_cache_layers for adapter in some.values()) for some in (self.guards, self.aligners)]
             add_layers(cache, self.base.n_layers, counts, RequestLayer(self, request))
-            return {}
-        judged = self.judge(cache) if request != layer.request else {}
-        layer.request = request
-        return judged
+        tape = Tape(keep, n_new, is_causal=not self.base.is_encoder)
+        current = ForwardPass({name: tape.fork() for name in self._adapters}, cache, request)
+        if current.may_wait:
+            for name in self.guards:  # rows may come and leave before they are judged: all are read alike
+                current.tapes[name].few = True
+        elif cache is not None:
+            self.judge(cache)
+        self._thread.current = current
+        return args, kwargs
 
     def _embedding_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._read(0, args[0] if args else kwargs["hidden_states"])
@@ -324,19 +320,20 @@ class Attachment:
             output = current.early.get(name) or guard(current.tapes[name], self._side_cache(current.cache, name))
             assert output.scores is not None
             assert output.logits is not None
-            before = current.judged.get(name)
-            record.scores[name] = output.scores if before is None else torch.cat([before, output.scores], 1)
-            record.logits[name] = output.logits
+            record.scores[name], record.logits[name] = output.scores, output.logits
 
     def _store(self, current: ForwardPass, record: PassRecord, layer: RequestLayer) -> None:
         """Keep what the pass gave with the request, and judge its tokens where enough of them have waited."""
-        layer.store(record, next(iter(current.tapes.values())))
-        if current.may_wait and current.cache is not None:
-            layer.waiting.add({name: current.tapes[name] for name in self.guards})
-            if len(layer.waiting) >= current.request.group:
-                record.scores = self.judge(current.cache)
-            else:
-                record.scores = current.judged
+        tape, own = next(iter(current.tapes.values())), {name: current.tapes[name] for name in self.guards}
+        has_failed = any(tape.failure for tape in own.values())
+        if current.may_wait and has_failed and current.cache is not None:
+            self.judge(current.cache)  # those before have nothing to do with it
+        layer.store(record, tape, waits=current.may_wait)
+        if not current.may_wait or current.cache is None:
+            return
+        layer.waiting.add(own)
+        if has_failed or len(layer.waiting) >= current.request.group:
+            record.scores = {name: scores[:, -1:] for name, scores in self.judge(current.cache).items()}
 
     def _run_aligners(self, current: ForwardPass, record: PassRecord, layer: RequestLayer | None) -> None:
         for name, aligner in self.aligners.items():

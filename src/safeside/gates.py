@@ -42,7 +42,6 @@ def seen_so_far(layer: RequestLayer | None, columns: slice, new: Float[Tensor, "
     """
     if new is None:
         new = torch.full((*tape.keep_new.shape, columns.stop - columns.start), torch.nan, device=tape.keep.device)
-    new = new[:, -tape.n_new :]
     positions = torch.where(tape.keep_new, tape.positions, -1)
     if layer is None or layer.keys is None or layer.values is None or not layer.keys.numel():
         return Seen(new, positions)

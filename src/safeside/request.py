@@ -140,7 +140,6 @@ class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
         self.request = request
         self.waiting = Waiting()
         self.skipped: set[str] = set()
-        self._read: tuple[int, ...] | None = None  # prompts' ends that all rows have behind them
         self.spent = ""
         """Why nothing can go on from this cache: some of its layers have not seen what others have."""
 
@@ -173,10 +172,9 @@ class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
         if tape.n_new > 1 or not tape.n_past or self.request.group == 1:
             return False
         ends = self.request.prompt_end
-        if ends != self._read and ends is not None:
-            is_read = bool((tape.positions[:, 0] >= torch.tensor(ends, device=tape.keep.device)).all())
-            self._read = ends if is_read else None
-        return ends == self._read or ends is None
+        if ends is None or self.waiting:  # of an answer is what waits, too
+            return True
+        return bool((tape.positions[:, 0] >= torch.tensor(ends, device=tape.keep.device)).all())
 
     def judged(self, scores: Float[Tensor, "B T K"]) -> None:
         """Write the scores of the newest tokens, which had to wait."""
@@ -184,15 +182,15 @@ class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
         before = self.keys[:, :, : self.keys.shape[2] - scores.shape[1]]
         self.keys = torch.cat([before, scores.to(before.dtype)[:, None]], 2)
 
-    def store(self, record: PassRecord, tape: Tape) -> None:
-        """Add a pass: the scores, strengths and indices of the tokens on ``tape``."""
+    def store(self, record: PassRecord, tape: Tape, *, waits: bool = False) -> None:
+        """Add a pass: scores (NaN where the tokens wait), strengths and indices of the tokens on ``tape``."""
         n_rows, n_new = tape.keep_new.shape
-        if record.scores:
-            scores = torch.cat([*record.scores.values()], -1).detach()[:, -n_new:]
-        elif self.keys is not None and self.keys.numel():  # its tokens wait, or there is no guard
+        if waits and self.keys is not None:
             scores = self.keys.new_full((n_rows, n_new, self.keys.shape[-1]), math.nan)
-        else:
-            scores = torch.full((n_rows, n_new, 1), math.nan, device=tape.keep.device)
+        elif record.scores:
+            scores = torch.cat([*record.scores.values()], -1).detach()
+        else:  # there is no guard
+            scores = torch.zeros(n_rows, n_new, 1, device=tape.keep.device)
         indices = torch.where(tape.keep_new, tape.positions, -1).float()
         strengths = [strength.expand(n_rows, n_new) for strength in record.strengths.values()]
         self.update(scores[:, None], torch.stack([*strengths, indices], -1).detach()[:, None])
@@ -202,13 +200,11 @@ class RequestLayer(SideLayer):  # type: ignore[no-untyped-call]
         super().reset()
         self.waiting.drop(len(self.waiting))
         self.skipped.clear()
-        self._read = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; when none is left, no aligner has missed any."""
         super().crop(tokens_to_remove)
         self.waiting.drop(-tokens_to_remove)
-        self._read = None
         if not self.get_seq_length():
             self.skipped.clear()
 
@@ -353,12 +349,8 @@ class ForwardPass:
         self.cache = cache
         self.request = request
         self.early: dict[str, SideOutput] = {}
-        self.judged: dict[str, Tensor] = {}
-        """By guard the scores of tokens that waited until now."""
         self.may_wait = self.layer is not None and self.layer.may_wait(next(iter(tapes.values())))
         """Whether its tokens are of answers and may be judged later, with those behind them."""
-        if self.may_wait and self.layer is not None:
-            self.layer.waiting.match(tapes.values())
 
     @property
     def layer(self) -> RequestLayer | None:
@@ -377,7 +369,6 @@ class PassRecord:
     strengths: dict[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     """By aligner, the strength in [0, 2] of each new token."""
     scores: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
-    """By guard, calibrated risk in [0, 1] of the tokens that the pass judged, the last of them its own and before them
-    those that waited; none where its own have to wait."""
+    """By guard, calibrated risk in [0, 1] of the pass's own tokens; none where they have to wait."""
     logits: dict[str, Float[Tensor, "B T K"]] = field(default_factory=dict)
-    """By guard, the raw outputs behind the scores of the pass's own tokens; none where these wait."""
+    """By guard, the raw outputs behind the scores; none where a group was judged."""

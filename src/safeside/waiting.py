@@ -6,7 +6,7 @@ costs hardly more.  What waits hangs on the request's cache and is cropped, repe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -22,11 +22,6 @@ class Waiting:
 
     def __len__(self) -> int:
         return len(self._passes)
-
-    def match(self, tapes: Iterable[Tape]) -> None:
-        """Have new tapes read as those that wait were: rows may have left since, or come."""
-        for tape in tapes:
-            tape.few = next(iter(self._passes[0].values())).few if self._passes else tape.few
 
     def add(self, tapes: dict[str, Tape]) -> None:
         """Take what the guards read in one more pass."""

@@ -88,7 +88,7 @@ def test_a_mixed_batch_is_its_rows_alone(
 def test_tokens_that_waited_have_the_scores_of_those_that_did_not(
     tiny_base: Base, random_guard: Make, random_aligner: Make, judge_every: int
 ) -> None:
-    """Rows join and leave under way; what waits is judged before they do, and when it is asked for."""
+    """Rows join and leave under way; what waits is judged before they join, and when it is asked for."""
     texts = ["cat", "the cat sat on the mat", "then the hat is in", "how can it be"]
     prompts = [prompt(tiny_base, text) for text in texts]
     policies = [fixed(0.0), fixed(0.7), step("harm", 0.5, 0.1, 1.5), ramp("harm", 0.2, 0.8)]
@@ -114,7 +114,6 @@ def test_tokens_that_waited_have_the_scores_of_those_that_did_not(
                 rows = joined(rows, runner.prefill([prompts[new]], [settings[new]]).rows)
                 present.append(new)
             if number == 9:  # one leaves
-                hear(runner.judge(rows), present)
                 rows, present = selected(rows, [0, 2, 3]), [present[place] for place in (0, 2, 3)]
             found = runner.step(rows, [20 + row for row in present], [settings[row] for row in present])
             hear(found.scores, present)
@@ -125,7 +124,9 @@ def test_tokens_that_waited_have_the_scores_of_those_that_did_not(
     assert len(lags) > 1
     assert {row: len(scores) for row, scores in heard[1].items()} == {0: 13, 1: 9, 2: 9, 3: 6}
     for row, scores in heard[1].items():
-        assert heard[judge_every][row] == pytest.approx(scores, abs=CLOSE)
+        waited = heard[judge_every][row]
+        assert waited == pytest.approx(scores[: len(waited)], abs=CLOSE)
+        assert len(waited) == len(scores) or row == 1, "only who left early may be unheard at the end"
 
 
 @torch.no_grad()
@@ -140,14 +141,12 @@ def test_no_token_waits_beside_a_strength_that_follows_the_answer(
 
 
 @torch.no_grad()
-def test_rows_with_tokens_that_wait_neither_join_nor_leave(tiny_base: Base, random_guard: Make) -> None:
+def test_rows_with_tokens_that_wait_do_not_join(tiny_base: Base, random_guard: Make) -> None:
     runner, ids = Runner(tiny_base, [random_guard(tiny_base)], [], 8), prompt(tiny_base, "the cat")
     first, second = (runner.prefill([ids], [Setting(len(ids), {})]).rows for _ in range(2))
     first = runner.step(first, [20], [Setting(len(ids), {})]).rows
     with pytest.raises(AssertionError, match="judged before rows join"):
         joined(first, second)
-    with pytest.raises(AssertionError, match="judged before rows leave"):
-        selected(first, [0])
 
 
 @torch.no_grad()

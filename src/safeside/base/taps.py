@@ -33,8 +33,8 @@ class Tape:
     """The decoder's normed output (B, T, D), once the base has run."""
     few: bool | None = None
     """What ``is_short`` says; counted from the tape's own tokens unless given."""
-    failure: Exception | None = None
-    """What went wrong where its adapter read; the tape is then of no use."""
+    failure: str = ""
+    """What went wrong where its adapter read, if anything did; the tape is then of no use."""
 
     def __post_init__(self) -> None:
         if self.few is None:
@@ -95,10 +95,9 @@ class Tape:
         A failure in one of them is a failure of all.
         """
         first, n_new = tapes[0], sum(tape.n_new for tape in tapes)
-        failures = [tape.failure for tape in tapes if tape.failure is not None]
+        failures = [tape.failure for tape in tapes if tape.failure]
         if failures:
             return cls(keep, n_new, first.is_causal, few=first.few, failure=failures[0])
-        assert all(tape.few == first.few for tape in tapes), "tapes of a group are read alike"
         hidden = {layer: torch.cat([tape.hidden[layer] for tape in tapes], 1) for layer in first.hidden}
         finals = [tape.final for tape in tapes if tape.final is not None]
         final = torch.cat(finals, 1) if finals else None

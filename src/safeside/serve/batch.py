@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from safeside.errors import UnsupportedError
-from safeside.request import RequestLayer, request_layer
+from safeside.request import request_layer
 
 State = tuple[Tensor, Tensor]
 """Keys and values of one layer, each (B, H, S, D)."""
@@ -39,7 +39,8 @@ class Rows:
 
 def joined(first: Rows, second: Rows) -> Rows:
     """The rows of both, the shorter ones padded on the left."""
-    assert not any(map(_waits, (first, second))), "what waits is judged before rows join"
+    requests = [request for rows in (first, second) if (request := request_layer(rows.cache)) is not None]
+    assert not any(request.waiting for request in requests), "what waits is judged before rows join"
     length = max(first.keep.shape[1], second.keep.shape[1])
     keep = torch.cat([F.pad(rows.keep, (length - rows.keep.shape[1], 0)) for rows in (first, second)])
     for own, other in zip(first.cache.layers, second.cache.layers, strict=True):
@@ -50,28 +51,23 @@ def joined(first: Rows, second: Rows) -> Rows:
         counts = first.keep.shape[0], second.keep.shape[0]
         padded = [_padded(state, known, n, length) for state, n in zip(states, counts, strict=True)]
         _set_state(own, (torch.cat([part[0] for part in padded]), torch.cat([part[1] for part in padded])))
-    request = first.cache.layers[-1]
-    if isinstance(request, RequestLayer) and request.values is not None:  # a padded slot is no token
-        request.values[:, 0, :, -1] = torch.where(keep, request.values[:, 0, :, -1], -1.0)
+    own_request = request_layer(first.cache)
+    if own_request is not None and own_request.values is not None:  # a padded slot is no token
+        own_request.values[:, 0, :, -1] = torch.where(keep, own_request.values[:, 0, :, -1], -1.0)
     return Rows(first.cache, keep)
 
 
 def selected(rows: Rows, indices: Sequence[int]) -> Rows:
     """Only the rows at ``indices``, without the padding that none of them needs; the others' memory is free."""
-    assert not _waits(rows), "what waits is judged before rows leave"
     chosen = list(indices)
     keep = rows.keep[chosen]
     start = int(keep.any(0).int().argmax())
     for layer in rows.cache.layers:
         if (state := _state(layer)) is not None:
             _set_state(layer, (state[0][chosen, :, start:], state[1][chosen, :, start:]))
+    if (request := request_layer(rows.cache)) is not None:
+        request.waiting.select(chosen)
     return Rows(rows.cache, keep[:, start:])
-
-
-def _waits(rows: Rows) -> bool:
-    """Whether tokens of these rows have yet to be judged."""
-    request = request_layer(rows.cache)
-    return request is not None and len(request.waiting) > 0
 
 
 def fill(layer: object, length: int) -> None:

@@ -212,9 +212,11 @@ class Engine:
             while self._wait():
                 self._turn()
         finally:
-            self._judge_running()
-            self._runner.detach()
-            self._refuse_rest()
+            try:
+                self._judge_running()
+            finally:
+                self._runner.detach()
+                self._refuse_rest()
 
     def _turn(self) -> None:
         self._turn_began = time.monotonic()
@@ -250,9 +252,10 @@ class Engine:
 
     def _drop_gone(self) -> None:
         """Let go of rows and waiting jobs that nobody listens to any more, or whose time is over."""
-        if any(row.job.is_over for row in self._running):
+        over = [row for row in self._running if row.job.is_over]
+        if over:  # harm that was sent before it was judged is found first
             self._judge_running()
-        self._keep([self._is_wanted(row.job) for row in self._running])
+            self._keep([row not in over or self._is_wanted(row.job) for row in self._running])
         with self._wake:
             self._waiting = deque(job for job in self._waiting if self._is_wanted(job))
 
@@ -275,12 +278,9 @@ class Engine:
         return False
 
     def _keep(self, stays: Sequence[bool]) -> None:
-        """Go on with the rows for which ``stays`` is true, once none of their tokens waits to be judged."""
+        """Go on with the rows for which ``stays`` is true."""
         if all(stays):
             return
-        if self._rows is not None and any(stays):
-            heard = zip(stays, self._running, self._runner.judge(self._rows), strict=True)
-            stays = [stay and self._tried(row, partial(row.hear, scores)) for stay, row, scores in heard]
         kept = [index for index, stay in enumerate(stays) if stay]
         self._running = [self._running[index] for index in kept]
         self._rows = selected(self._rows, kept) if kept and self._rows is not None else None
@@ -309,6 +309,7 @@ class Engine:
     def _begin(self, jobs: Sequence[Job]) -> bool:
         """Read the prompts of ``jobs``; False where that failed and another try, each alone, may help."""
         try:
+            self._judge_running()
             rows = [Row(job, self.base.tokenizer, self._stop_ids, self.limits.judge_every) for job in jobs]
             found = self._runner.prefill([job.ids for job in jobs], [row.setting for row in rows])
         except Exception as error:  # the edge of the server: no request may end the thread
@@ -318,7 +319,6 @@ class Engine:
         stays = [self._advance(row, row.begin, found, index) for index, row in enumerate(rows)]
         kept = [index for index, stay in enumerate(stays) if stay]
         if kept:
-            self._judge_running()
             self._running += [rows[index] for index in kept]  # from here on an error is theirs too
             begun = found.rows if all(stays) else selected(found.rows, kept)
             self._rows = begun if self._rows is None else joined(self._rows, begun)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,7 @@ from safeside.errors import ServingError
 from safeside.gates import Seen, strength_of
 from safeside.mixing import Policy, mix
 from safeside.policies import follows_answer, guards_of
-from safeside.request import History, columns_of, history_of
+from safeside.request import History, columns_of, history_of, request_layer
 from safeside.serve.batch import Rows
 
 Scores = Mapping[str, tuple[float, ...]]
@@ -93,26 +93,19 @@ class Runner:
 
     def step(self, rows: Rows, tokens: Sequence[int], settings: Sequence[Setting], *, judges_now: bool = False) -> Pass:
         """Feed one more token of each row, and with ``judges_now`` let none wait."""
-        found = self._run(torch.tensor(tokens)[:, None], rows.grown(), settings)
-        if judges_now and self.guards and not any(found.scores):
-            return replace(found, scores=self.judge(found.rows))
-        return found
+        return self._run(torch.tensor(tokens)[:, None], rows.grown(), settings, judges_now)
 
     def judge(self, rows: Rows) -> tuple[tuple[Scores, ...], ...]:
         """By row the scores of its tokens that wait, the oldest first; then none does."""
-        found = self.attachment.judge(rows.cache) if self.attachment is not None else {}
-        return _by_row(found, rows.keep.shape[0])
+        n_waiting = self._n_waiting(rows)
+        if n_waiting and self.attachment is not None:
+            self.attachment.judge(rows.cache)
+        return self._scores(rows, n_waiting)
 
-    def _run(self, ids: Tensor, rows: Rows, settings: Sequence[Setting]) -> Pass:
-        if self.attachment is None:
-            return self._passed(ids, rows, settings)
-        follows = any(setting.follows_answer for setting in settings)
-        with self.attachment.request(judge_every=1 if follows else self.judge_every):
-            return self._passed(ids, rows, settings)
-
-    def _passed(self, ids: Tensor, rows: Rows, settings: Sequence[Setting]) -> Pass:
+    def _run(self, ids: Tensor, rows: Rows, settings: Sequence[Setting], judges_now: bool = False) -> Pass:
         if not self.is_attached:  # its record would be that of another pass
             raise ServingError("The adapters are not attached, so nothing can be judged.")
+        n_waiting = self._n_waiting(rows)
         final = self.base.decoder(
             input_ids=ids.to(self.base.device),
             attention_mask=rows.keep,
@@ -120,24 +113,36 @@ class Runner:
             past_key_values=rows.cache,
             use_cache=True,
         )[0][:, -1:]
+        deltas = self.attachment.record.deltas if self.attachment is not None else {}
+        if self.attachment is not None and (judges_now or any(setting.follows_answer for setting in settings)):
+            self.attachment.judge(rows.cache)
         strengths = self._strengths(rows, settings)
-        if strengths and self.attachment is not None:
-            deltas = self.attachment.record.deltas
+        if strengths:
             final = mix(final, [deltas[name][:, -1:] for name in strengths], list(strengths.values()))
         by_row = zip(*(values[:, 0].tolist() for values in strengths.values()), strict=True)
         return Pass(
             rows,
             self.base.head_logits(_compact(final))[:, -1],
-            self._scores(len(settings), is_prompt=rows.keep.shape == ids.shape),
+            self._scores(rows, n_waiting + 1 - self._n_waiting(rows)),
             tuple(dict(zip(strengths, values, strict=True)) for values in by_row) or ({},) * len(settings),
         )
 
-    def _scores(self, n_rows: int, *, is_prompt: bool) -> tuple[tuple[Scores, ...], ...]:
-        """By row: of a prompt at its end alone."""
-        if self.attachment is None or not self.guards:
-            return (({},),) * n_rows
-        scores = self.attachment.record.scores
-        return _by_row({name: values[:, -1:] for name, values in scores.items()} if is_prompt else scores, n_rows)
+    def _n_waiting(self, rows: Rows) -> int:
+        """Tokens of each row that were read and not judged."""
+        layer = request_layer(rows.cache)
+        return len(layer.waiting) if layer is not None else 0
+
+    def _scores(self, rows: Rows, n_tokens: int) -> tuple[tuple[Scores, ...], ...]:
+        """By row the scores of its last ``n_tokens`` that were judged; without a guard they have none."""
+        n_rows = rows.keep.shape[0]
+        if not self.guards or not n_tokens:
+            return (({},) * n_tokens,) * n_rows
+        history = history_of(rows.cache).scores[:, -n_tokens:]
+        lists = {name: history[..., columns].tolist() for name, columns in columns_of(self.guards).items()}
+        return tuple(
+            tuple({name: tuple(values[row][token]) for name, values in lists.items()} for token in range(n_tokens))
+            for row in range(n_rows)
+        )
 
     def _strengths(self, rows: Rows, settings: Sequence[Setting]) -> dict[str, Float[Tensor, "B 1"]]:
         """By aligner the strength of each row at its newest token; rows of one policy are decided together."""
@@ -163,17 +168,6 @@ class Runner:
             guard: Seen(history.scores[rows][..., columns[guard]], history.positions[rows].long())
             for guard in guards_of(policy)
         }
-
-
-def _by_row(scores: Mapping[str, Float[Tensor, "B T K"]], n_rows: int) -> tuple[tuple[Scores, ...], ...]:
-    """By row the scores of each token, the oldest first; without any guard's scores no token has some."""
-    lists = {name: values.tolist() for name, values in scores.items()}
-    counts = {values.shape[1] for values in scores.values()} or {0}
-    assert len(counts) == 1, "guards judge the same tokens"
-    return tuple(
-        tuple({name: tuple(values[row][token]) for name, values in lists.items()} for token in range(*counts))
-        for row in range(n_rows)
-    )
 
 
 def _compact(states: Float[Tensor, "B 1 D"]) -> Float[Tensor, "B 1 D"]:

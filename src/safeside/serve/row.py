@@ -169,11 +169,16 @@ class Row:
             if decision.action in ENDS:
                 self._end("content_filter", verdicts, decision)
                 return False
-        if self._ending is None or len(self._risks) < len(self.tokens):
+        if not self._is_whole:
             self._tell(self._n_clear)
             return True
         self._judge_whole(scores)
         return False
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the answer is complete, and judged: where no guard is asked, but for its last token."""
+        return self._ending is not None and len(self._risks) >= len(self.tokens) - (not self._guards)
 
     def draw(self, logits: Tensor, strength: float) -> bool:
         """Choose the next token; whether another pass is needed, be it only to score it."""
@@ -188,7 +193,7 @@ class Row:
                 self._ending = "stop" if self._text.is_stopped else "length"
         if self._sends_at_once:
             self._tell(len(self.tokens))
-        if self._ending is not None and not self._guards and len(self._risks) == len(self.tokens) - 1:
+        if self._ending is not None and self._is_whole:
             self._end(self._ending, (), self.job.policy.decide_answer(()))
             return False
         return True
@@ -214,7 +219,7 @@ class Row:
                 self._watch.marked(verdicts),
                 self._watch.settled(decision),
                 max(self._strengths[:n_tokens], default=0.0),
-                self._text.of(n_tokens) if n_tokens < len(self.tokens) else self._text.text,
+                self._text.of(n_tokens),
                 self._stream.stop,
                 self._leak_bound,
             )

@@ -23,18 +23,23 @@ class AnswerText:
         self._before, self._read = 0, 0  # decoding goes on from ids[before:], of which ids[:read] are in the text
         self._ends: list[int] = []
         self._shown = 0
-        self.text = ""
-        """Everything so far, half characters left out, and nothing from a stop string on."""
-        self._stopped_at = math.inf  # how many tokens there were when a stop string was met
+        self._whole = ""  # everything so far, half characters left out
+        self._stop_place: int | None = None  # where the first stop string begins
+        self._stopped_at = math.inf  # how many tokens there were when it was met
 
     @property
     def is_stopped(self) -> bool:
         """Whether a stop string was met."""
-        return len(self._ids) >= self._stopped_at
+        return self._stop_place is not None
+
+    @property
+    def text(self) -> str:
+        """Everything so far, half characters left out, and nothing from a stop string on."""
+        return self._whole[: self._stop_place]
 
     def of(self, n_tokens: int) -> str:
-        """What the first ``n_tokens`` spell, or all of them where there are fewer."""
-        return self.text[: self._ends[:n_tokens][-1]] if n_tokens and self._ends else ""
+        """What the first ``n_tokens`` spell, as if no more had been written."""
+        return self._whole[: self._end(n_tokens, n_tokens)]
 
     def add(self, token: int) -> None:
         """Take the next token of the answer."""
@@ -42,7 +47,7 @@ class AnswerText:
         piece = self._piece()
         if piece and not piece.endswith(_HALF):
             self._take(piece)
-        self._ends.append(len(self.text))
+        self._ends.append(len(self._whole))
 
     def show(self, n_tokens: int, n_known: int | None = None, *, is_last: bool = False) -> str:
         """What the first ``n_tokens`` spell beyond what was shown; the start of a stop string waits for its rest.
@@ -52,14 +57,21 @@ class AnswerText:
         n_known = len(self._ids) if n_known is None else n_known
         if is_last and not self.is_stopped and n_tokens == len(self._ids) and (rest := self._piece()):
             self._take(rest)
-            self._ends[-1] = len(self.text)
-        end = len(self.of(n_tokens))
-        if not (is_last or n_known >= self._stopped_at):
-            known = self.of(n_known)
-            end = min(end, len(known) - self._n_waiting(known))
-        piece = self.text[self._shown : end]
+            self._ends[-1] = len(self._whole)
+        end = self._end(n_tokens, n_known)
+        if not is_last and n_known < self._stopped_at:
+            known = self._end(n_known, n_known)
+            end = min(end, known - self._n_waiting(known))
+        piece = self._whole[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
+
+    def _end(self, n_tokens: int, n_known: int) -> int:
+        """Where the first ``n_tokens`` end in the text, or a stop string begins that ``n_known`` tokens have met."""
+        if not n_tokens or not self._ends:
+            return 0
+        end = self._ends[min(n_tokens, len(self._ends)) - 1]
+        return end if self._stop_place is None or n_known < self._stopped_at else min(end, self._stop_place)
 
     def _piece(self) -> str:
         """What the tokens that are not in the text yet add to it."""
@@ -70,19 +82,20 @@ class AnswerText:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _take(self, piece: str) -> None:
-        start = len(self.text)
-        self.text += piece
+        start = len(self._whole)
+        self._whole += piece
         self._before, self._read = self._read, len(self._ids)
-        places = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop]
+        places = [self._whole.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop]
         found = [place for place in places if place >= 0]
-        if found:
-            self.text, self._stopped_at = self.text[: min(found)], len(self._ids)
+        if found and self._stop_place is None:
+            self._stop_place, self._stopped_at = min(found), len(self._ids)
 
-    def _n_waiting(self, text: str) -> int:
-        """Characters at the end of ``text`` that may begin a stop string."""
+    def _n_waiting(self, end: int) -> int:
+        """Characters before ``end`` that may begin a stop string."""
         longest = max((len(stop) for stop in self._stop), default=0)
-        tails = range(min(longest - 1, len(text)), 0, -1)
-        return next((n for n in tails if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
+        tail = self._whole[max(0, end - longest + 1) : end] if longest > 1 else ""
+        tails = range(len(tail), 0, -1)
+        return next((n for n in tails if any(stop.startswith(tail[-n:]) for stop in self._stop)), 0)
 
 
 @dataclass(slots=True)

@@ -45,16 +45,20 @@ class WatchedGuard(Adapter):
         try:
             super().read(tape, layer, hidden)
         except Exception as error:  # whatever a guard does wrong, the pass goes on without it
-            tape.failure = error
+            tape.failure = type(error).__name__
 
     def forward(self, tape: Tape, cache: SideCache | None = None) -> SideOutput:
         """The guard's scores (B, T, K), or NaN."""
         started = time.perf_counter()
+        problem = tape.failure
         failure: Failure | None = None
-        try:
-            output = self._scored(tape, cache)
-        except Exception as error:  # as above
-            _log.error("guard %s failed: %s", self.name, type(error).__name__)
+        if not problem:
+            try:
+                output = super().forward(tape, cache)
+            except Exception as error:  # as above
+                problem = type(error).__name__
+        if problem:
+            _log.error("guard %s failed: %s", self.name, problem)
             failure, output = "error", self._unscored(tape)
         if cache is not None and failure is not None:
             self._fill(cache, tape.keep.shape[1])
@@ -67,11 +71,6 @@ class WatchedGuard(Adapter):
         if failure is not None:
             self.watch.failed(self.name, failure)
         return output
-
-    def _scored(self, tape: Tape, cache: SideCache | None) -> SideOutput:
-        if tape.failure is not None:
-            raise tape.failure
-        return super().forward(tape, cache)
 
     def _unscored(self, tape: Tape) -> SideOutput:
         missing = torch.full((*tape.keep_new.shape, len(self.config.labels)), torch.nan, device=tape.keep.device)
