@@ -131,7 +131,8 @@ def overhead_table(path: Path) -> str:
     commits = ", ".join(f"{part} `{facts['commit']}`" for part, facts in parts.items())
     head = (
         "Median over interleaved rounds (95% bootstrap interval); a goal is met where the interval's upper end meets "
-        f"it: {sum(met)} of {len(met)} are. `guard` taps all layers, `guard_N` taps N at equal multiply-adds. "
+        f"it: {sum(met)} of {len(met)} are. `guard` taps all layers, `guard_N` taps N at equal multiply-adds, "
+        "`_every_K` judges decoded tokens K at a time. "
         f"Commits: {commits}; {result['machine']}.\n\n"
     )
     return head + markdown(["over the base", *(str(name) for name in variants), "goal of the guards"], lines)

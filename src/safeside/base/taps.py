@@ -32,13 +32,9 @@ class Tape:
     final: Tensor | None = None
     """The decoder's normed output (B, T, D), once the base has run."""
     few: bool | None = None
-    """What ``is_short`` says; counted from the tape's own tokens unless given."""
+    """What ``is_short`` says, whatever rows are chosen of the tape; counted unless given."""
     failure: str = ""
     """What went wrong where its adapter read, if anything did; the tape is then of no use."""
-
-    def __post_init__(self) -> None:
-        if self.few is None:
-            self.few = self.keep.shape[0] * self.n_new <= _FEW_TOKENS
 
     @property
     def n_past(self) -> int:
@@ -47,11 +43,8 @@ class Tape:
 
     @property
     def is_short(self) -> bool:
-        """Whether the pass has a few new tokens only, all rows counted, as in decoding: steps cost more than sums.
-
-        It stays so where the tape is joined with others, or other rows are chosen of it.
-        """
-        return bool(self.few)
+        """Whether the pass has a few new tokens only, all rows counted, as in decoding: steps cost more than sums."""
+        return self.keep.shape[0] * self.n_new <= _FEW_TOKENS if self.few is None else self.few
 
     @property
     def keep_new(self) -> Bool[Tensor, "B T"]:
