@@ -155,6 +155,14 @@ def both(base: Base, guard: Adapter, run: Callable[[Engine], Listener], **limits
     return heard
 
 
+def written(engine: Engine, base: Base, ids: list[int], policy: EffectivePolicy, sampling: Sampling) -> Listener:
+    """What is heard where the base writes ``ids``."""
+    with scripted(base, ids):
+        heard = ask(engine, prompt(base, "?"), policy, sampling)
+        finish(engine)
+    return heard
+
+
 @pytest.fixture
 def answer(tiny_base: Base) -> list[int]:
     ids: list[int] = tiny_base.tokenizer("the cat sat on the mat and then", add_special_tokens=False)["input_ids"]
@@ -169,14 +177,8 @@ def marked(tiny_base: Base, random_guard: Make, answer: list[int]) -> Adapter:
 
 def test_an_answer_ends_where_it_would_have(tiny_base: Base, marked: Adapter, answer: list[int]) -> None:
     """Tokens, text and strength are counted to the token that was judged; the base wrote more, and nobody hears."""
-
-    def run(engine: Engine) -> Listener:
-        with scripted(tiny_base, answer):
-            heard = ask(engine, prompt(tiny_base, "?"), effective([marked], answer=[MARKED], hold_back=1), greedy(40))
-            finish(engine)
-        return heard
-
-    one, other = both(tiny_base, marked, run)
+    policy = effective([marked], answer=[MARKED], hold_back=1)
+    one, other = both(tiny_base, marked, lambda engine: written(engine, tiny_base, answer, policy, greedy(40)))
     assert told(one) == told(other)
     assert one.ended.n_tokens == 3
 
@@ -189,14 +191,8 @@ def test_what_is_clear_before_a_broken_score_is_told(tiny_base: Base, marked: Ad
         return torch.where(states[..., :1] > 0, math.nan, states)
 
     marked.trunk.forward = forward  # type: ignore[method-assign]
-
-    def run(engine: Engine) -> Listener:
-        with scripted(tiny_base, answer):
-            heard = ask(engine, prompt(tiny_base, "?"), effective([marked], answer=[MARKED], hold_back=1), greedy(40))
-            finish(engine)
-        return heard
-
-    one, other = both(tiny_base, marked, run)
+    policy = effective([marked], answer=[MARKED], hold_back=1)
+    one, other = both(tiny_base, marked, lambda engine: written(engine, tiny_base, answer, policy, greedy(40)))
     assert one.tokens == other.tokens == answer[:2]
     assert one.text == other.text
     assert one.ended.finish == other.ended.finish == "content_filter"
@@ -208,14 +204,8 @@ def test_stop_strings_are_met_by_what_was_judged(tiny_base: Base, random_guard: 
     ids = [tiny_base.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "abSTOPcdefgh"]
     guard = marking(random_guard(tiny_base, layers=(0, 1)), tiny_base, [ids[3]])
     policy = effective([guard], answer=[MARKED], hold_back=1)
-
-    def run(engine: Engine) -> Listener:
-        with scripted(tiny_base, ids):
-            heard = ask(engine, prompt(tiny_base, "?"), policy, greedy(30, stop=stop))
-            finish(engine)
-        return heard
-
-    one, other = both(tiny_base, guard, run)
+    sampling = greedy(30, stop=stop)
+    one, other = both(tiny_base, guard, lambda engine: written(engine, tiny_base, ids, policy, sampling))
     assert told(one) == told(other)
     assert one.text == {"STOP": "ab", "bS": "a"}.get(stop[0], "abS")
 
@@ -364,10 +354,7 @@ def test_a_tap_that_fails_costs_its_own_token_alone(tiny_base: Base, random_guar
             real(tape, layer, hidden)
 
         guard.trunk.read = read  # type: ignore[method-assign]
-        with scripted(tiny_base, ids):
-            heard = ask(engine, prompt(tiny_base, "?"), policy, greedy(30))
-            finish(engine)
-        return heard
+        return written(engine, tiny_base, ids, policy, greedy(30))
 
     one, other = both(tiny_base, guard, run)
     assert told(one)["text"] == told(other)["text"]
