@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -75,14 +76,15 @@ def test_a_bias_masks_as_the_mask_does(dtype: torch.dtype) -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("n_new", [1, 2])
+@pytest.mark.parametrize("n_new", [1, 2, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_one_new_token_is_that_of_many(n_new: int, dtype: torch.dtype) -> None:
-    """The twin is attention in float64, written out; some of the 9 slots are padding."""
+def test_attention_is_that_of_its_formula(n_new: int, dtype: torch.dtype) -> None:
+    """The twin is attention in float64, written out; some of the slots are padding, 300 queries take three blocks."""
     torch.manual_seed(0)
-    shapes = ((3, 2, n_new, 8), (3, 2, 9, 8), (3, 2, 9, 8))
+    n_slots = n_new + 7
+    shapes = ((3, 2, n_new, 8), (3, 2, n_slots, 8), (3, 2, n_slots, 8))
     queries, keys, values = (torch.randn(shape).to(dtype) for shape in shapes)
-    attend = torch.rand(3, 1, n_new, 9) > 0.4
+    attend = torch.rand(3, 1, n_new, n_slots) > 0.4
     attend[..., 0] = True
     found = attention_of(queries, keys, values, attention_bias(attend, dtype))
     products = torch.einsum("bhtd,bhsd->bhts", queries.double(), keys.double()) / 8**0.5
@@ -96,6 +98,21 @@ def test_low_rank_taps_have_two_matrices_and_one_bias() -> None:
     shapes = [tuple(parameter.shape) for parameter in TapProjection(64, 32, 4).parameters()]
     assert shapes == [(4, 64), (32, 4), (32,)]
     assert [tuple(parameter.shape) for parameter in TapProjection(64, 32, 0).parameters()] == [(32, 64), (32,)]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tap_projects_the_state_at_unit_size(rank: int, dtype: torch.dtype) -> None:
+    """The twin is the formula in float64; the second row's states are thousands of times the first one's."""
+    torch.manual_seed(0)
+    tap = TapProjection(896, 32, rank).to(dtype)
+    hidden = (torch.randn(2, 5, 896) * torch.tensor([0.05, 300.0])[:, None, None]).to(dtype)
+    twin = copy.deepcopy(tap).double()
+    wide = hidden.double()
+    expected = twin.project(wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt())
+    found = tap(hidden)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
 def test_a_padded_token_reaches_nobody_and_stays_finite() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,24 @@ from workers import numbers_alone
 
 SMALL = Settings(n_tokens=8, n_steps=3, pairs=3, threads=1)
 SAME = 1e-5  # float32 in another order
+
+
+KEEPS = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import overhead, torch
+assert overhead.keep_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(20_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.fixture(autouse=True)
+def given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process goes on after the bench, and gives memory back as ever."""
+    monkeypatch.setattr(overhead, "keep_memory", lambda: False)
 
 
 @pytest.fixture
@@ -196,6 +216,14 @@ def test_a_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
     peaks = numbers_alone(Path(overhead.__file__), job)
     assert len(peaks) == 2
     assert 100e6 < peaks[0] <= peaks[1] < ballast.nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is kept is up to glibc")
+def test_a_process_can_keep_what_it_frees() -> None:
+    """80 MB are 20,000 pages, asked for anew each time unless they are kept."""
+    command = [sys.executable, "-W", "error", "-c", KEEPS, str(Path(overhead.__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
 
 
 def test_what_a_process_held_before_is_forgotten() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from safeside.base.taps import SideCache
 
 _ROPE_BASE = 10000.0
 _EPSILON = 1e-6  # of every norm
+_QUERIES_TOGETHER = 128  # in attention by products
 
 
 class Norm(nn.RMSNorm):
@@ -64,14 +68,21 @@ def attention_of(
 ) -> Float[Tensor, "B H T h"]:
     """Softmax of the scaled products of queries and keys plus ``bias``, over the values.
 
-    For one query a row in bfloat16 on a CPU, fused attention takes 1.5 to 3 times as long as products do (0.45 ms and
-    0.16 ms with 8 rows of 513 keys); these are in float32, which costs nothing and loses nothing.
+    In bfloat16 on a CPU, fused attention takes 1.2 to 3 times as long as products do (6.0 and 3.4 ms for 8 rows of 512
+    tokens in 3 heads, 0.45 and 0.16 ms for one token each behind as many).  Those of one token a row are in float32,
+    which costs nothing and loses nothing; those of more go by blocks, so that what is between them stays small.
     """
-    if queries.shape[-2] > 1 or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
+    if queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-    products = queries.float() @ keys.float().mT * queries.shape[-1] ** -0.5
-    weights: Tensor = torch.softmax(products + bias, dim=-1)
-    return (weights @ values.float()).to(values.dtype)
+    scale = queries.shape[-1] ** -0.5
+    if queries.shape[-2] == 1:
+        return _attention_by_products(queries.float() * scale, bias, keys.float(), values.float()).to(values.dtype)
+    parts = zip(*(torch.split(whole, _QUERIES_TOGETHER, -2) for whole in (queries * scale, bias)), strict=True)
+    return torch.cat([_attention_by_products(own, own_bias, keys, values) for own, own_bias in parts], -2)
+
+
+def _attention_by_products(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return torch.softmax((queries @ keys.mT).add_(bias), dim=-1) @ values
 
 
 class Attention(nn.Module):
@@ -150,9 +161,13 @@ def normed(hidden: Float[Tensor, "*K B T D"]) -> Float[Tensor, "*K B T D"]:
     """
     if hidden.dtype != torch.bfloat16:
         return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=_EPSILON).to(hidden.dtype)
+    return hidden * _scale_of(hidden)
+
+
+def _scale_of(hidden: Tensor) -> Tensor:
+    """What brings bfloat16 states to unit root-mean-square, (..., 1)."""
     length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-    scale: Tensor = (length.square() / hidden.shape[-1] + _EPSILON).rsqrt()
-    return hidden * scale.to(hidden.dtype)
+    return (length.square() / hidden.shape[-1] + _EPSILON).rsqrt().to(hidden.dtype)
 
 
 class TapProjection(nn.Module):
@@ -164,5 +179,16 @@ class TapProjection(nn.Module):
         self.project = nn.Sequential(*layers)
 
     def forward(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T d"]:
-        """The state at unit root-mean-square, projected."""
-        return self.project(normed(hidden))  # type: ignore[no-any-return]
+        """The state at unit root-mean-square, projected.
+
+        In bfloat16, whose range allows it, the product is scaled in place of the state: for 8 prompts of 512 tokens,
+        896 wide, writing states of unit size takes 3.1 ms where projecting them takes 0.7.
+        """
+        if hidden.dtype != torch.bfloat16:
+            return self.project(normed(hidden))  # type: ignore[no-any-return]
+        down, *up = cast(Iterable[nn.Linear], self.project)
+        product, scale = F.linear(hidden, down.weight), _scale_of(hidden)
+        states = product * scale if down.bias is None else torch.addcmul(down.bias, product, scale)
+        for layer in up:
+            states = layer(states)
+        return states
