@@ -39,7 +39,7 @@ from safeside.base.model import Base, load_base
 from safeside.errors import InputError
 from safeside.evals.metrics import auroc, paired_difference
 from safeside.guards.carry import in_force
-from safeside.guards.score import place_of
+from safeside.guards.score import mode_of, place_of
 from safeside.guards.windows import windows
 from safeside.provenance import config_hash
 from safeside.tasks.rows import BadRow, load_examples, open_rows, parse_rows
@@ -119,10 +119,7 @@ def measured(base: Base, guard: Adapter, examples: Sequence[Example], folder: Pa
     places = np.array([row for row, some in enumerate(parts) for _ in some])
     labels = np.array([example.labels[0] for example in examples])
     rows = Rows(ids, [0] * len(ids), torch.zeros(len(ids), 1), None)
-    modes: list[Mode] = [
-        "windowed" if len(some) > 1 else place_of(example.messages)
-        for some, example in zip(parts, examples, strict=True)
-    ]
+    modes = [mode_of(len(some), place_of(row.messages)) for some, row in zip(parts, examples, strict=True)]
     stored = Measured(rows, places, labels, store, modes, before=np.zeros(0))
     return replace(stored, before=stored.logits(base, guard))
 

@@ -47,7 +47,7 @@ class Scores:
 
     def mode_for(self, guard: Adapter) -> Mode:
         """How the guard read it: in windows, or to the end of its ``place``."""
-        return "windowed" if self.windows_of.get(guard.name, self.n_windows) > 1 else self.place
+        return mode_of(self.windows_of.get(guard.name, self.n_windows), self.place)
 
 
 def score_conversations(
@@ -188,6 +188,11 @@ def _cuts(base: Base, messages: Conversation, modes: Sequence[Combine], limit: i
         counts[mode] = len(encoded)
         cut[encoded].append(mode)  # a text that fits is read once for all
     return _Cut([(ids, wanted) for encoded, wanted in cut.items() for ids in encoded], counts, problem)
+
+
+def mode_of(n_windows: int, place: Mode) -> Mode:
+    """How a text is read that takes so many windows of the base and ends at ``place``."""
+    return "windowed" if n_windows > 1 else place
 
 
 def place_of(messages: Conversation) -> Mode:

@@ -18,7 +18,7 @@ from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.guards.content import refuse_empty
-from safeside.guards.score import place_of
+from safeside.guards.score import mode_of, place_of
 from safeside.guards.windows import Combine, windows
 from safeside.train.loop import Loop, Progress
 from safeside.train.losses import guard_loss
@@ -102,10 +102,7 @@ def make_pool(base: Base, guard: Adapter, parts: Parts, folder: Path) -> Pool:
     ends = np.cumsum([0, *map(len, parts)]).tolist()
     spans = [range(start, end) for start, end in pairwise(ends)]
     labels = np.array([example.labels for _, example in rows], dtype=np.float64)
-    modes: list[Mode] = [
-        "windowed" if len(cut) > 1 else place_of(example.messages)
-        for cut, (_, example) in zip(of_row, rows, strict=True)
-    ]
+    modes = [mode_of(len(cut), place_of(example.messages)) for cut, (_, example) in zip(of_row, rows, strict=True)]
     store = TapStore.build(base, ids, guard.config.layers, folder)
     return Pool(ids, of_row, guard.config.windows, modes, labels, store, *spans)
 
