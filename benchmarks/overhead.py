@@ -7,8 +7,9 @@ Every round times all variants once, in an order that rotates, so a machine that
 median over rounds of a variant's time to the base's of the same round, with a bootstrap interval over rounds; a goal is
 met only if the upper end meets it.  While times are taken the process keeps what it frees, as one that serves does with
 a tuned allocator: otherwise a pass of the base asks for up to 3 GB of fresh pages, or for none, as the heap happens to
-lie.  On CPU peak memory is that of a process of its own for each variant, and with the allocator as it is.  Writes the
-parts ``time`` and ``peaks`` of overhead.json; a part that is not measured keeps its rows.
+lie.  On CPU peak memory is that of a process of its own for each variant, which gives back what it frees at once: what
+a heap happens to keep of it is luck, and more than a guard takes.  Writes the parts ``time`` and ``peaks`` of
+overhead.json; a part that is not measured keeps its rows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,7 +52,9 @@ MEANING = {
     "time": "ratio_to_base: 95% bootstrap over rounds of the median; seconds: 2.5% and 97.5% of the rounds",
     "peaks": "most resident memory of a process of its own (libraries and weights included), lowest of three",
 }
-KEEP_MEMORY = {-4: 0, -1: -1, -2: 1 << 28}  # mallopt: no mmap, no trimming, grow by 256 MB
+# Settings of glibc's mallopt: no mmap, no trimming, grow by 256 MB; and a mapping of its own for all from 64 kB on.
+KEEP_MEMORY = {-4: 0, -1: -1, -2: 1 << 28}
+GIVE_BACK_AT_ONCE = {-3: 1 << 16}
 N_PEAKS = 3  # processes for each peak; the lowest counts, for an allocator only ever adds
 
 
@@ -167,6 +170,7 @@ def _peaks(plan: Plan, name: str, batch: int, settings: Settings) -> list[int]:
 @torch.no_grad()
 def print_peaks(job: dict[str, object]) -> None:
     """Run one variant in this process and print the most bytes it held: with the prompt read, and after decoding."""
+    tune_memory(GIVE_BACK_AT_ONCE)
     values = job["settings"]
     assert isinstance(values, dict)
     settings = Settings(**values)
@@ -198,12 +202,12 @@ def _peak_bytes(device: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
-def keep_memory() -> bool:
-    """Let this process hold on to what it frees; whether its C library can (glibc alone)."""
+def tune_memory(options: Mapping[int, int]) -> bool:
+    """Tell this process's allocator what to do with what is freed; whether its C library can (glibc alone)."""
     if platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    return all(library.mallopt(option, value) == 1 for option, value in KEEP_MEMORY.items())
+    return all(library.mallopt(option, value) == 1 for option, value in options.items())
 
 
 def _prompt(variants: dict[str, Alone], batch: int, settings: Settings) -> torch.Tensor:
@@ -246,7 +250,7 @@ def measure_part(part: str, options: argparse.Namespace) -> Path:
     batches = options.batches or ([1, 4, 16, 64] if on_gpu else [1, 8])
     rows: list[Row] = []
     used = {}
-    is_kept = part == "time" and keep_memory()
+    is_tuned = part == "time" and tune_memory(KEEP_MEMORY)
     for geometry in options.geometries or (["Qwen2.5-7B"] if on_gpu else ["Qwen2.5-0.5B", "builtin"]):
         n_tokens = min(options.tokens, 448) if geometry == "builtin" else options.tokens
         settings = Settings(n_tokens, options.steps, options.pairs, options.device, options.threads)
@@ -261,7 +265,7 @@ def measure_part(part: str, options: argparse.Namespace) -> Path:
         "goals": goals_of(rows),
         "settings": used,
         "dtype": options.dtype,
-        "keeps_freed_memory": is_kept,
+        "keeps_freed_memory": is_tuned,
         "meaning": MEANING[part],
     }
     return write_part(options.output, result_of(part, time.perf_counter() - started, rows, notes), OVERHEAD)

@@ -34,7 +34,7 @@ KEEPS = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import overhead, torch
-assert overhead.keep_memory()
+assert overhead.tune_memory(overhead.KEEP_MEMORY)
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(20_000_000)
@@ -45,7 +45,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.fixture(autouse=True)
 def given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process goes on after the bench, and gives memory back as ever."""
-    monkeypatch.setattr(overhead, "keep_memory", lambda: False)
+    monkeypatch.setattr(overhead, "tune_memory", lambda options: False)
 
 
 @pytest.fixture
