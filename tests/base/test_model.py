@@ -239,6 +239,17 @@ def test_a_prompt_that_does_not_fit_is_an_error(tiny_family, random_guard) -> No
     assert len(full.verdicts) == 2
 
 
+@pytest.mark.parametrize("text", ["", " \n", "\u200b"])
+def test_a_conversation_that_says_nothing_has_nothing_to_judge(tiny_base: Base, random_guard, text: str) -> None:
+    """A guard would score the template; without one the base answers as ever."""
+    empty = [Message("system", ""), Message("user", text)]
+    assert tiny_base.chat(empty, max_new_tokens=1).n_new_tokens == 1
+    guard = random_guard(tiny_base)
+    for options in ({"guards": [guard]}, {"intercept": guard}):
+        with attach(tiny_base, **options), pytest.raises(InputError, match="holds no text"):
+            tiny_base.chat_batch([SHORT, empty])
+
+
 def test_what_chat_refuses(tiny_base: Base, tiny_family, aligner: Adapter) -> None:
     with pytest.raises(UnsupportedError, match="is an encoder and cannot answer; expected a causal"):
         tiny_family("bert").chat(SHORT)

@@ -413,6 +413,7 @@ BAD_REQUESTS = [
     ({"safety": {"polcy": "strict"}}, "polcy"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "unicode"),
     ({"messages": [{"role": "user", "content": "word " * 300}]}, "nothing is cut"),
+    ({"messages": [{"role": "system", "content": " "}, {"role": "user", "content": "\u200b"}]}, "holds no text"),
 ]
 
 

@@ -84,6 +84,8 @@ def test_every_shape_is_a_conversation(row: dict[str, object], messages: tuple[M
         ({"prompt": ""}, "'prompt' must be text that is not empty; got ''"),
         ({"prompt": " \n"}, "'prompt' must be text"),
         ({"prompt": None}, "'prompt' must be text that is not empty; got None"),
+        ({"text": "\u200b\u2060"}, "'text' must be text that is not empty"),
+        ({"messages": [{"role": "user", "content": "\ufeff"}]}, "messages hold no text"),
         ({"prompt": "a", "response": 0}, "'response' must be text"),
         ({"prompt": "a", "response": []}, "'response' must be text"),
         ({"prompt": "a", "response": "  "}, "'response' must be text"),

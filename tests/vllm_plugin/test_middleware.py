@@ -178,12 +178,19 @@ def test_scores_that_were_masked_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"include_reasoning": False}, "'include_reasoning'"),
         ({"vllm_xargs": "x", "safety": {"strength": 1.0}}, "is an object"),
         ([1], "not a JSON object"),
+        ({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": None}]}, "holds no text"),
     ],
 )
 def test_what_cannot_be_answered_is_a_bad_request(asked: Any, said: str) -> None:
     status, answer, heard = served("/v1/chat/completions", asked, engine())
     assert (status, heard) == (400, None)
     assert said in answer["error"]["message"]
+
+
+def test_messages_of_other_things_than_text_are_left_to_the_server() -> None:
+    pictures = [{"type": "image_url", "image_url": {"url": "x"}}]
+    for message in ({"role": "user", "content": pictures}, {"role": "assistant", "content": "", "tool_calls": [{}]}):
+        assert served("/v1/chat/completions", {"messages": [message]}, engine())[0] == 200
 
 
 HELD: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": {}}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -35,6 +35,9 @@ class AnswerStanding(Protocol):
 
 class AttachedAdapters(Protocol):
     """What ``Base.chat`` asks of an attachment."""
+
+    @property
+    def guards(self) -> Mapping[str, object]: ...
 
     @property
     def intercept(self) -> object: ...

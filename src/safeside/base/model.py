@@ -32,6 +32,7 @@ from safeside.base.head import logits_of
 from safeside.base.loading import checked_device, checked_dtype, explained_loading, model_type_of
 from safeside.base.packaged import PACKAGED, packaged_folder
 from safeside.chat import Encoded, encode_begun, encode_chat, pad_batch
+from safeside.content import refuse_empty
 from safeside.errors import BlockedError, InputError, UnsupportedError
 from safeside.types import Completion, FinishReason, Message
 
@@ -149,9 +150,10 @@ class Base:
         artifacts keep: an answer that meets one ends there, and its text holds only the tokens before the risky ones.
 
         Greedy unless ``do_sample=True``; ``generate`` holds further options of transformers' ``generate``.  A prompt
-        that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut.  Beams, several samples, stop
-        strings, a cache of the caller's own or none at all, and what generate would return beside the text are an
-        UnsupportedError; ``eos_token_id`` replaces the base's stop tokens.
+        that leaves no room for ``max_new_tokens`` is an InputError: nothing is cut; so is one that holds no text where
+        guards are attached, which would judge the template alone.  Beams, several samples, stop strings, a cache of the
+        caller's own or none at all, and what generate would return beside the text are an UnsupportedError;
+        ``eos_token_id`` replaces the base's stop tokens.
         """
         options = {"strength": strength, "stop": stop, "max_new_tokens": max_new_tokens, **generate}
         return self.chat_batch([messages], **options)[0]  # type: ignore[arg-type]
@@ -180,6 +182,9 @@ class Base:
         self._check_chat(strength, stop, generate)
         if not conversations:
             return []
+        if self.attachment and self.attachment.guards:
+            for messages in conversations:
+                refuse_empty(messages)
         encoded = [self.encode(messages, begun=begun) for messages in conversations]
         self._check_room(encoded, max_new_tokens)
         ends = [len(item.ids) for item in encoded]

@@ -15,8 +15,9 @@ from safeside.attach import Attachment, attach
 from safeside.base.families import is_updated
 from safeside.base.model import Base
 from safeside.chat import pad_batch
+from safeside.content import refuse_empty
 from safeside.errors import InputError
-from safeside.guards.content import BlankIds, refuse_empty
+from safeside.guards.blank import BlankIds
 from safeside.guards.windows import Combine, windows
 from safeside.types import Message, Mode, Verdict
 from safeside.verdicts import LORA_NOTE, verdict_of

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
+from safeside.content import refuse_empty
 from safeside.errors import (
     AuditError,
     DeadlineError,
@@ -149,11 +150,16 @@ class Service:
             raise UnknownNameError(did_you_mean("model", name, [self.model]))
 
     def begin(self, caller: Caller, asked: Asked, ids: Sequence[int], prompt: str) -> Answering:
-        """Let a request in and queue it; what cannot be let in is an error that says why."""
+        """Let a request in and queue it; what cannot be let in is an error that says why.
+
+        ``prompt`` is its text without what the template adds: where that is nothing, guards have nothing to judge.
+        """
         self.check_model(asked.model)
         policy = self.book.resolve(caller, asked.wanted)
         if asked.moderation is not None:
             chosen(asked.moderation.model, policy.guards, self.model)
+        if policy.guards:
+            refuse_empty([Message("user", prompt)])
         sampling = self._sampling(asked, caller, len(ids))
         admission = self.limiter.admit(caller.key or caller.tenant, caller.limits, len(ids), sampling.max_tokens)
         inbox: asyncio.Queue[Event] = asyncio.Queue()

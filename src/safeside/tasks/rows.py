@@ -22,6 +22,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 
 from safeside.chat import check_messages
+from safeside.content import is_seen
 from safeside.errors import InputError
 from safeside.types import Example, Message
 
@@ -140,14 +141,14 @@ def _by_safety(values: Mapping[str, object]) -> dict[str, object]:
 def _listed_messages(listed: object) -> tuple[Message, ...]:
     if not isinstance(listed, list) or not all(isinstance(item, dict) and "role" in item for item in listed):
         raise InputError("messages must be a list of {'role', 'content'} objects")
-    if not any(str(item.get("content") or "").strip() for item in listed):
+    if not any(is_seen(str(item.get("content") or "")) for item in listed):
         raise InputError("messages hold no text; expected at least one content that is not empty")
     return tuple(Message(item["role"], item.get("content")) for item in listed)
 
 
 def _text(values: Mapping[str, object], key: str) -> str:
     text = values[key]
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not is_seen(text):
         raise InputError(f"{key!r} must be text that is not empty; got {shortened(text)}")
     return text
 

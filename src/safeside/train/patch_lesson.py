@@ -16,8 +16,8 @@ from torch import Tensor
 
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
+from safeside.content import refuse_empty
 from safeside.errors import InputError
-from safeside.guards.content import refuse_empty
 from safeside.guards.score import mode_of, place_of
 from safeside.guards.windows import Combine, windows
 from safeside.train.loop import Loop, Progress

@@ -12,8 +12,9 @@ import torch
 from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
 from safeside.chat import Encoded
+from safeside.content import refuse_empty
 from safeside.errors import InputError
-from safeside.guards.content import BlankIds, refuse_empty
+from safeside.guards.blank import BlankIds
 from safeside.tasks.leakage import text_of
 from safeside.train.offsets import characters_read, paired_positions
 from safeside.train.rows import Rows

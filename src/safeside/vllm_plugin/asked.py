@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from safeside.content import refuse_empty
 from safeside.errors import InputError, problems_of
+from safeside.types import Message
 from safeside.vllm_plugin.kept import TAG
 from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.strengths import KEY, parse_strength
@@ -50,7 +52,21 @@ def prepared(body: bytes, config: EngineConfig) -> tuple[dict[str, Any], AskedSa
         parse_strength(safety.strength, config.thresholds)
         values["vllm_xargs"] = {**extra, KEY: json.dumps(safety.strength)}
     _check_readable(values, config)
+    if config.slots:
+        _check_text(values)
     return values, safety
+
+
+def _check_text(values: Mapping[str, Any]) -> None:
+    """Raise an InputError for a chat of plain messages none of which holds text: guards have nothing to judge."""
+    listed = values.get("messages")
+    if not isinstance(listed, list) or not listed or not all(map(_is_plain_message, listed)):
+        return
+    refuse_empty([Message("user", item.get("content") or "") for item in listed])
+
+
+def _is_plain_message(item: object) -> bool:
+    return isinstance(item, dict) and set(item) <= {"role", "content"} and isinstance(item.get("content") or "", str)
 
 
 def encoded(values: Mapping[str, Any]) -> bytes:

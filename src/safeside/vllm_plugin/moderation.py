@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from safeside.content import holds_text
 from safeside.errors import InputError, problems_of
-from safeside.guards.content import holds_text
 from safeside.moderation import ModerationRequest, chosen, result_of, unsupported
 from safeside.types import Message
 from safeside.vllm_plugin.answers import Answers, Kept
