@@ -306,6 +306,12 @@ def test_guards_alone_leave_the_base_bit_for_bit(tiny_base: Base, guard: Adapter
         assert torch.equal(logits_of(tiny_base), plain)
 
 
+@pytest.mark.parametrize("given", ["builtin:harm", [1], 3])
+def test_one_guard_intercepts(tiny_base: Base, given: object) -> None:
+    with pytest.raises(InputError, match=r"intercept is one guard; got a (str|list|int)\."):
+        attach(tiny_base, intercept=given)
+
+
 def test_adapters_come_in_lists(tiny_base: Base, random_guard, random_aligner) -> None:
     guard, aligner = random_guard(tiny_base), random_aligner(tiny_base)
     for given in ({"guards": guard}, {"guards": "builtin:harm"}, {"guards": ["builtin:harm"]}, {"guards": None}):

@@ -327,7 +327,7 @@ def test_a_group_with_a_score_that_is_not_a_number_is_flagged(
     assert found.verdicts[-1].flagged
 
 
-@pytest.mark.parametrize("judge_every", [0, -1, 2.5, "8", None])
+@pytest.mark.parametrize("judge_every", [0, -1, 2.5, "8", None, True])
 def test_a_group_is_a_number_of_tokens(tiny_base: Base, guard: Adapter, judge_every: object) -> None:
     with pytest.raises(InputError, match=r"judge_every is a number of tokens, 1 or more; got"):
         attach(tiny_base, guards=[guard], judge_every=judge_every)

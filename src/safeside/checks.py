@@ -37,8 +37,10 @@ def check_adapters(base: Base, aligners: Sequence[Adapter], guards: Sequence[Ada
             _check_adapter(base, adapter, expected)
 
 
-def check_intercept(base: Base, guard: Adapter) -> None:
+def check_intercept(base: Base, guard: object) -> None:
     """Raise unless ``guard`` can judge prompts of ``base`` before an answer."""
+    if not isinstance(guard, Adapter):
+        raise InputError(f"intercept is one guard; got a {type(guard).__name__}. Write intercept=guard.")
     if guard.config.role != "guard":
         raise InputError(f"{guard.name!r} has role {guard.config.role!r} and cannot intercept; expected a guard.")
     if base.is_encoder:

@@ -29,7 +29,7 @@ from safeside.waiting import Waiting
 
 def check_group(judge_every: object) -> None:
     """Refuse what is no number of tokens that can be judged together."""
-    if not isinstance(judge_every, int) or judge_every < 1:
+    if not isinstance(judge_every, int) or isinstance(judge_every, bool) or judge_every < 1:
         raise InputError(f"judge_every is a number of tokens, 1 or more; got {judge_every!r}.")
 
 

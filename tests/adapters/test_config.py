@@ -32,6 +32,7 @@ MODES = {"prompt": {**MODE, "presets": {"strict": PROMISE}, "maps": [STEPS]}}
     ("values", "words"),
     [
         ({**GUARD, "labels": ()}, "at least one label"),
+        ({**GUARD, "labels": ("hate", "hate")}, "labels must differ"),
         ({**ALIGNER, "labels": ("harm",)}, "no labels"),
         ({**ALIGNER, "base": reference(is_encoder=True)}, "encoder"),
         ({**GUARD, "role": "judge"}, "role"),

@@ -253,7 +253,9 @@ def test_rows_that_cannot_teach_are_refused(
 ) -> None:
     guard = load_adapter(trained, tiny_base)
     harmless = rows(40, 4, share=0.0)
+    twice = [*rows(16, 7), replace(rows(16, 7)[0], labels=(1.0 - rows(16, 7)[0].labels[0],), line=99)]
     for examples, replay, words in (
+        (twice, rows(40, 4), r"lines \d+ and \d+ of their files have the same text and other labels"),
         (harmless, harmless, "are all harmless"),
         (family(4, 1), family(8, 2), "hold no harmless one"),
         (family(4, 1), [], "hold no harmless one"),

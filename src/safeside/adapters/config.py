@@ -255,6 +255,8 @@ class AdapterConfig(BaseModel):
     def _check(self) -> AdapterConfig:
         if self.role == "guard" and not self.labels:
             raise ValueError("a guard needs at least one label; add labels = ['harm']")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels must differ; got {self.labels}")
         if self.role == "align" and self.labels:
             raise ValueError("an aligner has no labels; remove them")
         if self.role == "align" and self.base.is_encoder:

@@ -111,10 +111,9 @@ def guard_logits(base: Base, source: Source, rows: Rows, batch_size: int = 64) -
 
 def guard_metric(base: Base, source: Source, rows: Rows) -> Callable[[], float]:
     """Mean over labels of the AUROC on the ``rows`` that know the label; NaN where a logit is not finite."""
+    rows.require_both_kinds("Validation")
     labels = rows.labels.double().numpy()
     known = ~np.isnan(labels)
-    if any(len(set(label[some].tolist())) < 2 for label, some in zip(labels.T, known.T, strict=True)):
-        raise ConfigError("Validation needs both harmful and harmless rows for every label. Add rows.")
 
     def metric_of() -> float:
         logits = guard_logits(base, source, rows)

@@ -160,7 +160,7 @@ def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[P
         examples, held_out = _split(examples)
     if not examples:
         raise InputError("There is no example to learn from; expected 16 to 64 labelled rows of the new family.")
-    known = {text_of(example) for example in examples}
+    known = _agreeing(examples)
     given = [held_out, rows.replay, rows.elsewhere or ()]
     held_out = [row for row in held_out if text_of(row) not in known]
     replay, elsewhere = (_fresh(some, known) for some in given[1:])
@@ -176,6 +176,19 @@ def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[P
     parts = Parts(examples, held_out, *used)
     _require_kinds(parts)
     return parts, n_unused, n_repeated
+
+
+def _agreeing(examples: Sequence[Example]) -> set[str]:
+    """The texts of examples; one that two of them label differently is an InputError."""
+    labels: dict[str, Example] = {}
+    for example in examples:
+        first = labels.setdefault(text_of(example), example)
+        if str(first.labels) != str(example.labels):
+            raise InputError(
+                f"The examples in lines {first.line} and {example.line} of their files have the same text and other "
+                "labels; expected one label for each text. Take one away."
+            )
+    return set(labels)
 
 
 def _fresh(rows: Sequence[Example], known: set[str]) -> list[Example]:

@@ -61,7 +61,8 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
     if old.config.modes:
         note(
             f"promises, presets and stop rules for mode {', '.join(old.config.modes)} stay behind, for the scores are "
-            "new; thresholds flag no larger share of the text than before. Run safeside calibrate on the new base."
+            "new; thresholds flag no larger share than before of the text that set them. Run safeside calibrate on the "
+            "new base."
         )
     came_from = {"ported from": f"{old.name} on {old_base.name} ({old_base.fingerprint})"}
     save_adapter(done.adapter, output, base, {**came_from, **facts}, dtype=stored_dtype(source))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from safeside.errors import ConfigError
 from safeside.tasks.rows import BadRow
 from safeside.tasks.task import LeftOut
 from safeside.types import Example
@@ -53,6 +54,13 @@ class Rows:
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [len(row) for row in self.ids]
+
+    def require_both_kinds(self, name: str) -> None:
+        """A ConfigError that calls these rows ``name`` unless each label has rows that are 0 and rows that are 1."""
+        labels = self.labels.numpy()
+        for column in labels.T:
+            if not {0.0, 1.0} <= set(column.tolist()):
+                raise ConfigError(f"{name} needs both harmful and harmless rows for every label. Add rows.")
 
     def chosen(self, places: Sequence[int]) -> Rows:
         """Some of the rows, in the order of ``places``."""

@@ -138,8 +138,8 @@ def _encoded_texts(base: Base, example: Example) -> tuple[Encoded, ...]:
 def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[Rows, Rows]:
     """Training and validation rows of a recipe; its file of scores, if it names one, gives the former soft targets.
 
-    A split without a usable row, a ``label_of`` that names no such file or label, and a category that the task has no
-    rows for are a ConfigError.
+    A split without a usable row or, for guards, without both kinds of rows for a label, a ``label_of`` that names no
+    such file or label, and a category that the task has no rows for are a ConfigError.
     """
     data = recipe.data
     goals = goals_to_leave_out(data.leave_out, root)
@@ -147,6 +147,10 @@ def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
     train, validation = read(base, recipe, root, labels, goals)
     if data.soft is not None:
         train = with_scores(train, read_scores(find_data(data.soft, root), labels))
+    if recipe.adapter.role == "guard":
+        if recipe.training.soft_weight < 1:  # else labels teach nothing
+            train.require_both_kinds("Training")
+        validation.require_both_kinds("Validation")
     return train, validation
 
 
