@@ -83,6 +83,10 @@ def test_training_counts_them_and_needs_both_classes(run: Callable[..., Ran], ti
     recipe = toy_recipe(tmp_path, tiny_base)
     ran = run("train", recipe, "--output", tmp_path / "made", "--json")
     assert (ran.code, ran.json["train_rows"], ran.json["bad_rows"]) == (1, 41, 2 * N_BAD)  # two splits
+    assert (ran.json["validation_rows_learnt"], "41 of 41 validation rows are training rows too" in told(ran)) == (
+        41,
+        True,
+    )
     load_adapter(tmp_path / "made", tiny_base)
     file_of(tmp_path / "one.jsonl", 20, labels=(1,))
     recipe.write_text(recipe.read_text().replace("validation = ['rows.jsonl']", "validation = ['one.jsonl']"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safeside.adapters.sizing import flops_share
+from safeside.tasks.leakage import text_of
 from safeside.terminal import Advance, note, progress_bars
 from safeside.train.loop import CHECKPOINT, Progress, processes_on
 from safeside.train.recipe import LORA, read_recipe
@@ -29,6 +30,11 @@ def train_command(path: Path, data_root: Path, output: Path | None, resume: bool
         run = train(recipe, data_root=data_root, output=output, base=base, resume=resume, report=report, advance=read)
     for row in [row for rows in run.splits for row in rows.bad]:
         note(f"line {row.line} was left out: {row.problem}")
+    if n_learnt := _learnt_rows(run):
+        note(
+            f"Warning: {n_learnt} of {len(run.validation.ids)} validation rows are training rows too: figures, "
+            "thresholds and promises on them flatter the adapter. Give rows of their own under [data] validation."
+        )
     return lora_summary(run) if isinstance(run, LoraRun) else summary_of(run, flops_share(base, run.adapter))
 
 
@@ -72,6 +78,7 @@ def _figures(run: Run | LoraRun, share: float) -> dict[str, object]:
         "train_rows": len(run.train.ids),
         "rows_too_long": sum(rows.n_too_long for rows in run.splits),
         "rows_overlapping": sum(rows.n_overlapping for rows in run.splits),
+        "validation_rows_learnt": _learnt_rows(run),
         **_task_counts(run),
         "bad_rows": sum(len(rows.bad) for rows in run.splits),
         "train_seconds": round(run.outcome.train_seconds, 2),
@@ -79,6 +86,12 @@ def _figures(run: Run | LoraRun, share: float) -> dict[str, object]:
         "trainable_params": run.outcome.trainable_params,
         "flops_share": round(share, 6),
     }
+
+
+def _learnt_rows(run: Run | LoraRun) -> int:
+    """Validation rows whose text, case and white space apart, is that of a training row."""
+    learnt = set(map(text_of, run.train.examples))
+    return sum(text_of(example) in learnt for example in run.validation.examples)
 
 
 def _task_counts(run: Run | LoraRun) -> dict[str, object]:
