@@ -138,13 +138,16 @@ def overhead_table(path: Path) -> str:
 
 
 def _goals_met(judged: Sequence[dict[str, object]]) -> str:
-    """How many goals of each kind are met; a share of compute that several rows tell is one goal."""
+    """How many goals of each kind are met; a guard's share of compute, which several rows tell, is one goal."""
     told = []
     for metric, kind in {"ratio_to_base": "time", "peak_ratio": "memory", "flops_share": "multiply-adds"}.items():
         chosen = [goal for goal in judged if goal["metric"] == metric]
-        met = {g["value"] if metric == "flops_share" else (*_place(g), g["variant"]): bool(g["met"]) for g in chosen}
-        told += [f"{sum(met.values())} of {len(met)} of {kind}"] if met else []
-    return f"{', '.join(told)} are"
+        if metric == "flops_share":
+            met = {(goal["geometry"], goal["value"]): goal["met"] for goal in chosen}
+        else:
+            met = {(*_place(goal), goal["variant"]): goal["met"] for goal in chosen}
+        told += [f"{sum(map(bool, met.values()))} of {len(met)} of {kind}"] if met else []
+    return f"{', '.join(told) or 'none'} are"
 
 
 def guards_table(path: Path) -> str:

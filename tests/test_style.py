@@ -22,7 +22,7 @@ MAX_POSITIONAL = 5
 # A module may import those of its own line and of the lines above, but beside itself no other of the sixth.
 LAYERS = (
     ("types", "errors", "registry", "terminal"),
-    ("base", "chat"),
+    ("base", "chat", "content"),
     ("adapters", "tasks"),
     ("mixing", "policies", "stopping", "waiting", "request", "verdicts", "gates", "traces", "checks", "attach"),
     ("artifact", "card", "provenance", "builtin", "lora", "staging"),

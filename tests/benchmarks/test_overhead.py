@@ -43,9 +43,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.fixture(autouse=True)
-def given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process goes on after the bench, and gives memory back as ever."""
-    monkeypatch.setattr(overhead, "tune_memory", lambda options: False)
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What the allocator would be told: this process goes on after the bench, with its memory as ever."""
+    told: list[object] = []
+    monkeypatch.setattr(overhead, "tune_memory", lambda options: bool(told.append(options)))
+    return told
 
 
 @pytest.fixture
@@ -176,12 +178,13 @@ def test_groups_that_no_timing_holds_whole_are_refused(every: str) -> None:
         overhead.main(["--steps", "4", "--every", every, "--parts", "time"])
 
 
-def test_a_process_prints_its_peaks(geometry: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_prints_its_peaks(geometry: str, capsys: pytest.CaptureFixture[str], tuned: list[object]) -> None:
     overhead.print_peaks(
         {"geometry": geometry, "dtype": "bfloat16", "name": "guard", "batch": 1, "settings": asdict(SMALL)}
     )
     prompt, end = map(int, capsys.readouterr().out.split())
     assert 50 * 2**20 < prompt <= end  # the libraries alone take more
+    assert tuned == [overhead.GIVE_BACK_AT_ONCE]
 
 
 def test_peaks_are_the_lowest_of_a_variant_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,16 +102,24 @@ def test_overhead_table_tells_ratios_goals_and_shares(results: Path) -> None:
         figure("ratio_to_base", 2.0, variant="second_pass", **place, flops_share=0.9),
         {**figure("peak_ratio", 1.01, variant="guard", **place), "low": 1.01, "high": 1.01, "flops_share": 0.0},
     ]
-    goal = {**place, "metric": "ratio_to_base", "variant": "guard", "goal": 1.05, "met": False}
+    goal = {**place, "metric": "ratio_to_base", "variant": "guard", "value": 1.04, "goal": 1.05, "met": False}
+    share = {**goal, "metric": "flops_share", "value": 0.0097, "met": True}
+    goals = [
+        goal,
+        {**goal, "batch": 1, "met": True},
+        share,
+        {**share, "batch": 1},
+        {**share, "value": 0.02, "met": False},
+    ]
     timed = [row for row in rows if row["metric"] != "peak_ratio"]
-    parts.write_part(results, result_of("time", 1.0, timed, {"goals": [goal]}), parts.OVERHEAD)
+    parts.write_part(results, result_of("time", 1.0, timed, {"goals": goals}), parts.OVERHEAD)
     path = parts.write_part(results, result_of("peaks", 1.0, rows[-1:], {"goals": []}), parts.OVERHEAD)
     table = tables.overhead_table(path)
     assert "| over the base | guard | second_pass | goal of the guards |" in table
     assert "| Big-7B, decode, batch 8: time | 1.040 (0.940 to 1.140) | 2.000 (1.900 to 2.100) | 1.05 |" in table
     assert "| Big-7B, decode, batch 8: peak memory | 1.010 |  |  |" in table
     assert "| Big-7B: multiply-adds | 0.97% | 90% | 1% |" in table
-    assert "0 of 1 are" in table
+    assert "meets it: 1 of 2 of time, 1 of 2 of multiply-adds are." in table
 
 
 def test_serve_table_tells_load_faults_and_the_soak(results: Path) -> None:

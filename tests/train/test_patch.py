@@ -248,14 +248,23 @@ def test_a_threshold_rises_only_where_more_would_be_flagged(tiny_base: Base, tra
     assert report.flagged_elsewhere[1] <= report.flagged_elsewhere[0]
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("place", ["examples", "held_out"])
+def test_a_text_of_the_family_with_two_labels_is_refused(tiny_base: Base, trained: Path, place: str, seed: int) -> None:
+    some = {"examples": rows(16, 7), "replay": rows(40, 4), "elsewhere": rows(8, 5)}
+    first = some["examples"][0]
+    other = replace(first, labels=(1.0 - first.labels[0],), line=99)
+    given = PatchRows(**{**some, place: [*some.get(place, []), other]})
+    with pytest.raises(InputError, match=rf"lines {first.line} and 99 of their files have the same text, case"):
+        patch_guard(tiny_base, load_adapter(trained, tiny_base), given, replace(QUICK, seed=seed))
+
+
 def test_rows_that_cannot_teach_are_refused(
     tiny_base: Base, trained: Path, random_aligner: Callable[..., Adapter]
 ) -> None:
     guard = load_adapter(trained, tiny_base)
     harmless = rows(40, 4, share=0.0)
-    twice = [*rows(16, 7), replace(rows(16, 7)[0], labels=(1.0 - rows(16, 7)[0].labels[0],), line=99)]
     for examples, replay, words in (
-        (twice, rows(40, 4), r"lines \d+ and \d+ of their files have the same text and other labels"),
         (harmless, harmless, "are all harmless"),
         (family(4, 1), family(8, 2), "hold no harmless one"),
         (family(4, 1), [], "hold no harmless one"),

@@ -179,6 +179,10 @@ def test_scores_that_were_masked_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"vllm_xargs": "x", "safety": {"strength": 1.0}}, "is an object"),
         ([1], "not a JSON object"),
         ({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": None}]}, "holds no text"),
+        ({"messages": [{"role": "user", "content": "", "name": "bob", "refusal": None}]}, "holds no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\u200b"}]}]}, "holds no text"),
+        ({"prompt": " "}, "holds no text"),
+        ({"prompt": ["a", ""]}, "holds no text"),
     ],
 )
 def test_what_cannot_be_answered_is_a_bad_request(asked: Any, said: str) -> None:
@@ -189,8 +193,16 @@ def test_what_cannot_be_answered_is_a_bad_request(asked: Any, said: str) -> None
 
 def test_messages_of_other_things_than_text_are_left_to_the_server() -> None:
     pictures = [{"type": "image_url", "image_url": {"url": "x"}}]
-    for message in ({"role": "user", "content": pictures}, {"role": "assistant", "content": "", "tool_calls": [{}]}):
-        assert served("/v1/chat/completions", {"messages": [message]}, engine())[0] == 200
+    called = {"role": "assistant", "content": "", "tool_calls": [{}]}
+    empty = {"messages": [{"role": "user", "content": ""}]}
+    for asked in (
+        {"messages": [{"role": "user", "content": pictures}]},
+        {"messages": [called]},
+        {**empty, "documents": [{"text": "a"}]},
+        {"prompt": [1, 2]},
+        {"prompt": [[1, 2]]},
+    ):
+        assert served("/v1/chat/completions", asked, engine())[0] == 200
 
 
 HELD: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": {}}}

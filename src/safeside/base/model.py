@@ -182,10 +182,7 @@ class Base:
         self._check_chat(strength, stop, generate)
         if not conversations:
             return []
-        if self.attachment and self.attachment.guards:
-            for messages in conversations:
-                refuse_empty(messages)
-        encoded = [self.encode(messages, begun=begun) for messages in conversations]
+        encoded = [self._encoded_for_chat(messages, begun) for messages in conversations]
         self._check_room(encoded, max_new_tokens)
         ends = [len(item.ids) for item in encoded]
         attached = self.attachment
@@ -198,6 +195,11 @@ class Base:
         except BlockedError as blocked:
             pairs = zip(blocked.verdicts, ends, strict=True)
             return [Completion("", (verdict,), {}, end, 0, "blocked") for verdict, end in pairs]
+
+    def _encoded_for_chat(self, messages: Sequence[Message], begun: bool) -> Encoded:
+        if self.attachment and self.attachment.guards:
+            refuse_empty(messages)
+        return self.encode(messages, begun=begun)
 
     def _check_chat(self, strength: object, stop: object, generate: Mapping[str, object]) -> None:
         if self.is_encoder:

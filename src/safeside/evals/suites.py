@@ -10,6 +10,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Literal
 
+from safeside.content import is_seen
 from safeside.errors import InputError
 from safeside.evals.endpoint import encodable
 from safeside.registry import Registry
@@ -65,7 +66,7 @@ def harmbench(row: Row, line: int) -> Prompt | None:
 def attack(row: Row, line: int) -> Prompt:
     """A jailbreak prompt whose row names its goal; its label, which is of an answer, is not read."""
     (first, *_), goal = messages_of(row), _origin(row).get("goal")
-    if not isinstance(goal, str) or not goal.strip():
+    if not isinstance(goal, str) or not is_seen(goal):
         raise InputError("an attack without orig.goal; expected what it is after")
     return Prompt(_id(row, line), (first.content,), True, goal)
 
@@ -86,7 +87,7 @@ def talk(row: Row, line: int) -> Prompt:
     """A question of several turns, with answers to compare with where it has them (MT-Bench)."""
     turns, references = row.get("turns"), row.get("reference") or ()
     for name, texts in (("turns", turns), ("reference", references)):
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in texts):
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and is_seen(text) for text in texts):
             raise InputError(f"{name!r} must be a list of texts; got {shortened(texts)}")
     if not turns:
         raise InputError("'turns' is empty; expected what the user says")
@@ -104,7 +105,7 @@ def answered(row: Row, line: int) -> Prompt:
 def choices(row: Row, line: int) -> Prompt:
     """A question with four choices (MMLU); its known answer is a letter."""
     question, listed, answer = row.get("question"), row.get("choices"), row.get("answer")
-    if not isinstance(question, str) or not question.strip() or not isinstance(row.get("subject"), str):
+    if not isinstance(question, str) or not is_seen(question) or not isinstance(row.get("subject"), str):
         raise InputError("'question' and 'subject' must be text; expected both")
     if not isinstance(listed, list) or len(listed) != 4 or not all(isinstance(text, str) for text in listed):
         raise InputError(f"'choices' is {shortened(listed)}; expected four texts")

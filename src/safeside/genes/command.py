@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from safeside.artifact import require_new
 from safeside.base.model import Base, load_base
+from safeside.content import is_seen
 from safeside.errors import ConfigError, InputError, problems_of
 from safeside.genes.apply import ContextPolicy, apply_genes
 from safeside.genes.artifact import load_gene, save_gene
@@ -123,7 +124,7 @@ def apply_command(model: str, folders: Sequence[Path], how: Application) -> Summ
     """Merge genes into a copy of a model, or answer one prompt with them live."""
     if (how.output is None) == (how.prompt is None):
         raise InputError("apply needs one of --output FOLDER (a merged copy) and --prompt TEXT (live).")
-    if how.prompt is not None and not how.prompt.strip():
+    if how.prompt is not None and not is_seen(how.prompt):
         raise InputError("--prompt is empty; expected text. Ask something.")
     genes = [load_gene(folder) for folder in folders]
     weights, base = asked_weights(genes, how), load_base(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from safeside.base.model import Base
 from safeside.base.token_scores import token_log_probs
 from safeside.chat import Encoded, pad_batch
+from safeside.content import is_seen
 from safeside.errors import InputError
 from safeside.tasks.rows import load_examples
 from safeside.types import Message
@@ -162,7 +163,7 @@ def _has_answer(row: Row) -> bool:
 
 
 def _check_text(row: Row) -> None:
-    if not all(message.content.strip() for message in row.messages):
+    if not all(is_seen(message.content) for message in row.messages):
         raise InputError(f"{row.where} has an empty message; expected text. Take it out.")
 
 

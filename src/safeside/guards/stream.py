@@ -24,6 +24,7 @@ from safeside.adapters.config import CONFIDENCE, PRESET_RATES, rows_needed
 from safeside.attach import attach
 from safeside.base.model import Base
 from safeside.chat import Encoded, pad_batch
+from safeside.content import refuse_empty
 from safeside.errors import InputError, UnsupportedError
 from safeside.guards.calibrate import counted_once, fit_mode, n_allowed, threshold_with_bound
 from safeside.guards.probability import Array
@@ -96,6 +97,7 @@ def score_answers(
 def _encoded_answer(base: Base, messages: Sequence[Message]) -> Encoded | str:
     """The conversation's ids, or why its answer cannot be scored."""
     try:
+        refuse_empty(messages)
         item = base.encode(messages)
     except InputError as error:
         return str(error)

@@ -124,6 +124,8 @@ def preference_of(values: Mapping[str, object]) -> tuple[tuple[Message, ...], Me
         check_messages(messages)
         if messages[-1].role != "assistant":
             raise InputError(f"a preference ends with a message of role {messages[-1].role!r}; expected 'assistant'")
+    if not is_seen(chosen[-1].content) or not is_seen(rejected[-1].content):
+        raise InputError("'chosen' or 'rejected' is an empty answer; expected two answers with text")
     if chosen[-1].content.strip() == rejected[-1].content.strip():
         raise InputError(f"'chosen' and 'rejected' are the same: {shortened(chosen[-1].content)}; expected two answers")
     return chosen, rejected[-1]

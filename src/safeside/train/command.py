@@ -30,12 +30,13 @@ def train_command(path: Path, data_root: Path, output: Path | None, resume: bool
         run = train(recipe, data_root=data_root, output=output, base=base, resume=resume, report=report, advance=read)
     for row in [row for rows in run.splits for row in rows.bad]:
         note(f"line {row.line} was left out: {row.problem}")
-    if n_learnt := _learnt_rows(run):
+    summary = lora_summary(run) if isinstance(run, LoraRun) else summary_of(run, flops_share(base, run.adapter))
+    if n_learnt := summary["validation_rows_learnt"]:
         note(
-            f"Warning: {n_learnt} of {len(run.validation.ids)} validation rows are training rows too: figures, "
-            "thresholds and promises on them flatter the adapter. Give rows of their own under [data] validation."
+            f"Warning: {n_learnt} of {len(run.validation.ids)} validation rows are training rows too: what is measured "
+            "and promised on them flatters the adapter. Give rows of their own under [data] validation."
         )
-    return lora_summary(run) if isinstance(run, LoraRun) else summary_of(run, flops_share(base, run.adapter))
+    return summary
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.guards.calibrate import threshold_at
 from safeside.guards.carry import ScoredTwice, carry_thresholds, in_force
-from safeside.tasks.leakage import text_of
+from safeside.tasks.leakage import normalise, text_of
 from safeside.train.loop import Progress
 from safeside.train.patch_lesson import Lesson, Parts, PatchSettings, Pool, make_pool
 from safeside.types import Example, Mode
@@ -155,12 +155,13 @@ def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[P
     require_guard(guard.config)
     generator = random.Random(settings.seed)
     examples, held_out = list(rows.examples), rows.held_out
+    _refuse_contradictions([*examples, *(held_out or ())])
     if held_out is None:
         generator.shuffle(examples)
         examples, held_out = _split(examples)
     if not examples:
         raise InputError("There is no example to learn from; expected 16 to 64 labelled rows of the new family.")
-    known = _agreeing(examples)
+    known = {text_of(example) for example in examples}
     given = [held_out, rows.replay, rows.elsewhere or ()]
     held_out = [row for row in held_out if text_of(row) not in known]
     replay, elsewhere = (_fresh(some, known) for some in given[1:])
@@ -178,17 +179,19 @@ def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[P
     return parts, n_unused, n_repeated
 
 
-def _agreeing(examples: Sequence[Example]) -> set[str]:
-    """The texts of examples; one that two of them label differently is an InputError."""
-    labels: dict[str, Example] = {}
-    for example in examples:
-        first = labels.setdefault(text_of(example), example)
-        if str(first.labels) != str(example.labels):
+def _refuse_contradictions(family: Sequence[Example]) -> None:
+    """An InputError where two rows of the family say the same and are labelled differently.
+
+    Rows to replay may say otherwise: a patch can teach that a text was labelled wrongly, and they are left out.
+    """
+    known: dict[tuple[tuple[str, str], ...], Example] = {}
+    for row in family:
+        first = known.setdefault(tuple((message.role, normalise(message.content)) for message in row.messages), row)
+        if any(abs(one - other) > 0 for one, other in zip(first.labels, row.labels, strict=True)):  # never of NaN
             raise InputError(
-                f"The examples in lines {first.line} and {example.line} of their files have the same text and other "
-                "labels; expected one label for each text. Take one away."
+                f"The rows in lines {first.line} and {row.line} of their files have the same text, case and white "
+                "space apart, and other labels; expected one label for each text. Take one away."
             )
-    return set(labels)
 
 
 def _fresh(rows: Sequence[Example], known: set[str]) -> list[Example]:

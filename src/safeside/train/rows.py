@@ -57,10 +57,12 @@ class Rows:
 
     def require_both_kinds(self, name: str) -> None:
         """A ConfigError that calls these rows ``name`` unless each label has rows that are 0 and rows that are 1."""
-        labels = self.labels.numpy()
-        for column in labels.T:
-            if not {0.0, 1.0} <= set(column.tolist()):
-                raise ConfigError(f"{name} needs both harmful and harmless rows for every label. Add rows.")
+        for place, column in enumerate(self.labels.T.tolist(), 1):
+            if not {0.0, 1.0} <= set(column):
+                raise ConfigError(
+                    f"{name} needs both harmful and harmless rows for every label; number {place} of "
+                    f"{self.labels.shape[1]} has not. Add rows."
+                )
 
     def chosen(self, places: Sequence[int]) -> Rows:
         """Some of the rows, in the order of ``places``."""

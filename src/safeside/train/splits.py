@@ -148,7 +148,7 @@ def load_splits(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...])
     if data.soft is not None:
         train = with_scores(train, read_scores(find_data(data.soft, root), labels))
     if recipe.adapter.role == "guard":
-        if recipe.training.soft_weight < 1:  # else labels teach nothing
+        if not recipe.training.soft_weight:  # else scores teach what labels do not
             train.require_both_kinds("Training")
         validation.require_both_kinds("Validation")
     return train, validation

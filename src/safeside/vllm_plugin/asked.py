@@ -15,6 +15,8 @@ from safeside.vllm_plugin.kept import TAG
 from safeside.vllm_plugin.plan import EngineConfig
 from safeside.vllm_plugin.strengths import KEY, parse_strength
 
+_FURTHER_TEXT = ("documents", "tools", "chat_template", "prompt_embeds")
+"""What may bring text of its own into a prompt."""
 _TOO_DEEP = "The body is nested deeper than JSON is read here. Send lists and objects within fewer others."
 
 
@@ -58,15 +60,35 @@ def prepared(body: bytes, config: EngineConfig) -> tuple[dict[str, Any], AskedSa
 
 
 def _check_text(values: Mapping[str, Any]) -> None:
-    """Raise an InputError for a chat of plain messages none of which holds text: guards have nothing to judge."""
-    listed = values.get("messages")
-    if not isinstance(listed, list) or not listed or not all(map(_is_plain_message, listed)):
+    """Raise an InputError where all that the base would read is text and nothing of it is to be seen."""
+    if any(values.get(name) for name in _FURTHER_TEXT):
         return
-    refuse_empty([Message("user", item.get("content") or "") for item in listed])
+    if "messages" in values:
+        conversations = [_texts_of(values["messages"])]
+    else:
+        prompts = values.get("prompt")
+        conversations = [[prompt] for prompt in (prompts if isinstance(prompts, list) else [prompts])]
+    for texts in conversations:
+        said = [text for text in texts if isinstance(text, str)]
+        if said and len(said) == len(texts):
+            refuse_empty([Message("user", text) for text in said])
 
 
-def _is_plain_message(item: object) -> bool:
-    return isinstance(item, dict) and set(item) <= {"role", "content"} and isinstance(item.get("content") or "", str)
+def _texts_of(messages: object) -> list[object]:
+    """The text of each message, None where it holds anything else; of names, nulls and the role nothing is read."""
+    listed = messages if isinstance(messages, list) else []
+    return [_text_of(item) if isinstance(item, dict) else None for item in listed]
+
+
+def _text_of(message: Mapping[str, Any]) -> str | None:
+    further = {name for name, value in message.items() if value is not None} - {"role", "name", "content"}
+    content = message.get("content") or ""
+    if further or not isinstance(content, str | list):
+        return None
+    if isinstance(content, str):
+        return content
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return None if None in parts else "".join(map(str, parts))
 
 
 def encoded(values: Mapping[str, Any]) -> bytes:
