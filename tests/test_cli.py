@@ -262,7 +262,7 @@ def test_guard_flags_and_counts_what_holds_no_text(run: Callable[..., Ran], adap
     (good,), (empty,) = (line["verdicts"] for line in ran.lines)
     assert isinstance(good["score"], float)
     assert (empty["score"], empty["flagged"]) == (None, True)
-    assert "holds no text" in empty["reason"]
+    assert "must be text that is not empty" in empty["reason"]
     assert "1 bad rows; each was flagged" in ran.err
 
 
