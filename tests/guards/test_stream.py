@@ -64,11 +64,13 @@ def test_every_token_has_the_score_of_the_text_up_to_it(tiny_base: Base, random_
 def test_answers_that_cannot_be_scored_say_why(tiny_base: Base, tiny_family, random_guard, guard: Adapter) -> None:
     long = [Message("user", "how?"), Message("assistant", "the cat " * 200)]
     broken = [Message("user", "\ud800"), Message("assistant", "no")]
-    found = score_answers(tiny_base, guard, [PROMPT, TALKS[1], long, broken])
-    assert [len(answer.scores) > 0 for answer in found] == [False, True, False, False]
+    empty = [Message("user", ""), Message("assistant", "\u200b")]
+    found = score_answers(tiny_base, guard, [PROMPT, TALKS[1], long, broken, empty])
+    assert [len(answer.scores) > 0 for answer in found] == [False, True, False, False, False]
     assert found[0].problem == "it has no answer"
     assert "for a context of 256" in str(found[2].problem)
     assert "not valid Unicode" in str(found[3].problem)
+    assert "holds no text" in str(found[4].problem)
     encoder = tiny_family("bert")
     with pytest.raises(UnsupportedError, match="is an encoder"):
         score_answers(encoder, random_guard(encoder), TALKS)
