@@ -143,7 +143,9 @@ def test_a_goal_is_met_at_the_upper_end_only() -> None:
     assert [(goal["goal"], goal["met"]) for goal in goals] == [(1.03, True), (1.03, False), (1.03, True)]
 
 
-def test_it_writes_every_row(tmp_path: Path, geometry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_writes_every_row(
+    tmp_path: Path, geometry: str, monkeypatch: pytest.MonkeyPatch, tuned: list[object]
+) -> None:
     small = ["--tokens", "8", "--steps", "2", "--pairs", "2", "--threads", "1", "--batches", "1", "2"]
     small += ["--geometries", geometry, "--taps", "2", "--every", "2", "--output", str(tmp_path), "--parts"]
     path = overhead.main([*small, "time"])
@@ -170,6 +172,7 @@ def test_it_writes_every_row(tmp_path: Path, geometry: str, monkeypatch: pytest.
     assert [row for row in both["rows"] if row["part"] == "time"] == result["rows"]
     assert {row["metric"] for row in both["rows"] if row["part"] == "peaks"} == {"peak_bytes", "peak_ratio"}
     assert {goal["metric"] for goal in both["notes"]["parts"]["peaks"]["notes"]["goals"]} == {"peak_ratio"}
+    assert tuned == [overhead.KEEP_MEMORY]  # for times, and not for what starts the processes of peaks
 
 
 @pytest.mark.parametrize("every", ["1", "3", "0"])
