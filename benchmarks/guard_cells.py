@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -75,10 +75,13 @@ class Cell:
     base: str
     method: str
     seed: int
+    epochs: int = 0
+    """Most of its schedule; 0: the only one, or whichever validation rows chose."""
 
     @property
     def title(self) -> str:
-        return f"{self.task} {self.base} {self.method} seed {self.seed}"
+        schedule = f", {self.epochs} epochs" if self.epochs else ""
+        return f"{self.task} {self.base} {self.method} seed {self.seed}{schedule}"
 
 
 def recipe_of(setup: Setup, cell: Cell) -> Recipe:
@@ -97,7 +100,7 @@ def recipe_of(setup: Setup, cell: Cell) -> Recipe:
                 "labels": SHARED_TASKS if cell.method == SHARED else ("risk",),
             },
             "training": {
-                "epochs": teacher_of(cell.task)["epochs"] if family == "lora" else setup.epochs,
+                "epochs": epochs_of(setup, cell),
                 "batch_size": batch_size_of(cell),
                 "learning_rate": LEARNING_RATES.get(family, 1e-3),
                 "soft_weight": SOFT_WEIGHT if is_taught else 0.0,
@@ -112,6 +115,33 @@ def recipe_of(setup: Setup, cell: Cell) -> Recipe:
 def teacher_of(task: str) -> dict[str, object]:
     """How a task's LoRA guard on the whole base is trained: the teacher, and the method ``lora_full``."""
     return {**TEACHER, "epochs": TEACHER_EPOCHS.get(task, TEACHER["epochs"])}
+
+
+def epochs_of(setup: Setup, cell: Cell) -> object:
+    """Most epochs of its training."""
+    return teacher_of(cell.task)["epochs"] if cell.method == "lora_full" else _schedule_of(setup, cell)
+
+
+def _schedule_of(setup: Setup, cell: Cell) -> int:
+    return cell.epochs or setup.schedules(cell.task)[0]
+
+
+def schedules_of(setup: Setup, cell: Cell) -> list[Cell]:
+    """The cell by each of its schedules; what is not trained as adapters are, and what all tasks share, has one."""
+    if cell.method not in ADAPTERS or cell.method == SHARED:
+        return [cell]
+    return [replace(cell, epochs=epochs) for epochs in setup.schedules(cell.task)]
+
+
+def better_of(found: Sequence[dict[str, object]]) -> dict[str, object]:
+    """Of one cell by several schedules, the one that is best on validation rows; of equal ones the first."""
+    return max(found, key=_validation_auroc)
+
+
+def _validation_auroc(found: dict[str, object]) -> float:
+    labels, values = (np.array(found[part]["validation"], np.float64) for part in ("labels", "values"))  # type: ignore[index]
+    known = np.isfinite(values)
+    return auroc(labels[known], values[known])
 
 
 def batch_size_of(cell: Cell) -> int:

@@ -33,6 +33,10 @@ ROWS = {
     "response_harm": (600, 400, 800),
     "grounding": (1600, 300, 600),
 }
+# Schedules that every guard is trained by, of so many epochs at most: the learning rate falls more slowly in the longer
+# one.  Training stops two epochs after its best on validation rows, which choose between the schedules too.  Claims
+# mostly stop before five, and their epochs are long.
+SCHEDULES = {"hate": (5, 12), "prompt_harm": (5, 12), "response_harm": (5, 12), "grounding": (5,)}
 MOST_WINDOWS = 4  # a row that takes more is left out and counted: whole web pages would take most of the time
 HARMLESS = {
     "xstest/prompts_test.jsonl.gz": 250,
@@ -53,6 +57,7 @@ class Setup:
     limit: int
     evaluation_limit: int
     epochs: int
+    """At most, in every schedule."""
     teachers: Path | None = None
     """Keeps what teachers gave, without the texts; a folder in ``scratch`` unless given."""
 
@@ -61,6 +66,10 @@ class Setup:
         train, validation, test = ROWS[task]
         most = self.evaluation_limit
         return {"train": min(self.limit, train), "validation": min(most, validation), "test": min(most, test)}
+
+    def schedules(self, task: str) -> tuple[int, ...]:
+        """Most epochs of each schedule that a guard of ``task`` is trained by, rising."""
+        return tuple(sorted({min(epochs, self.epochs) for epochs in SCHEDULES[task]}))
 
     def base_of(self, name: str) -> tuple[str, str]:
         return next((source, fingerprint) for label, source, fingerprint in self.bases if label == name)

@@ -3,9 +3,9 @@
     python benchmarks/guards.py --data ../shared/data           all of it, hours on two cores; a killed run goes on
     python benchmarks/guards.py --data ../shared/data --quick   a few rows of each task, into a temporary folder
 
-Every method of one task and base learns from the same rows; validation rows choose epochs, regularisation, questions
-and thresholds; test rows are scored once.  Writes the part ``methods`` of
-guards.json with the cells that are there.
+Every method of one task and base learns from the same rows; validation rows choose schedules, epochs, regularisation,
+questions and thresholds; test rows are scored once by each schedule.  Writes the part ``methods`` of guards.json with
+the cells that are there.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from guard_cells import METHODS, TAUGHT, Cell, build_store, key_of, run_cell
-from guard_figures import rows_of, source_alone, wins_of
+from guard_cells import METHODS, TAUGHT, Cell, better_of, build_store, key_of, run_cell, schedules_of
+from guard_figures import Found, rows_of, source_alone, wins_of
 from guard_rows import SPLITS, Setup, installed, prepare, sources_of
 from guard_shared import SHARED, SHARED_TASKS
 from parts import write_part
@@ -44,7 +44,7 @@ TASK_NAMES = ("hate", "prompt_harm", "response_harm", "grounding")
 BASES = ("builtin", "minilm")
 SEEDS = (0, 1, 2)
 ONE_SEED = ("prompted", "probe", "tfidf")  # nothing in them is drawn
-# Seconds of a cell of 1,500 training rows and 6 epochs on one core to itself: for the first estimate only.
+# Seconds of a cell of the benchmark's rows on one core to itself: for the first estimate only.
 STATED = {"plr": 10, "rtb": 45, "lst_distilled": 75, "lora_full": 150, "probe": 20, "tfidf": 5, "prompted": 30}
 
 
@@ -61,11 +61,13 @@ class Plan:
     finished_only: bool = False
 
     def cells_of(self, task: str, base: str) -> list[Cell]:
-        return [
+        """Those of every method and seed, by each of their schedules."""
+        cells = [
             Cell(task, base, method, seed)
             for method, seed in product(self.methods, self.seeds)
             if not (method in ONE_SEED and seed != self.seeds[0]) and not (method == "prompted" and base == "minilm")
         ]
+        return [part for cell in cells for part in schedules_of(self.setup, cell)]
 
 
 def run_plan(plan: Plan, workers: Workers) -> Path:
@@ -88,22 +90,52 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
     for task, base in pairs:
         _fill(plan, workers, [cell for cell in missing if (cell.task, cell.base) == (task, base)], paths)
     shutil.rmtree(plan.setup.scratch / "taps" / "shared", ignore_errors=True)
-    values = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items()}
+    tried = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items()}
+    values = chosen_of(plan.setup, tried)
     rows: list[Row] = []
     for pair in pairs:
         rows += _figures(plan, pair, {cell: found for cell, found in values.items() if (cell.task, cell.base) == pair})
-    notes = {
+    return write_part(plan.output, result_of("methods", time.perf_counter() - started, rows, _notes(tried, values)))
+
+
+def _notes(tried: Mapping[Cell, Found], values: Mapping[Cell, Found]) -> dict[str, object]:
+    """What a reader of the figures must know."""
+    return {
         "peak_bytes": "of a worker that held other cells before; side by side the part training measures it",
-        "train_seconds": "under whatever else ran then; of distilled guards without their teacher, on stored states",
+        "train_seconds": "under whatever else ran then, on stored states, of the schedule that was chosen; of "
+        "distilled guards without their teacher",
+        "schedules": _schedules(values),
         "intervals": "95% bootstrap over test rows; elsewhere low and high are the value",
         "rows": {f"{cell.task} {cell.base}": found["counts"] for cell, found in values.items()},
-        "cell_commits": sorted({str(found["commit"]) for found in values.values()}),
-        "cell_seconds": round(sum(float(found["seconds"]) for found in values.values()), 1),
+        "cell_commits": sorted({str(found["commit"]) for found in tried.values()}),
+        "cell_seconds": round(sum(float(found["seconds"]) for found in tried.values()), 1),  # type: ignore[arg-type]
     }
-    return write_part(plan.output, result_of("methods", time.perf_counter() - started, rows, notes))
 
 
-def _figures(plan: Plan, place: tuple[str, str], values: dict[Cell, dict[str, object]]) -> list[Row]:
+def chosen_of(setup: Setup, tried: Mapping[Cell, Found]) -> dict[Cell, Found]:
+    """Each cell by the schedule that is better on validation rows; those that not all were run of are left out."""
+    chosen, left_out = {}, []
+    for cell in dict.fromkeys(replace(cell, epochs=0) for cell in tried):
+        schedules = schedules_of(setup, cell)
+        if all(one in tried for one in schedules):
+            chosen[cell] = better_of([{**tried[one], "schedule": one.epochs} for one in schedules])
+        else:
+            left_out.append(cell.title)
+    if left_out:
+        note(f"{len(left_out)} cells are left out, not every schedule of them was run: {left_out[0]} first")
+    return chosen
+
+
+def _schedules(values: Mapping[Cell, Found]) -> dict[str, list[object]]:
+    """By task, base and method the schedule of each seed, of cells that had a choice."""
+    result: dict[str, list[object]] = {}
+    for cell, found in values.items():
+        if found["schedule"]:
+            result.setdefault(f"{cell.task} {cell.base} {cell.method}", []).append(found["schedule"])
+    return result
+
+
+def _figures(plan: Plan, place: tuple[str, str], values: dict[Cell, Found]) -> list[Row]:
     """All rows of one task and base; the sources of test rows are read anew, for cells do not hold them."""
     if not values:
         return []
@@ -197,12 +229,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
-        "--limit", type=int, default=1500, help="training rows of a cell; ROWS in guard_cells.py may allow fewer"
+        "--limit", type=int, default=1500, help="training rows of a cell; ROWS in guard_rows.py may allow fewer"
     )
     parser.add_argument(
         "--evaluation-limit", type=int, default=1000, help="validation rows, and test rows; ROWS may allow fewer"
     )
-    parser.add_argument("--epochs", type=int, default=5, help="at most; training stops 2 epochs after its best")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=12,
+        help="at most, whatever SCHEDULES in guard_rows.py say",
+    )
     parser.add_argument("--finished-only", action="store_true", help="run nothing: the figures of the cells there are")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")

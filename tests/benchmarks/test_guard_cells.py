@@ -90,3 +90,39 @@ def test_a_teacher_of_long_rows_has_fewer_epochs() -> None:
     assert recipe.teacher is not None
     assert recipe.teacher.epochs == 2
     assert guard_cells.recipe_of(setup, Cell("grounding", "tiny", "lora_full", 0)).training.epochs == 2
+
+
+def setup_of(epochs: int) -> Setup:
+    return Setup(Path(), (("tiny", "tiny", "print"),), Path(), 10**6, 10**6, epochs)
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "epochs"),
+    [
+        ("hate", "lst", [5, 12]), ("hate", "standalone_distilled", [5, 12]), ("hate", "plr", [5, 12]),
+        ("grounding", "lst", [5]), ("grounding", "standalone", [5]),
+        ("hate", "lora_full", [3]), ("grounding", "lora_full", [2]),
+        ("hate", "lst_shared", [5]), ("hate", "probe", [5]),
+    ],
+)  # fmt: skip
+def test_all_that_learns_as_adapters_do_has_the_schedules_of_its_task(
+    task: str, method: str, epochs: list[int]
+) -> None:
+    tried = guard_cells.schedules_of(setup_of(12), Cell(task, "tiny", method, 0))
+    assert [guard_cells.recipe_of(setup_of(12), cell).training.epochs for cell in tried] == epochs
+    quick = guard_cells.schedules_of(setup_of(1), Cell(task, "tiny", method, 0))
+    assert len(quick) == 1
+    keys = {guard_cells.key_of(setup_of(12), cell, "data") for cell in tried}
+    assert len(keys) == len(epochs)
+
+
+def test_validation_rows_choose_the_schedule_and_test_rows_do_not() -> None:
+    def found(values: list[float], test: list[float], schedule: int) -> dict[str, object]:
+        labels = {"validation": [0.0, 1.0, 0.0, 1.0], "test": [0.0, 1.0]}
+        return {"labels": labels, "values": {"validation": values, "test": test}, "schedule": schedule}
+
+    short, long = found([0.1, 0.9, 0.2, 0.1], [0.0, 1.0], 5), found([0.1, 0.9, 0.2, 0.8], [1.0, 0.0], 12)
+    assert guard_cells.better_of([short, long]) is long
+    assert guard_cells.better_of([short, found([0.1, 0.9, 0.2, 0.1], [1.0, 0.0], 12)]) is short  # equal: the first
+    unscored = found([0.1, float("nan"), 0.2, 0.8], [0.0, 1.0], 12)
+    assert guard_cells.better_of([short, unscored]) is unscored
