@@ -112,7 +112,7 @@ def _load_head(goals: Sequence[Row]) -> str:
     met = [bool(goal["met"]) for goal in goals]
     return (
         "Median over interleaved rounds (95% bootstrap interval of the ratio); the goal, at least 0.95 of the base's "
-        "throughput for both guarded ones on the 0.5B geometry, is met at the interval's lower end: "
+        "throughput for the guarded ones on the 0.5B geometry, is met at the interval's lower end: "
         f"{sum(met)} of {len(met)} are. Waits are p50 (p99)."
     )
 

@@ -35,12 +35,14 @@ from safeside.serve.service import Service, ServiceLimits
 from safeside.serve.threaded import in_thread
 from safeside.types import Message
 
-# guarded: guard and aligner read every layer; guarded_3_taps: three layers, with as many multiply-adds.
-VARIANTS = ("base", "guarded", "guarded_3_taps", "second_model")
+# By variant with guard and aligner: how many layers both read, at equal multiply-adds (None: all), and how many tokens
+# of an answer the guard judges together.
+GUARDED = {"guarded": (None, 1), "guarded_3_taps": (3, 1), "guarded_3_taps_every_8": (3, 8)}
+VARIANTS = ("base", *GUARDED, "second_model")
 JUDGE = "judge"  # the second model itself
 # The aligner acts in the upper half of the scores; the guard watches every token and, so that all variants write the
 # same number of tokens, would stop only at a score of 1.
-GUARDED = """
+POLICY = """
 policies:
   house:
     prompt: [{action: steer, guard: harm, low: 0.5, high: 0.9}]
@@ -120,7 +122,7 @@ def listening(app: FastAPI) -> AbstractContextManager[str]:
 
 
 @contextlib.contextmanager
-def served(base: Base, adapters: Sequence[Adapter], policy: str, threads: int) -> Iterator[str]:
+def served(base: Base, adapters: Sequence[Adapter], policy: str, limits: EngineLimits) -> Iterator[str]:
     """The address of a server of ``base``."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,7 +130,7 @@ def served(base: Base, adapters: Sequence[Adapter], policy: str, threads: int) -
         book = PolicyBook.load(folder / "policy.yaml")
         guards = {adapter.name: adapter for adapter in adapters if adapter.config.role == "guard"}
         book.bind(guards, [adapter.name for adapter in adapters if adapter.config.role == "align"])
-        engine = Engine(base, adapters, limits=EngineLimits(threads=threads))
+        engine = Engine(base, adapters, limits=limits)
         audit = AuditLog(f"sqlite:///{folder}/audit.db")
         service = Service(engine, book, audit, model="base", limits=ServiceLimits(deadline_s=3600))
         with listening(create_app(service)) as url:
@@ -164,9 +166,11 @@ def served_here(job: Job) -> AbstractContextManager[str]:
     base = twin_of(base_of(job.geometry, job.device))
     if job.name == JUDGE:
         return listening(judge_app(base, job.threads))
-    if job.name.startswith("guarded"):
-        return served(base, adapters_of(base, None if job.name == "guarded" else 3), GUARDED, job.threads)
-    return served(base, [], ALONE, job.threads)
+    if job.name in GUARDED:
+        n_taps, judge_every = GUARDED[job.name]
+        limits = EngineLimits(threads=job.threads, judge_every=judge_every)
+        return served(base, adapters_of(base, n_taps), POLICY, limits)
+    return served(base, [], ALONE, EngineLimits(threads=job.threads))
 
 
 @contextlib.contextmanager

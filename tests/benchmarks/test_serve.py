@@ -19,7 +19,7 @@ from serve_clients import Timing
 from serve_counts import is_foreign, is_own, lost
 from serve_crowd import Asked, Outcome, heard
 from serve_faults import FAULTS
-from serve_load import VARIANTS, Judged, judged_ids, spelling
+from serve_load import VARIANTS, Job, Judged, judged_ids, spelling
 from serve_process import Decision
 
 METRICS = {"tokens_per_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "throughput_ratio"}
@@ -45,7 +45,23 @@ def test_it_writes_every_row(
     notes = result["notes"]["parts"]["load"]["notes"]
     few = {(row["variant"], row["metric"]) for row in notes["few_samples"]}
     assert few == {(name, metric) for name in VARIANTS for metric in ("ttft_p99", "itl_p99")}
-    assert [goal["clients"] for goal in notes["goals"]] == [2, 2]
+    assert [goal["clients"] for goal in notes["goals"]] == [2, 2, 2]
+
+
+def test_guarded_variants_differ_in_layers_and_in_what_is_judged_together(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_load, "base_of", lambda geometry, device: load_base(tiny_folder("llama"), device=device))
+    monkeypatch.setattr(serve_load, "SIZE", 1.0)
+    monkeypatch.setattr(serve_load, "served", lambda base, adapters, policy, limits: (adapters, limits))
+    found = {name: serve_load.served_here(Job(name, "tiny", "cpu", 1)) for name in VARIANTS[:-1]}
+    n_layers = {name: [len(each.config.layers) for each in adapters] for name, (adapters, _) in found.items()}
+    every = load_base(tiny_folder("llama")).n_layers + 1
+    assert n_layers["base"] == []
+    assert n_layers["guarded"] == [every, every]
+    assert n_layers["guarded_3_taps"] == n_layers["guarded_3_taps_every_8"] == [min(3, every)] * 2
+    groups = {name: limits.judge_every for name, (_, limits) in found.items()}
+    assert groups == {"base": 1, "guarded": 1, "guarded_3_taps": 1, "guarded_3_taps_every_8": 8}
 
 
 def test_a_ratio_is_to_the_base_of_the_same_round() -> None:
