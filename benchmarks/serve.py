@@ -46,7 +46,8 @@ N_FOR_P99 = 100
 NOTE = (
     "Clients, base, guarded, second_model and the second model itself each in a process of their own, on the same "
     "cores. itl is the time between two chunks with text; guarded holds 8 tokens back, which come in one chunk at "
-    "the end. The 99th percentile is by nearest rank: of fewer than 100 samples the slowest."
+    "the end. What judges by eights sends chunks of eight, so its itl is that of as many tokens. The 99th percentile "
+    "is by nearest rank: of fewer than 100 samples the slowest."
 )
 QUICK = {
     "geometries": ["builtin"], "clients": [2], "rounds": 1, "requests": 2, "tokens": 12,
