@@ -146,6 +146,20 @@ def visited(engine: Engine, base: Base, jobs: list[Visit]) -> list[Listener]:
     raise AssertionError("it never ends")
 
 
+def test_tokens_that_were_judged_together_are_sent_together(
+    tiny_base: Base, random_guard: Make, answer: list[int]
+) -> None:
+    guard = random_guard(tiny_base)
+    policy, ids = effective([guard], answer=[BLOCK], hold_back=1), (answer * 4)[:20]
+    one, eight = both(tiny_base, guard, lambda engine: written(engine, tiny_base, ids, policy, greedy(20)))
+    assert one.tokens == eight.tokens == ids
+    sizes = [
+        [len(event.tokens) for event in heard.events if isinstance(event, Piece) and event.tokens]
+        for heard in (one, eight)
+    ]
+    assert sizes == [[1] * 20, [8, 8, 4]]
+
+
 def both(base: Base, guard: Adapter, run: Callable[[Engine], Listener], **limits: float) -> list[Listener]:
     """What is heard where each token is judged, and where eight are together."""
     heard = []

@@ -132,6 +132,7 @@ class Row:
         self._risks: list[Scores] = []
         self._failed: dict[str, tuple[float, ...]] = {}  # by guard, scores of which one was not a number
         self._n_told, self._n_traced = 0, 0
+        self._n_due = 0  # tokens that were clear when the newest one was heard that did not end the answer
         self._ending: Literal["stop", "length"] | None = None
 
     @property
@@ -155,8 +156,14 @@ class Row:
         return self._ending is not None
 
     def hear(self, scores: Sequence[Scores]) -> bool:
-        """Take the scores of the tokens that were judged, the oldest first; whether the answer goes on."""
-        return all(self._hear_one(token) for token in scores)
+        """Take the scores of the tokens that were judged, the oldest first; whether the answer goes on.
+
+        What became clear is sent in one piece.
+        """
+        goes_on = all(self._hear_one(token) for token in scores)
+        if goes_on:
+            self._tell(self._n_due)
+        return goes_on
 
     def _hear_one(self, scores: Scores) -> bool:
         self._risks.append(scores)
@@ -170,7 +177,7 @@ class Row:
                 self._end("content_filter", verdicts, decision)
                 return False
         if not self._is_whole:
-            self._tell(self._n_clear)
+            self._n_due = self._n_clear
             return True
         self._judge_whole(scores)
         return False
@@ -209,7 +216,7 @@ class Row:
     def _end(self, finish: Finish, verdicts: tuple[Verdict, ...], decision: Decision) -> None:
         n_tokens = n_clear = len(self.tokens)
         if finish == "content_filter":  # what a guard could not score is not clear
-            n_clear = self._n_told if self._failed else self._n_clear
+            n_clear = self._n_due if self._failed else self._n_clear
             n_tokens = self._n_known
         self._tell(n_clear, is_last=finish != "content_filter")
         self.job.listen(
