@@ -1,4 +1,7 @@
-"""One cell of the guards benchmark: one method, trained on one task for one base with one seed, then measured once."""
+"""One cell of the guards benchmark: one method, trained on one task for one base with one seed, then measured once.
+
+A method with several schedules has a file for each, of which validation rows choose one.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +67,14 @@ TAUGHT = ("lst_taught", "lst_distilled", "standalone_distilled", "standalone_pru
 LEARNING_RATES = {"plr": 3e-3, "rtb": 1e-3, "lst": 1e-3, "standalone": 1e-3, "lora": 2e-3}
 BATCH_SIZE = 8  # chosen on validation rows of prompt_harm and hate for lst and standalone: 32 gives too few steps
 SOFT_WEIGHT = 0.2  # of the teacher's scores beside the labels; at 0.5 and 1.0 the teacher's mistakes cost more
-TEACHER = {"rank": 8, "epochs": 3, "learning_rate": LEARNING_RATES["lora"], "batch_size": 16, "folds": 2}
+TEACHER: dict[str, Any] = {
+    "rank": 8,
+    "epochs": 3,
+    "learning_rate": LEARNING_RATES["lora"],
+    "batch_size": 16,
+    "folds": 2,
+}
+SHARED_EPOCHS = 5  # of the network that all tasks share
 TEACHER_EPOCHS = {"grounding": 2}  # of long rows, where three would take hours
 
 
@@ -76,7 +87,7 @@ class Cell:
     method: str
     seed: int
     epochs: int = 0
-    """Most of its schedule; 0: the only one, or whichever validation rows chose."""
+    """Most of its schedule where it has several; 0: the only one, or whichever validation rows chose."""
 
     @property
     def title(self) -> str:
@@ -117,31 +128,28 @@ def teacher_of(task: str) -> dict[str, object]:
     return {**TEACHER, "epochs": TEACHER_EPOCHS.get(task, TEACHER["epochs"])}
 
 
-def epochs_of(setup: Setup, cell: Cell) -> object:
+def epochs_of(setup: Setup, cell: Cell) -> int:
     """Most epochs of its training."""
-    return teacher_of(cell.task)["epochs"] if cell.method == "lora_full" else _schedule_of(setup, cell)
-
-
-def _schedule_of(setup: Setup, cell: Cell) -> int:
-    return cell.epochs or setup.schedules(cell.task)[0]
+    if cell.method == "lora_full":
+        return TEACHER_EPOCHS.get(cell.task, TEACHER["epochs"])
+    return min(SHARED_EPOCHS, setup.epochs) if cell.method == SHARED else cell.epochs or setup.schedules(cell.task)[0]
 
 
 def schedules_of(setup: Setup, cell: Cell) -> list[Cell]:
     """The cell by each of its schedules; what is not trained as adapters are, and what all tasks share, has one."""
-    if cell.method not in ADAPTERS or cell.method == SHARED:
+    schedules = setup.schedules(cell.task)
+    if cell.method not in ADAPTERS or cell.method == SHARED or len(schedules) == 1:
         return [cell]
-    return [replace(cell, epochs=epochs) for epochs in setup.schedules(cell.task)]
+    return [replace(cell, epochs=epochs) for epochs in schedules]
 
 
 def better_of(found: Sequence[dict[str, object]]) -> dict[str, object]:
-    """Of one cell by several schedules, the one that is best on validation rows; of equal ones the first."""
-    return max(found, key=_validation_auroc)
-
-
-def _validation_auroc(found: dict[str, object]) -> float:
-    labels, values = (np.array(found[part]["validation"], np.float64) for part in ("labels", "values"))  # type: ignore[index]
-    known = np.isfinite(values)
-    return auroc(labels[known], values[known])
+    """Of one cell by several schedules, the one of the highest AUROC on validation rows; of equal ones the first."""
+    values = np.array([one["values"]["validation"] for one in found], np.float64)  # type: ignore[index]
+    labels = np.array(found[0]["labels"]["validation"])  # type: ignore[index]
+    known = np.isfinite(values).all(0)  # rows that could not be cut have no value in any
+    areas = [auroc(labels[known], row[known]) for row in values]
+    return found[areas.index(max(areas))]
 
 
 def batch_size_of(cell: Cell) -> int:

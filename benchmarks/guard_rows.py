@@ -33,7 +33,7 @@ ROWS = {
     "response_harm": (600, 400, 800),
     "grounding": (1600, 300, 600),
 }
-# Schedules that every guard is trained by, of so many epochs at most: the learning rate falls more slowly in the longer
+# Schedules of adapters and standalones, of so many epochs at most: the learning rate falls more slowly in the longer
 # one.  Training stops two epochs after its best on validation rows, which choose between the schedules too.  Claims
 # mostly stop before five, and their epochs are long.
 SCHEDULES = {"hate": (5, 12), "prompt_harm": (5, 12), "response_harm": (5, 12), "grounding": (5,)}

@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -24,7 +24,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from guard_cells import METHODS, TAUGHT, Cell, better_of, build_store, key_of, run_cell, schedules_of
+from guard_cells import (
+    FITTED,
+    METHODS,
+    TAUGHT,
+    Cell,
+    better_of,
+    build_store,
+    epochs_of,
+    key_of,
+    run_cell,
+    schedules_of,
+)
 from guard_figures import Found, rows_of, source_alone, wins_of
 from guard_rows import SPLITS, Setup, installed, prepare, sources_of
 from guard_shared import SHARED, SHARED_TASKS
@@ -92,6 +103,8 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
     shutil.rmtree(plan.setup.scratch / "taps" / "shared", ignore_errors=True)
     tried = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items()}
     values = chosen_of(plan.setup, tried)
+    if n_left_out := len(_without_schedules(tried)) - len(values):
+        note(f"{n_left_out} cells are left out, for not every schedule of them was run: see left_out in the notes")
     rows: list[Row] = []
     for pair in pairs:
         rows += _figures(plan, pair, {cell: found for cell, found in values.items() if (cell.task, cell.base) == pair})
@@ -105,6 +118,7 @@ def _notes(tried: Mapping[Cell, Found], values: Mapping[Cell, Found]) -> dict[st
         "train_seconds": "under whatever else ran then, on stored states, of the schedule that was chosen; of "
         "distilled guards without their teacher",
         "schedules": _schedules(values),
+        "left_out": [cell.title for cell in _without_schedules(tried) if cell not in values],
         "intervals": "95% bootstrap over test rows; elsewhere low and high are the value",
         "rows": {f"{cell.task} {cell.base}": found["counts"] for cell, found in values.items()},
         "cell_commits": sorted({str(found["commit"]) for found in tried.values()}),
@@ -114,24 +128,25 @@ def _notes(tried: Mapping[Cell, Found], values: Mapping[Cell, Found]) -> dict[st
 
 def chosen_of(setup: Setup, tried: Mapping[Cell, Found]) -> dict[Cell, Found]:
     """Each cell by the schedule that is better on validation rows; those that not all were run of are left out."""
-    chosen, left_out = {}, []
-    for cell in dict.fromkeys(replace(cell, epochs=0) for cell in tried):
+    chosen = {}
+    for cell in _without_schedules(tried):
         schedules = schedules_of(setup, cell)
         if all(one in tried for one in schedules):
-            chosen[cell] = better_of([{**tried[one], "schedule": one.epochs} for one in schedules])
-        else:
-            left_out.append(cell.title)
-    if left_out:
-        note(f"{len(left_out)} cells are left out, not every schedule of them was run: {left_out[0]} first")
+            chosen[cell] = better_of([{**tried[one], "schedule": epochs_of(setup, one)} for one in schedules])
     return chosen
 
 
-def _schedules(values: Mapping[Cell, Found]) -> dict[str, list[object]]:
-    """By task, base and method the schedule of each seed, of cells that had a choice."""
-    result: dict[str, list[object]] = {}
+def _without_schedules(tried: Iterable[Cell]) -> list[Cell]:
+    return list(dict.fromkeys(replace(cell, epochs=0) for cell in tried))
+
+
+def _schedules(values: Mapping[Cell, Found]) -> dict[str, dict[int, dict[str, object]]]:
+    """By task, base and method, and by seed: the most epochs of the schedule that counts, and how many were run."""
+    result: dict[str, dict[int, dict[str, object]]] = {}
     for cell, found in values.items():
-        if found["schedule"]:
-            result.setdefault(f"{cell.task} {cell.base} {cell.method}", []).append(found["schedule"])
+        if cell.method not in FITTED:
+            told = {"most": found["schedule"], "run": found["epochs"]}
+            result.setdefault(f"{cell.task} {cell.base} {cell.method}", {})[cell.seed] = told
     return result
 
 

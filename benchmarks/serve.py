@@ -10,7 +10,7 @@ token begins before the second model's look at the prompt, and the guarded serve
 inter-token latency is the time between two chunks with text.  The 99th percentile is by nearest rank, so that
 of fewer than 100 samples it is the slowest; each row says of how many.
 
-Clients, the three servers and the second model are each in a process of their own with weights of its own, on the same
+Clients, the servers and the second model are each in a process of their own with weights of its own, on the same
 cores; only one of the servers is loaded at a time.  Every answer of a geometry has
 the same number of tokens, and the second model reads as many.  Faults, rows and soak are those of ``safeside`` in
 processes of its own.  All are parts of serve.json: what a run leaves out stays there as it was measured before.
@@ -33,7 +33,7 @@ from safeside.terminal import note
 from serve_batch import batch_rows
 from serve_clients import Load, Timing, run_clients
 from serve_faults import fault_rows
-from serve_load import VARIANTS, Served, all_served
+from serve_load import GUARDED, VARIANTS, Served, all_served
 from serve_soak import soak
 from tidy import RESULTS, Row, figure_row, ratio_figure, result_of
 
@@ -121,9 +121,7 @@ def goals_of(rows: Sequence[Row]) -> list[Row]:
     return [
         {name: row[name] for name in ("clients", "variant", "value")} | {"goal": GOAL, "met": bool(row["low"] >= GOAL)}
         for row in rows
-        if row["metric"] == "throughput_ratio"
-        and str(row["variant"]).startswith("guarded")
-        and row["geometry"] != "builtin"
+        if row["metric"] == "throughput_ratio" and row["variant"] in GUARDED and row["geometry"] != "builtin"
     ]
 
 

@@ -124,5 +124,18 @@ def test_validation_rows_choose_the_schedule_and_test_rows_do_not() -> None:
     short, long = found([0.1, 0.9, 0.2, 0.1], [0.0, 1.0], 5), found([0.1, 0.9, 0.2, 0.8], [1.0, 0.0], 12)
     assert guard_cells.better_of([short, long]) is long
     assert guard_cells.better_of([short, found([0.1, 0.9, 0.2, 0.1], [1.0, 0.0], 12)]) is short  # equal: the first
-    unscored = found([0.1, float("nan"), 0.2, 0.8], [0.0, 1.0], 12)
-    assert guard_cells.better_of([short, unscored]) is unscored
+    longer = found([0.1, float("nan"), 0.2, 0.8], [0.0, 1.0], 12)
+    assert guard_cells.better_of([found([0.9, float("nan"), 0.2, 0.8], [0.0, 1.0], 5), longer]) is longer
+    assert guard_cells.better_of([longer, found([0.1, float("nan"), 0.2, 0.9], [0.0, 1.0], 12)]) is longer
+
+
+def test_a_schedule_changes_no_key_but_its_own_and_no_teacher() -> None:
+    """Cells of five epochs at most are those of a benchmark that had no other schedule."""
+    short, long = guard_cells.schedules_of(setup_of(12), Cell("hate", "tiny", "lst_distilled", 1))
+    assert guard_cells.key_of(setup_of(12), short, "data") == guard_cells.key_of(
+        setup_of(5), Cell("hate", "tiny", "lst_distilled", 1), "data"
+    )
+    recipes = [guard_cells.recipe_of(setup_of(12), cell) for cell in (short, long)]
+    shared = [one.training.model_dump(exclude={*guard_cells.TEACHER, "soft_weight"}) for one in recipes]
+    assert shared[0] == shared[1]  # what a teacher is known by
+    assert recipes[0].teacher == recipes[1].teacher
