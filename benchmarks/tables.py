@@ -162,7 +162,7 @@ def guards_table(path: Path) -> str:
     within = _guards_lines(rows, places, "auroc_within", "gain_within_sources")
     n_seeds = len({row["seed"] for row in rows if row["method"] == "lst_distilled" and row["metric"] == "auroc"})
     facts = result["notes"]["parts"]["methods"]
-    n_left_out = len(facts["notes"].get("left_out", ()))
+    n_left_out = len(facts["notes"]["left_out"])
     left_out = f" {n_left_out} cells are left out: not every schedule of them was run." if n_left_out else ""
     head = (
         f"AUROC on test rows, mean of {n_seeds} seeds (one where nothing is drawn). Last line: difference, and its 95% "

@@ -81,9 +81,13 @@ def test_guards_table_tells_means_and_the_gain(results: Path) -> None:
     gain = {**figure("gain_over_best_standalone", 0.02, **place, method="lst_distilled"), "against": "standalone"}
     other = {**figure("auroc", 0.1, method="map"), "part": "port", "source": "builtin", "target": "minilm"}
     path = results / "guards.json"
-    parts = {"methods": {"commit": "abc", "machine": "a CPU"}}
-    path.write_text(json.dumps({"rows": [*rows, gain, other], "notes": {"parts": parts}}))
-    table = tables.guards_table(path)
+    facts = {"commit": "abc", "machine": "a CPU"}
+    for left_out in (["hate builtin lst seed 0"], []):
+        parts = {"methods": {**facts, "notes": {"left_out": left_out}}}
+        path.write_text(json.dumps({"rows": [*rows, gain, other], "notes": {"parts": parts}}))
+        table = tables.guards_table(path)
+        assert ("a CPU. 1 cells are left out: not every schedule" in table) == bool(left_out)
+    assert "a CPU.\n\n| method" in table
     assert "| method | hate, builtin | hate, minilm |" in table
     assert "| lst_distilled | 0.810 | 0.910 |" in table
     assert "| tfidf | 0.700 | 0.800 |" in table
