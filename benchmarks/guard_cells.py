@@ -60,6 +60,7 @@ ADAPTERS = {
     "standalone_pruned": {**LST, "start": "pruned"},
     "standalone_pruned_distilled": {**LST, "start": "pruned"},
 }
+SCHEDULED = tuple(method for method in ADAPTERS if method != SHARED)  # trained alike, by every schedule of the task
 FITTED = ("probe", "tfidf", "prompted")
 METHODS = (*ADAPTERS, *FITTED, "lora_full")
 TAUGHT = ("lst_taught", "lst_distilled", "standalone_distilled", "standalone_pruned_distilled")  # by the LoRA guard
@@ -123,7 +124,7 @@ def recipe_of(setup: Setup, cell: Cell) -> Recipe:
     )
 
 
-def teacher_of(task: str) -> dict[str, object]:
+def teacher_of(task: str) -> dict[str, Any]:
     """How a task's LoRA guard on the whole base is trained: the teacher, and the method ``lora_full``."""
     return {**TEACHER, "epochs": TEACHER_EPOCHS.get(task, TEACHER["epochs"])}
 
@@ -131,14 +132,14 @@ def teacher_of(task: str) -> dict[str, object]:
 def epochs_of(setup: Setup, cell: Cell) -> int:
     """Most epochs of its training."""
     if cell.method == "lora_full":
-        return TEACHER_EPOCHS.get(cell.task, TEACHER["epochs"])
+        return int(teacher_of(cell.task)["epochs"])
     return min(SHARED_EPOCHS, setup.epochs) if cell.method == SHARED else cell.epochs or setup.schedules(cell.task)[0]
 
 
 def schedules_of(setup: Setup, cell: Cell) -> list[Cell]:
     """The cell by each of its schedules; what is not trained as adapters are, and what all tasks share, has one."""
     schedules = setup.schedules(cell.task)
-    if cell.method not in ADAPTERS or cell.method == SHARED or len(schedules) == 1:
+    if cell.method not in SCHEDULED or len(schedules) == 1:
         return [cell]
     return [replace(cell, epochs=epochs) for epochs in schedules]
 
@@ -156,7 +157,7 @@ def batch_size_of(cell: Cell) -> int:
     """Rows of one step."""
     if cell.method == "lora_full":
         return TEACHER["batch_size"]
-    return BATCH_SIZE if cell.method in ADAPTERS and cell.method != SHARED else 32
+    return BATCH_SIZE if cell.method in SCHEDULED else 32
 
 
 def key_of(setup: Setup, cell: Cell, data: str) -> str:
