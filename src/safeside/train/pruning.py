@@ -36,6 +36,9 @@ from safeside.base.model import Base
 from safeside.errors import ConfigError
 from safeside.train.importance import Importance
 from safeside.train.standalone import Standalone, create_standalone
+from safeside.train.taps import Batch, record_states
+
+_TOKENS_TOGETHER = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +87,34 @@ def start_from_base(base: Base, adapter: Adapter, importance: Importance) -> Ten
 
 
 def create_pruned_standalone(base: Base, adapter: Adapter, importance: Importance, seed: int = 0) -> Standalone:
-    """The standalone baseline of ``adapter``, started from the base: kept columns of its embeddings, blocks likewise.
+    """The standalone baseline of ``adapter``, started from the base: its blocks, and what the first reads of a token.
 
-    What the base does not have (a read-out, more hidden units than its own) keeps its random start.
+    Kept columns both.  What the base does not have (a read-out, more hidden units than its own) keeps its random start.
     """
     model = create_standalone(base, adapter, seed)
-    embedding = base.model.get_input_embeddings().get_parameter("weight").detach()
-    if embedding.shape[1] != base.d_model:
-        raise ConfigError(
-            f"The embeddings of {base.name} are {embedding.shape[1]} wide and its states {base.d_model}; expected the "
-            "same width. Use a plain standalone."
-        )
     stream = top(stream_importance(importance), model.shape.width)
     with torch.no_grad():
-        model.embedding.weight.copy_(embedding[:, stream.to(embedding.device)])
+        model.embedding.weight.copy_(token_states(base, model.shape.n_tokens)[:, stream])
     layers = adapter.config.layers[1:] or adapter.config.layers
     for block, layer in zip(model.blocks, layers, strict=True):
         assert isinstance(block, SideBlock)
         prune_block(base, max(layer, 1) - 1, block, stream, importance, is_normed=False)
     return model
+
+
+@torch.no_grad()
+def token_states(base: Base, n_tokens: int) -> Tensor:
+    """(n_tokens, D) what the base's first block reads of each token, in float32 on the CPU.
+
+    That is a row of the embeddings where the base takes them as they are; others scale or norm them, or add positions:
+    here the token's own at the second place, for the first is mostly that of one special token.
+    """
+    parts = []
+    for start in range(0, n_tokens, _TOKENS_TOGETHER):
+        ids = torch.arange(start, min(start + _TOKENS_TOGETHER, n_tokens), device=base.device)[:, None].repeat(1, 2)
+        batch = Batch(tuple(range(len(ids))), ids, torch.ones_like(ids, dtype=torch.bool))
+        parts.append(record_states(base, batch, (0,))[0][:, -1].float().cpu())
+    return torch.cat(parts)
 
 
 def top(scores: Tensor, n_kept: int) -> Tensor:
