@@ -67,8 +67,9 @@ def encode_chat(
     """Token ids of a conversation.
 
     With ``add_generation_prompt`` the ids end where an answer begins.  A conversation that ends in an assistant's
-    message is encoded as prompt plus answer: the prompt's ids are exactly those the model answers from.  Encoders get
-    their own separators around each content.  An unknown role or no message at all is an InputError.
+    message is encoded as prompt plus answer: the prompt's ids are exactly those the model answers from, and the answer
+    ends as one that a model writes does, with the control token behind it, whatever the template puts behind that.
+    Encoders get their own separators around each content.  An unknown role or no message at all is an InputError.
     """
     check_messages(messages)
     with _LOCK:
@@ -86,7 +87,8 @@ def _encode(
     if messages[-1].role != "assistant":
         ids = tuple(_encode_pieces(tokenizer, render(tokenizer, messages, add_generation_prompt)))
         return Encoded(ids, len(ids))
-    return _encode_parts(tokenizer, *_prompt_and_answer(tokenizer, messages))
+    prompt, answer = _prompt_and_answer(tokenizer, messages)
+    return _encode_parts(tokenizer, prompt, _until_ended(tokenizer, answer))
 
 
 def _encode_parts(tokenizer: PreTrainedTokenizerBase, prompt: list[Piece], answer: list[Piece]) -> Encoded:
@@ -95,6 +97,16 @@ def _encode_parts(tokenizer: PreTrainedTokenizerBase, prompt: list[Piece], answe
     if whole[: len(start)] != start:  # a token would straddle the border, and no model can answer half a token
         whole = start + _encode_pieces(tokenizer, answer)
     return Encoded(tuple(whole), len(start))
+
+
+def _until_ended(tokenizer: PreTrainedTokenizerBase, answer: list[Piece]) -> list[Piece]:
+    """The answer without what follows its end: the first control token behind its content, where there is one."""
+    n_kept = 1 + max((index for index, piece in enumerate(answer) if piece.is_content), default=-1)
+    rest = "".join(piece.text for piece in answer[n_kept:])
+    ids, spans = _tokenize(tokenizer, rest, is_content=False)
+    control = _control_ids(tokenizer)
+    ends = [last for token, (first, last) in zip(ids, spans, strict=True) if token in control and last > first]
+    return [*answer[:n_kept], Piece(rest[: ends[0]] if ends else rest, False)]
 
 
 def encode_begun(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Encoded:
