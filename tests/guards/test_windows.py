@@ -72,11 +72,29 @@ def test_only_the_longest_message_is_cut(tiny_base: Base) -> None:
 
 
 def test_messages_that_leave_no_room_are_an_error(tiny_base: Base) -> None:
-    other = Message("user", "x" * (N_POSITIONS - 30))
+    many = [Message("user", LONG), *[Message("assistant", LONG)] * 3]
     with pytest.raises(InputError, match=r"for a context of 256, and its longest message cannot be cut small enough"):
-        windows(tiny_base, [other, Message("assistant", LONG)])
+        windows(tiny_base, many)
     with pytest.raises(InputError, match="Score its messages apart"):
         windows(tiny_base, [Message("user", LONG)], 34)
+
+
+@pytest.mark.parametrize("lengths", [(1.0, 1.0), (1.0, 0.4), (0.3, 1.0), (0.4, 0.4, 1.0), (0.01, 0.5, 1.0)])
+def test_of_a_long_question_with_a_long_answer_both_are_cut(tiny_base: Base, lengths: tuple[float, ...]) -> None:
+    """As many windows as the longest needs; the short message stands in each."""
+    roles = ("system", "user", "assistant")[-len(lengths) :]
+    texts = [LONG[: int(len(LONG) * length)] for length in lengths]
+    limit = N_POSITIONS - 10
+    found = windows(tiny_base, [Message(role, text) for role, text in zip(roles, texts, strict=True)], limit)
+    assert all(n_tokens(tiny_base, part) <= limit for part in found)
+    assert [[turn.role for turn in part] for part in found] == [list(roles)] * len(found)
+    by_message = [[part[place].content for part in found] for place in range(len(texts))]
+    assert all(is_covered(text, pieces) for text, pieces in zip(texts, by_message, strict=True))
+    if lengths[0] == 0.01:
+        assert set(by_message[0]) == {texts[0]}
+    share = limit / sum(length > 0.01 for length in lengths)
+    longest = n_tokens(tiny_base, (Message("user", texts[-1 if lengths[-1] == 1.0 else 0]),))
+    assert len(found) <= 1.8 * longest / share  # a quarter of overlap, and what templates take
 
 
 def talk(n_exchanges: int, size: int = 3) -> list[Message]:

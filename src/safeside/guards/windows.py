@@ -24,9 +24,10 @@ def windows(
 
     Only the longest message is cut, with a quarter of overlap; the others are repeated in every window.  Where that
     leaves too little room, each window holds as many whole exchanges (a user's message and what follows it) as fit,
-    about a quarter of them from the window before, after the system message; a single exchange without room is an
-    InputError.  Where the lowest score of the windows counts (``min``), the last message is a claim: it is never cut,
-    stands in every window, and one that leaves no room is an InputError.
+    about a quarter of them from the window before, after the system message.  In a single exchange without room all
+    long messages are cut, and a window shows parts that are equally far into them; one of too many messages for that
+    is an InputError.  Where the lowest score of the windows counts (``min``), the last message is a claim: it is never
+    cut, stands in every window, and one that leaves no room is an InputError.
     """
     limit = base.max_tokens if limit is None else limit
     n_tokens = len(base.encode(messages).ids)
@@ -47,12 +48,57 @@ def windows(
         exchanges = _exchanges(messages)
         if combine == "max" and len(exchanges) > 1:
             return _runs(base, exchanges, [message for message in messages[:1] if message.role == "system"], limit)
+        if combine == "max" and (found := _side_by_side(base, messages, limit)):
+            return found
         raise InputError(
             f"The conversation has {n_tokens} tokens for a context of {limit}, and its longest message "
             f"{'before the claim ' if combine == 'min' else ''}cannot be cut small enough. Score its messages apart."
         )
     pieces = _cut(text, lambda piece: n_spare(piece) >= 0, len(text) * limit // n_tokens)
     return [window(piece) for piece in pieces if piece.strip()] or [window(pieces[0])]
+
+
+def _side_by_side(base: Base, messages: Sequence[Message], limit: int) -> list[tuple[Message, ...]]:
+    """Windows that show a part of every long message, each as far into it as into the others; short ones are whole.
+
+    Every part of each message is in some window, but not beside every part of the others: that would take the product
+    of their numbers.  Nothing where the room for a part would be too little.
+    """
+    bare = [replace(message, content=message.content.strip()[:1]) for message in messages]
+    n_bare = len(base.encode(bare).ids)
+
+    def size(place: int, piece: str) -> int:
+        some = [*bare[:place], replace(bare[place], content=piece), *bare[place + 1 :]]
+        return len(base.encode(some).ids) - n_bare
+
+    sizes = [size(place, message.content) for place, message in enumerate(messages)]
+    share = _fair_share(sizes, limit - n_bare)
+
+    def parts_of(place: int) -> list[str]:
+        text = messages[place].content
+        if sizes[place] <= share:
+            return [text]
+        found = _cut(text, lambda piece: size(place, piece) <= share, len(text) * share // sizes[place])
+        return [piece for piece in found if piece.strip()] or found[:1]
+
+    parts = [parts_of(place) for place in range(len(messages))] if share >= 2 * _LEAST_ROOM else [[]]
+    n_windows = max(map(len, parts))
+    if n_windows < 2:  # no room, or nothing that could be cut
+        return []
+    shown = [[some[number * len(some) // n_windows] for some in parts] for number in range(n_windows)]
+    found = [[replace(turn, content=part) for turn, part in zip(messages, some, strict=True)] for some in shown]
+    # Together parts may take a token more than each by itself, and are cut again.
+    return [window for some in found for window in windows(base, some, limit)]
+
+
+def _fair_share(sizes: Sequence[int], room: int) -> int:
+    """The most that each of ``sizes`` may take of ``room`` where those that take less leave the rest to the others."""
+    left, n_left = room, len(sizes)
+    for size in sorted(sizes):
+        if size * n_left > left:
+            break
+        left, n_left = left - size, n_left - 1
+    return left // max(n_left, 1)
 
 
 def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
