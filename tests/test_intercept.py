@@ -203,6 +203,9 @@ def test_the_half_read_cache_is_refused(tiny_base: Base, random_guard, layers: t
                 tiny_base.model(ids[:, 2:], past_key_values=spoilt)
         set_threshold(guard, 1.0)
         assert tiny_base.model(ids, past_key_values=DynamicCache()).logits.isfinite().all()
+    assert cache.get_seq_length() == 0  # without adapters it is a new one, not half a one
+    new = tiny_base.model(ids, past_key_values=DynamicCache()).logits
+    assert torch.equal(tiny_base.model(ids, past_key_values=cache).logits, new)
 
 
 @torch.no_grad()

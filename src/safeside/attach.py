@@ -39,6 +39,7 @@ from safeside.request import (
     check_group,
     check_seen,
     columns_of,
+    discard_pass,
     ended_request,
     history_of,
     request_in_force,
@@ -281,8 +282,9 @@ class Attachment:
         if verdicts is None:
             return
         self._thread.current = None
-        if layer is not None:
-            layer.spent = "The prompts on this cache were blocked before the base had read them."
+        if layer is not None and current.cache is not None:
+            reason = "The prompts on this cache were blocked before the base had read them."
+            discard_pass(current.cache, self.base.n_layers, layer, reason)
         raise BlockedError(
             f"Guard {guard.name!r} blocked every prompt of this batch after block {guard.config.layers[-1]}; there is "
             "no output. Use base.chat, which gives the verdicts, or catch BlockedError.",

@@ -296,6 +296,15 @@ def add_layers(cache: DynamicCache, n_base: int, n_side: Sequence[int], last: Re
     cache.layers.append(last)
 
 
+def discard_pass(cache: DynamicCache, n_base: int, layer: RequestLayer, reason: str) -> None:
+    """Empty the base's layers, some of which a pass that did not end has filled; adapters refuse the cache from now on.
+
+    Without adapters it is a new one.
+    """
+    cache.layers[:n_base] = [SideLayer() for _ in range(n_base)]
+    layer.spent = reason
+
+
 def check_seen(layer: RequestLayer | None, n_past: int) -> None:
     """Refuse a cache of ``n_past`` tokens on which the adapters have seen another number of them."""
     n_seen = 0 if layer is None else layer.get_seq_length()
