@@ -98,11 +98,16 @@ def test_a_folder_that_is_not_whole_changes_nothing(tmp_path: Path, is_sealed: b
     assert contents_of(folder) == {**NEW, "mine": "kept"}
 
 
-def test_who_writes_to_a_folder_waits_for_who_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_two", [False, True])
+def test_who_writes_to_a_folder_waits_for_who_does(tmp_path: Path, is_two: bool) -> None:
+    """Whoever wants two folders, in whatever order they are named and by whatever path, waits for both."""
     order = []
+    (tmp_path / "other").mkdir()
+    more = [tmp_path / "other", tmp_path / "other" / ".." / "other"] if is_two else []
 
     def write(name: str) -> None:
-        with writing(tmp_path):
+        folders = [tmp_path, *more] if name in "ab" else [*more, tmp_path]
+        with writing(*folders):
             order.append(name)
             sleep(0.02)
             order.append(name)

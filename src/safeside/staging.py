@@ -23,14 +23,17 @@ _SIZES = "sizes.json"  # in it: by name, the bytes of each file
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Have ``folder`` to oneself: whoever else is to write there waits.  The lock goes with the process."""
-    handle = os.open(folder, os.O_RDONLY)
+def writing(*folders: Path) -> Iterator[None]:
+    """Have ``folders`` to oneself: whoever else is to write there waits.  The locks go with the process."""
+    handles = []
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        for folder in sorted({folder.resolve() for folder in folders}):  # all take them in one order
+            handles.append(os.open(folder, os.O_RDONLY))
+            fcntl.flock(handles[-1], fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        for handle in handles:
+            os.close(handle)
 
 
 def empty_stage(stage: Path) -> Path:

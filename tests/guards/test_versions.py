@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.artifact import WEIGHTS_FILE, read_checksum
 from safeside.errors import FormatError, InputError
 from safeside.guards.versions import BEFORE, count_versions, output_of, roll_back, save_patched, stored_dtype
+from safeside.staging import writing
 from safeside.tasks.learnt import are_learnt, load_learnt, save_learnt
 from safeside.types import Example
 
@@ -85,6 +87,21 @@ def test_another_folder_leaves_the_first_as_it_was(tiny_base: Base, folder: Path
     roll_back(new, back)
     assert sums(folder) == before == sums(back)
     assert sums(new) == patched
+
+
+def test_a_patch_to_another_folder_waits_for_who_writes_to_its_source(
+    tiny_base: Base, folder: Path, tmp_path: Path
+) -> None:
+    """It copies the source's files: of one that is being replaced it would get old weights with a new configuration."""
+    guard = changed(load_adapter(folder, tiny_base), 1.0)
+    with ThreadPoolExecutor(1) as pool:
+        with writing(folder):
+            job = pool.submit(save_patched, guard, folder, tmp_path / "new", tiny_base, {})
+            with pytest.raises(TimeoutError):
+                job.result(timeout=0.5)
+            assert not (tmp_path / "new" / WEIGHTS_FILE).exists()
+        job.result(timeout=60)
+    assert sums(tmp_path / "new" / BEFORE) == sums(folder)
 
 
 def test_other_files_in_the_folder_stay(tiny_base: Base, folder: Path) -> None:

@@ -75,7 +75,7 @@ def save_patched(
     between leaves a folder that loads as one of the two and loses no version.  ``loaded`` is as for
     ``require_unchanged``; where the source has changed nothing is written.
     """
-    with writing(make_folder(output)):
+    with writing(source, make_folder(output)):
         for folder in {source, output}:
             _finish_killed(folder)
         require_unchanged(source, loaded)
@@ -96,7 +96,7 @@ def roll_back(folder: Path, output: Path) -> Path:
 
     A folder without an earlier version is an InputError, a damaged one a FormatError; then nothing is changed.
     """
-    with writing(make_folder(output)):
+    with writing(folder, make_folder(output)):
         return _roll_back(folder, output)
 
 
