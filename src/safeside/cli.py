@@ -346,6 +346,7 @@ def port(
     text: Annotated[Path, typer.Option(help="Rows of text without labels, .jsonl or .jsonl.gz.")],
     output: Annotated[Path | None, typer.Option(help="New folder (default: NAME-on-BASE).")] = None,
     method: Annotated[str | None, typer.Option(help="map, distill or both (default: both where maps can be).")] = None,
+    size: Annotated[float | None, typer.Option(help="Most of the new base's compute: 0.01 is 1%. By distill.")] = None,
     base: BaseName = None,
     seed: Annotated[int, typer.Option(min=0, help="Of first weights and every draw.")] = 0,
     as_json: Json = False,
@@ -353,7 +354,7 @@ def port(
     """Carry an adapter over to another base, with text but no labels."""
     with extra("train"):
         from safeside.train.port_command import PortOptions, port_command
-    summary = port_command(adapter, PortOptions(to, text, output, method, base, seed))
+    summary = port_command(adapter, PortOptions(to, text, output, method, base, size, seed))
     print_summary(summary, adapter, as_json)
     if summary["bad_rows"]:
         raise typer.Exit(1)

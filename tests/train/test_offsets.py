@@ -15,7 +15,7 @@ from safeside import Base, Message
 from safeside.chat import Encoded, encode_chat
 from safeside.errors import UnsupportedError
 from safeside.train.offsets import characters_read, paired_positions
-from tokenizers_for_tests import KINDS, shared_tokenizer
+from tokenizers_for_tests import KINDS, project_style, shared_tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,19 @@ def test_contents_that_spell_control_tokens_are_not_traced() -> None:
     """They are encoded piece by piece; the plain text of the conversation has other tokens."""
     messages = [Message("user", "ignore <|assistant|> this")]
     assert characters_read(BASES["project"], messages) is None
+
+
+@pytest.mark.parametrize(
+    "body", ["{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}", "{{ m['content'] }} {{ m['content'] }}"]
+)
+def test_a_template_that_leaves_out_or_repeats_contents_is_not_traced(body: str) -> None:
+    """As many characters would be others: those of another message."""
+    tokenizer = project_style()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>" + body + "<|end|>{% endfor %}"
+    base = OnlyTokenizer(tokenizer, False, "leaves out")
+    assert characters_read(base, [Message("system", "abcd"), Message("user", "wxyz efgh")]) is None
+    plain = characters_read(base, [Message("user", "wxyz efgh")])
+    assert (plain is None) == ("system" not in body)
 
 
 def test_a_tokenizer_in_python_is_refused() -> None:

@@ -16,9 +16,10 @@ from tokenizers.normalizers import Replace
 
 from safeside import Adapter, Base, Message, attach, create_adapter, load_adapter, load_base, make_config, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, Promise
+from safeside.adapters.sizing import flops_share
 from safeside.artifact import CARD_FILE, PROVENANCE_FILE
 from safeside.base.top import described
-from safeside.errors import InputError, MismatchError, UnsupportedError
+from safeside.errors import ConfigError, InputError, MismatchError, UnsupportedError
 from safeside.guards.score import score_conversations
 from safeside.train import port as port_module
 from safeside.train.port import (
@@ -141,6 +142,28 @@ def test_taps_stay_at_their_relative_depth(
     assert ported_config(guard.config, base).layers == expected
     done = port_adapter((tiny_base, guard), base, texts(100), PortSettings(method="map"))
     assert np.isfinite(scores(base, done.adapter, texts(5))).all()
+
+
+@pytest.mark.parametrize(("layers", "size"), [(None, 0.6), ((1, 3), 0.3)])
+def test_a_port_of_a_size_is_the_largest_that_keeps_it(
+    tiny_base: Base, tiny_family: Callable[[str], Base], random_guard: Callable[..., Adapter],
+    layers: tuple[int, ...] | None, size: float,
+) -> None:  # fmt: skip
+    """As many taps where the old one leaves layers out, all layers where it reads all."""
+    old, base = random_guard(tiny_base, layers=layers, width=64), tiny_family("gpt2")
+    assert ported_config(old.config, base).width == 64
+    wide = ported_config(old.config, base, 10.0)
+    assert (wide.width, len(wide.layers)) == (base.d_model, len(old.config.layers))
+    narrow = ported_config(old.config, base, size)
+    assert (narrow.width, narrow.head_dim) == (32, old.config.head_dim)
+    assert narrow.base.fingerprint == base.fingerprint
+    done = port_adapter((tiny_base, old), base, texts(100), replace(DISTILL, size=size, epochs=1))
+    assert flops_share(base, done.adapter) <= size
+    assert (done.adapter.config.width, done.adapter.config.layers) == (32, narrow.layers)
+    with pytest.raises(UnsupportedError, match="a size is for --method distill"):
+        port_adapter((tiny_base, old), base, texts(100), replace(MAP, size=0.6))
+    with pytest.raises(ConfigError, match="share of the base's compute above 0"):
+        ported_config(old.config, base, 0.0)
 
 
 @pytest.mark.parametrize("options", [{"kind": "rtb"}, {"kind": "plr"}])
@@ -488,6 +511,29 @@ def test_the_folder_says_where_it_came_from(
     assert np.isfinite(scores(base, load_adapter(output, base), texts(3))).all()
     with pytest.raises(InputError, match="exists already"):
         port_command(str(source), PortOptions(str(tiny_folder("gpt2")), text, output))
+
+
+def test_a_port_that_takes_much_more_of_its_base_says_so(
+    tiny_base: Base, tiny_folder: Callable[[str], Path], random_guard: Callable[..., Adapter], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = save_adapter(random_guard(tiny_base, width=64), tmp_path / "harm", tiny_base)
+    text, target = write(tmp_path / "text.jsonl", texts(100)), tiny_folder("gpt2")
+    told: dict[float, str] = {}
+    for much in (1e-3, 1e3):  # more than nothing, and never
+        monkeypatch.setattr("safeside.train.port_command._MUCH_MORE", much)
+        summary = port_command(str(source), PortOptions(str(target), text, tmp_path / f"at {much}", "map"))
+        told[much] = capsys.readouterr().err
+    base = load_base(target)
+    new, old = (
+        f"{flops_share(some, load_adapter(folder, some)):.4%}"
+        for some, folder in ((base, tmp_path / "at 1000.0"), (tiny_base, source))
+    )
+    assert summary["port share of compute"] == f"{new} of the new base; the old one {old} of its own"
+    assert "--method distill --size 0.01" in told[1e-3]
+    assert "compute" not in told[1e3]
+    port_command(str(source), PortOptions(str(target), text, tmp_path / "small", size=0.6))
+    assert load_adapter(tmp_path / "small", base).config.width == 32
 
 
 def test_a_reloaded_port_flags_what_its_card_says(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, groupby
 
 from safeside.base.model import Base
-from safeside.chat import render
+from safeside.chat import Piece, render
 from safeside.errors import UnsupportedError
 from safeside.types import Message
 
@@ -15,16 +15,24 @@ def characters_read(base: Base, messages: Sequence[Message]) -> list[int] | None
     """For each token of ``base.encode(messages)``, how many characters of the contents end with it or before it.
 
     White space is not counted: templates trim it and tokenizers put it into either neighbour.  None where the tokens
-    cannot be traced to characters (a content that spells control tokens).  A tokenizer in Python tells no offsets and
-    is an UnsupportedError.
+    cannot be traced to characters (a content that spells control tokens), and where a template leaves contents out or
+    repeats them: then as many characters are not the same ones.  A tokenizer in Python tells no offsets and is an
+    UnsupportedError.
     """
     if not base.tokenizer.is_fast:
         raise UnsupportedError(
             f"The tokenizer of {base.name} is written in Python and tells no character offsets. Port by distillation: "
             "--method distill."
         )
-    ids, read = (_read_by_encoder if base.is_encoder else _read_by_decoder)(base, messages)
-    return read if tuple(ids) == base.encode(messages).ids else None
+    encoded = base.encode(messages).ids
+    if base.is_encoder:
+        ids, read = _read_by_encoder(base, messages)
+    else:
+        pieces = render(base.tokenizer, messages, messages[-1].role != "assistant")
+        if _bare(piece.text for piece in pieces if piece.is_content) != _bare(turn.content for turn in messages):
+            return None
+        ids, read = _read_by_decoder(base, pieces)
+    return read[: len(encoded)] if tuple(ids[: len(encoded)]) == encoded else None
 
 
 def paired_positions(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int]]:
@@ -50,8 +58,12 @@ def _by_count(read: Sequence[int]) -> dict[int, list[int]]:
     return {count: list(indices) for count, indices in groups}
 
 
-def _read_by_decoder(base: Base, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    pieces = render(base.tokenizer, messages, messages[-1].role != "assistant")
+def _bare(texts: Iterable[str]) -> str:
+    """All characters that are counted."""
+    return "".join("".join(texts).split())
+
+
+def _read_by_decoder(base: Base, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
     text = "".join(piece.text for piece in pieces)
     counts = [piece.is_content and not character.isspace() for piece in pieces for character in piece.text]
     ids, ends = _tokens(base, text)

@@ -107,9 +107,13 @@ def port_adapter(
     is_guard = teacher.config.role == "guard"
     if settings.method != "distill":
         check_mappable(teacher)
+        if settings.size is not None:
+            raise UnsupportedError(
+                "Maps carry the old blocks as they are, so their width is the old one; a size is for --method distill."
+            )
     if not is_guard:
         _check_alignable(old, base)
-    student = create_adapter(base, ported_config(teacher.config, base), settings.seed)
+    student = create_adapter(base, ported_config(teacher.config, base, settings.size), settings.seed)
     rows = _aligner_text(old, base, text, settings) if not is_guard else read_text(old_base, base, text, settings)
     require_enough(rows.n_rows, len(text))
     with tempfile.TemporaryDirectory() as folder:

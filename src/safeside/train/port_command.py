@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from safeside.adapters.adapter import Adapter
+from safeside.adapters.config import LADDERS
+from safeside.adapters.sizing import flops_share
 from safeside.artifact import base_of, find_adapter, load_adapter, read_config, require_new, save_adapter
-from safeside.base.model import load_base
+from safeside.base.model import Base, load_base
 from safeside.errors import InputError
 from safeside.guards.versions import stored_dtype
 from safeside.tasks.learnt import save_learnt
@@ -16,6 +19,8 @@ from safeside.terminal import note
 from safeside.train.command import training_bars
 from safeside.train.port import Port, best_method, port_adapter
 from safeside.train.port_text import METHODS, Method, PortSettings
+
+_MUCH_MORE = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,8 @@ class PortOptions:
     """One of METHODS; the best that the adapter's kind allows, unless given."""
     base: str | None = None
     """The old base; the one that the adapter names, unless given."""
+    size: float | None = None
+    """Most of the new base's compute (0.01 is 1%), with ``distill``; the old width unless given."""
     seed: int = 0
     """Of the first weights and of every draw."""
 
@@ -47,10 +54,11 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
         raise InputError(f"{options.text} holds no usable row; expected rows as JSON lines. Check the file.")
     old_base, base = base_of(adapter_name, options.base), load_base(options.to)
     old = load_adapter(adapter_name, old_base)
-    settings = PortSettings(method=_method(options.method) or best_method(old), seed=options.seed)
+    method = _method(options.method) or ("distill" if options.size is not None else best_method(old))
+    settings = PortSettings(method=method, size=options.size, seed=options.seed)
     with training_bars(old.name) as (report, _):
         done = port_adapter((old_base, old), base, examples, settings, dtype=stored_dtype(source), report=report)
-    facts = port_facts(done, settings, options)
+    facts = port_facts(done, settings, options) | _shares((old_base, old), (base, done.adapter))
     if done.n_left_out:
         note(
             f"{done.n_left_out} rows of {options.text.name} were left out: they hold no text, a base refuses them or "
@@ -78,6 +86,18 @@ def _method(name: str | None) -> Method | None:
     if name is None:
         return None
     raise InputError(f"There is no method {name!r}; expected one of {', '.join(METHODS)}.")
+
+
+def _shares(old: tuple[Base, Adapter], new: tuple[Base, Adapter]) -> dict[str, str]:
+    """What provenance and card say of the cost; a new adapter that takes much more of its base is told of."""
+    before, after = flops_share(*old), flops_share(*new)
+    if after > _MUCH_MORE * before:
+        smaller = "port with --method distill --size 0.01" if new[1].config.kind in LADDERS else "train one there"
+        note(
+            f"Warning: it takes {after:.2%} of the new base's compute; the old one takes {before:.2%} of its own. For "
+            f"a smaller one {smaller}."
+        )
+    return {"port share of compute": f"{after:.4%} of the new base; the old one {before:.4%} of its own"}
 
 
 def port_facts(done: Port, settings: PortSettings, options: PortOptions) -> dict[str, str]:

@@ -19,7 +19,7 @@ from safeside.adapters.blocks import TapProjection, normed
 from safeside.adapters.config import AdapterConfig, reference_of, require_valid
 from safeside.adapters.lst import Lst
 from safeside.adapters.plr import Plr
-from safeside.adapters.sizing import make_config
+from safeside.adapters.sizing import make_config, sized_config
 from safeside.base.model import Base
 from safeside.errors import UnsupportedError
 from safeside.train.port_text import Side
@@ -29,13 +29,16 @@ INPUT, OUTPUT = 0, 1  # of a module
 _BATCH = 32
 
 
-def ported_config(source: AdapterConfig, base: Base) -> AdapterConfig:
-    """The same side network on ``base``, its projections of full rank.
+def ported_config(source: AdapterConfig, base: Base, size: float | None = None) -> AdapterConfig:
+    """The same side network on ``base``, its projections of full rank; with ``size`` one of that share of its compute.
 
     Taps stay at their relative depth, so they are fewer where the base is shallower.  Of ``toplayers`` the duplicated
     blocks are those of ``base``, from that depth up; a base whose blocks cannot be built anew is an UnsupportedError.
     """
     layers = tuple(sorted({_new_layer(layer, source, base) for layer in source.layers}))
+    if size is not None:
+        n_taps = None if len(source.layers) > source.base.n_layers else len(layers)
+        sized = sized_config(base, size, n_taps, kind=source.kind, role=source.role, head_dim=source.head_dim)
     values = {
         **source.model_dump(),
         "tap_rank": 0,
@@ -45,6 +48,8 @@ def ported_config(source: AdapterConfig, base: Base) -> AdapterConfig:
         "modes": {},
         "preset": None,
     }
+    if size is not None:
+        values |= sized.model_dump(include={"layers", "width"})
     if source.kind == "toplayers":
         top = make_config(base, kind="toplayers", role=source.role, depth=max(1, base.n_layers - layers[0]))
         values |= top.model_dump(include={"depth", "layers", "blocks"})
