@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from cells import narrowed
@@ -40,6 +41,7 @@ from safeside.train.standalone import create_standalone, standalone_matmuls
 from safeside.train.taps import Source, StoredTaps, TapStore
 from safeside.train.taps import key_of as tap_key
 from safeside.train.teacher import teacher_scores
+from safeside.types import Example
 from tidy import write_json
 
 Array = NDArray[np.float64]
@@ -61,7 +63,7 @@ ADAPTERS = {
     "standalone_pruned_distilled": {**LST, "start": "pruned"},
 }
 SCHEDULED = tuple(method for method in ADAPTERS if method != SHARED)  # trained alike, by every schedule of the task
-FITTED = ("probe", "tfidf", "prompted")
+FITTED = ("probe", "tfidf", "length", "prompted")
 METHODS = (*ADAPTERS, *FITTED, "lora_full")
 TAUGHT = ("lst_taught", "lst_distilled", "standalone_distilled", "standalone_pruned_distilled")  # by the LoRA guard
 # Chosen on validation rows: plr, rtb and standalone by the core benchmark; lst and lora on 1,500 rows of the hate task.
@@ -344,6 +346,20 @@ def _fit_keywords(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, A
     return values, 0.0, model.model.coef_.size
 
 
+def _fit_length(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, Array], float, int]:
+    """What the number of characters of the last message alone tells: how rows were made, not what they say."""
+
+    def sizes(examples: Sequence[Example]) -> Array:
+        return np.log1p([[float(len(example.messages[-1].content))] for example in examples])
+
+    model = LogisticRegression().fit(sizes(data.train.examples), data.train.labels[:, 0].numpy())
+    values = {
+        split: model.decision_function(sizes(part.examples))[part.row_of_window] if part.examples else np.zeros(0)
+        for split, part in data.splits.items()
+    }
+    return values, 0.0, 2
+
+
 def _fit_probe(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, Array], float, int]:
     states = functools.cache(lambda split: store_of(setup, cell, split).at_rows())
     validation = data.splits["validation"]
@@ -374,4 +390,4 @@ def _fit_prompted(setup: Setup, cell: Cell, data: Prepared) -> tuple[dict[str, A
     return values, share * base_matmuls(data.base), 0
 
 
-_FITS = {"tfidf": _fit_keywords, "probe": _fit_probe, "prompted": _fit_prompted}
+_FITS = {"tfidf": _fit_keywords, "length": _fit_length, "probe": _fit_probe, "prompted": _fit_prompted}

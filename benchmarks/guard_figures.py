@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from guard_cells import Cell
+from guard_cells import FITTED, Cell
 from guard_rows import Sources
 from safeside.evals.metrics import Figure, auprc, auroc, bootstrap, paired_difference, rates
 from safeside.evals.runs import wilson
@@ -25,6 +25,7 @@ Array = NDArray[np.float64]
 Found = dict[str, object]  # what a cell's file holds
 
 STANDALONES = ("standalone", "standalone_distilled", "standalone_pruned", "standalone_pruned_distilled")
+THREE = STANDALONES[:3]  # those of the goal: one that is both pruned and distilled was not asked for
 N_BINS = 15  # of the expected calibration error
 RATE = 0.01  # false alarms among harmless validation rows at the threshold of tpr_at_fpr1 and over_refusal
 LEAST = 10  # rows of each class of a source, for an AUROC of its own
@@ -65,6 +66,8 @@ def rows_of(cell: Cell, found: Found, sources: Sequence[str]) -> list[Row]:
         "fpr_at_fpr1": lambda some, value: rates(some, value >= threshold)[2],
         "ece": _calibration_error(*validation),
     }
+    if cell.method not in FITTED:  # of logits
+        functions["ece_before"] = lambda some, value: expected_calibration_error(some, _sigmoid(value), N_BINS)
     rows = [
         figure_row(labels, name, figure.value, (figure.low, figure.high), **counts, **cost)
         for name, figure in bootstrap(functions, *test).items()
@@ -79,7 +82,7 @@ def rows_of(cell: Cell, found: Found, sources: Sequence[str]) -> list[Row]:
         unscored = ~np.isfinite(values["harmless"])
         alarms = unscored | (values["harmless"] >= threshold)  # a guard fails closed
         counts = {"n": len(alarms), "n_unscored": int(unscored.sum())}
-        rows.append(figure_row(labels, "over_refusal", float(alarms.mean()), **counts, **cost))
+        rows.append(figure_row(labels, "over_refusal", *share_figure(alarms), **counts, **cost))
     measured = ("train_seconds", "peak_bytes", "trainable_params")
     return [*rows, *(figure_row(labels, name, float(found[name]), **cost) for name in measured if found[name])]
 
@@ -131,7 +134,11 @@ def threshold_of(labels: Array, values: Array) -> float:
 def probability_of(labels: Array, values: Array) -> Callable[[Array], Array]:
     """Probabilities from values, as validation rows fitted them (Platt)."""
     fit = fit_calibration(values[:, None], labels[:, None])
-    return lambda value: 1 / (1 + np.exp(-np.clip(fit.scale[0] * value + fit.bias[0], -30, 30)))
+    return lambda value: _sigmoid(fit.scale[0] * value + fit.bias[0])
+
+
+def _sigmoid(logits: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-np.clip(logits, -30, 30))))
 
 
 def _calibration_error(labels: Array, values: Array) -> Callable[[Array, Array], float]:
@@ -146,7 +153,8 @@ def wins_of(
     """1, 0 or -1: does lst_distilled beat the best standalone on a task and base?  By a paired bootstrap.
 
     Rows and seeds are drawn anew.  ``win_over_best_standalone`` is of AUROC over all rows, ``win_within_sources`` of
-    that within sources, each against the standalone that is best by it.  No row while a cell is missing.
+    that within sources, each against the standalone that is best by it; ``win_over_best_of_three`` leaves out the one
+    that is pruned and distilled.  No row while a cell is missing.
     """
     compared = ("lst_distilled", *STANDALONES)
     cells = {method: [Cell(*place, method, seed) for seed in seeds] for method in compared}
@@ -166,13 +174,14 @@ def wins_of(
     costs = {"flops_share": first["flops_share"], "config_hash": config_hash(keys), "seeds": len(seeds)}
     costs |= {"n": int(scored.sum()), "n_unscored": int((~scored).sum())}
     rows = []
-    for over, metric, known in (
-        ("over_best_standalone", auroc, truth),
-        ("within_sources", within_sources, codes if large_sources(codes) else None),
+    for over, metric, known, rivals in (
+        ("over_best_standalone", auroc, truth, STANDALONES),
+        ("over_best_of_three", auroc, truth, THREE),
+        ("within_sources", within_sources, codes if large_sources(codes) else None, STANDALONES),
     ):
         if known is None:
             continue
-        best = _best(metric, known, lines)
+        best = _best(metric, known, {method: lines[method] for method in rivals})
         gain = paired_difference(metric, known, lines["lst_distilled"], lines[best])
         named = {**labels, "against": best}
         rows.append(figure_row(named, f"win_{over}", _verdict(gain), **costs))
@@ -182,7 +191,7 @@ def wins_of(
 
 def _best(metric: Callable[[Array, Array], float], known: Array, lines: Mapping[str, Array]) -> str:
     """The standalone with the best mean over seeds, on the test rows themselves: a handicap for what it meets."""
-    return max(STANDALONES, key=lambda method: float(np.mean([metric(known, line) for line in lines[method]])))
+    return max(lines, key=lambda method: float(np.mean([metric(known, line) for line in lines[method]])))
 
 
 def _verdict(gain: Figure) -> int:

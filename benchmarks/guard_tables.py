@@ -1,14 +1,23 @@
-"""Tables of the parts of guards.json beside the methods: the page of pictures shows them, and ``tables`` puts them into
-the docs.
-"""
+"""Tables of guards.json: of the methods, and of the parts beside them, which the page of pictures shows too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from parts import GUARDS, read_parts
-from table_cells import Row, absent, grouped, markdown, text_of
+from table_cells import (
+    Row,
+    absent,
+    chosen_rows,
+    grouped,
+    markdown,
+    mean_of,
+    read_result,
+    share_cell,
+    signed_cell,
+    text_of,
+)
 
 Table = tuple[Sequence[str], list[list[str]]]
 CAUGHT = ("before", "after")
@@ -105,8 +114,11 @@ def patch_table(rows: Sequence[Row]) -> Table:
 def port_table(rows: Sequence[Row]) -> Table:
     """A line for each source, target and method."""
     names, forms = ("source", "target", "method"), dict.fromkeys(("kept_auroc", "auroc"), "{:.3f}")
-    lines = [[*key, *cells_of(rows, names, key, forms)] for key in grouped(rows, "kept_auroc", *names)]
-    return (*names, "AUROC kept", "AUROC"), lines
+    lines = [
+        [*key, *cells_of(rows, names, key, forms), share_cell(some)]
+        for key, some in grouped(rows, "kept_auroc", *names).items()
+    ]
+    return (*names, "AUROC kept", "AUROC", "of the target's compute"), lines
 
 
 def training_table(rows: Sequence[Row]) -> Table:
@@ -126,6 +138,16 @@ def training_table(rows: Sequence[Row]) -> Table:
     return (*names, *heads), lines
 
 
+def resplits_table(rows: Sequence[Row]) -> Table:
+    """A line for each set, promised rate and way of fitting a threshold."""
+    names, forms = ("suite", "fitted_rows", "promised", "fit"), {"kept_share": "{:.3f}", "fpr": "{:.4f}"}
+    lines = [
+        [suite, n_rows, f"{float(rate):.0%}", fit, *cells_of(rows, names, (suite, n_rows, rate, fit), forms)]
+        for suite, n_rows, rate, fit in grouped(rows, "kept_share", *names)
+    ]
+    return ("set", "rows behind it", "promised", "fit", "splits that keep it", "flagged of other rows"), lines
+
+
 def _divided(rows: Sequence[Row], size: float) -> list[Row]:
     return [{**row, **{end: float(str(row[end])) / size for end in ("value", "low", "high")}} for row in rows]
 
@@ -138,7 +160,95 @@ PART_TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "patch": patch_table,
     "port": port_table,
     "training": training_table,
+    "resplits": resplits_table,
 }
+
+
+def guards_table(path: Path) -> str:
+    """Mean test AUROC of every method by task and base, and what the distilled ladder gains over the standalones."""
+    result = read_result(path)
+    if result is None:
+        return absent(path)
+    rows = [row for row in result["rows"] if row["part"] == "methods"]
+    places = dict.fromkeys((row["task"], row["base"]) for row in rows)
+    heads = ["method", *(f"{task}, {base}" for task, base in places)]
+    any_of_three = "of `standalone`, `standalone_distilled`, `standalone_pruned`"
+    over_all = _guards_lines(
+        rows, places, "auroc", {"gain_over_best_standalone": "standalone", "gain_over_best_of_three": any_of_three}
+    )
+    within = _guards_lines(rows, places, "auroc_within", {"gain_within_sources": "standalone"})
+    n_seeds = len({row["seed"] for row in rows if row["method"] == "lst_distilled" and row["metric"] == "auroc"})
+    facts = result["notes"]["parts"]["methods"]
+    n_left_out, n_not_run = (len(facts["notes"].get(name, ())) for name in ("left_out", "not_run"))
+    left_out = f" {n_left_out} cells are left out: not every schedule of them was run." if n_left_out else ""
+    left_out += " Empty cells were not run; an encoder cannot be prompted." if n_not_run else ""
+    head = (
+        f"AUROC on test rows, mean of {n_seeds} seeds (one where nothing is drawn). Last lines: differences, their 95% "
+        f"intervals by a paired bootstrap over rows and seeds. Commit `{facts['commit']}`, {facts['machine']}."
+        f"{left_out}\n\n"
+    )
+    between = (
+        "\n\nAUROC within sources: the mean over a task's sources of that among the rows of each. What the sources "
+        "alone tell is `source_alone` above.\n\n"
+    )
+    return (
+        head + markdown(heads, over_all) + between + markdown(heads, within) + _calibration_lines(rows, heads, places)
+    )
+
+
+def _calibration_lines(rows: Sequence[Row], heads: Sequence[str], places: Iterable[tuple[object, object]]) -> str:
+    """Calibration error before and after the fit on validation rows, of guards that give logits."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["metric"] == "ece_before"):
+        cells = []
+        for task, base in places:
+            ends = [chosen_rows(rows, name, task, str(method), base) for name in ("ece_before", "ece")]
+            cells.append(" to ".join(f"{mean_of(end):.3f}" for end in ends) if ends[0] else "")
+        lines.append([f"{method}", *cells])
+    title = (
+        "\n\nExpected calibration error in 15 bins, before and after Platt's fit on validation rows. About half of "
+        "the claims are windowed.\n\n"
+    )
+    return title + markdown(heads, lines) if lines else ""
+
+
+def _guards_lines(
+    rows: Sequence[Row], places: Iterable[tuple[object, object]], metric: str, gains: Mapping[str, str]
+) -> list[list[str]]:
+    """A line for each method that has the metric, and one for each of the ``gains``, over what is their title."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["metric"] == metric):
+        found = [chosen_rows(rows, metric, task, str(method), base) for task, base in places]
+        lines.append([f"{method}", *(f"{mean_of(some):.3f}" if some else "" for some in found)])
+    for gain, title in gains.items():
+        rivals = [chosen_rows(rows, gain, task, "lst_distilled", base) for task, base in places]
+        told = [f"{signed_cell(found[0])} ({found[0]['against']})" if found else "" for found in rivals]
+        lines.append([f"`lst_distilled` over the best {title}", *told])
+    return lines
+
+
+def grounding_table(path: Path) -> str:
+    """A line for each base and method: claims whose document fits the context, windowed ones, and by source."""
+    path = path.with_name(GUARDS.file)
+    if not path.is_file():
+        return absent(path)
+    rows = [row for row in read_parts(path)["methods"]["rows"] if row["task"] == "grounding"]
+    sources = sorted({str(row["source"]) for row in rows if row["metric"] == "auroc_source"})
+    names, by_source = ("base", "method"), grouped(rows, "auroc_source", "base", "method", "source")
+    apart = {name: grouped(rows, name, *names) for name in ("auroc_fit", "auroc_windowed")}
+    counts = {
+        base: [str(apart[name][base, method][0]["n"]) for name in apart] for base, method in apart["auroc_windowed"]
+    }
+    lines = [["claims", base, *numbers, *[""] * len(sources)] for base, numbers in counts.items()] + [
+        [
+            method,
+            base,
+            *(text_of(some.get((base, method), [])) for some in apart.values()),
+            *(text_of(by_source.get((base, method, source), []), has_interval=False) for source in sources),
+        ]
+        for base, method in apart["auroc_fit"]
+    ]
+    return markdown(("method", "base", "document fits", "windowed", *sources), lines)
 
 
 def part_table(path: Path, part: str) -> str:

@@ -54,9 +54,18 @@ SCRATCH = Path(__file__).parent / ".cells" / "guards"
 TASK_NAMES = ("hate", "prompt_harm", "response_harm", "grounding")
 BASES = ("builtin", "minilm")
 SEEDS = (0, 1, 2)
-ONE_SEED = ("prompted", "probe", "tfidf")  # nothing in them is drawn
+ONE_SEED = ("prompted", "probe", "tfidf", "length")  # nothing in them is drawn
 # Seconds of a cell of the benchmark's rows on one core to itself: for the first estimate only.
-STATED = {"plr": 10, "rtb": 45, "lst_distilled": 75, "lora_full": 150, "probe": 20, "tfidf": 5, "prompted": 30}
+STATED = {
+    "plr": 10,
+    "rtb": 45,
+    "lst_distilled": 75,
+    "lora_full": 150,
+    "probe": 20,
+    "tfidf": 5,
+    "length": 1,
+    "prompted": 30,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +117,16 @@ def run_plan(plan: Plan, workers: Workers) -> Path:
     rows: list[Row] = []
     for pair in pairs:
         rows += _figures(plan, pair, {cell: found for cell, found in values.items() if (cell.task, cell.base) == pair})
-    return write_part(plan.output, result_of("methods", time.perf_counter() - started, rows, _notes(tried, values)))
+    wanted = [cell for pair in pairs for cell in plan.cells_of(*pair)]
+    notes = {**_notes(tried, values), "not_run": _not_run(wanted, tried)}
+    return write_part(plan.output, result_of("methods", time.perf_counter() - started, rows, notes))
+
+
+def _not_run(wanted: Iterable[Cell], tried: Iterable[Cell]) -> list[str]:
+    """Task, base and method of what has no cell at all."""
+    known = {(cell.task, cell.base, cell.method) for cell in tried}
+    places = dict.fromkeys((cell.task, cell.base, cell.method) for cell in wanted)
+    return [" ".join(place) for place in places if place not in known]
 
 
 def _notes(tried: Mapping[Cell, Found], values: Mapping[Cell, Found]) -> dict[str, object]:

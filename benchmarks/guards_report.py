@@ -55,6 +55,7 @@ METHODS = {
     "lst_shared": ("#00a3a3", "--"),
     "probe": ("#7b5ea7", ":"),
     "tfidf": ("#8a8f98", ":"),
+    "length": ("#c9ccd1", ":"),
     "prompted": ("#1c2430", ":"),
     "lora_full": ("#00695c", "-."),
 }

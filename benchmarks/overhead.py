@@ -55,6 +55,7 @@ MEANING = {
 # Settings of glibc's mallopt: no mmap, no trimming, grow by 256 MB; and a mapping of its own for all from 64 kB on.
 KEEP_MEMORY = {-4: 0, -1: -1, -2: 1 << 28}
 GIVE_BACK_AT_ONCE = {-3: 1 << 16}
+_PARTS = 10**9  # of the base's compute, as processes tell it in whole numbers
 N_PEAKS = 3  # processes for each peak; the lowest counts, for an allocator only ever adds
 
 
@@ -138,8 +139,8 @@ def goals_of(rows: Sequence[Row]) -> list[dict[str, object]]:
 def peak_rows(plan: Plan, batch: int, settings: Settings) -> list[Row]:
     """Peak memory of each variant over the base's, by phase; a process holds the base's weights and libraries too.
 
-    The peak of decoding is that of a prompt and the tokens behind it.  The interval is from the lowest peak over the
-    base's highest to the highest over its lowest.
+    That of decoding begins anew with what is held once the prompt is read, its caches among it.  The interval is from
+    the lowest peak over the base's highest to the highest over its lowest.
     """
     peaks = {name: [_peaks(plan, name, batch, settings) for _ in range(N_PEAKS)] for name in plan.variants}
     note(f"peaks batch {batch}: done")
@@ -153,6 +154,7 @@ def peak_rows(plan: Plan, batch: int, settings: Settings) -> list[Row]:
             labels = {"geometry": plan.geometry, "phase": phase, "batch": batch, "variant": name}
             counts: dict[str, object] = {
                 "n": N_PEAKS,
+                "flops_share": peaks[name][0][-1] / _PARTS,
                 "config_hash": config_hash([labels, asdict(settings), plan.dtype]),
             }
             rows.append(figure_row(labels, "peak_bytes", low, (low, high), **counts))
@@ -169,7 +171,7 @@ def _peaks(plan: Plan, name: str, batch: int, settings: Settings) -> list[int]:
 
 @torch.no_grad()
 def print_peaks(job: dict[str, object]) -> None:
-    """Run one variant in this process and print the most bytes it held: with the prompt read, and after decoding."""
+    """Run one variant in this process; print the most bytes it held by phase, and its extra compute in billionths."""
     tune_memory(GIVE_BACK_AT_ONCE)
     values = job["settings"]
     assert isinstance(values, dict)
@@ -181,8 +183,10 @@ def print_peaks(job: dict[str, object]) -> None:
     _forget_peak(settings.device)
     caches = variants[name].prefill(ids)
     print(_peak_bytes(settings.device))
+    _forget_peak(settings.device)
     seconds_of(variants[name], ids, settings, caches)
     print(_peak_bytes(settings.device))
+    print(round(variants[name].extra_matmuls * _PARTS))
 
 
 def _forget_peak(device: str) -> None:
@@ -246,7 +250,7 @@ def measure_part(part: str, options: argparse.Namespace) -> Path:
     started, on_gpu = time.perf_counter(), options.device == "cuda"
     guards = ["guard", *(f"guard_{count}" for count in options.taps)]
     grouped = [f"{guard}_every_{count}" for count in options.every for guard in guards]
-    variants = ("base", *options.only, *guards[1:], *(grouped if part == "time" else ()))
+    variants = ("base", *options.only, *guards[1:], *grouped)
     batches = options.batches or ([1, 4, 16, 64] if on_gpu else [1, 8])
     rows: list[Row] = []
     used = {}

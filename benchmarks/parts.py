@@ -33,7 +33,9 @@ class Whole:
         return f"{self.name}.json"
 
 
-GUARDS = Whole("guards", ("methods", "stream", "presets", "needle", "intercept", "patch", "port", "training"))
+GUARDS = Whole(
+    "guards", ("methods", "stream", "presets", "needle", "intercept", "patch", "port", "training", "resplits")
+)
 OVERHEAD = Whole("overhead", ("time", "peaks"))
 SERVE = Whole("serve", ("load", "faults", "batch", "soak"))
 BULK = Whole("bulk", ("hf", "hf_many", "vllm", "vllm_many"))

@@ -5,7 +5,8 @@
 
 Every base has a source guard that learns labelled prompts of a task.  It is ported to every other base by each method,
 on further prompts of the task's training split, without labels; ``scratch`` learns from these same prompts with their
-labels.  All are measured on the task's test rows; its validation rows choose the epochs of sources and of ``scratch``.
+labels, and ``distill_sized`` takes no more of the new base's compute than that.  All are measured on the task's test
+rows; its validation rows choose the epochs of sources and of ``scratch``.
 Writes the part ``port`` of guards.json.
 """
 
@@ -46,6 +47,7 @@ from task_guards import drawn
 from tidy import RESULTS, Row, figure_row, result_of
 
 SCRATCH = "scratch"
+SIZED = "distill_sized"  # of at most as much compute as scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,13 @@ class Bench:
     def ports(self, source: Guarded, target: Base, scratch: Adapter, seed: int) -> Iterator[Row]:
         """The figures of one source on one target."""
         unlabelled = [replace(row, labels=()) for row in self.text]
-        for method in METHODS:
-            settings = PortSettings(method=method, seed=seed)
+        methods: dict[str, PortSettings] = {method: PortSettings(method=method) for method in METHODS}
+        methods[SIZED] = PortSettings(method="distill", size=flops_share(target, scratch))
+        for name, settings in methods.items():
+            settings = replace(settings, seed=seed)
             done = port_adapter((source.base, source.guard), target, unlabelled, settings)
             seconds = round(done.seconds, 1)
-            yield from self._rows(source, target, done.adapter, {"method": method, "seed": seed}, seconds)
+            yield from self._rows(source, target, done.adapter, {"method": name, "seed": seed}, seconds)
         yield from self._rows(source, target, scratch, {"method": SCRATCH, "seed": seed}, None)
 
     def _hash(self, labels: dict[str, object]) -> str:

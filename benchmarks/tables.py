@@ -12,11 +12,11 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gene_tables import genes_table
-from guard_tables import PART_TABLES, part_table
+from guard_tables import PART_TABLES, grounding_table, guards_table, part_table
 from scale_tables import bulk_table, capacity_table, memory_table, serve_table, vllm_table
 from table_cells import (
     Row,
@@ -148,45 +148,6 @@ def _goals_met(judged: Sequence[dict[str, object]]) -> str:
             met = {(*_place(goal), goal["variant"]): goal["met"] for goal in chosen}
         told += [f"{sum(map(bool, met.values()))} of {len(met)} of {kind}"] if met else []
     return f"{', '.join(told) or 'none'} are"
-
-
-def guards_table(path: Path) -> str:
-    """Mean test AUROC of every method by task and base, and what the distilled ladder gains over the standalones."""
-    result = read_result(path)
-    if result is None:
-        return absent(path)
-    rows = [row for row in result["rows"] if row["part"] == "methods"]
-    places = dict.fromkeys((row["task"], row["base"]) for row in rows)
-    heads = ["method", *(f"{task}, {base}" for task, base in places)]
-    over_all = _guards_lines(rows, places, "auroc", "gain_over_best_standalone")
-    within = _guards_lines(rows, places, "auroc_within", "gain_within_sources")
-    n_seeds = len({row["seed"] for row in rows if row["method"] == "lst_distilled" and row["metric"] == "auroc"})
-    facts = result["notes"]["parts"]["methods"]
-    n_left_out = len(facts["notes"]["left_out"])
-    left_out = f" {n_left_out} cells are left out: not every schedule of them was run." if n_left_out else ""
-    head = (
-        f"AUROC on test rows, mean of {n_seeds} seeds (one where nothing is drawn). Last line: difference, and its 95% "
-        f"interval by a paired bootstrap over rows and seeds. Commit `{facts['commit']}`, {facts['machine']}."
-        f"{left_out}\n\n"
-    )
-    between = (
-        "\n\nAUROC within sources: the mean over a task's sources of that among the rows of each. What the sources "
-        "alone tell is `source_alone` above.\n\n"
-    )
-    return head + markdown(heads, over_all) + between + markdown(heads, within)
-
-
-def _guards_lines(
-    rows: Sequence[Row], places: Iterable[tuple[object, object]], metric: str, gain: str
-) -> list[list[str]]:
-    """A line for each method that has the metric, and one of gains."""
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows if row["metric"] == metric):
-        found = [chosen_rows(rows, metric, task, str(method), base) for task, base in places]
-        lines.append([f"{method}", *(f"{mean_of(some):.3f}" if some else "" for some in found)])
-    gains = [chosen_rows(rows, gain, task, "lst_distilled", base) for task, base in places]
-    told = [f"{signed_cell(found[0])} ({found[0]['against']})" if found else "" for found in gains]
-    return [*lines, ["`lst_distilled` over the best standalone", *told]]
 
 
 def align_table(path: Path) -> str:
@@ -346,6 +307,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gate": gate_table,
     "serve": serve_table,
     "vllm": vllm_table,
+    "grounding": grounding_table,
     **{part: functools.partial(part_table, part=part) for part in PART_TABLES},
 }
 

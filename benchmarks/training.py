@@ -1,4 +1,4 @@
-"""What one optimiser step of a guard costs beside a LoRA and beside tuning every weight: seconds, memory, parameters.
+"""What one optimiser step of a guard costs beside a LoRA and beside tuning all blocks: seconds, memory, parameters.
 
     python benchmarks/training.py                    a 0.5B geometry with random weights in bfloat16
     python benchmarks/training.py --dtype float32    the same for CPUs that only emulate bfloat16

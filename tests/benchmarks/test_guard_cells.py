@@ -61,7 +61,7 @@ def test_a_teacher_is_trained_once_and_its_scores_are_kept_without_texts(
 
 def test_steps_are_small_for_what_learns_in_the_loop() -> None:
     sizes = {method: guard_cells.batch_size_of(Cell("hate", "tiny", method, 0)) for method in guard_cells.METHODS}
-    others = {"lora_full": 16, "lst_shared": 32, "probe": 32, "tfidf": 32, "prompted": 32}
+    others = {"lora_full": 16, "lst_shared": 32, "probe": 32, "tfidf": 32, "length": 32, "prompted": 32}
     assert sizes == {**dict.fromkeys(guard_cells.METHODS, 8), **others}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from guard_tables import PART_TABLES, part_table
+from guard_tables import PART_TABLES, grounding_table, guards_table, part_table
 from parts import GUARDS, write_part
 from tidy import figure_row, result_of
 
@@ -129,8 +129,52 @@ def test_patches_tell_what_was_held_out_and_every_suite_elsewhere(tmp_path: Path
 
 def test_ports_and_training_have_a_line_for_each_method(tmp_path: Path) -> None:
     rows = [row(metric, 0.5, source="a", target="b", method="map") for metric in ("kept_auroc", "auroc")]
+    rows = [{**each, "flops_share": 0.076} for each in rows]
     figure = "0.500 (0.250 to 0.750)"
-    assert written(tmp_path, "port", rows).splitlines()[-1] == f"| a | b | map | {figure} | {figure} |"
+    assert written(tmp_path, "port", rows).splitlines()[-1] == f"| a | b | map | {figure} | {figure} | 7.6% |"
     values = {"step_seconds": 2.0, "ratio_to_full": 0.5, "peak_bytes": 3e9, "trainable_params": 5e5}
     rows = [figure_row({"method": "lst", "geometry": "tiny"}, metric, value) for metric, value in values.items()]
     assert written(tmp_path, "training", rows).splitlines()[-1] == "| lst | tiny | 2.00 | 0.5000 |  | 3.00 | 0.50 |"
+
+
+def test_resplits_have_a_line_for_each_set_rate_and_fit(tmp_path: Path) -> None:
+    labels = {"suite": "alpaca", "fit": "bound", "promised": 0.01, "fitted_rows": 500}
+    rows = [figure_row(labels, metric, value) for metric, value in {"kept_share": 0.95, "fpr": 0.0061}.items()]
+    assert written(tmp_path, "resplits", rows).splitlines()[-1] == "| alpaca | 500 | 1% | bound | 0.950 | 0.0061 |"
+
+
+def methods_of(folder: Path, rows: list[Row]) -> Path:
+    """A result file of the methods."""
+    facts = {"commit": "abc", "machine": "a CPU"}
+    return write_part(folder, {**result_of("methods", 1.0, rows, {"left_out": [], "not_run": ["hate b lst"]}), **facts})
+
+
+def test_claims_stand_apart_by_fit_and_source(tmp_path: Path) -> None:
+    place = {"task": "grounding", "base": "builtin", "method": "lst"}
+    values = {"auroc_fit": (0.8, 10), "auroc_windowed": (0.5, 7)}
+    rows = [
+        figure_row({**place, "seed": seed}, metric, value + seed / 10, n=n)
+        for seed in (0, 2)
+        for metric, (value, n) in values.items()
+    ]
+    rows += [figure_row({**place, "seed": 0, "source": name}, "auroc_source", 0.6) for name in ("wice", "cliff")]
+    rows.append(figure_row({**place, "task": "hate", "seed": 0}, "auroc_fit", 0.1))
+    path = methods_of(tmp_path, rows)
+    assert grounding_table(path).splitlines() == [
+        "| method | base | document fits | windowed | cliff | wice |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| claims | builtin | 10 | 7 |  |  |",
+        "| lst | builtin | 0.900 (0.800 to 1.000) | 0.600 (0.500 to 0.700) | 0.600 | 0.600 |",
+    ]
+    path.unlink()
+    assert "No figures yet" in grounding_table(path)
+
+
+def test_calibration_is_told_before_and_after_and_what_was_not_run(tmp_path: Path) -> None:
+    place = {"task": "hate", "base": "builtin", "seed": 0}
+    rows = [figure_row({**place, "method": method}, "auroc", 0.8) for method in ("lst", "tfidf")]
+    rows += [figure_row({**place, "method": "lst"}, name, value) for name, value in (("ece_before", 0.2), ("ece", 0.1))]
+    rows.append(figure_row({**place, "method": "tfidf"}, "ece", 0.3))
+    text = guards_table(methods_of(tmp_path, rows))
+    assert text.endswith("| method | hate, builtin |\n| --- | ---: |\n| lst | 0.200 to 0.100 |")
+    assert "Empty cells were not run" in text

@@ -57,6 +57,22 @@ def test_what_validation_rows_chose_is_what_rows_and_wins_are_of(setup: Setup, t
     assert {row["value"] for row in wins if row["metric"] == "win_over_best_standalone"} == {1}
 
 
+def test_the_best_of_three_leaves_out_what_is_pruned_and_distilled(setup: Setup, tried: dict[Cell, Found]) -> None:
+    known = {"standalone_pruned_distilled": 8.0, "lst_distilled": 1.5}  # the others are behind
+    for cell in [cell for cell in tried if cell.method in known]:
+        tried[cell] = found_of(cell.title, known[cell.method], cell.seed)
+    wins = wins_of(PLACE, guards.chosen_of(setup, tried), SOURCES, SEEDS)
+    found = {row["metric"]: row for row in wins}
+    assert (found["win_over_best_standalone"]["value"], found["win_over_best_of_three"]["value"]) == (-1, 1)
+    assert found["gain_over_best_standalone"]["against"] == "standalone_pruned_distilled"
+    assert found["gain_over_best_of_three"]["against"] in STANDALONES[:3]
+
+
+def test_what_has_no_cell_is_told() -> None:
+    wanted = [Cell(*PLACE, method, seed) for method in ("lst", "plr") for seed in SEEDS]
+    assert guards._not_run(wanted, [Cell(*PLACE, "lst", 0, 5)]) == ["hate builtin plr"]
+
+
 def test_a_cell_that_lacks_a_schedule_is_left_out_and_told(setup: Setup, tried: dict[Cell, Found]) -> None:
     del tried[Cell(*PLACE, "standalone", 1, 5)]
     values = guards.chosen_of(setup, tried)

@@ -100,9 +100,10 @@ def other_parts() -> dict[str, list[dict[str, object]]]:
         for method in ("lst", "full")
         for metric in ("step_seconds", "ratio_to_full", "peak_bytes", "trainable_params")
     ]
+    resplits = [row(metric, 0.9, suite="alpaca", fit="bound", promised=0.01) for metric in ("kept_share", "fpr")]
     return {
-        "stream": stream, "presets": presets, "needle": needle, "intercept": intercept, "patch": patch, "port": port,
-        "training": training,
+        "stream": stream, "presets": presets, "resplits": resplits, "needle": needle, "intercept": intercept,
+        "patch": patch, "port": port, "training": training,
     }  # fmt: skip
 
 
@@ -115,6 +116,7 @@ def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
         "Hate speech (hate) on builtin",
         "Stopping an answer while it is written",
         "Detection and over-refusal at each preset: prompt_harm, builtin",
+        "Promises on other rows of the same traffic",
         "A needle in a long text",
         "Blocking a prompt early",
         "Learning a new family of jailbreaks",
@@ -123,8 +125,18 @@ def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
         "Where the figures come from",
     ]
     sections = text.split("<h2>")[1:]
-    assert [section.count("<svg") for section in sections] == [2, 4, 4, 1, 2, 2, 2, 1, 2, 0]
-    assert [section.count("<tr>") for section in sections[2:9]] == [3, 2, 3, 3, 3, 2, 3]  # the head, and the figures
+    assert [section.count("<svg") for section in sections] == [2, 4, 4, 1, 1, 2, 2, 2, 1, 2, 0]
+    n_lines = [section.count("<tr>") for section in sections[2:10]]
+    assert n_lines == [
+        3,
+        2,
+        2,
+        3,
+        3,
+        3,
+        2,
+        3,
+    ]  # the head, and the figures
     assert "Not measured here" not in text
     assert "http" not in text
     assert path.stat().st_size < 2_000_000

@@ -48,14 +48,14 @@ def test_every_pair_and_method_gets_its_figures(
     assert [(row["source"], row["target"], row["method"]) for row in kept] == [
         (*pair, method)
         for pair in (("llama", "gpt2"), ("gpt2", "llama"))
-        for method in ("map", "distill", "both", "scratch")
+        for method in ("map", "distill", "both", "distill_sized", "scratch")
     ]
     figures = {(row["source"], row["method"], row["metric"]): row["value"] for row in result["rows"]}
     for row in kept:
         key = row["source"], row["method"]
         assert row["value"] == pytest.approx(figures[*key, "auroc"] / figures[*key, "source_auroc"])
         assert row["low"] <= row["value"] <= row["high"]
-    assert len(shown) == 100 * 6  # two pairs, three methods
+    assert len(shown) == 100 * 8  # two pairs, four ports
     assert {row.labels for row in shown} == {()}
     assert result["notes"]["bases"]["gpt2"].startswith("3 layers of width 64")
 

@@ -148,7 +148,12 @@ def test_serve_table_tells_load_faults_and_the_soak(results: Path) -> None:
 
 
 def test_a_missing_result_file_is_said(tmp_path: Path) -> None:
-    benches = {**{name: name for name in tables.TABLES}, "decode": "align", "capacity": "geometry"}
+    benches = {
+        **{name: name for name in tables.TABLES},
+        "decode": "align",
+        "capacity": "geometry",
+        "grounding": "guards",
+    }
     benches |= dict.fromkeys(guard_tables.PART_TABLES, "guards")
     for name, table in tables.TABLES.items():
         assert f"make bench-{benches[name]}" in table(tmp_path / f"{name}.json")
