@@ -137,7 +137,7 @@ def _notes(tried: Mapping[Cell, Found], values: Mapping[Cell, Found]) -> dict[st
         "distilled guards without their teacher",
         "schedules": _schedules(values),
         "left_out": [cell.title for cell in _without_schedules(tried) if cell not in values],
-        "intervals": "95% bootstrap over test rows; elsewhere low and high are the value",
+        "intervals": "95% bootstrap over test rows, of over_refusal Wilson's; elsewhere low and high are the value",
         "rows": {f"{cell.task} {cell.base}": found["counts"] for cell, found in values.items()},
         "cell_commits": sorted({str(found["commit"]) for found in tried.values()}),
         "cell_seconds": round(sum(float(found["seconds"]) for found in tried.values()), 1),  # type: ignore[arg-type]

@@ -151,6 +151,8 @@ def peak_rows(plan: Plan, batch: int, settings: Settings) -> list[Row]:
         }
         base_low, base_high = ends["base"]
         for name, (low, high) in ends.items():
+            if phase == "prefill" and "_every_" in name:  # as for times: prompts do not wait
+                continue
             labels = {"geometry": plan.geometry, "phase": phase, "batch": batch, "variant": name}
             counts: dict[str, object] = {
                 "n": N_PEAKS,

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from guard_figures import share_figure
 from parts import write_part
 from presets import harmless
 from safeside.artifact import load_adapter
@@ -48,9 +47,9 @@ def rows_of(name: str, scores: NDArray[np.float64], n_splits: int) -> Iterator[R
             others = np.array([(some[half:] >= threshold_of(some[:half], rate)).mean() for some in splits])
             labels = {"suite": name, "fit": fit, "promised": rate, "fitted_rows": half}
             counts = {"n": n_splits, "config_hash": config_hash([labels, len(scores)])}
-            kept, interval = share_figure(others <= rate)
+            kept = float((others <= rate).mean())
             note(f"{name}, {fit}, {rate:.0%}: kept in {kept:.1%} of {n_splits:,} splits, {others.mean():.2%} flagged")
-            yield figure_row(labels, "kept_share", kept, interval, **counts)
+            yield figure_row(labels, "kept_share", kept, **counts)
             spread = (float(np.quantile(others, 0.025)), float(np.quantile(others, 0.975)))
             yield figure_row(labels, "fpr", float(others.mean()), spread, **counts)
 
@@ -74,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         found = score_conversations(base, [guard], list(texts.values()))  # each text once
         scores = np.array([row.by_guard[guard.name][0] for row in found])
         rows += rows_of(name.split("/")[0], scores[np.isfinite(scores)], options.splits)
-    notes = {"guard": GUARD, "confidence": 0.95, "intervals": "kept_share: Wilson's; fpr: 2.5% and 97.5% of the splits"}
+    spread = "fpr: 2.5% and 97.5% of the splits; kept_share: none, for all splits are of the same rows"
+    notes = {"guard": GUARD, "confidence": 0.95, "intervals": spread}
     path = write_part(options.output, result_of("resplits", time.perf_counter() - started, rows, notes))
     note(f"wrote {path}")
     return path

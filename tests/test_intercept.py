@@ -199,8 +199,9 @@ def test_the_half_read_cache_is_refused(tiny_base: Base, random_guard, layers: t
         with pytest.raises(BlockedError, match=r"blocked every prompt of this batch after block \d; .* base\.chat"):
             tiny_base.model(ids[:, 2:], past_key_values=cache)
         for spoilt in (cache, copy.deepcopy(cache)):
-            with pytest.raises(AttachmentError, match=r"were blocked before .* Start with a new DynamicCache"):
-                tiny_base.model(ids[:, 2:], past_key_values=spoilt)
+            for words in ({}, {"attention_mask": torch.ones_like(ids)}):
+                with pytest.raises(AttachmentError, match=r"were blocked before .* Start with a new DynamicCache"):
+                    tiny_base.model(ids[:, 2:], past_key_values=spoilt, **words)
         set_threshold(guard, 1.0)
         assert tiny_base.model(ids, past_key_values=DynamicCache()).logits.isfinite().all()
     assert cache.get_seq_length() == 0  # without adapters it is a new one, not half a one

@@ -225,12 +225,12 @@ class Attachment:
         if inputs is None:
             raise InputError("The base was called without input_ids or inputs_embeds.")
         (n_rows, n_new), cache = inputs.shape[:2], cache_of(self.base, bound, kwargs)
-        n_past = cache.get_seq_length() if cache is not None else 0
-        refuse_packed(bound, n_new)
-        keep = keep_mask(bound.get("attention_mask"), n_rows, n_new, n_past, inputs.device)
         layer = request_layer(cache) if cache is not None else None
         if layer is not None:
             layer.refuse_foreign(self)
+        n_past = cache.get_seq_length() if cache is not None else 0
+        refuse_packed(bound, n_new)
+        keep = keep_mask(bound.get("attention_mask"), n_rows, n_new, n_past, inputs.device)
         check_seen(layer, n_past)
         request = request_in_force(self, layer, self._thread.request, n_new).for_rows(n_rows)
         if layer is not None and cache is not None:

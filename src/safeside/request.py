@@ -299,7 +299,7 @@ def add_layers(cache: DynamicCache, n_base: int, n_side: Sequence[int], last: Re
 def discard_pass(cache: DynamicCache, n_base: int, layer: RequestLayer, reason: str) -> None:
     """Empty the base's layers, some of which a pass that did not end has filled; adapters refuse the cache from now on.
 
-    Without adapters it is a new one.
+    Earlier turns go too: without adapters it is a new cache.
     """
     cache.layers[:n_base] = [SideLayer() for _ in range(n_base)]
     layer.spent = reason

@@ -175,6 +175,8 @@ def test_an_unpatched_folder_cannot_be_rolled_back(folder: Path) -> None:
     with pytest.raises(InputError, match="keeps no earlier version"):
         roll_back(folder, folder)
     assert sums(folder) == before
+    with pytest.raises(InputError, match="There is no folder"):
+        roll_back(folder / "missing", folder)
 
 
 def test_a_damaged_earlier_version_is_not_put_back(tiny_base: Base, folder: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_port_of_a_size_is_the_largest_that_keeps_it(
     old, base = random_guard(tiny_base, layers=layers, width=64), tiny_family("gpt2")
     assert ported_config(old.config, base).width == 64
     wide = ported_config(old.config, base, 10.0)
-    assert (wide.width, len(wide.layers)) == (base.d_model, len(old.config.layers))
+    assert (wide.width, wide.layers) == (base.d_model, ported_config(old.config, base).layers)
     narrow = ported_config(old.config, base, size)
     assert (narrow.width, narrow.head_dim) == (32, old.config.head_dim)
     assert narrow.base.fingerprint == base.fingerprint
@@ -164,6 +164,24 @@ def test_a_port_of_a_size_is_the_largest_that_keeps_it(
         port_adapter((tiny_base, old), base, texts(100), replace(MAP, size=0.6))
     with pytest.raises(ConfigError, match="share of the base's compute above 0"):
         ported_config(old.config, base, 0.0)
+    with pytest.raises(ConfigError, match=r"for kinds lst and lst_plus; got 0\.1 for 'plr'"):
+        ported_config(random_guard(tiny_base, kind="plr").config, base, 0.1)
+
+
+@pytest.mark.parametrize("options", [{"feed_forward": 512}, {"labels": tuple(f"label{index}" for index in range(40))}])
+def test_what_a_port_of_a_size_keeps_of_the_old_one_counts(
+    tiny_base: Base,
+    tiny_family: Callable[[str], Base],
+    random_guard: Callable[..., Adapter],
+    options: dict[str, object],
+) -> None:
+    """All labels; a feed-forward of the old width would take the whole of a small budget."""
+    old, base = random_guard(tiny_base, width=64, **options), tiny_family("gpt2")
+    made = create_adapter(base, ported_config(old.config, base, 0.6))
+    assert made.config.labels == old.config.labels
+    assert flops_share(base, made) <= 0.6
+    wider = create_adapter(base, made.config.model_copy(update={"width": made.config.width + 32}))
+    assert flops_share(base, wider) > 0.6
 
 
 @pytest.mark.parametrize("options", [{"kind": "rtb"}, {"kind": "plr"}])
@@ -534,6 +552,9 @@ def test_a_port_that_takes_much_more_of_its_base_says_so(
     assert "compute" not in told[1e3]
     port_command(str(source), PortOptions(str(target), text, tmp_path / "small", size=0.6))
     assert load_adapter(tmp_path / "small", base).config.width == 32
+    assert "compute" not in capsys.readouterr().err
+    port_command(str(source), PortOptions(str(target), text, tmp_path / "smallest", size=0.001))
+    assert "of the new base's compute, not 0.10%: none is narrower" in capsys.readouterr().err
 
 
 def test_a_reloaded_port_flags_what_its_card_says(

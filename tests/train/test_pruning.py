@@ -269,7 +269,8 @@ def test_every_standalone_starts_from_what_the_first_block_reads(wide: Callable[
 def test_the_embeddings_of_a_base_that_takes_them_as_they_are_are_copied(wide: Callable[..., Base]) -> None:
     base = wide("llama")
     expected = base.model.get_input_embeddings().get_parameter("weight")
-    assert torch.equal(token_states(base, len(expected)), expected)
+    assert torch.equal(token_states(base, len(expected), torch.arange(64)), expected)
+    assert torch.equal(token_states(base, 9, torch.tensor([3, 60])), expected[:9, [3, 60]])
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -198,11 +200,8 @@ def sized_config(base: Base, size: float = 0.01, n_taps: int | None = None, **op
     chosen = sorted({"width", "reduction", "layers"} & {name for name, value in options.items() if value is not None})
     if chosen:
         raise ConfigError(f"size picks width and layers; leave {', '.join(chosen)} out, or call make_config.")
-    budget = size * base_matmuls(base)
     head_dim = options.get("head_dim") or 32
     assert isinstance(head_dim, int)
-    widths = range(head_dim, max(base.d_model, head_dim) + 1, head_dim)
-
     if n_taps is None:
         choices = [tuple(range(base.n_layers, -1, -stride))[::-1] for stride in range(1, base.n_layers + 2)]
     else:
@@ -212,10 +211,20 @@ def sized_config(base: Base, size: float = 0.01, n_taps: int | None = None, **op
         return make_config(base, **{**options, "layers": layers, "width": width})  # type: ignore[arg-type]
 
     for layers in choices:
-        n_fitting = bisect_right(widths, budget, key=lambda width: _cost(config(layers, width)))
-        if n_fitting:
-            return config(layers, widths[n_fitting - 1])
-    return config(choices[-1], widths[0])
+        found = widest(base, size, head_dim, partial(config, layers))
+        if found is not None:
+            return found
+    return config(choices[-1], head_dim)
+
+
+def widest(base: Base, size: float, head_dim: int, config_of: Callable[[int], AdapterConfig]) -> AdapterConfig | None:
+    """The configuration of the greatest width that costs at most ``size`` of the base; None where none does.
+
+    Widths are the multiples of ``head_dim`` up to the base's own.
+    """
+    widths = range(head_dim, max(base.d_model, head_dim) + 1, head_dim)
+    n_fitting = bisect_right(widths, size * base_matmuls(base), key=lambda width: _cost(config_of(width)))
+    return config_of(widths[n_fitting - 1]) if n_fitting else None
 
 
 def _cost(config: AdapterConfig) -> int:

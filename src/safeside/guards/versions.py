@@ -96,6 +96,8 @@ def roll_back(folder: Path, output: Path) -> Path:
 
     A folder without an earlier version is an InputError, a damaged one a FormatError; then nothing is changed.
     """
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}; expected one that `safeside patch` wrote. Check the path.")
     with writing(folder, make_folder(output)):
         return _roll_back(folder, output)
 

@@ -58,7 +58,7 @@ def port_command(adapter_name: str, options: PortOptions) -> dict[str, object]:
     settings = PortSettings(method=method, size=options.size, seed=options.seed)
     with training_bars(old.name) as (report, _):
         done = port_adapter((old_base, old), base, examples, settings, dtype=stored_dtype(source), report=report)
-    facts = port_facts(done, settings, options) | _shares((old_base, old), (base, done.adapter))
+    facts = port_facts(done, settings, options) | _shares((old_base, old), (base, done.adapter), options.size)
     if done.n_left_out:
         note(
             f"{done.n_left_out} rows of {options.text.name} were left out: they hold no text, a base refuses them or "
@@ -88,10 +88,12 @@ def _method(name: str | None) -> Method | None:
     raise InputError(f"There is no method {name!r}; expected one of {', '.join(METHODS)}.")
 
 
-def _shares(old: tuple[Base, Adapter], new: tuple[Base, Adapter]) -> dict[str, str]:
-    """What provenance and card say of the cost; a new adapter that takes much more of its base is told of."""
+def _shares(old: tuple[Base, Adapter], new: tuple[Base, Adapter], size: float | None) -> dict[str, str]:
+    """What provenance and card say of the cost; more than was asked for, or much more than before, is told of."""
     before, after = flops_share(*old), flops_share(*new)
-    if after > _MUCH_MORE * before:
+    if size is not None and after > size:
+        note(f"Warning: it takes {after:.2%} of the new base's compute, not {size:.2%}: none is narrower.")
+    elif size is None and after > _MUCH_MORE * before:
         smaller = "port with --method distill --size 0.01" if new[1].config.kind in LADDERS else "train one there"
         note(
             f"Warning: it takes {after:.2%} of the new base's compute; the old one takes {before:.2%} of its own. For "

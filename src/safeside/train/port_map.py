@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.blocks import TapProjection, normed
-from safeside.adapters.config import AdapterConfig, reference_of, require_valid
+from safeside.adapters.config import LADDERS, AdapterConfig, reference_of, require_valid
 from safeside.adapters.lst import Lst
 from safeside.adapters.plr import Plr
-from safeside.adapters.sizing import make_config, sized_config
+from safeside.adapters.sizing import make_config, widest
 from safeside.base.model import Base
-from safeside.errors import UnsupportedError
+from safeside.errors import ConfigError, UnsupportedError
 from safeside.train.port_text import Side
 from safeside.train.taps import StoredTaps
 
@@ -30,15 +30,14 @@ _BATCH = 32
 
 
 def ported_config(source: AdapterConfig, base: Base, size: float | None = None) -> AdapterConfig:
-    """The same side network on ``base``, its projections of full rank; with ``size`` one of that share of its compute.
+    """The same side network on ``base``, its projections of full rank; with ``size`` the widest of that share.
 
     Taps stay at their relative depth, so they are fewer where the base is shallower.  Of ``toplayers`` the duplicated
     blocks are those of ``base``, from that depth up; a base whose blocks cannot be built anew is an UnsupportedError.
+    A size that is too small for the narrowest gives the narrowest; for kinds without heads of their own, and not above
+    0, it is a ConfigError.
     """
     layers = tuple(sorted({_new_layer(layer, source, base) for layer in source.layers}))
-    if size is not None:
-        n_taps = None if len(source.layers) > source.base.n_layers else len(layers)
-        sized = sized_config(base, size, n_taps, kind=source.kind, role=source.role, head_dim=source.head_dim)
     values = {
         **source.model_dump(),
         "tap_rank": 0,
@@ -48,12 +47,25 @@ def ported_config(source: AdapterConfig, base: Base, size: float | None = None) 
         "modes": {},
         "preset": None,
     }
-    if size is not None:
-        values |= sized.model_dump(include={"layers", "width"})
     if source.kind == "toplayers":
         top = make_config(base, kind="toplayers", role=source.role, depth=max(1, base.n_layers - layers[0]))
         values |= top.model_dump(include={"depth", "layers", "blocks"})
-    return require_valid({**values, "allow_mismatch": False})
+    values["allow_mismatch"] = False
+    return require_valid(values) if size is None else _sized(values, source, base, size)
+
+
+def _sized(values: dict[str, object], source: AdapterConfig, base: Base, size: float) -> AdapterConfig:
+    """The widest configuration that costs at most ``size``; a feed-forward goes with the width again."""
+    if source.kind not in LADDERS or not 0 < size < math.inf:
+        raise ConfigError(
+            f"size is a share of the base's compute above 0, such as 0.01, for kinds {' and '.join(LADDERS)}; got "
+            f"{size} for {source.kind!r}. Leave it out."
+        )
+
+    def config_of(width: int) -> AdapterConfig:
+        return require_valid({**values, "width": width, "feed_forward": 0})
+
+    return widest(base, size, source.head_dim, config_of) or config_of(source.head_dim)
 
 
 def _new_layer(layer: int, source: AdapterConfig, base: Base) -> int:

@@ -42,8 +42,8 @@ class PortSettings:
     readout_weight: float = 1.0
     """Weight of the squared distance between the normed read-outs of both guards."""
     size: float | None = None
-    """Most of the new base's compute for the new adapter (0.01 is 1%), of kinds that ``sized_config`` can make and by
-    ``distill`` alone; as wide as the old one unless given, whatever share of the new base that is."""
+    """Most of the new base's compute (0.01 is 1%) for ``lst`` and ``lst_plus`` by ``distill``; as wide as the old one
+    unless given, whatever share of the new base that is."""
     ridge: float = 1e-3
     """Penalty of the maps, over the mean variance of an input."""
     max_new_tokens: int = 32

@@ -94,7 +94,7 @@ def create_pruned_standalone(base: Base, adapter: Adapter, importance: Importanc
     model = create_standalone(base, adapter, seed)
     stream = top(stream_importance(importance), model.shape.width)
     with torch.no_grad():
-        model.embedding.weight.copy_(token_states(base, model.shape.n_tokens)[:, stream])
+        model.embedding.weight.copy_(token_states(base, model.shape.n_tokens, stream))
     layers = adapter.config.layers[1:] or adapter.config.layers
     for block, layer in zip(model.blocks, layers, strict=True):
         assert isinstance(block, SideBlock)
@@ -103,8 +103,8 @@ def create_pruned_standalone(base: Base, adapter: Adapter, importance: Importanc
 
 
 @torch.no_grad()
-def token_states(base: Base, n_tokens: int) -> Tensor:
-    """(n_tokens, D) what the base's first block reads of each token, in float32 on the CPU.
+def token_states(base: Base, n_tokens: int, stream: Tensor) -> Tensor:
+    """(n_tokens, d) the entries ``stream`` (d,) of what the base's first block reads of each token, float32 on the CPU.
 
     That is a row of the embeddings where the base takes them as they are; others scale or norm them, or add positions:
     here the token's own at the second place, for the first is mostly that of one special token.
@@ -113,7 +113,7 @@ def token_states(base: Base, n_tokens: int) -> Tensor:
     for start in range(0, n_tokens, _TOKENS_TOGETHER):
         ids = torch.arange(start, min(start + _TOKENS_TOGETHER, n_tokens), device=base.device)[:, None].repeat(1, 2)
         batch = Batch(tuple(range(len(ids))), ids, torch.ones_like(ids, dtype=torch.bool))
-        parts.append(record_states(base, batch, (0,))[0][:, -1].float().cpu())
+        parts.append(record_states(base, batch, (0,))[0][:, -1].float().cpu()[:, stream])
     return torch.cat(parts)
 
 
