@@ -98,6 +98,11 @@ class Cell:
         return f"{self.task} {self.base} {self.method} seed {self.seed}{schedule}"
 
 
+def reads_states(method: str) -> bool:
+    """Whether its cells read states of the base that are stored for all of them."""
+    return method == "probe" or (method in ADAPTERS and not method.startswith("standalone"))
+
+
 def recipe_of(setup: Setup, cell: Cell) -> Recipe:
     """The cell as a recipe: everything about it but the bytes of data and base."""
     is_taught = cell.method in TAUGHT

@@ -33,6 +33,7 @@ from guard_cells import (
     build_store,
     epochs_of,
     key_of,
+    reads_states,
     run_cell,
     schedules_of,
 )
@@ -203,7 +204,9 @@ def _data_hash(root: Path, task: str) -> str:
 def _fill(plan: Plan, workers: Workers, todo: list[Cell], paths: dict[Cell, Path]) -> None:
     if not todo:
         return
-    stored = [(todo[0], split) for split in SPLITS if prepare(plan.setup, todo[0].task, todo[0].base).rows(split).ids]
+    rows_of_split = prepare(plan.setup, todo[0].task, todo[0].base).rows
+    needed = SPLITS if any(reads_states(cell.method) for cell in todo) else ()
+    stored = [(todo[0], split) for split in needed if rows_of_split(split).ids]
     for (cell, split), seconds in workers.run(functools.partial(build_store, plan.setup), stored):
         note(f"{cell.task} {cell.base}: states of the {split} rows stored in {seconds:.0f} s")
     taught = [cell for cell in todo if cell.method in TAUGHT]

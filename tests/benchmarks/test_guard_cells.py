@@ -65,6 +65,12 @@ def test_steps_are_small_for_what_learns_in_the_loop() -> None:
     assert sizes == {**dict.fromkeys(guard_cells.METHODS, 8), **others}
 
 
+def test_states_are_stored_for_what_reads_them() -> None:
+    others = {name for name in guard_cells.METHODS if not guard_cells.reads_states(name)}
+    standalones = {name for name in guard_cells.METHODS if name.startswith("standalone")}
+    assert others == {*standalones, "tfidf", "length", "prompted", "lora_full"}
+
+
 def test_epochs_of_claims_are_chosen_by_the_window_that_counts(
     tiny_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
