@@ -4,11 +4,12 @@
     python benchmarks/overhead.py --device cuda       # 7B geometry, batch 1 to 64
 
 Every round times all variants once, in an order that rotates, so a machine that slows down slows all.  A ratio is the
-median over rounds of a variant's time to the base's of the same round, with a bootstrap interval over rounds; a goal is
-met only if the upper end meets it.  While times are taken the process keeps what it frees: otherwise a pass of the base asks for up to 3 GB of fresh pages, or for none, as the heap happens to
-lie.  On CPU peak memory is that of a process of its own for each variant, which gives back what it frees at once: what
-a heap happens to keep of it is luck, and more than a guard takes.  Writes the parts ``time`` and ``peaks`` of
-overhead.json; a part that is not measured keeps its rows.
+median over rounds of a variant's time to the base's of the same round, with a bootstrap interval over rounds; a goal
+is met only if the upper end meets it.  While times are taken the process keeps what it frees: otherwise a pass of the
+base asks for up to 3 GB of fresh pages, or for none, as the heap happens to lie.  On CPU peak memory is that of a
+process of its own for each variant, which gives back what it frees at once: what a heap happens to keep of it is
+luck, and more than a guard takes.  Writes the parts ``time`` and ``peaks`` of overhead.json; a part that is not
+measured keeps its rows.
 """
 
 from __future__ import annotations
