@@ -87,7 +87,7 @@ def test_rows_that_cannot_be_scored_fail_closed_and_are_reported(
         "{broken",
         {"question": "hi"},
         {"prompt": "\ud800"},
-        {"document": long, "summary": long},
+        {"messages": [{"role": role, "content": long} for role in ("user", *["assistant"] * 3)]},
         {"prompt": "how?", "response": "so"},
     )
     found = list(guard_lines(tiny_base, guards, path))

@@ -347,7 +347,7 @@ def test_the_default_folder_has_the_adapters_name(
 
 def test_rows_that_cannot_be_used_are_counted(tiny_base: Base, source: Path, tmp_path: Path) -> None:
     rows = [{"prompt": text} for text in texts(60)]
-    too_large = {"document": LONG, "summary": LONG}
+    too_large = {"messages": [{"role": role, "content": LONG} for role in ("user", *["assistant"] * 3)]}
     benign = write(tmp_path / "rows.jsonl", [*rows, "{broken", {"question": "x"}, too_large])
     traffic = Traffic(benign, None, 0.2, "prompt")
     done = recalibrate(str(source), tiny_base, traffic, tmp_path / "mine")

@@ -254,7 +254,7 @@ def test_one_bad_window_is_enough(tiny_base: Base, guards: list[Adapter], monkey
 
 
 def test_a_conversation_that_cannot_be_encoded_stops_no_other(tiny_base: Base, guards: list[Adapter]) -> None:
-    too_large = [Message("user", LONG), Message("assistant", LONG)]
+    too_large = [Message("user", LONG), *[Message("assistant", LONG)] * 3]
     conversations = [*user("hi"), too_large, *user("\ud800"), [], *user("the cat")]
     first, large, surrogate, empty, last = score_conversations(tiny_base, guards, conversations)
     assert first.problem is last.problem is None

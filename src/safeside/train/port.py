@@ -105,12 +105,7 @@ def port_adapter(
     started = time.perf_counter()
     old_base, teacher = old
     is_guard = teacher.config.role == "guard"
-    if settings.method != "distill":
-        check_mappable(teacher)
-        if settings.size is not None:
-            raise UnsupportedError(
-                "Maps carry the old blocks as they are, so their width is the old one; a size is for --method distill."
-            )
+    _check_method(teacher, settings)
     if not is_guard:
         _check_alignable(old, base)
     student = create_adapter(base, ported_config(teacher.config, base, settings.size), settings.seed)
@@ -136,6 +131,17 @@ def port_adapter(
         correlations=correlations,
         flagged=flagged,
     )
+
+
+def _check_method(teacher: Adapter, settings: PortSettings) -> None:
+    """Raise where maps are wanted and cannot carry the adapter, or not at the wanted size."""
+    if settings.method == "distill":
+        return
+    check_mappable(teacher)
+    if settings.size is not None:
+        raise UnsupportedError(
+            "Maps carry the old blocks as they are, so their width is the old one; a size is for --method distill."
+        )
 
 
 def best_method(adapter: Adapter) -> Method:
