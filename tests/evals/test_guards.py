@@ -95,7 +95,7 @@ def test_every_row_that_is_left_out_is_counted_and_named(tiny_base: Base, guard:
         "{broken",
         {"text": "hi"},
         {"text": LONG, "label": 1},
-        {"document": LONG, "summary": LONG, "label": 1},
+        {"messages": [{"role": role, "content": LONG} for role in ("user", *["assistant"] * 3)], "label": 1},
     ]
     report = evaluate_guard(tiny_base, guard, write(tmp_path / "rows.jsonl", content))
     assert (report.n, report.n_skipped, report.n_unscored, report.n_windowed) == (7, 2, 1, 1)

@@ -84,7 +84,7 @@ def test_a_claim_counts_by_the_window_that_supports_it_best(tiny_base: Base) -> 
 
 
 def test_rows_that_cannot_be_asked_are_counted_and_stop_no_other(tiny_base: Base) -> None:
-    uncut = [Message("user", "cat " * 100), Message("assistant", "hat " * 100), Message("user", "mat " * 100)]
+    uncut = [Message("user", "cat " * 100), *[Message("assistant", "hat " * 100)] * 3]
     result = prompted_scores(tiny_base, [TALKS[0], [], uncut], ASK)
     assert result.n_unscored == 2
     assert np.isfinite(result.scores[0]).all()
