@@ -31,7 +31,7 @@ from safeside.tasks.leakage import text_of
 from safeside.terminal import note
 from tidy import RESULTS, Row, figure_row, result_of
 
-GUARD = "builtin:harm"
+GUARD, BASE = "builtin:harm", "builtin"
 SETS = ("benign_prompts/alpaca_train.jsonl.gz", "toxic_chat/train.jsonl.gz")
 RATES = (0.05, 0.01)
 FITS: dict[str, Callable[[NDArray[np.float64], float], float]] = {"plain": threshold_at, "bound": threshold_with_bound}
@@ -45,7 +45,7 @@ def rows_of(name: str, scores: NDArray[np.float64], n_splits: int) -> Iterator[R
     for rate in RATES:
         for fit, threshold_of in FITS.items():
             others = np.array([(some[half:] >= threshold_of(some[:half], rate)).mean() for some in splits])
-            labels = {"suite": name, "fit": fit, "promised": rate, "fitted_rows": half}
+            labels = {"base": BASE, "seed": 0, "suite": name, "fit": fit, "promised": rate, "fitted_rows": half}
             counts = {"n": n_splits, "config_hash": config_hash([labels, len(scores)])}
             kept = float((others <= rate).mean())
             note(f"{name}, {fit}, {rate:.0%}: kept in {kept:.1%} of {n_splits:,} splits, {others.mean():.2%} flagged")
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
-    base = load_base("builtin")
+    base = load_base(BASE)
     guard = load_adapter(GUARD, base)
     rows: list[Row] = []
     for name in SETS:
