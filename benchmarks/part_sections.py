@@ -218,7 +218,7 @@ def resplits_sections(rows: Sequence[Row]) -> list[Section]:
         "Harmless prompts of a set are split at random 2,000 times; a threshold fitted on one half is counted on the "
         "other. plain flags the promised share of its own half, bound promises it of rows to come (95% confidence)."
     )
-    pictures = [("Splits that keep the promise", dots_picture(dots, Axis("share of splits", goal=0.95)))]
+    pictures = [("Splits that keep the promise", dots_picture(dots, Axis("share of splits")))]
     return [Section("Promises on other rows of the same traffic", text, pictures, *resplits_table(rows))]
 
 
