@@ -98,11 +98,22 @@ def test_the_family_is_learnt_and_the_rest_is_kept(patched: tuple[Adapter, Patch
     assert report.detected[0] < 0.6  # symbols that it never saw
     assert report.detected[1] > 0.9
     assert report.auroc_elsewhere[0] > 0.9
-    assert report.elsewhere_change > -0.1  # of 60 rows: from 0.00 to -0.06, as the CPU rounds
     assert report.flagged_elsewhere[1] <= report.flagged_elsewhere[0]
     assert [len(part) for part in report.parts] == [16, 40, 60, 60]
     n_texts = len({row.messages[0].content for row in rows(200, 4)})
     assert (report.n_unused, report.n_repeated) == (n_texts - 120, 200 - n_texts)
+
+
+def test_over_seeds_little_changes_elsewhere(
+    tiny_base: Base, trained: Path, patched: tuple[Adapter, PatchReport]
+) -> None:
+    """Of one seed's 60 rows it is from 0.00 to -0.06, as the CPU rounds."""
+    changes = [patched[1].elsewhere_change]
+    for seed in (1, 2):
+        guard = load_adapter(trained, tiny_base)
+        given = PatchRows(family(16, 3), rows(200, 4), family(40, 5))
+        changes.append(patch_guard(tiny_base, guard, given, replace(QUICK, seed=seed)).elsewhere_change)
+    assert np.mean(changes) > -0.03
 
 
 def test_the_report_is_what_scoring_says(tiny_base: Base, trained: Path, patched: tuple[Adapter, PatchReport]) -> None:
