@@ -251,9 +251,16 @@ def write_page(results: Path, cells: Path) -> Path:
         "Figures are means over seeds; bars reach from the lowest to the highest end of the seeds' 95% intervals.",
         *([f"Not measured here: {', '.join(missing)}."] if missing else []),
         *([f"{gone} cells are gone: their curves are left out."] if gone else []),
+        *_not_run(parts.get("methods", {}).get("notes", {})),
     ]
     sections = [*sections_of(page), _provenance(parts)]
     return write_report(results / "guards.html", "safeside: the guards benchmark", " ".join(subtitle), sections)
+
+
+def _not_run(notes: dict[str, Sequence[str]]) -> list[str]:
+    """What the page lacks of tasks, bases and methods, from the notes of the part ``methods``."""
+    words = {"not_run": "Not run", "left_out": "Left out, for not every schedule of them was run"}
+    return [f"{said}: {', '.join(notes[name])}." for name, said in words.items() if notes.get(name)]
 
 
 def _provenance(parts: dict[str, dict[str, object]]) -> Section:

@@ -181,3 +181,14 @@ def test_the_threshold_and_the_calibration_error_are_those_of_validation_rows() 
     probability = probability_of(labels, values)(values)
     assert (np.diff(probability) >= 0).all()
     assert probability.mean() == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_page_names_the_cells_that_were_not_run(folder: Path) -> None:
+    whole = guards_report.write_page(folder, folder / "cells").read_text()
+    assert "Not run" not in whole
+    methods = read_parts(folder / "guards.json")["methods"]
+    methods["notes"] = {"not_run": ["hate minilm lst"], "left_out": ["hate builtin plr"]}
+    write_part(folder, methods)
+    text = guards_report.write_page(folder, folder / "cells").read_text()
+    assert "Not run: hate minilm lst." in text
+    assert "Left out, for not every schedule of them was run: hate builtin plr." in text
