@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from kills_for_tests import KilledError, kill_at
 from safeside import Adapter, Base, Message, load_adapter, save_adapter
 from safeside.artifact import WEIGHTS_FILE, read_checksum
-from safeside.errors import FormatError, InputError
+from safeside.errors import FormatError, InputError, SafesideError
 from safeside.guards.versions import BEFORE, count_versions, output_of, roll_back, save_patched, stored_dtype
 from safeside.staging import writing
 from safeside.tasks.learnt import are_learnt, load_learnt, save_learnt
@@ -198,3 +198,18 @@ def test_outputs_never_overwrite_another_folder(folder: Path, tmp_path: Path) ->
         output_of(str(folder), folder, tmp_path)
     with pytest.raises(InputError, match="give one for the result with --output"):
         output_of("builtin:harm", folder, None)
+
+
+def test_what_is_refused_leaves_no_folder_for_its_result(tiny_base: Base, folder: Path, tmp_path: Path) -> None:
+    """It would stand in the way of the next try."""
+    new = tmp_path / "new"
+    with pytest.raises(InputError, match="keeps no earlier version"):
+        roll_back(folder, new)
+    assert not new.exists()
+    with pytest.raises(SafesideError, match="changed"):
+        save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, new, tiny_base, {}, loaded="another")
+    assert not new.exists()
+    new.mkdir()  # one's own stays
+    with pytest.raises(InputError, match="keeps no earlier version"):
+        roll_back(folder, new)
+    assert new.is_dir()

@@ -7,7 +7,8 @@ files, so weights, thresholds and card are what they were bit for bit.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from safeside.artifact import (
     save_adapter,
 )
 from safeside.base.model import Base
-from safeside.errors import InputError
+from safeside.errors import InputError, SafesideError
 from safeside.staging import empty_stage, finish_replacing, put_in_place, writing
 from safeside.tasks.learnt import save_learnt
 from safeside.types import Example
@@ -75,7 +76,7 @@ def save_patched(
     between leaves a folder that loads as one of the two and loses no version.  ``loaded`` is as for
     ``require_unchanged``; where the source has changed nothing is written.
     """
-    with writing(source, make_folder(output)):
+    with _made(output), writing(source, output):
         for folder in {source, output}:
             _finish_killed(folder)
         require_unchanged(source, loaded)
@@ -98,8 +99,22 @@ def roll_back(folder: Path, output: Path) -> Path:
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}; expected one that `safeside patch` wrote. Check the path.")
-    with writing(folder, make_folder(output)):
+    with _made(output), writing(folder, output):
         return _roll_back(folder, output)
+
+
+@contextmanager
+def _made(output: Path) -> Iterator[None]:
+    """``output`` is there, made if missing; one that was made goes again where nothing came into it."""
+    is_new = not output.exists()
+    make_folder(output)
+    try:
+        yield
+    except SafesideError:
+        if is_new:
+            with suppress(OSError):  # something is in it
+                output.rmdir()
+        raise
 
 
 def _roll_back(folder: Path, output: Path) -> Path:
