@@ -103,6 +103,7 @@ bench-guards: setup $(SMALL)/config.json
 	$(BIN)/python benchmarks/port.py --data $(DATA) --also $(SMALL)
 	$(BIN)/python benchmarks/intercept.py --data $(DATA)
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/teaching.py --data $(DATA)
 	$(BIN)/python benchmarks/resplits.py --data $(DATA)
 	$(BIN)/python benchmarks/guards_report.py
 

@@ -138,6 +138,20 @@ def training_table(rows: Sequence[Row]) -> Table:
     return (*names, *heads), lines
 
 
+def teaching_table(rows: Sequence[Row]) -> Table:
+    """A line for each task and base: what a first distilled guard costs, each further one, and a LoRA."""
+    lines = []
+    for task, base in grouped(rows, "seconds", "task", "base"):
+        own = [row for row in rows if (row["task"], row["base"]) == (task, base)]
+        found = {str(row["method"]): float(str(row["value"])) for row in own}
+        first = sum(found[name] for name in ("states", "importance", "teacher", "lst_distilled"))
+        ends = (found["states"] + found["lst"], first, found["lst_distilled"], found["lora_full"])
+        parts = [found[name] for name in ("states", "importance", "teacher")]
+        lines.append([task, base, *(f"{seconds:.0f}" for seconds in (*parts, *ends))])
+    heads = ("states", "importance", "teacher", "first lst", "first lst_distilled", "each further one", "lora_full")
+    return ("task", "base", *heads), lines
+
+
 def resplits_table(rows: Sequence[Row]) -> Table:
     """A line for each set, promised rate and way of fitting a threshold."""
     names, forms = ("suite", "fitted_rows", "promised", "fit"), {"kept_share": "{:.3f}", "fpr": "{:.4f}"}
@@ -160,6 +174,7 @@ PART_TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "patch": patch_table,
     "port": port_table,
     "training": training_table,
+    "teaching": teaching_table,
     "resplits": resplits_table,
 }
 

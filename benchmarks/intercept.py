@@ -38,7 +38,7 @@ from tidy import Row, figure_row, ratio_figure, result_of
 
 BLOCKED = (0.0, 0.1, 1.0)
 BATCHES = (1, 8)
-N_PROMPTS = 24  # whole batches of both sizes
+N_PROMPTS = 40  # whole batches of both sizes, and a tenth of them is whole
 
 
 def measure_auroc(lesson: Lesson, block: int, seed: int) -> Row:

@@ -14,6 +14,7 @@ from guard_tables import (
     presets_table,
     resplits_table,
     stream_table,
+    teaching_table,
     training_table,
 )
 from safeside.evals.pictures import BLUE, GREY, RED, Axis, Dot, Line, dots_picture, lines_picture
@@ -208,6 +209,22 @@ def training_sections(rows: Sequence[Row]) -> list[Section]:
     return [Section("The cost of training", text, pictures, *training_table(rows))]
 
 
+def teaching_sections(rows: Sequence[Row]) -> list[Section]:
+    """Seconds of training with all that comes before, beside a LoRA guard."""
+    colours = {"lora_full": GREY}
+    dots = [
+        Dot(f"{task}, {base}: {method}", *pooled(some), colours.get(method, BLUE))
+        for (task, base, method), some in grouped(rows, "seconds", "task", "base", "method").items()
+    ]
+    text = (
+        "One after the other in one process. All guards of a task share its states, the pass for pruned starts and the "
+        "teacher: two LoRAs on the whole base, each of half of the rows. The first distilled guard pays for them, "
+        "every further one for its own training alone."
+    )
+    pictures = [("Seconds", dots_picture(dots, Axis("seconds")))]
+    return [Section("The cost of a guard with its teacher", text, pictures, *teaching_table(rows))]
+
+
 def resplits_sections(rows: Sequence[Row]) -> list[Section]:
     """How often a promised false-positive rate is kept on other rows."""
     dots = [
@@ -231,4 +248,5 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Section]]] = {
     "patch": patch_sections,
     "port": port_sections,
     "training": training_sections,
+    "teaching": teaching_sections,
 }

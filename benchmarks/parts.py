@@ -34,7 +34,8 @@ class Whole:
 
 
 GUARDS = Whole(
-    "guards", ("methods", "stream", "presets", "needle", "intercept", "patch", "port", "training", "resplits")
+    "guards",
+    ("methods", "stream", "presets", "needle", "intercept", "patch", "port", "training", "teaching", "resplits"),
 )
 OVERHEAD = Whole("overhead", ("time", "peaks"))
 SERVE = Whole("serve", ("load", "faults", "batch", "soak"))

@@ -143,6 +143,12 @@ def test_resplits_have_a_line_for_each_set_rate_and_fit(tmp_path: Path) -> None:
     assert written(tmp_path, "resplits", rows).splitlines()[-1] == "| alpaca | 500 | 1% | bound | 0.950 | 0.0061 |"
 
 
+def test_a_first_distilled_guard_costs_what_comes_before_it_too(tmp_path: Path) -> None:
+    seconds = {"states": 1, "importance": 2, "teacher": 40, "lst": 8, "lst_distilled": 16, "lora_full": 64}
+    rows = [figure_row({"task": "hate", "base": "a", "method": name}, "seconds", s) for name, s in seconds.items()]
+    assert written(tmp_path, "teaching", rows).splitlines()[-1] == "| hate | a | 1 | 2 | 40 | 9 | 59 | 16 | 64 |"
+
+
 def methods_of(folder: Path, rows: list[Row]) -> Path:
     """A result file of the methods."""
     facts = {"commit": "abc", "machine": "a CPU"}

@@ -57,6 +57,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+STEPS = ("states", "importance", "teacher", "lst", "lst_distilled", "lora_full")
+
+
 def other_parts() -> dict[str, list[dict[str, object]]]:
     stream = []
     for targets in ("end", "prefixes"):
@@ -101,9 +104,10 @@ def other_parts() -> dict[str, list[dict[str, object]]]:
         for metric in ("step_seconds", "ratio_to_full", "peak_bytes", "trainable_params")
     ]
     resplits = [row(metric, 0.9, suite="alpaca", fit="bound", promised=0.01) for metric in ("kept_share", "fpr")]
+    teaching = [row("seconds", 9.0, task="hate", base="builtin", method=name) for name in STEPS]
     return {
         "stream": stream, "presets": presets, "resplits": resplits, "needle": needle, "intercept": intercept,
-        "patch": patch, "port": port, "training": training,
+        "patch": patch, "port": port, "training": training, "teaching": teaching,
     }  # fmt: skip
 
 
@@ -122,21 +126,13 @@ def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
         "Learning a new family of jailbreaks",
         "Porting a guard to another base",
         "The cost of training",
+        "The cost of a guard with its teacher",
         "Where the figures come from",
     ]
     sections = text.split("<h2>")[1:]
-    assert [section.count("<svg") for section in sections] == [2, 4, 4, 1, 1, 2, 2, 2, 1, 2, 0]
-    n_lines = [section.count("<tr>") for section in sections[2:10]]
-    assert n_lines == [
-        3,
-        2,
-        2,
-        3,
-        3,
-        3,
-        2,
-        3,
-    ]  # the head, and the figures
+    assert [section.count("<svg") for section in sections] == [2, 4, 4, 1, 1, 2, 2, 2, 1, 2, 1, 0]
+    n_lines = [section.count("<tr>") for section in sections[2:11]]
+    assert n_lines == [3, 2, 2, 3, 3, 3, 2, 3, 2]  # the head, and the figures
     assert "Not measured here" not in text
     assert "http" not in text
     assert path.stat().st_size < 2_000_000
