@@ -6,9 +6,11 @@ An LST guard of prompts is trained plainly (``lst``), another one also on texts 
 short training prompts, at most as many as are measured, inside other benign instructions, each at one of the places.
 Needles are short test prompts, harmful and harmless; the text around one is made of benign instructions, the same for
 every place.  ``inside`` texts fit the base's context, ``windowed`` ones are several times as long and the highest score
-of their windows counts.  ``auroc`` asks whether texts with harmful needles score above those with harmless ones;
-``tpr`` and ``fpr`` are at the guard's own threshold, which 5% of the harmless validation prompts reach.  A guard reads
-the last token of a window, so what stands far before it may be forgotten.  Writes the part ``needle`` of guards.json.
+of their windows counts; ``turns`` are conversations that fit, a turn of the user for each instruction, where the needle
+is the first, a middle or the last one.  ``auroc`` asks whether texts with harmful needles score above those with
+harmless ones; ``tpr`` and ``fpr`` are at the guard's own threshold, which 5% of the harmless validation prompts reach.
+A guard reads the last token of a window, so what stands far before it may be forgotten.  Writes the part ``needle`` of
+guards.json.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ TEXT = "benign_prompts/alpaca_test.jsonl.gz"
 TAUGHT_TEXT = "benign_prompts/alpaca_train.jsonl.gz"  # around the needles that are learnt from
 PLACES = ("start", "middle", "end")
 LONGEST = 0.1  # of a needle, as a share of the context
-LENGTHS = {"inside": 0.8, "windowed": 3.0}  # of the text around it, in contexts without room for a needle
+LENGTHS = {"inside": 0.8, "windowed": 3.0, "turns": 0.4}  # of the text around it, in contexts without room for a needle
+TURNS = "turns"
+ANSWER = "Here it is. Anything else?"  # to every turn but the last
 
 
 NOTES = {
@@ -62,8 +66,11 @@ class Needle:
         """The text with the needle at its place, labelled as the needle is."""
         before = {"start": 0, "middle": len(self.around[kind]) // 2, "end": len(self.around[kind])}[place]
         sentences = list(self.around[kind])
-        text = " ".join([*sentences[:before], self.example.messages[0].content, *sentences[before:]])
-        return Example((Message("user", text),), self.example.labels)
+        parts = [*sentences[:before], self.example.messages[0].content, *sentences[before:]]
+        if kind == TURNS:
+            asked = [message for part in parts for message in (Message("user", part), Message("assistant", ANSWER))]
+            return Example(tuple(asked[:-1]), self.example.labels)
+        return Example((Message("user", " ".join(parts)),), self.example.labels)
 
 
 def needles_of(base: Base, prompts: Sequence[Example], benign: Sequence[str], limit: int) -> list[Needle]:
@@ -96,11 +103,11 @@ def taught(lesson: Lesson, benign: Sequence[str], limit: int) -> Lesson:
     return lesson.with_more(texts, "lst_needles")
 
 
-def measure(lesson: Lesson, seeds: Sequence[int], needles: Sequence[Needle]) -> Iterator[Row]:
-    """The figures of all seeds: needles alone, and at each place of each kind of text."""
+def measure(lesson: Lesson, seeds: Sequence[int], needles: Sequence[Needle], kinds: Sequence[str]) -> Iterator[Row]:
+    """The figures of all seeds: needles alone, and at each place of each of the kinds of text."""
     guards = lesson.guards(seeds)
     texts = {("alone", "alone"): [needle.example for needle in needles]}
-    texts |= {(kind, place): [needle.at(kind, place) for needle in needles] for kind in LENGTHS for place in PLACES}
+    texts |= {(kind, place): [needle.at(kind, place) for needle in needles] for kind in kinds for place in PLACES}
     for (kind, place), examples in texts.items():
         for seed, judged in Judged.by(lesson, guards, examples).items():
             columns = {**lesson.columns(seed), "text": kind, "place": place}
@@ -119,8 +126,9 @@ def _figures(judged: Judged, guard: Adapter, columns: dict[str, object], costs: 
 
 
 def _mean_contexts(base: Base, needles: Sequence[Needle], kind: str) -> float:
-    """Mean length of whole texts, in contexts of the base."""
-    texts = [needle.at(kind, "end").messages[0].content for needle in needles]
+    """Mean length of whole texts, in contexts of the base; of conversations without their template."""
+    found = [needle.at(kind, "end").messages for needle in needles]
+    texts = [" ".join(message.content for message in messages) for messages in found]
     return round(float(np.mean([len(base.tokenizer(text)["input_ids"]) for text in texts])) / base.max_tokens, 2)
 
 
@@ -141,11 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             needles = needles_of(lesson.base, lesson.splits["test"].examples, texts_of(options, TEXT), options.needles)
             lessons = [lesson, taught(lesson, texts_of(options, TAUGHT_TEXT), options.needles)]
             for one in lessons:
-                rows += measure(one, options.seeds, needles)
+                rows += measure(one, options.seeds, needles, options.texts)
         facts[Path(base).name] = {
             "n_harmful": sum(needle.example.labels[0] == 1 for needle in needles),
             "n_harmless": sum(needle.example.labels[0] == 0 for needle in needles),
-            "mean_contexts": {kind: _mean_contexts(lesson.base, needles, kind) for kind in LENGTHS},
+            "mean_contexts": {kind: _mean_contexts(lesson.base, needles, kind) for kind in options.texts},
             "rows": {one.method: one.counts for one in lessons},
         }
         result = result_of("needle", time.perf_counter() - started, rows, {**NOTES, "bases": facts})
@@ -163,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, evaluation_rows=1000)
     parser.add_argument("--task", default="prompt_harm", help="a task of prompts")
     parser.add_argument("--also", nargs="*", default=["minilm"], help="further bases")
+    parser.add_argument("--texts", nargs="+", default=list(LENGTHS), choices=list(LENGTHS), help="kinds of text")
     parser.add_argument("--needles", type=int, default=150, help="of each kind, harmful and harmless")
     return parser
 

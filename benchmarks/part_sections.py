@@ -118,8 +118,8 @@ def needle_sections(rows: Sequence[Row]) -> list[Section]:
         ]
         pictures.append((f"{caption}: {', '.join(way)}", dots_picture(dots, Axis(axis))))
     text = (
-        "Short test prompts among benign instructions: in texts of one window of the base, and of several. lst learnt "
-        "from no such text, lst_needles from some; both read the last token of each window."
+        "Short test prompts among benign instructions: in texts of one window of the base, of several, or as one "
+        "turn of many. lst learnt from no such text, lst_needles from some; both read the last token of each window."
     )
     return [Section("A needle in a long text", text, pictures, *needle_table(rows))]
 

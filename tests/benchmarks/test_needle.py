@@ -37,6 +37,16 @@ def test_a_needle_stands_in_its_place_and_the_text_around_is_the_same(made: list
         assert one.at("inside", "end").labels == one.example.labels
 
 
+def test_a_needle_is_a_turn_of_a_conversation(made: list[needle.Needle], tiny_base: Base) -> None:
+    for one in made:
+        turns = len(one.around["turns"]) + 1
+        for place, turn in {"start": 0, "middle": turns // 2, "end": turns - 1}.items():
+            messages = one.at("turns", place).messages
+            assert [message.role for message in messages] == [*["user", "assistant"] * (turns - 1), "user"]
+            assert messages[2 * turn] == one.example.messages[0] or place == "middle"
+            assert [message.content for message in messages].count(one.example.messages[0].content) == 1
+
+
 def test_texts_fit_the_context_or_ask_for_windows(made: list[needle.Needle], tiny_base: Base) -> None:
     for one in made:
         for place in needle.PLACES:
@@ -52,12 +62,16 @@ def test_it_writes_figures_for_every_place(
     monkeypatch.setattr(needle, "TEXT", "benign.jsonl")
     monkeypatch.setattr(needle, "TAUGHT_TEXT", "benign.jsonl")
     monkeypatch.setattr(needle, "LONGEST", 0.6)  # of a context of 256 bytes
-    monkeypatch.setattr(needle, "LENGTHS", {"inside": 0.5, "windowed": 4.0})
+    monkeypatch.setattr(needle, "LENGTHS", {"inside": 0.5, "windowed": 4.0, "turns": 0.2})
     words = ["--data", str(small_tasks), "--base", str(tiny_folder("llama")), "--task", "bench/prompts"]
     small = ["--limit", "64", "--evaluation-limit", "100", "--epochs", "1", "--seeds", "0", "--needles", "5", "--also"]
+    small += ["--texts", "inside", "windowed", "turns"]
     result = read_parts(needle.main([*words, *small, "--output", str(tmp_path / "results")]))["needle"]
     found = {(row["method"], row["text"], row["place"], row["metric"]): row for row in result["rows"]}
-    places = [("alone", "alone"), *((text, place) for text in ("inside", "windowed") for place in needle.PLACES)]
+    places = [
+        ("alone", "alone"),
+        *((text, place) for text in ("inside", "windowed", "turns") for place in needle.PLACES),
+    ]
     assert list(found) == [
         (method, *place, metric)
         for method in ("lst", "lst_needles")
