@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -529,3 +530,26 @@ def test_the_recipe_loads_its_own_base(tiny_folder: Callable[[str], Path], data:
     assert done.outcome.best_metric > 0.7
     base = load_base(tiny_folder("llama"), dtype="bfloat16")
     assert load_adapter(tmp_path, base).dtype == torch.bfloat16
+
+
+def test_rows_beyond_the_context_calibrate_how_such_texts_are_read(tiny_base: Base, data: Path, tmp_path: Path) -> None:
+    """Nobody learns from them; a guard that met none has no calibration for them."""
+    generator = random.Random(5)
+    long = [
+        {"prompt": " ".join([*generator.choices(["cat", "dog", "sun"], k=300), "hat" * row]), "label": row}
+        for row in [0] * 60 + [1] * 3
+    ]
+    rows = (data / "guard_validation.jsonl").read_text()
+    (data / "long.jsonl").write_text("\n".join([rows, *map(json.dumps, long)]))
+    made = recipe(training={"epochs": 1}, limit=32, data={"validation": ["long.jsonl"]})
+    run = run_recipe(made, data_root=data, output=tmp_path / "long", base=tiny_base)
+    assert run.validation.n_too_long == len(run.validation.beyond) == 63
+    loaded = load_adapter(tmp_path / "long", tiny_base)
+    assert set(loaded.config.modes) == {"prompt", "windowed"}
+    assert loaded.config.modes["windowed"].n_harmless == 60
+    assert "strict" in loaded.config.modes["windowed"].presets
+    short = run_recipe(
+        recipe(training={"epochs": 1}, limit=32), data_root=data, output=tmp_path / "short", base=tiny_base
+    )
+    assert set(short.adapter.config.modes) == {"prompt"}
+    assert torch.equal(weights(short.adapter), weights(run.adapter))

@@ -29,6 +29,8 @@ class Rows:
     """Rows that could not be used, and why."""
     n_too_long: int = 0
     """Rows beyond the base's context."""
+    beyond: list[Example] = field(default_factory=list)
+    """Rows beyond the base's context as they were read, preferences apart: a guard judges such texts in windows."""
     n_overlapping: int = 0
     """Rows that ask for what an evaluation asks for, and were left out."""
     left_out: LeftOut | None = None

@@ -18,6 +18,7 @@ from safeside.errors import ConfigError
 from safeside.guards.calibrate import JudgedRows, calibrate_guard
 from safeside.guards.score import place_of
 from safeside.guards.stream import calibrate_stream
+from safeside.guards.windowed import calibrate_windows
 from safeside.provenance import config_hash
 from safeside.tasks.leakage import text_of
 from safeside.tasks.learnt import save_learnt
@@ -181,7 +182,8 @@ def identity_of(base: Base, adapter: object, recipe: Recipe, splits: Sequence[Ro
 def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[Source], splits: Sequence[Rows]) -> None:
     """Calibrate a guard on validation rows, and its presets on benign rows if there are any; aligners need none.
 
-    A guard that learnt from prefixes keeps a stop rule too.
+    Rows beyond the base's context, from which nobody learnt, calibrate how the guard reads such texts.  A guard that
+    learnt from prefixes keeps a stop rule too.
     """
     if adapter.config.role != "guard":
         return
@@ -195,6 +197,7 @@ def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[S
         for source, rows in zip(sources, splits, strict=True)
     ]
     calibrate_guard(adapter, recipe.calibration.false_positive_rate, *judged)
+    calibrate_windows(base, adapter, *(rows.beyond for rows in splits))
     if recipe.training.targets == "prefixes":
         calibrate_stream(base, adapter, *(rows.examples for rows in splits))
 

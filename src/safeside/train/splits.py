@@ -109,6 +109,7 @@ def encode_rows(
         soft=torch.tensor(known, dtype=torch.float32) if known and len(known) == len(soft) else None,
         bad=bad,
         n_too_long=n_too_long,
+        beyond=[example for example, texts in encoded if len(texts) == 1 and len(texts[0].ids) > base.max_tokens],
         examples=[example for example, _ in fitting],
     )
     worse = [texts[1] for _, texts in fitting if len(texts) > 1]
