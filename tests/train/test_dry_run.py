@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from itertools import takewhile
 from pathlib import Path
@@ -207,6 +208,13 @@ def test_columns_of_preferences_are_checked_where_a_copy_is_here(tmp_path: Path)
     found = dry_run(path, tmp_path)
     assert (found["problems"], found["leave_out strongreject"]) == ([], "1 goals")
     assert found[chat] == "1 usable and 0 bad among the first 1 rows"
+    path.write_text(path.read_text().replace("[data]\n", '[data]\nagainst = ["hate", "hats"]\n'))
+    apart = dry_run(path, tmp_path)
+    assert [apart[f"against {name}"] for name in ("hate", "hats")] == ["cannot be used"] * 2
+    assert [problem.split(":")[0] for problem in apart["problems"]] == ["against hate", "against hats"]
+    make_data(TASKS.get("hate"), tmp_path)
+    assert re.fullmatch(r"\d+ test rows", str(dry_run(path, tmp_path)["against hate"]))
+    path.write_text(path.read_text().replace(', "hats"', ""))
     path.write_text(path.read_text().replace(REVISION, OTHER))  # sets are cached by their folder
     for split in ("train", "test"):
         broken = [{**rows[0], "safer_response_id": 2}, *rows] if split == "train" else rows

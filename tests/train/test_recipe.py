@@ -32,6 +32,7 @@ partial_labels = true
 label_of = { "a.jsonl" = "hate" }
 benign = []
 leave_out = ["strongreject", "goals.jsonl"]
+against = ["hate"]
 [adapter]
 kind = "lst"
 role = "guard"
@@ -44,6 +45,7 @@ tap_rank = 4
 gate = "channel"
 bottleneck = 16
 readout = "attention"
+windows = "min"
 start = "pruned"
 start_rows = 64
 [training]
@@ -111,6 +113,8 @@ def test_a_task_stands_in_place_of_files(tmp_path: Path, tiny_base: Base) -> Non
         "max",
     )
     assert read(tmp_path, LEAST).adapter_config(tiny_base).windows == "max"
+    claims = LEAST + '[adapter]\nlabels = ["unsupported"]\nwindows = "min"\n'
+    assert read(tmp_path, claims).adapter_config(tiny_base).windows == "min"
     with pytest.raises(UnknownNameError, match=r"Unknown task 'hat'.*Did you mean 'hate'"):
         read(tmp_path, TASK.replace("grounding", "hat")).adapter_config(tiny_base)
 

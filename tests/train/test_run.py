@@ -18,19 +18,20 @@ from safetensors.torch import load_file
 from recipes_for_tests import SAME_WEIGHTS, answer_rows, guard_rows, recipe, run_and_kill, weights, write, write_rows
 from safeside import Adapter, Base, Message, attach, load_adapter, load_base
 from safeside.artifact import CARD_FILE, CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
-from safeside.errors import ConfigError, InputError, NotFiniteError
+from safeside.errors import ConfigError, InputError, NotFiniteError, UnknownNameError
 from safeside.guards.calibrate import threshold_with_bound
 from safeside.guards.score import score_conversations
 from safeside.tasks.learnt import LEARNT_FILE
 from safeside.tasks.rows import BadRow
 from safeside.tasks.sources import Part, Source
-from safeside.tasks.task import TASKS, Task, load_task, register_task
+from safeside.tasks.task import TASKS, LeftOut, Task, load_task, register_task
 from safeside.train import objectives as module
+from safeside.train import run as module_of_run
 from safeside.train.command import summary_of
 from safeside.train.loop import CHECKPOINT, Progress
 from safeside.train.recipe import Recipe
 from safeside.train.run import TAPS, Run, run_recipe
-from safeside.train.splits import encode_rows
+from safeside.train.splits import encode_rows, load_splits
 from safeside.types import Example
 from twin import hash_of
 
@@ -443,6 +444,38 @@ def test_what_a_task_leaves_out_is_told_where_one_trains(tiny_base: Base, jokes:
 def test_files_are_not_said_to_be_without_leaks(guard_run: Run) -> None:
     assert not [key for key in summary_of(guard_run, 0.1) if "leak" in key]
     assert "task_left_out" not in json.loads((guard_run.folder / PROVENANCE_FILE).read_text())
+
+
+@pytest.mark.parametrize("kind", ["files", "task"])
+def test_rows_of_the_test_sets_of_other_tasks_are_left_out(
+    tiny_base: Base, jokes: str, tmp_path: Path, kind: str
+) -> None:
+    """Alike, or nearly, whether files or a task of one's own name the rows."""
+    taken = guard_rows(120, 3)[:2]  # of the other task's test
+    files = {split: f"own_{split}.jsonl" for split in ("train", "validation", "test")}
+    for (split, name), some in zip(files.items(), ([taken[0]], [taken[1]], []), strict=True):
+        write(tmp_path / name, [*guard_rows(80, len(split)), *some])
+    own = Task("tests/own", ("joke",), (Source("own", *map(Part, files.values())),))
+    register_task("tests/own", own)
+    try:
+        named = {split: [files[split]] for split in ("train", "validation")}
+        data = named if kind == "files" else {"task": "tests/own"}
+        plain = load_splits(tiny_base, recipe(data=data), tmp_path, ("joke",))
+        values = recipe(data={**data, "against": [jokes]})
+        found = load_splits(tiny_base, values, tmp_path, ("joke",))
+        with pytest.raises(UnknownNameError, match="hats"):
+            load_splits(tiny_base, recipe(data={**data, "against": ["hats"]}), tmp_path, ("joke",))
+    finally:
+        TASKS.unregister("tests/own")
+    for before, after, row in zip(plain, found, taken, strict=True):
+        texts = [{example.messages[0].content for example in rows.examples} for rows in (before, after)]
+        assert row["prompt"] in texts[0] - texts[1]
+        old, new = (rows.left_out or LeftOut() for rows in (before, after))
+        n_new = new.exact + new.near - old.exact - old.near
+        assert new.exact > old.exact
+        assert len(before.examples) - len(after.examples) == n_new < len(before.examples)
+    line = f"training: {found[0].left_out.summary}; validation: {found[1].left_out.summary}"
+    assert module_of_run._task_left_out(found) == {"task_left_out": line}
 
 
 def test_what_a_task_cannot_teach_is_an_error(tiny_base: Base, jokes: str, tmp_path: Path) -> None:

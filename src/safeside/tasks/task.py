@@ -170,7 +170,7 @@ def load_task(
         _read_source(found, source, Path(root))
     _drop_conflicts(found)
     _drop_repeated(found)
-    other_tests = [text for other in against if other != name for text in _test_texts(other, Path(root))]
+    other_tests = texts_of_tests([other for other in against if other != name], Path(root))
     _drop_leaks(found, "validation", [*map(text_of, found.of("test")), *other_tests])
     _drop_leaks(found, "train", [*map(text_of, [*found.of("validation"), *found.of("test")]), *other_tests])
     return _with_supported_labels(found)
@@ -216,11 +216,14 @@ def _examples(source: Source, part: Part, root: Path, labels: tuple[str, ...], l
                 left.not_of_part += 1
 
 
-def _test_texts(name: str, root: Path) -> Iterator[str]:
-    task = TASKS.get(name)
-    for source in task.sources:
-        if source.test is not None:
-            yield from map(text_of, _examples(source, source.test, root, task.labels[:1], LeftOut()))
+def texts_of_tests(names: Sequence[str], root: Path) -> list[str]:
+    """The normalised texts of the test rows of the tasks ``names``, whose files lie under ``root``."""
+    found: list[str] = []
+    for task in map(TASKS.get, names):
+        for source in task.sources:
+            if source.test is not None:
+                found += map(text_of, _examples(source, source.test, root, task.labels[:1], LeftOut()))
+    return found
 
 
 def _drop_conflicts(found: TaskRows) -> None:

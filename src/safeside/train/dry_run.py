@@ -25,7 +25,7 @@ from safeside.errors import ConfigError, InputError, UnknownNameError
 from safeside.lora import linear_layers
 from safeside.tasks.rows import BadRow, example_of
 from safeside.tasks.sources import HUB, Fields, example_from, hub_place
-from safeside.tasks.task import TASKS
+from safeside.tasks.task import TASKS, texts_of_tests
 from safeside.train.estimate import adapter_memory, linear_layers_of, lora_memory, tokens_of
 from safeside.train.recipe import LORA, Recipe, read_recipe
 from safeside.train.run_lora import lora_shape
@@ -187,12 +187,14 @@ def _data_facts(recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[di
         except (InputError, ConfigError) as error:
             facts[place] = "cannot be used"
             problems.append(f"{place}: {error}")
-    for name in recipe.data.leave_out:
+    kept_apart = {f"leave_out {name}": (goals_to_leave_out, name, "goals") for name in recipe.data.leave_out}
+    kept_apart |= {f"against {name}": (texts_of_tests, name, "test rows") for name in recipe.data.against}
+    for place, (read, name, what) in kept_apart.items():
         try:
-            facts[f"leave_out {name}"] = f"{len(goals_to_leave_out([name], root))} goals"
+            facts[place] = f"{len(read([name], root))} {what}"
         except (InputError, ConfigError, UnknownNameError) as error:
-            facts[f"leave_out {name}"] = "cannot be used"
-            problems.append(f"leave_out {name}: {error}")
+            facts[place] = "cannot be used"
+            problems.append(f"{place}: {error}")
     return facts, list(dict.fromkeys(problems))
 
 

@@ -72,6 +72,11 @@ class DataSection(_Section):
     root, or files of prompts (``.jsonl``, ``.jsonl.gz``).  Rows that overlap with a goal are left out and counted.
     """
 
+    against: tuple[str, ...] = ()
+    """Tasks whose test rows nothing may learn from, whatever it learns: rows that are one, or nearly, are left out and
+    counted.  Those of the recipe's own task always are.
+    """
+
     @model_validator(mode="after")
     def _files_or_task(self) -> DataSection:
         if self.task is not None and (self.train or self.validation):
@@ -120,6 +125,11 @@ class AdapterSection(_Section):
     """Rank of ``toplayers``' updates to the base's own weights, weights of its own unless given; of a ``lora``, 8."""
     readout: Literal["last", "attention"] | None = None
     """What a guard reads: the last token's state, or an attention-weighted mean."""
+    windows: Literal["max", "min"] | None = None
+    """Which score of a long text's windows a guard goes by; the task's own unless given, for files the highest.
+
+    ``min`` is for claims that one window of a document may support.  It holds for every label.
+    """
     start: Literal["random", "pruned"] = "random"
     """First weights of an ``lst``: random, or the base's own, pruned by Fisher importance."""
     start_rows: int = Field(1024, ge=1)
@@ -282,6 +292,7 @@ class Recipe(_Section):
                 "soft_weight": training.soft_weight,
                 "targets": training.targets != "end",
                 "calibration": self.calibration != CalibrationSection(),
+                "adapter.windows": self.adapter.windows,
             },
             "align": {
                 "objective": training.objective != "sft",
@@ -326,6 +337,7 @@ class Recipe(_Section):
             "depth",
             "lora_rank",
             "readout",
+            "windows",
         ):
             value = section.model_dump()[field]
             if value is not None:

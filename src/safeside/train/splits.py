@@ -13,11 +13,11 @@ import torch
 from safeside.base.model import Base
 from safeside.chat import Encoded
 from safeside.errors import ConfigError, InputError
-from safeside.tasks.leakage import text_of
+from safeside.tasks.leakage import find_leaks, text_of
 from safeside.tasks.overlap import GOALS, drop_overlap
 from safeside.tasks.rows import BadRow, for_one_label, kind_of, load_examples, messages_of
 from safeside.tasks.sources import HUB, Row, load_place, read_rows
-from safeside.tasks.task import LeftOut, Split, load_task
+from safeside.tasks.task import LeftOut, Split, load_task, texts_of_tests
 from safeside.train.recipe import DataSection, Recipe
 from safeside.train.rows import Rows
 from safeside.train.teacher import read_scores, with_scores
@@ -46,6 +46,15 @@ class Found:
             return self
         overlap = drop_overlap(self.examples, goals)
         return replace(self, examples=overlap.kept, n_overlapping=self.n_overlapping + overlap.n_dropped)
+
+    def apart_from(self, tests: Sequence[str]) -> Found:
+        """Those whose text is not among ``tests``, nor a near duplicate of one; they are counted as leaks."""
+        if not tests:
+            return self
+        leaks = find_leaks([text_of(example) for example in self.examples], tests)
+        gone = {*leaks.exact, *leaks.near}
+        kept = [example for place, example in enumerate(self.examples) if place not in gone]
+        return replace(self, examples=kept, left_out=LeftOut(exact=len(leaks.exact), near=len(leaks.near)))
 
 
 def find_data(name: str, root: Path) -> Path:
@@ -187,9 +196,9 @@ def _from_files(
     unread = sorted(set(data.label_of) - {*data.train, *data.validation})
     if unread:
         raise ConfigError(f"label_of names {', '.join(unread)}, which is neither a training nor a validation file.")
-    splits = []
+    splits, tests = [], texts_of_tests(data.against, root)
     for names, limit in ((data.train, data.limit), (data.validation, None)):
-        found = Found(*read_files(names, root, labels, data)).without(goals)
+        found = Found(*read_files(names, root, labels, data)).without(goals).apart_from(tests)
         splits.append(_encoded(base, found, limit, recipe, ", ".join(names)))
     return splits[0], splits[1]
 
@@ -219,7 +228,7 @@ def _from_task(
     base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...], goals: Sequence[str]
 ) -> tuple[Rows, Rows]:
     data = recipe.data
-    task = load_task(str(data.task), root, labels=labels, sources=data.sources or ())
+    task = load_task(str(data.task), root, labels=labels, sources=data.sources or (), against=data.against)
     if task.unsupported:
         raise ConfigError(
             f"Task {data.task!r} has no risky and harmless rows for {', '.join(task.unsupported)} in train and "
