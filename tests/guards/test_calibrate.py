@@ -436,6 +436,22 @@ def test_copies_among_the_rows_of_training_buy_no_promise(
         assert guard.config.modes["prompt"].n_harmless == n_distinct
 
 
+def test_rows_that_were_learnt_from_buy_no_promise(tiny_base: Base, random_guard: Callable[..., Adapter]) -> None:
+    """They still say how scores become probabilities; 58 others promise no 5%, a 59th does."""
+    logits, labels = logits_and_labels(2.0, 400)
+    harmless = np.flatnonzero(labels[:, 0] == 0)
+    texts = tuple(f"text {row}" for row in range(400))
+    for n_unseen in (58, 59):
+        learnt = frozenset(texts[row] for row in harmless[n_unseen:])
+        guard = random_guard(tiny_base)
+        calibrate_guard(guard, 0.1, JudgedRows(logits, labels, ("prompt",) * 400, texts, learnt))
+        fit = guard.config.modes["prompt"]
+        assert (fit.n_harmless, list(fit.presets)) == (n_unseen, ["strict"] if n_unseen == 59 else [])
+        calibrate_guard(whole := random_guard(tiny_base), 0.1, JudgedRows(logits, labels, ("prompt",) * 400, texts))
+        assert whole.config.modes["prompt"].maps == fit.maps
+        assert whole.config.calibration == guard.config.calibration
+
+
 def test_of_copies_the_highest_scores_count() -> None:
     scores = np.array([[0.1, 0.9], [0.5, 0.2], [math.nan, 0.3], [0.2, 0.4]])
     found = counted_once(scores, ["a", "b", "a", "b"])

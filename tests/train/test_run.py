@@ -159,7 +159,8 @@ def test_bfloat16_soft_targets_and_class_weights_train(tiny_base: Base, data: Pa
 
 def test_each_reading_mode_is_calibrated_by_its_validation_rows(tiny_base: Base, data: Path, tmp_path: Path) -> None:
     """And the presets by the harmless files of the recipe, where it names any."""
-    rows = list({row["prompt"]: row for row in guard_rows(120, 5)}.values())  # a copy would buy no promise
+    seen = {row["prompt"] for row in guard_rows(64, 1)}  # neither those nor copies would buy a promise
+    rows = list({row["prompt"]: row for row in guard_rows(120, 5) if row["prompt"] not in seen}.values())
     mixed = [row if index % 3 else {**row, "response": "they said so"} for index, row in enumerate(rows)]
     write(tmp_path / "guard_train.jsonl", guard_rows(64, 1))
     write(tmp_path / "guard_validation.jsonl", mixed)
@@ -476,6 +477,21 @@ def test_rows_of_the_test_sets_of_other_tasks_are_left_out(
         assert len(before.examples) - len(after.examples) == n_new < len(before.examples)
     line = f"training: {found[0].left_out.summary}; validation: {found[1].left_out.summary}"
     assert module_of_run._task_left_out(found) == {"task_left_out": line}
+
+
+def test_no_promise_rests_on_training_rows(tiny_base: Base, tmp_path: Path) -> None:
+    rows = guard_rows(400, 1)
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "validation.jsonl", [*rows[:200], *guard_rows(200, 9)])
+    data = {"train": ["train.jsonl"], "validation": ["validation.jsonl"]}
+    made = recipe(training={"epochs": 1}, data=data)
+    run = run_recipe(made, data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+    learnt = {row["prompt"] for row in rows}
+    unseen = {row["prompt"] for row in guard_rows(200, 9) if not row["label"]} - learnt
+    assert run.adapter.config.modes["prompt"].n_harmless == len(unseen)
+    assert summary_of(run, 0.1)["validation_rows_learnt"] == 400 - len(
+        [row for row in guard_rows(200, 9) if row["prompt"] not in learnt]
+    )
 
 
 def test_what_a_task_cannot_teach_is_an_error(tiny_base: Base, jokes: str, tmp_path: Path) -> None:

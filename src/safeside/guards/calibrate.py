@@ -6,7 +6,7 @@ A promised rate is distribution-free: it asks only that the harmless rows come a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -134,6 +134,7 @@ def fit_mode(
     labels: Array,
     *,
     texts: Sequence[str] = (),
+    learnt: Set[str] = frozenset(),
     benign: Array | None = None,
     false_positive_rate: float | None = None,
     uncalibrated: Array | None = None,
@@ -147,9 +148,9 @@ def fit_mode(
     text is flagged.
 
     Thresholds are promised for each label by itself (``Promise``).  They rest on the rows with label 0, of which each
-    of their ``texts`` (n, normalised) counts once if these are given, or on ``benign`` (m, K) if given.  Presets that
-    so few rows cannot promise are left out.  With ``false_positive_rate`` the mode gets a threshold of its own, and too
-    few rows for that are an InputError.
+    of their ``texts`` (n, normalised) counts once if these are given, and none that is in ``learnt``, or on ``benign``
+    (m, K) if given.  Presets that so few rows cannot promise are left out.  With ``false_positive_rate`` the mode gets
+    a threshold of its own, and too few rows for that are an InputError.
 
     Where the scores were fitted to these very rows, ``uncalibrated`` (n, K) are the rows' scores before that, which the
     calibration error "before" is of.
@@ -157,8 +158,11 @@ def fit_mode(
     scores = np.where(np.isnan(scores), 1.0, scores)
     if benign is None:
         known = np.array(texts or range(len(scores)))
-        columns = zip(scores.T, labels.T, strict=True)
-        harmless = [counted_once(column[label == 0], known[label == 0].tolist()) for column, label in columns]
+        unseen = np.array([text not in learnt for text in texts] or [True] * len(scores), dtype=bool)
+        harmless = [
+            counted_once(column[(label == 0) & unseen], known[(label == 0) & unseen].tolist())
+            for column, label in zip(scores.T, labels.T, strict=True)
+        ]
     else:
         harmless = list(np.where(np.isnan(benign), 1.0, benign).T)
     presets: dict[Preset, Promise] = {}
@@ -184,7 +188,7 @@ def _promise(harmless: Sequence[Array], rate: float) -> Promise:
 
 @dataclass(frozen=True, slots=True)
 class JudgedRows:
-    """Raw logits of rows that a guard did not learn from."""
+    """Raw logits of rows that a guard is calibrated on."""
 
     logits: Array
     """(n, K), finite."""
@@ -194,12 +198,14 @@ class JudgedRows:
     """How each row was read."""
     texts: tuple[str, ...] = ()
     """Each row's text, normalised: copies buy no promise.  Without them no row is taken for a copy."""
+    learnt: frozenset[str] = frozenset()
+    """Texts that the guard learnt from, should some be among these rows: no promise rests on them."""
 
     def of(self, mode: Mode) -> JudgedRows:
         """The rows of one mode."""
         own = np.array([found == mode for found in self.modes], dtype=bool)
         texts = tuple(text for text, is_own in zip(self.texts, own, strict=bool(self.texts)) if is_own)
-        return JudgedRows(self.logits[own], self.labels[own], (mode,) * int(own.sum()), texts)
+        return JudgedRows(self.logits[own], self.labels[own], (mode,) * int(own.sum()), texts, self.learnt)
 
 
 def calibrate_guard(
@@ -218,6 +224,7 @@ def calibrate_guard(
             scores_of(calibration, own.logits),
             own.labels,
             texts=own.texts,
+            learnt=own.learnt,
             benign=counted_once(scores_of(calibration, clean.logits), clean.texts) if clean is not None else None,
             uncalibrated=_scores(own.logits, 1.0, 0.0),
         )

@@ -92,7 +92,7 @@ def run_recipe(
     outcome = loop.run(resume)
     dtype = DTYPES[recipe.stored_dtype]
     adapter.to(dtype).float().eval()  # what is calibrated and measured is what is stored
-    _calibrate(base, adapter, recipe, sources[1:], splits[1:])
+    _calibrate(base, adapter, recipe, sources, splits)
     if processes.is_main_process:
         save_adapter(adapter, folder, base, facts_of(recipe, outcome, splits, objective.metric), dtype=dtype)
         if adapter.config.role == "guard":
@@ -182,24 +182,28 @@ def identity_of(base: Base, adapter: object, recipe: Recipe, splits: Sequence[Ro
 def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[Source], splits: Sequence[Rows]) -> None:
     """Calibrate a guard on validation rows, and its presets on benign rows if there are any; aligners need none.
 
-    Rows beyond the base's context, from which nobody learnt, calibrate how the guard reads such texts.  A guard that
-    learnt from prefixes keeps a stop rule too.
+    No promise rests on a validation row whose text is a training row's.  Rows beyond the base's context, from which
+    nobody learnt, calibrate how the guard reads such texts.  A guard that learnt from prefixes keeps a stop rule too.
     """
     if adapter.config.role != "guard":
         return
+    train, *held_out = splits
+    learnt = frozenset(map(text_of, train.examples))
     judged = [
         JudgedRows(
             guard_logits(base, source, rows),
             rows.labels.double().numpy(),
             tuple(place_of(example.messages) for example in rows.examples),
             tuple(map(text_of, rows.examples)),
+            learnt,
         )
-        for source, rows in zip(sources, splits, strict=True)
+        for source, rows in zip(sources[1:], held_out, strict=True)
     ]
     calibrate_guard(adapter, recipe.calibration.false_positive_rate, *judged)
-    calibrate_windows(base, adapter, *(rows.beyond for rows in splits))
+    calibrate_windows(base, adapter, *(rows.beyond for rows in held_out))
     if recipe.training.targets == "prefixes":
-        calibrate_stream(base, adapter, *(rows.examples for rows in splits))
+        unseen = [[row for row in rows.examples if text_of(row) not in learnt] for rows in held_out]
+        calibrate_stream(base, adapter, *unseen)
 
 
 def _sources(
