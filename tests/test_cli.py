@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import json
 import subprocess
@@ -20,6 +21,7 @@ from safeside.cli_genes import Selection
 from safeside.cli_serve import Engine
 from safeside.errors import MissingExtraError
 from safeside.guards.score import judge
+from safeside.train.splits import find_data
 from safeside.types import Preset
 
 OPTIONS = Path(__file__).parent / "golden" / "cli_options.txt"
@@ -350,6 +352,26 @@ def test_eval_reads_every_shape(run: Callable[..., Ran], adapters: Path, tmp_pat
     for row in ran.json:
         assert (row["label"], row["n"], row["n_skipped"]) == ("harm", 12, 0)
         assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+
+
+def read_lines(split: str, n: int) -> list[object]:
+    """Rows from all over a split of the demo set."""
+    lines = gzip.decompress(find_data(f"demo:{split}.jsonl.gz", Path()).read_bytes()).decode().splitlines()
+    return [json.loads(line) for line in lines[:: len(lines) // n]][:n]
+
+
+def test_eval_leaves_out_what_the_guard_learnt_from(run: Callable[..., Ran], tmp_path: Path) -> None:
+    """Of the packaged guard's training rows none is left; a file of others loses only those, and is told of them."""
+    seen = read_lines("train", 30)
+    ran = run("eval", "builtin:harm", "--data", write(tmp_path / "seen.jsonl", seen))
+    assert (ran.code, ran.out) == (2, "")
+    assert "The guard learnt from every one of the 30 rows" in " ".join(ran.err.split())
+    mixed = write(tmp_path / "mixed.jsonl", [*read_lines("test", 40), *seen])
+    ran = run("eval", "builtin:harm", "--data", mixed, "--json")
+    assert ran.code == 0
+    assert {(row["n"], row["n_skipped"], row["n_learnt"]) for row in ran.json} == {(40, 0, 30)}
+    assert "30 rows were left out: the guard learnt from them" in " ".join(ran.err.split())
+    assert " n_learnt " in run("eval", "builtin:harm", "--data", mixed).out
 
 
 def test_eval_counts_bad_rows_and_fails(run: Callable[..., Ran], adapters: Path, tmp_path: Path) -> None:

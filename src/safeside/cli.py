@@ -143,7 +143,7 @@ def evaluate(
         rows, failed = rejudge_command(rejudge, choice)
     else:
         options = EvalOptions(data, suite, parse_strengths(strengths), gate, allow_mismatch, preset, limit, choice)
-        rows, failed = evaluate_command(*load_with_base(str(adapter), base, allow_mismatch), options)
+        rows, failed = evaluate_command(*load_with_base(str(adapter), base, allow_mismatch), options, str(adapter))
     print_rows(rows, str(adapter or rejudge), as_json)
     if failed:
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safeside import Adapter, Base, Message
+from safeside import Adapter, Base, Message, save_adapter
 from safeside.adapters.config import Calibration, ModeCalibration, ProbabilityMap, Promise
 from safeside.errors import InputError
 from safeside.evals import guards as module
@@ -18,7 +18,8 @@ from safeside.evals.command import EvalOptions, evaluate_command, guard_rows
 from safeside.evals.guards import evaluate_guard, report_on
 from safeside.evals.metrics import expected_calibration_error, guard_figures, rates
 from safeside.guards.score import Scores, judge
-from safeside.tasks.rows import messages_of
+from safeside.tasks.learnt import hashes_of, save_learnt
+from safeside.tasks.rows import load_examples, messages_of
 from safeside.types import Example
 
 LONG = "the cat sat on the mat and then " * 40
@@ -104,6 +105,58 @@ def test_every_row_that_is_left_out_is_counted_and_named(tiny_base: Base, guard:
     assert report.scores.shape == (8, 1)
     for row in guard_rows(report):
         assert (row["n"], row["n_skipped"], row["n_windowed"]) == (7, 3, 1)
+
+
+def examples_of(path: Path, content: list[object]) -> list[Example]:
+    examples, _ = load_examples(write(path, content), ("harm",))
+    return examples
+
+
+def test_rows_that_the_guard_learnt_from_are_left_out(tiny_base: Base, guard: Adapter, tmp_path: Path) -> None:
+    """Whatever their case and spacing; figures are those of the others alone, and other rows are left out as before."""
+    content = rows()
+    known = [{**row, "text": f" {row['text'].upper()}\n"} for row in content[4:12]]
+    learnt = hashes_of(examples_of(tmp_path / "train.jsonl", [*known, {"text": "something else", "label": 1}]))
+    path = write(tmp_path / "rows.jsonl", ["{broken", *content])
+    report = evaluate_guard(tiny_base, guard, path, learnt=learnt)
+    unseen = evaluate_guard(tiny_base, guard, write(tmp_path / "unseen.jsonl", [*content[:4], *content[12:]]))
+    assert (report.n, report.n_learnt, report.n_skipped) == (12, 8, 1)
+    assert report.figures == unseen.figures
+    assert report.labels.tolist() == unseen.labels.tolist()
+    assert {(row["n"], row["n_learnt"]) for row in guard_rows(report)} == {(12, 8)}
+    assert evaluate_guard(tiny_base, guard, path, learnt=hashes_of([])).n_learnt == 0
+    without = evaluate_guard(tiny_base, guard, path)
+    assert (without.n, without.n_learnt) == (20, None)
+
+
+def test_without_enough_unseen_rows_nothing_is_measured(tiny_base: Base, guard: Adapter, tmp_path: Path) -> None:
+    examples = examples_of(tmp_path / "rows.jsonl", rows())
+    with pytest.raises(InputError, match=r"learnt from every one of the 20 rows, .* Give rows that it has not seen"):
+        report_on(tiny_base, guard, examples, learnt=hashes_of(examples))
+    harmful = [example for example in examples if example.labels[0]]
+    with pytest.raises(
+        InputError,
+        match=r"got 0 harmful and 10 harmless for 'harm', and 0 bad rows; 10 more were left out, for the guard learnt "
+        r"from them\. Add rows of the other kind that it has not seen",
+    ):
+        report_on(tiny_base, guard, examples, learnt=hashes_of(harmful))
+
+
+def test_the_command_reads_the_record_in_the_guards_folder(
+    tiny_base: Base, guard: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_adapter(guard, tmp_path / "mine", tiny_base)
+    path = tmp_path / "rows.jsonl"
+    examples = examples_of(path, rows())
+    found, failed = evaluate_command(tiny_base, guard, EvalOptions(path), str(folder))
+    assert ({(row["n"], row["n_learnt"]) for row in found}, failed) == ({(20, None)}, False)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{folder} keeps no record of the rows that it learnt from; make sure that yours are not" in told
+    save_learnt(folder, examples[:8])
+    found, failed = evaluate_command(tiny_base, guard, EvalOptions(path), str(folder))
+    assert ({(row["n"], row["n_learnt"]) for row in found}, failed) == ({(12, 8)}, False)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "8 rows were left out: the guard learnt from them, and figures on them would flatter it" in told
 
 
 def test_scores_that_are_no_numbers_are_unscored(

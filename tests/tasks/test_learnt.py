@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from safeside import Message
 from safeside.errors import FormatError
 from safeside.tasks.leakage import text_of
-from safeside.tasks.learnt import LEARNT_FILE, are_learnt, hashes_of, load_learnt, save_learnt
+from safeside.tasks.learnt import LEARNT_FILE, are_learnt, hashes_of, learnt_notes, load_learnt, save_learnt, unseen_of
 from safeside.types import Example
 
 
@@ -30,6 +30,18 @@ def test_texts_are_known_again_whatever_their_case_and_spacing(tmp_path: Path) -
     answered = [Example((Message("user", "and then"), Message("assistant", "no")), (0.0,))]
     assert are_learnt(answered, hashes) == [False]  # another conversation
     assert are_learnt([], hashes) == []
+
+
+def test_what_was_learnt_is_left_out_counted_and_told() -> None:
+    asked = rows("a", "B ", "c")
+    assert unseen_of(asked, hashes_of(rows("b", "A", "d"))) == (asked[2:], 2)
+    assert unseen_of(asked, hashes_of([])) == (asked, 0)
+    assert unseen_of(asked, None) == (asked, None)
+    (told,) = learnt_notes("mine", 2, "figures on them would flatter it")
+    assert told == "2 rows were left out: the guard learnt from them, and figures on them would flatter it"
+    assert learnt_notes("mine", 0, "why") == []
+    (unknown,) = learnt_notes("mine", None, "why")
+    assert unknown.startswith("mine keeps no record of the rows that it learnt from; ")
 
 
 def test_a_hash_is_the_first_four_bytes_of_sha256() -> None:

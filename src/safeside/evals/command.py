@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from safeside.adapters.adapter import Adapter
-from safeside.artifact import load_adapter
+from safeside.artifact import find_adapter, load_adapter
 from safeside.base.model import Base
 from safeside.errors import InputError, MissingExtraError
 from safeside.evals.compare import check_grades, counterparts, win_results
@@ -20,6 +20,7 @@ from safeside.evals.records import Record, RecordLog, read_records, rejudge
 from safeside.evals.runs import judging, results_of, run_suite
 from safeside.evals.suites import SUITES, Suite, draw
 from safeside.registry import Registry
+from safeside.tasks.learnt import learnt_notes, load_learnt
 from safeside.tasks.rows import BadRow
 from safeside.terminal import note, progress_bar
 from safeside.types import Preset, Result
@@ -72,8 +73,13 @@ class EvalOptions:
     judging: JudgeChoice = field(default_factory=JudgeChoice)
 
 
-def evaluate_command(base: Base, adapter: Adapter, options: EvalOptions) -> tuple[list[Row], bool]:
-    """Tidy rows of figures, and whether rows were skipped or unscored (the command then exits with 1)."""
+def evaluate_command(
+    base: Base, adapter: Adapter, options: EvalOptions, source: str | None = None
+) -> tuple[list[Row], bool]:
+    """Tidy rows of figures, and whether rows were skipped or unscored (the command then exits with 1).
+
+    ``source`` is where the adapter comes from, for a guard's record of the rows that it learnt from.
+    """
     suite = None if options.suite is None else SUITES.get(options.suite)
     if suite is not None and options.data is not None and not suite.is_local:
         raise InputError(f"Suite {suite.name!r} brings its own prompts; --data FOLDER is for others. Leave one out.")
@@ -85,9 +91,11 @@ def evaluate_command(base: Base, adapter: Adapter, options: EvalOptions) -> tupl
     adapter = adapter.with_preset(options.preset)
     path = options.data if suite is None else suite.path
     assert path is not None
+    learnt = None if source is None else load_learnt(find_adapter(source))
     with progress_bar("score", None) as advance:
-        report = evaluate_guard(base, adapter, path, advance=advance, tell=_tell)
-    for text in report.notes:
+        report = evaluate_guard(base, adapter, path, learnt=learnt, advance=advance, tell=_tell)
+    known = learnt_notes(source or repr(adapter.name), report.n_learnt, "figures on them would flatter it")
+    for text in [*report.notes, *known]:
         note(text)
     return guard_rows(report), bool(report.n_skipped or report.n_unscored)
 
@@ -254,6 +262,7 @@ def guard_rows(report: GuardReport) -> list[Row]:
             "n": report.n,
             "n_skipped": report.n_skipped + report.n_unscored,
             "n_windowed": report.n_windowed,
+            "n_learnt": report.n_learnt,
         }
         for label, figures in report.figures.items()
         for metric, figure in figures.items()

@@ -14,6 +14,7 @@ from safeside.base.model import Base
 from safeside.errors import InputError
 from safeside.evals.metrics import Array, Figure, guard_figures
 from safeside.guards.score import Scores, score_conversations
+from safeside.tasks.learnt import Hashes, unseen_of
 from safeside.tasks.rows import BadRow, load_examples
 from safeside.types import Example
 
@@ -25,7 +26,7 @@ class GuardReport:
     figures: dict[str, dict[str, Figure]]
     """By label and metric (auroc, auprc, f1, tpr, fpr, ece), value and 95% interval."""
     labels: Array
-    """(n, K), 0 or 1."""
+    """(n, K), 0 or 1, of the rows that were not left out."""
     scores: Array
     """(n, K) in [0, 1], NaN where the guard could not score."""
     n: int
@@ -40,6 +41,8 @@ class GuardReport:
     """The rows that could not be read or scored, and why."""
     notes: list[str] = field(default_factory=list)
     """What the verdicts say of thresholds that stand in for others, and of how many rows."""
+    n_learnt: int | None = None
+    """Rows left out because the guard learnt from them; None where no record of those was given."""
 
 
 def evaluate_guard(
@@ -47,11 +50,15 @@ def evaluate_guard(
     guard: Adapter,
     path: str | Path,
     *,
+    learnt: Hashes | None = None,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
     tell: Callable[[BadRow], None] = lambda row: None,
 ) -> GuardReport:
     """Figures of ``guard`` on a file of labelled rows, at the thresholds of its preset, if one is chosen.
+
+    ``learnt`` is the record in the guard's folder, as ``load_learnt`` reads it: the rows that it learnt from are left
+    out and counted, for figures on them would flatter it.  Without unseen rows of both classes nothing is measured.
 
     ``tell`` hears of every bad row as soon as it is known, so also when no figure can be made: without a usable row,
     or with rows of one class only, that is an InputError before anything is scored.
@@ -62,7 +69,7 @@ def evaluate_guard(
     if not examples:
         first = f" The first problem of {len(bad)}: line {bad[0].line}, {bad[0].problem}." if bad else ""
         raise InputError(f"{path} holds no usable row.{first}")
-    return report_on(base, guard, examples, bad, batch_size=batch_size, advance=advance, tell=tell)
+    return report_on(base, guard, examples, bad, learnt=learnt, batch_size=batch_size, advance=advance, tell=tell)
 
 
 def report_on(
@@ -71,13 +78,15 @@ def report_on(
     examples: Sequence[Example],
     bad: Sequence[BadRow] = (),
     *,
+    learnt: Hashes | None = None,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
     tell: Callable[[BadRow], None] = lambda row: None,
 ) -> GuardReport:
     """The same on examples in memory.  A row whose score is not a number is unscored: counted, never dropped unseen."""
+    examples, n_learnt = _unseen(examples, learnt)
     labels = np.array([example.labels for example in examples], dtype=np.float64)  # (n, K)
-    _check_classes(labels, guard.config.labels, len(bad))
+    _check_classes(labels, guard.config.labels, len(bad), n_learnt)
     conversations = [example.messages for example in examples]
     scored = score_conversations(base, [guard], conversations, batch_size=batch_size, advance=advance)
     scores = np.array([row.by_guard[guard.name] for row in scored], dtype=np.float64)  # (n, K)
@@ -85,7 +94,7 @@ def report_on(
     for bad_row in unscored:
         tell(bad_row)
     finite = np.isfinite(scores).all(1)
-    _check_classes(labels[finite], guard.config.labels, len(bad) + len(unscored))
+    _check_classes(labels[finite], guard.config.labels, len(bad) + len(unscored), n_learnt)
     fallbacks = Counter(note for row in scored if (note := guard.fallback_note(row.mode_for(guard))))
     return GuardReport(
         figures=_figures(guard, scored, scores, labels),
@@ -97,7 +106,19 @@ def report_on(
         n_windowed=sum(row.n_windows > 1 for row in scored),
         bad=[*bad, *unscored],
         notes=[f"{count} rows: {note}" for note, count in sorted(fallbacks.items())],
+        n_learnt=n_learnt,
     )
+
+
+def _unseen(examples: Sequence[Example], learnt: Hashes | None) -> tuple[list[Example], int | None]:
+    """The rows that the guard did not learn from, and how many others there are; none left is an InputError."""
+    unseen, n_learnt = unseen_of(examples, learnt)
+    if n_learnt and not unseen:
+        raise InputError(
+            f"The guard learnt from every one of the {n_learnt} rows, and figures on rows that it knows would flatter "
+            "it. Give rows that it has not seen."
+        )
+    return unseen, n_learnt
 
 
 def _figures(guard: Adapter, scored: Sequence[Scores], scores: Array, labels: Array) -> dict[str, dict[str, Figure]]:
@@ -117,12 +138,18 @@ def _figures(guard: Adapter, scored: Sequence[Scores], scores: Array, labels: Ar
     }
 
 
-def _check_classes(labels: Array, names: Sequence[str], n_bad: int) -> None:
+def _check_classes(labels: Array, names: Sequence[str], n_bad: int, n_learnt: int | None) -> None:
     """Raise an InputError unless every column of the (n, K) labels holds both 0 and 1."""
+    left_out, which = (
+        (f"; {n_learnt} more were left out, for the guard learnt from them", " that it has not seen")
+        if n_learnt
+        else ("", "")
+    )
     for name, column in zip(names, labels.T, strict=True):
         n_harmful = int(column.sum())
         if n_harmful in (0, len(column)):
             raise InputError(
                 f"Figures need both harmful and harmless rows; got {n_harmful} harmful and {len(column) - n_harmful} "
-                f"harmless for {name!r}, and {n_bad} bad rows. Add rows of the other kind, or mend the bad ones."
+                f"harmless for {name!r}, and {n_bad} bad rows{left_out}. Add rows of the other kind{which}, "
+                "or mend the bad ones."
             )

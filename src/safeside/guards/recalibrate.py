@@ -20,7 +20,7 @@ from safeside.guards.probability import Array
 from safeside.guards.score import place_of, score_conversations
 from safeside.guards.stream import N_CONSECUTIVE, any_label, score_answers, stream_scores
 from safeside.tasks.leakage import text_of
-from safeside.tasks.learnt import are_learnt, load_learnt
+from safeside.tasks.learnt import learnt_notes, load_learnt, unseen_of
 from safeside.tasks.rows import BadRow, load_kind
 from safeside.terminal import note
 from safeside.types import Example, Mode, Preset
@@ -164,10 +164,8 @@ def _tell(name: str, done: Recalibration, is_in_place: bool) -> None:
         note(f"{done.n_copies} harmless rows are copies of others; a promise takes distinct texts and counts each once")
     if done.dropped_preset:
         note(f"preset {done.dropped_preset!r} was dropped: no mode has it now, and each mode's own promise holds")
-    if done.n_learnt:
-        note(f"{done.n_learnt} rows were left out: the guard learnt from them, and a promise rests on unseen rows")
-    if done.n_learnt is None:
-        note(f"{name} keeps no record of the rows that it learnt from; make sure that yours are not among them")
+    for text in learnt_notes(name, done.n_learnt, "a promise rests on unseen rows"):
+        note(text)
     if is_in_place:
         note(f"{done.folder} was changed in place")
 
@@ -246,16 +244,13 @@ def _unseen(examples: Sequence[Example], source: Path, traffic: Traffic) -> tupl
 
     No harmless row left is an InputError.
     """
-    hashes = load_learnt(source)
-    if hashes is None:
-        return list(examples), None
-    unseen = [row for row, known in zip(examples, are_learnt(examples, hashes), strict=True) if not known]
-    if not any(not any(row.labels) for row in unseen):
+    unseen, n_learnt = unseen_of(examples, load_learnt(source))
+    if n_learnt is not None and all(any(row.labels) for row in unseen):
         raise InputError(
             f"The guard learnt from every row of {traffic.benign}, and a promise on rows that it knows is worth "
             "nothing. Give harmless rows that it has not seen."
         )
-    return unseen, len(examples) - len(unseen)
+    return unseen, n_learnt
 
 
 def _n_consecutive(guard: Adapter, traffic: Traffic) -> int | None:

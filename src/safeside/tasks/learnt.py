@@ -1,9 +1,9 @@
-"""Which texts a guard learnt from: hashes beside its weights, so that no promise is made on rows that it knows.
+"""Which texts a guard learnt from: hashes beside its weights, so that nothing is promised or measured on rows it knows.
 
-A promised rate on rows that a guard learnt from is worth nothing.  The file holds 32 bits of each training row's
-normalised text, so it tells whether a text that somebody has is among them (another one passes for one of a million
-training rows with a chance of 0.02%), and never what the texts are.  It does not see near duplicates, a prompt that was
-learnt with another answer, validation rows, or what a teacher or the base has read.
+A promised rate or a figure on rows that a guard learnt from is worth nothing.  The file holds 32 bits of each training
+row's normalised text, so it tells whether a text that somebody has is among them (another one passes for one of a
+million training rows with a chance of 0.02%), and never what the texts are.  It does not see near duplicates, a prompt
+that was learnt with another answer, validation rows, or what a teacher or the base has read.
 """
 
 from __future__ import annotations
@@ -63,3 +63,21 @@ def load_learnt(folder: Path) -> Hashes | None:
 def are_learnt(examples: Sequence[Example], hashes: Hashes) -> list[bool]:
     """Whether each row's text is among the hashed ones."""
     return [bool(known) for known in np.isin(hashes_of(examples), hashes)]
+
+
+def unseen_of(examples: Sequence[Example], hashes: Hashes | None) -> tuple[list[Example], int | None]:
+    """The rows whose text is not among the hashed ones, and how many others there are (None: no record can tell)."""
+    if hashes is None:
+        return list(examples), None
+    unseen = [row for row, known in zip(examples, are_learnt(examples, hashes), strict=True) if not known]
+    return unseen, len(examples) - len(unseen)
+
+
+def learnt_notes(name: str, n_learnt: int | None, why: str) -> list[str]:
+    """What a user must be told of the rows that the guard called ``name`` learnt from, and ``why`` they were left out.
+
+    Nothing where there were none.
+    """
+    if n_learnt is None:
+        return [f"{name} keeps no record of the rows that it learnt from; make sure that yours are not among them"]
+    return [f"{n_learnt} rows were left out: the guard learnt from them, and {why}"] if n_learnt else []
