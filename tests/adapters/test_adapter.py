@@ -131,7 +131,7 @@ def test_modes_and_preset_come_back_from_disk(tiny_base: Base, guard: Adapter, t
     assert loaded.thresholds_in("prompt") == (0.55,)
     card = (tmp_path / "README.md").read_text()
     assert "| mode prompt | strict 0.5500 (at most 0.05 of harmless texts flagged); balanced 0.7500" in card
-    assert "320 harmless rows; ECE 0.100 before, 0.050 after (platt) |" in card
+    assert "320 harmless rows; ECE 0.100 before, 0.050 after (platt, on 40 harmless and 30 harmful rows) |" in card
 
 
 def test_new_scores_drop_what_was_fitted_on_old_ones(guard: Adapter) -> None:

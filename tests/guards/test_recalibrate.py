@@ -308,6 +308,35 @@ def test_harmful_rows_give_probabilities_and_later_runs_keep_them(
     assert verdict.probability == pytest.approx(float(fit.probabilities(np.array([verdict.score]))[0]))
 
 
+def test_an_error_of_other_rows_is_not_told_as_this_runs(
+    tiny_base: Base, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By mode: answers get probabilities from the harmful answer rows; prompts keep theirs, and no error is told."""
+    benign = prompts(tmp_path / "benign.jsonl", 60)
+    harmful = write(tmp_path / "harmful.jsonl", [{"prompt": text} for text in texts(40, "hat")])
+    first, name = tmp_path / "first", tiny_base.name
+    _, fitted = calibrate_command(str(source), name, Traffic(benign, harmful, 0.1), first)
+    (error,) = fitted["calibration_error"]["prompt"]
+    assert set(error) == {"method", "before", "after"}
+    other = write(tmp_path / "other.jsonl", [{"prompt": text} for text in texts(70, "mat")])
+    _, kept = calibrate_command(str(first), name, Traffic(other, None, 0.1), tmp_path / "kept")
+    assert kept["calibration_error"] == {"prompt": []}
+    assert load_adapter(tmp_path / "kept", tiny_base).config.modes["prompt"].maps
+    card = (tmp_path / "kept" / CARD_FILE).read_text()
+    assert "70 harmless rows of other.jsonl, probabilities as they were: at most 10% flagged" in card
+    assert "; 70 harmless rows; ECE " in card
+    assert "(platt, on 60 harmless and 40 harmful rows) |" in card
+    both = write(tmp_path / "both.jsonl", [{"prompt": "how?", "response": text} for text in texts(60)])
+    both.write_text(both.read_text() + "\n" + other.read_text())
+    bad = answers(tmp_path / "bad.jsonl", 40, "hat")
+    _, mixed = calibrate_command(str(first), name, Traffic(both, bad, 0.1), tmp_path / "mixed")
+    assert {mode: len(errors) for mode, errors in mixed["calibration_error"].items()} == {"answer": 1, "prompt": 0}
+    stamp = json.loads((tmp_path / "mixed" / PROVENANCE_FILE).read_text())
+    assert "probabilities as they were" in stamp["calibrated for prompt"]
+    assert "probabilities from bad.jsonl too" in stamp["calibrated for answer"]
+    assert "ECE" not in capsys.readouterr().err
+
+
 def test_only_the_adapters_own_folder_is_changed_in_place(tiny_base: Base, source: Path, tmp_path: Path) -> None:
     benign = prompts(tmp_path / "traffic.jsonl", 60)
     traffic = Traffic(benign, false_positive_rate=0.1)

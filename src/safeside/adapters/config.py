@@ -195,7 +195,11 @@ class ModeCalibration(BaseModel):
         ]
         held = [f"held {', '.join(f'{value:.4f}' for value in self.held)} (no promise)"] if self.held else []
         rule = [] if self.n_consecutive is None else [f"{self.n_consecutive} tokens in a row stop an answer"]
-        errors = [f"ECE {fit.error_before:.3f} before, {fit.error_after:.3f} after ({fit.method})" for fit in self.maps]
+        errors = [
+            f"ECE {fit.error_before:.3f} before, {fit.error_after:.3f} after ({fit.method}, on {fit.n_harmless:,} "
+            f"harmless and {fit.n_harmful:,} harmful rows)"
+            for fit in self.maps
+        ]
         return "; ".join([*rule, *held, *(promises or ["no preset"]), f"{self.n_harmless:,} harmless rows", *errors])
 
 

@@ -77,6 +77,8 @@ class Recalibration:
     """The preset that the guard was saved with, where no mode has it any more; without it each mode's promise holds."""
     n_learnt: int | None
     """Rows left out because the guard learnt from them; None where its folder keeps no record of those."""
+    kept_maps: frozenset[Mode]
+    """The modes whose maps from score to probability are those of before, for none could be fitted on these rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,10 @@ def calibrate_command(
         "in_place": is_in_place,
         "confidence": CONFIDENCE,
         "calibration_error": {
-            mode: [{"method": one.method, "before": one.error_before, "after": one.error_after} for one in fit.maps]
+            mode: [
+                {"method": one.method, "before": one.error_before, "after": one.error_after}
+                for one in (() if mode in done.kept_maps else fit.maps)  # errors of other rows are not this run's
+            ]
             for mode, fit in done.modes.items()
         },
         "n_skipped": len(done.bad),
@@ -190,13 +195,17 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
     examples, n_learnt = _unseen(examples, source, traffic)
     n_consecutive = _n_consecutive(guard, traffic)
     scored = _score(base, guard, examples, n_consecutive)
-    fits, refused = _fits(scored, traffic, n_consecutive, guard.config.modes)
+    fits, refused = _fits(scored, traffic, n_consecutive)
+    fits, kept_maps = _with_old_maps(fits, guard.config.modes)
     for mode, fit in fits.items():
         guard.set_mode(mode, fit)
     dropped = _lost_preset(guard)
     if dropped is not None:
         guard = guard.with_preset(None)
-    facts = {f"calibrated for {mode}": _fact(fit, traffic, dropped, scored.of(mode)) for mode, fit in fits.items()}
+    facts = {
+        f"calibrated for {mode}": _fact(fit, traffic, dropped, scored.of(mode), mode in kept_maps)
+        for mode, fit in fits.items()
+    }
     copy_adapter(source, folder, guard.config, facts, loaded=loaded)
     benign, n_distinct = scored.benign
     return Recalibration(
@@ -210,6 +219,7 @@ def recalibrate(name_or_path: str, base: Base, traffic: Traffic, output: Path | 
         n_copies=len(benign) - n_distinct,
         dropped_preset=dropped,
         n_learnt=n_learnt,
+        kept_maps=kept_maps,
     )
 
 
@@ -295,13 +305,13 @@ def _modes(scored: _Scored, traffic: Traffic) -> list[Mode]:
 
 
 def _fits(
-    scored: _Scored, traffic: Traffic, n_consecutive: int | None, before: Mapping[Mode, ModeCalibration]
+    scored: _Scored, traffic: Traffic, n_consecutive: int | None
 ) -> tuple[dict[Mode, ModeCalibration], dict[Mode, str]]:
     """The calibration of every mode that can be promised, and why others cannot; at least one can."""
     fits, refused = dict[Mode, ModeCalibration](), dict[Mode, InputError]()
     for mode in _modes(scored, traffic):
         try:
-            fits[mode] = _fit(scored.of(mode), traffic, n_consecutive, before.get(mode))
+            fits[mode] = _fit(scored.of(mode), traffic, n_consecutive)
         except InputError as error:
             refused[mode] = error
     if not fits:
@@ -309,10 +319,8 @@ def _fits(
     return fits, {mode: str(error) for mode, error in refused.items()}
 
 
-def _fit(
-    scored: _Scored, traffic: Traffic, n_consecutive: int | None, before: ModeCalibration | None
-) -> ModeCalibration:
-    """The calibration of one mode, by its rows; without harmful ones its old map from score to probability stays."""
+def _fit(scored: _Scored, traffic: Traffic, n_consecutive: int | None) -> ModeCalibration:
+    """The calibration of one mode, by its rows; without harmful ones it has no map from score to probability."""
     benign, n_distinct = scored.benign
     once = counted_once(benign, scored.benign_texts)
     try:
@@ -321,9 +329,19 @@ def _fit(
         rule = "" if n_consecutive is None else f", {n_consecutive} tokens in a row"
         how = ", each text counted once" if n_distinct < len(benign) else ""
         raise InputError(f"Mode {scored.modes[0]!r}{rule}{how}: {error}") from error
-    is_same_score = before is not None and before.n_consecutive == n_consecutive
-    kept = before.maps if before is not None and is_same_score and not fit.maps else fit.maps
-    return fit.model_copy(update={"maps": kept, "n_consecutive": n_consecutive})
+    return fit.model_copy(update={"n_consecutive": n_consecutive})
+
+
+def _with_old_maps(
+    fits: Mapping[Mode, ModeCalibration], before: Mapping[Mode, ModeCalibration]
+) -> tuple[dict[Mode, ModeCalibration], frozenset[Mode]]:
+    """The calibrations, with the old maps of modes that got none and whose scores are the same; and those modes."""
+    kept = {
+        mode: fit.model_copy(update={"maps": before[mode].maps})
+        for mode, fit in fits.items()
+        if not fit.maps and mode in before and before[mode].maps and before[mode].n_consecutive == fit.n_consecutive
+    }
+    return {**fits, **kept}, frozenset(kept)
 
 
 def _flagged(fit: ModeCalibration, scored: _Scored) -> dict[str, float]:
@@ -332,7 +350,7 @@ def _flagged(fit: ModeCalibration, scored: _Scored) -> dict[str, float]:
     return {name: float((~(benign < promise.threshold)).any(1).mean()) for name, promise in fit.promises.items()}
 
 
-def _fact(fit: ModeCalibration, traffic: Traffic, dropped: Preset | None, scored: _Scored) -> str:
+def _fact(fit: ModeCalibration, traffic: Traffic, dropped: Preset | None, scored: _Scored, has_old_maps: bool) -> str:
     """What card and provenance say of one mode and its rows."""
     benign, n_distinct = scored.benign
     copies = f" and {len(benign) - n_distinct:,} copies of them" if n_distinct < len(benign) else ""
@@ -342,8 +360,9 @@ def _fact(fit: ModeCalibration, traffic: Traffic, dropped: Preset | None, scored
     )
     lost = f"preset {dropped!r} was dropped; " if dropped is not None else ""
     harmful = f", probabilities from {traffic.harmful.name} too" if traffic.harmful is not None and fit.maps else ""
+    maps = ", probabilities as they were" if has_old_maps else harmful
     return (
-        f"{fit.n_harmless:,} harmless rows of {traffic.benign.name}{copies}{harmful}: at most "
+        f"{fit.n_harmless:,} harmless rows of {traffic.benign.name}{copies}{maps}: at most "
         f"{100 * traffic.false_positive_rate:g}% flagged{by_label}, with {CONFIDENCE:.0%} confidence; {counted}{lost}"
         f"{datetime.now(UTC).date().isoformat()}"
     )
