@@ -18,6 +18,8 @@ Mode = Literal["prompt", "answer", "stream", "windowed"]
 written, or in several windows."""
 Preset = Literal["strict", "balanced", "permissive"]
 """Thresholds with a promised false-positive rate under each label: 5%, 1% and 0.1%."""
+Combine = Literal["max", "min"]
+"""Which of the scores of a long text's windows counts."""
 FinishReason = Literal["stop", "length", "guard", "blocked"]
 MAX_STRENGTH = 2.0
 """The highest strength of an aligner: beyond 1 the mix extrapolates, and farther than this texts fall apart."""

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tokenizers import Regex, normalizers
 
 from safeside import Adapter, Base, Message, attach
-from safeside.adapters.config import Calibration
+from safeside.adapters.config import AdapterConfig, Calibration
 from safeside.errors import AttachmentError, InputError
 from safeside.guards.score import Scoring, judge, score_conversations
 from safeside.guards.windows import windows
@@ -107,6 +108,34 @@ def test_of_a_documents_windows_the_lowest_score_counts(
     assert "highest of" in both[0].reason
     assert "lowest of" in both[1].reason
     assert both[1].score == pytest.approx(verdict.score, abs=SAME_SCORE)
+
+
+def test_each_label_may_combine_its_windows_otherwise(tiny_base: Base, random_guard: Callable[..., Adapter]) -> None:
+    """As two guards of the same weights would, of which one goes by the highest score and one by the lowest."""
+    labels = ("harm", "unsupported", "hate")
+    mixed, highest, lowest = (
+        random_guard(tiny_base, name=name, seed=3, labels=labels, windows=ways)
+        for name, ways in (("mixed", ("max", "min", "max")), ("highest", "max"), ("lowest", "min"))
+    )
+    answer = [Message("user", "the cat " * 20), Message("assistant", LONG[:400])]
+    talks = [[Message("user", "hi")], [Message("user", LONG * 2), CLAIM], answer, [Message("user", LONG)]]
+    found = score_conversations(tiny_base, [mixed], talks, batch_size=3)
+    expected = [score_conversations(tiny_base, [guard], talks, batch_size=3) for guard in (highest, lowest)]
+    for row, high, low in zip(found, *expected, strict=True):
+        harm, unsupported, hate = row.by_guard["mixed"]
+        assert (harm, hate) == pytest.approx(high.by_guard["highest"][::2], abs=SAME_SCORE)
+        assert unsupported == pytest.approx(low.by_guard["lowest"][1], abs=SAME_SCORE, nan_ok=True)
+        assert row.mode_for(mixed) == high.mode_for(highest)
+        assert row.n_windows == max(high.n_windows, low.n_windows)
+    assert math.isnan(found[3].by_guard["mixed"][1])
+    assert not math.isnan(found[3].by_guard["mixed"][0])
+    verdicts = [row[0] for row in judge(tiny_base, [mixed], talks)]
+    assert verdicts[1].reason == f"highest and lowest of {found[1].n_windows} windows"
+    assert verdicts[3].flagged, "what cannot be cut for one label fails closed"
+    loaded = AdapterConfig.model_validate_json(mixed.config.model_dump_json())
+    assert loaded.windows_by_label == ("max", "min", "max")
+    with pytest.raises(ValidationError, match="windows has 2 entries for 3 labels"):
+        AdapterConfig.model_validate({**mixed.config.model_dump(), "windows": ("max", "min")})
 
 
 def test_guards_that_combine_otherwise_do_not_touch_each_other(

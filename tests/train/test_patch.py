@@ -232,6 +232,34 @@ def test_a_long_row_is_learnt_from_by_the_window_that_counts(tiny_base: Base, tr
     torch.testing.assert_close(lesson._learnt(range(12)).detach(), lesson.targets)
 
 
+def test_each_label_is_learnt_by_its_own_windows(
+    tiny_base: Base, random_guard: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    """A label that goes by the lowest window, beside one that goes by the highest: as two guards would be read."""
+    labels = ("harm", "unsupported")
+    long = [
+        Example((Message("user", f"{words} " * 150 + "#%*!"), Message("assistant", "it sat")), (1.0, 0.0))
+        for words in ("the cat", "on the mat")
+    ]
+    short = [Example(row.messages, (*row.labels, 0.0)) for row in rows(8, 4)]
+    lessons = [
+        Lesson(
+            tiny_base,
+            guard := random_guard(tiny_base, seed=3, labels=labels, windows=ways).requires_grad_(True),
+            make_pool(tiny_base, guard, Parts(long, [], short, []), tmp_path),
+            QUICK,
+        )
+        for ways in (("max", "min"), "max", "min")
+    ]
+    mixed, highest, lowest = (lesson.targets for lesson in lessons)
+    torch.testing.assert_close(mixed[:, 0], highest[:, 0])
+    torch.testing.assert_close(mixed[:, 1], lowest[:, 1])
+    assert not torch.allclose(mixed[:2, 1], highest[:2, 1])
+    torch.testing.assert_close(lessons[0]._learnt(range(10)).detach(), mixed)
+    assert all(len(some) == 2 for some in lessons[0].counting[:2])
+    assert all(len(some) == 1 for some in lessons[0].counting[2:])
+
+
 def test_long_examples_are_read_in_windows(tiny_base: Base, trained: Path) -> None:
     long, other = (Example((Message("user", words * 150 + "#%*!"),), (1.0,)) for words in ("the cat ", "the mat "))
     guard = load_adapter(trained, tiny_base)

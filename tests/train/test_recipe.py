@@ -115,6 +115,12 @@ def test_a_task_stands_in_place_of_files(tmp_path: Path, tiny_base: Base) -> Non
     assert read(tmp_path, LEAST).adapter_config(tiny_base).windows == "max"
     claims = LEAST + '[adapter]\nlabels = ["unsupported"]\nwindows = "min"\n'
     assert read(tmp_path, claims).adapter_config(tiny_base).windows == "min"
+    both = claims.replace('["unsupported"]', '["harm", "unsupported"]').replace('"min"', '{ unsupported = "min" }')
+    assert read(tmp_path, both).adapter_config(tiny_base).windows_by_label == ("max", "min")
+    with pytest.raises(ConfigError, match=r"windows names harm; expected labels of the guard: unsupported"):
+        read(tmp_path, claims.replace('"min"', '{ harm = "min" }')).adapter_config(tiny_base)
+    task = TASK + '[adapter]\nlabels = ["unsupported", "harm"]\nwindows = { harm = "max" }\n'
+    assert read(tmp_path, task).adapter_config(tiny_base).windows == ("min", "max")
     with pytest.raises(UnknownNameError, match=r"Unknown task 'hat'.*Did you mean 'hate'"):
         read(tmp_path, TASK.replace("grounding", "hat")).adapter_config(tiny_base)
 

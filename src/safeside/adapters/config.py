@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safeside.base.fingerprint import Fingerprint
 from safeside.base.model import Base
 from safeside.errors import ConfigError, InputError
-from safeside.types import Mode, Preset
+from safeside.types import Combine, Mode, Preset
 
 FORMAT = 1
 _MOST = 1 << 20  # of any dimension: a damaged file must not ask for terabytes
@@ -242,8 +242,10 @@ class AdapterConfig(BaseModel):
     """A guard reads the newest token's side state, or an attention-weighted mean of all so far."""
     labels: tuple[str, ...] = ()
     """Names of a guard's K outputs, each a risk of its own; none for an aligner."""
-    windows: Literal["max", "min"] = "max"
-    """Of a guard: whether the highest score of a long text's windows counts, or the lowest (grounding)."""
+    windows: Combine | tuple[Combine, ...] = "max"
+    """Of a guard: whether the highest score of a long text's windows counts, or the lowest (grounding); one for each
+    label where they differ.
+    """
     base: BaseReference
     """The base that it reads."""
     calibration: Calibration | None = None
@@ -255,6 +257,11 @@ class AdapterConfig(BaseModel):
     allow_mismatch: bool = False
     """Set on loading: the base has other weights or another chat template than the adapter was trained with."""
 
+    @property
+    def windows_by_label(self) -> tuple[Combine, ...]:
+        """(K,) which score of a long text's windows counts for each label."""
+        return self.windows if isinstance(self.windows, tuple) else (self.windows,) * len(self.labels)
+
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
         if self.role == "guard" and not self.labels:
@@ -263,6 +270,8 @@ class AdapterConfig(BaseModel):
             raise ValueError(f"labels must differ; got {self.labels}")
         if self.role == "align" and self.labels:
             raise ValueError("an aligner has no labels; remove them")
+        if len(self.windows_by_label) != len(self.labels):
+            raise ValueError(f"windows has {len(self.windows_by_label)} entries for {len(self.labels)} labels")
         if self.role == "align" and self.base.is_encoder:
             raise ValueError("an encoder has no next-token distribution to align; use a causal language model")
         if not self.layers or list(self.layers) != sorted(set(self.layers)):

@@ -21,8 +21,8 @@ from safeside.chat import pad_batch
 from safeside.errors import AttachmentError, ConfigError, InputError, UnsupportedError
 from safeside.evals.baselines import labels_of
 from safeside.evals.metrics import auroc
-from safeside.guards.windows import Combine, windows
-from safeside.types import Example, Message
+from safeside.guards.windows import windows
+from safeside.types import Combine, Example, Message
 
 Array = NDArray[np.float64]
 

@@ -18,8 +18,8 @@ from safeside.chat import pad_batch
 from safeside.content import refuse_empty
 from safeside.errors import InputError
 from safeside.guards.blank import BlankIds
-from safeside.guards.windows import Combine, windows
-from safeside.types import Message, Mode, Verdict
+from safeside.guards.windows import windows
+from safeside.types import Combine, Message, Mode, Verdict
 from safeside.verdicts import LORA_NOTE, verdict_of
 
 Conversation = Sequence[Message]
@@ -28,6 +28,8 @@ _COMBINE: Mapping[Combine, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
     "max": torch.maximum,
     "min": torch.minimum,
 }  # of either NaN is the result: a text of which one window cannot be scored fails closed
+_Found = dict[tuple[str, Combine], torch.Tensor]
+"""Of a conversation: (K,) what the windows read so far come to, by guard and way of combining."""
 _NOT_A_NUMBER = "a score is not a number"  # verdicts say so themselves
 
 
@@ -61,7 +63,7 @@ def score_conversations(
     attachment: Attachment | None = None,
 ) -> list[Scores]:
     """Scores in the order given.  Longer texts are scored in windows and the highest score of each label counts, or
-    the lowest for a guard whose configuration says so.
+    the lowest for labels of which the guard's configuration says so.
 
     A conversation that holds no text, or cannot be encoded or cut to size, gets NaN and its ``problem``: no row stops
     the others.  ``advance`` is told how many conversations were finished, for a progress bar.  ``attachment`` holds
@@ -97,13 +99,13 @@ class Scoring:
     ) -> None:
         """``limit`` is the most tokens of a window: the base's context unless given."""
         self._base, self._guards, self._conversations = base, guards, conversations
-        self._modes = {guard.name: guard.config.windows for guard in guards}
-        modes, blank = sorted(set(self._modes.values())), BlankIds(base)
+        self._modes = {guard.name: sorted(set(guard.config.windows_by_label)) for guard in guards}
+        modes, blank = sorted({mode for some in self._modes.values() for mode in some}), BlankIds(base)
         self._cuts = [_cuts(base, messages, modes, limit, blank) for messages in conversations]
         windows_of = [Window(row, *window) for row, cut in enumerate(self._cuts) for window in cut.windows]
         self._windows = sorted(windows_of, key=lambda window: len(window.ids))
         self._n_unread = [len(cut.windows) for cut in self._cuts]
-        self._found: list[dict[str, torch.Tensor]] = [{} for _ in self._cuts]
+        self._found: list[_Found] = [{} for _ in self._cuts]
 
     @property
     def n_finished(self) -> int:
@@ -143,11 +145,11 @@ class Scoring:
     def keep(self, batch: Sequence[Window], ends: Mapping[str, torch.Tensor]) -> int:
         """Take each guard's scores (B, K) at the ends of a batch, whoever made them; as ``read`` otherwise."""
         n_before = self.n_finished
-        for name, mode in self._modes.items():
+        for name, modes in self._modes.items():
             for window, value in zip(batch, ends[name], strict=True):
-                if mode in window.wanted:
-                    found = self._found[window.row]
-                    found[name] = _COMBINE[mode](found.get(name, value), value)
+                found = self._found[window.row]
+                for mode in [mode for mode in modes if mode in window.wanted]:
+                    found[name, mode] = _COMBINE[mode](found.get((name, mode), value), value)
         for window in batch:
             self._n_unread[window.row] -= 1
         return self.n_finished - n_before
@@ -156,8 +158,8 @@ class Scoring:
         """Of each conversation in the order given."""
         assert not any(self._n_unread), "a batch was not read"
         return [
-            replace(_scores(self._guards, by_guard, cut), place=place_of(messages))
-            for by_guard, cut, messages in zip(self._found, self._cuts, self._conversations, strict=True)
+            replace(_scores(self._guards, found, cut), place=place_of(messages))
+            for found, cut, messages in zip(self._found, self._cuts, self._conversations, strict=True)
         ]
 
 
@@ -210,15 +212,22 @@ def _no_scores(guards: Sequence[Adapter]) -> dict[str, tuple[float, ...]]:
     return {guard.name: (math.nan,) * len(guard.config.labels) for guard in guards}
 
 
-def _scores(guards: Sequence[Adapter], by_guard: dict[str, torch.Tensor], cut: _Cut) -> Scores:
-    values = _no_scores(guards) | {name: tuple(scores.tolist()) for name, scores in by_guard.items()}
+def _scores(guards: Sequence[Adapter], found: _Found, cut: _Cut) -> Scores:
+    values = {guard.name: _by_label(guard, found) for guard in guards}
     is_finite = all(math.isfinite(score) for scores in values.values() for score in scores)
     return Scores(
         values,
         max(cut.counts.values(), default=1),
         cut.problem or (None if is_finite else _NOT_A_NUMBER),
-        {guard.name: cut.counts.get(guard.config.windows, 1) for guard in guards},
+        {guard.name: max(cut.counts.get(mode, 1) for mode in guard.config.windows_by_label) for guard in guards},
     )
+
+
+def _by_label(guard: Adapter, found: _Found) -> tuple[float, ...]:
+    """Each label's score by its own way of combining; NaN where the text could not be cut for that."""
+    by_mode = {mode: found[guard.name, mode].tolist() for mode in _COMBINE if (guard.name, mode) in found}
+    modes = enumerate(guard.config.windows_by_label)
+    return tuple(by_mode[mode][label] if mode in by_mode else math.nan for label, mode in modes)
 
 
 def judge(
@@ -240,7 +249,9 @@ def verdicts_of(base: Base, guards: Sequence[Adapter], scores: Scores) -> tuple[
 def _notes(base: Base, guard: Adapter, scores: Scores) -> list[str]:
     is_scored = all(map(math.isfinite, scores.by_guard[guard.name]))
     n_windows = scores.windows_of.get(guard.name, scores.n_windows)
-    which = "highest" if guard.config.windows == "max" else "lowest"
+    which = " and ".join(
+        word for mode, word in {"max": "highest", "min": "lowest"}.items() if mode in guard.config.windows_by_label
+    )
     return [
         *([scores.problem] if scores.problem and scores.problem != _NOT_A_NUMBER and not is_scored else []),
         *([f"{which} of {n_windows} windows"] if n_windows > 1 else []),

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 from safeside.base.model import Base
 from safeside.errors import InputError
-from safeside.types import Message
+from safeside.types import Combine, Message
 
-Combine = Literal["max", "min"]
-"""Which of the scores of a long text's windows counts."""
 _OVERLAP = 0.25  # share of a window that the next one repeats, so that a phrase is whole in one of them
 _LEAST_ROOM = 32  # tokens: smaller windows would say nothing
 

@@ -19,12 +19,12 @@ from safeside.base.model import Base
 from safeside.content import refuse_empty
 from safeside.errors import InputError
 from safeside.guards.score import mode_of, place_of
-from safeside.guards.windows import Combine, windows
+from safeside.guards.windows import windows
 from safeside.train.loop import Loop, Progress
 from safeside.train.losses import guard_loss
 from safeside.train.recipe import TrainingSection
 from safeside.train.taps import Source, StoredTaps, TapStore, make_batch
-from safeside.types import Example, Mode
+from safeside.types import Combine, Example, Mode
 
 _ROUNDS = 4  # evaluations of the loop; the best one's weights are kept
 _LEAST_TURNS = 4  # of an example: more steps than were asked for where it would have fewer
@@ -74,7 +74,8 @@ class Pool:
 
     windows: list[tuple[int, ...]]
     of_row: list[list[int]]
-    combine: Combine
+    wanted: list[tuple[Combine, ...]]
+    """The ways of combining that each window was cut for."""
     modes: list[Mode]
     labels: NDArray[np.float64]
     store: TapStore
@@ -87,24 +88,34 @@ class Pool:
 def make_pool(base: Base, guard: Adapter, parts: Parts, folder: Path) -> Pool:
     """All rows encoded, and the base's states on them kept in ``folder``.  A row that cannot be is an InputError."""
     ids: list[tuple[int, ...]] = []
+    wanted: list[tuple[Combine, ...]] = []
     of_row = []
+    ways = tuple(dict.fromkeys(guard.config.windows_by_label))
     rows = [(name, example) for name, part in zip(Parts._fields, parts, strict=True) for example in part]
     for name, example in rows:
         try:
             refuse_empty(example.messages)
-            cut = windows(base, example.messages, combine=guard.config.windows)
+            cut = _cut(base, example, ways)
         except InputError as error:
             kind = name.replace("_", "-")
             raise InputError(f"The {kind} row in line {example.line} of its file cannot be read: {error}") from error
-        encoded = [base.encode(part).ids for part in cut]
-        of_row.append(list(range(len(ids), len(ids) + len(encoded))))
-        ids += encoded
+        of_row.append(list(range(len(ids), len(ids) + len(cut))))
+        ids += [window for window, _ in cut]
+        wanted += [ways for _, ways in cut]
     ends = np.cumsum([0, *map(len, parts)]).tolist()
     spans = [range(start, end) for start, end in pairwise(ends)]
     labels = np.array([example.labels for _, example in rows], dtype=np.float64)
     modes = [mode_of(len(cut), place_of(example.messages)) for cut, (_, example) in zip(of_row, rows, strict=True)]
     store = TapStore.build(base, ids, guard.config.layers, folder)
-    return Pool(ids, of_row, guard.config.windows, modes, labels, store, *spans)
+    return Pool(ids, of_row, wanted, modes, labels, store, *spans)
+
+
+def _cut(base: Base, example: Example, ways: tuple[Combine, ...]) -> list[tuple[tuple[int, ...], tuple[Combine, ...]]]:
+    """The row's windows for each of ``ways``, and which of them each is for: a row that fits is one window for all."""
+    cut = {way: [base.encode(part).ids for part in windows(base, example.messages, combine=way)] for way in ways}
+    if all(len(some) == 1 for some in cut.values()):
+        return [(cut[ways[0]][0], ways)]
+    return [(ids, (way,)) for way, some in cut.items() for ids in some]
 
 
 class Lesson:
@@ -150,7 +161,7 @@ class Lesson:
             places = order[start : start + _CHUNK]
             some = [self.pool.of_row[rows[place]] for place in places]
             for place, own, logits in zip(places, some, self._window_logits(some), strict=True):
-                result[place], counted = self._best(logits)
+                result[place], counted = self._best(logits, own)
                 self.counting[rows[place]] = [own[window] for window in sorted(set(counted.tolist()))]
         return result
 
@@ -180,14 +191,19 @@ class Lesson:
 
     def _learnt(self, rows: Sequence[int]) -> Tensor:
         """(n, K) logits of rows from the windows of theirs that count."""
-        logits = self._window_logits([self.counting[row] for row in rows])
-        return torch.stack([self._best(some)[0] for some in logits])
+        counting = [self.counting[row] for row in rows]
+        logits = self._window_logits(counting)
+        return torch.stack([self._best(some, own)[0] for some, own in zip(logits, counting, strict=True)])
 
-    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(K,) of (windows, K): the highest, or lowest, as when a guard judges long texts; and whose they are."""
-        best = torch.max if self.pool.combine == "max" else torch.min
-        values, places = best(logits, 0)
-        return values, places
+    def _best(self, logits: Tensor, own: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(K,) of (windows, K) logits of the windows ``own``: each label's highest, or lowest, as when a guard judges
+        long texts, among those that were cut for that; and whose they are.
+        """
+        ways = self.guard.config.windows_by_label
+        signs = logits.new_tensor([1.0 if way == "max" else -1.0 for way in ways])
+        counts = torch.tensor([[way in self.pool.wanted[window] for way in ways] for window in own])
+        values, places = (logits * signs).masked_fill(~counts, -torch.inf).max(0)
+        return values * signs, places
 
     def _window_logits(self, groups: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         """For each group of windows (n, K) logits at their last tokens, read side by side with those of like length."""

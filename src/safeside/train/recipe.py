@@ -14,6 +14,7 @@ from safeside.adapters.sizing import make_config, sized_config
 from safeside.base.model import Base
 from safeside.errors import ConfigError, problems_of
 from safeside.tasks.task import TASKS
+from safeside.types import Combine
 
 LORA = "lora"  # the kind that is no adapter: see ``safeside.train.run_lora``
 
@@ -125,15 +126,27 @@ class AdapterSection(_Section):
     """Rank of ``toplayers``' updates to the base's own weights, weights of its own unless given; of a ``lora``, 8."""
     readout: Literal["last", "attention"] | None = None
     """What a guard reads: the last token's state, or an attention-weighted mean."""
-    windows: Literal["max", "min"] | None = None
+    windows: Combine | dict[str, Combine] | None = None
     """Which score of a long text's windows a guard goes by; the task's own unless given, for files the highest.
 
-    ``min`` is for claims that one window of a document may support.  It holds for every label.
+    ``min`` is for claims that one window of a document may support.  By label, ``{ unsupported = "min" }``, it holds
+    for that one.
     """
     start: Literal["random", "pruned"] = "random"
     """First weights of an ``lst``: random, or the base's own, pruned by Fisher importance."""
     start_rows: int = Field(1024, ge=1)
     """Training rows that importance is measured on, drawn by the seed."""
+
+    def with_windows(self, config: AdapterConfig) -> AdapterConfig:
+        """The guard's configuration with ``windows`` as they are given here; a name of no label is a ConfigError."""
+        given: object = self.windows
+        if isinstance(self.windows, dict):
+            if unknown := sorted(set(self.windows) - set(config.labels)):
+                expected = ", ".join(config.labels)
+                raise ConfigError(f"windows names {', '.join(unknown)}; expected labels of the guard: {expected}.")
+            named = zip(config.labels, config.windows_by_label, strict=True)
+            given = tuple(self.windows.get(label, other) for label, other in named)
+        return AdapterConfig.model_validate({**config.model_dump(), "windows": given})
 
     @model_validator(mode="after")
     def _one_dial(self) -> AdapterSection:
@@ -337,7 +350,6 @@ class Recipe(_Section):
             "depth",
             "lora_rank",
             "readout",
-            "windows",
         ):
             value = section.model_dump()[field]
             if value is not None:
@@ -346,8 +358,10 @@ class Recipe(_Section):
             task = TASKS.get(self.data.task)
             options = {"labels": task.labels, "windows": task.windows, **options}
         if section.size is not None:
-            return sized_config(base, section.size, section.n_taps, **options)
-        return make_config(base, reduction=section.reduction, **options)  # type: ignore[arg-type]
+            config = sized_config(base, section.size, section.n_taps, **options)
+        else:
+            config = make_config(base, reduction=section.reduction, **options)  # type: ignore[arg-type]
+        return config if section.windows is None else section.with_windows(config)
 
 
 def read_recipe(path: str | Path) -> Recipe:
