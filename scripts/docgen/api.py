@@ -81,6 +81,7 @@ FURTHER = {
     "safeside.scale.engines": ("ScoringEngine",),
     "safeside.tasks.categories": ("find_category", "Category"),
     "safeside.tasks.overlap": ("drop_overlap", "Overlap"),
+    "safeside.tasks.learnt": ("load_learnt",),
     "safeside.tasks.rows": ("load_examples", "messages_of", "BadRow"),
     "safeside.tasks.sources": ("Fields", "Part", "Source"),
     "safeside.tasks.task": ("Task", "TaskRows", "load_task", "register_task"),
