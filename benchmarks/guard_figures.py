@@ -83,7 +83,9 @@ def rows_of(cell: Cell, found: Found, sources: Sequence[str]) -> list[Row]:
         alarms = unscored | (values["harmless"] >= threshold)  # a guard fails closed
         counts = {"n": len(alarms), "n_unscored": int(unscored.sum())}
         rows.append(figure_row(labels, "over_refusal", *share_figure(alarms), **counts, **cost))
-    measured = {"train_seconds", "peak_bytes", "trainable_params"} - ({"peak_bytes"} if cell.method in FITTED else set())
+    measured = {"train_seconds", "peak_bytes", "trainable_params"} - (
+        {"peak_bytes"} if cell.method in FITTED else set()
+    )
     return [*rows, *(figure_row(labels, name, float(found[name]), **cost) for name in sorted(measured))]
 
 

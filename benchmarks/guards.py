@@ -133,9 +133,9 @@ def _not_run(wanted: Iterable[Cell], tried: Iterable[Cell]) -> list[str]:
 def _notes(tried: Mapping[Cell, Found], values: Mapping[Cell, Found]) -> dict[str, object]:
     """What a reader of the figures must know."""
     return {
-        "peak_bytes": "of a worker that held other cells before; side by side the part training measures it; of what is "
-        "fitted and not trained (probe, tfidf, length, prompted) it was not measured",
-        "over_refusal": "of safe prompts and benign instructions, for the tasks of prompts: they are no answers or claims",
+        "peak_bytes": "of a worker that held other cells before; side by side the part training measures it; not "
+        "measured of what is fitted and not trained (probe, tfidf, length, prompted)",
+        "over_refusal": "of safe prompts and benign instructions, for tasks of prompts: they are no answers or claims",
         "train_seconds": "under whatever else ran then, on stored states, of the schedule that was chosen; of "
         "distilled guards without their teacher",
         "schedules": _schedules(values),

@@ -171,7 +171,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, evaluation_rows=1000)
     parser.add_argument("--task", default="prompt_harm", help="a task of prompts")
     parser.add_argument("--also", nargs="*", default=["minilm"], help="further bases")
-    parser.add_argument("--texts", nargs="+", default=list(LENGTHS), choices=list(LENGTHS), help="kinds of text")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        default=list(LENGTHS),
+        choices=list(LENGTHS),
+        help="kinds of text; the file then holds these alone",
+    )
     parser.add_argument("--needles", type=int, default=150, help="of each kind, harmful and harmless")
     return parser
 

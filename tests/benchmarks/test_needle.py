@@ -39,18 +39,20 @@ def test_a_needle_stands_in_its_place_and_the_text_around_is_the_same(made: list
 
 def test_a_needle_is_a_turn_of_a_conversation(made: list[needle.Needle], tiny_base: Base) -> None:
     for one in made:
-        turns = len(one.around["turns"]) + 1
-        for place, turn in {"start": 0, "middle": turns // 2, "end": turns - 1}.items():
+        n_around = len(one.around["turns"])
+        for place, turn in {"start": 0, "middle": n_around // 2, "end": n_around}.items():
             messages = one.at("turns", place).messages
-            assert [message.role for message in messages] == [*["user", "assistant"] * (turns - 1), "user"]
-            assert messages[2 * turn] == one.example.messages[0] or place == "middle"
-            assert [message.content for message in messages].count(one.example.messages[0].content) == 1
+            assert [message.role for message in messages] == [*["user", "assistant"] * n_around, "user"]
+            assert messages[2 * turn] == one.example.messages[0]
+            others = [message.content for message in messages[::2] if message != one.example.messages[0]]
+            assert tuple(others) == one.around["turns"]
 
 
 def test_texts_fit_the_context_or_ask_for_windows(made: list[needle.Needle], tiny_base: Base) -> None:
     for one in made:
         for place in needle.PLACES:
             assert len(windows(tiny_base, one.at("inside", place).messages)) == 1
+            assert len(windows(tiny_base, one.at("turns", place).messages)) == 1
             assert len(windows(tiny_base, one.at("windowed", place).messages)) >= 3
 
 

@@ -25,5 +25,4 @@ def test_it_times_every_step_and_keeps_the_teacher_of_another_run(
     found = {row["method"]: row for row in rows}
     assert list(found) == ["states", "importance", "teacher", *teaching.TRAINED]
     assert all(row["value"] > 0 and row["metric"] == "seconds" and row["n"] == 48 for row in rows)
-    assert found["teacher"]["value"] > found["states"]["value"] / 100
     assert len(list((tmp_path / "teachers").iterdir())) == 1  # of lst_distilled, which had none

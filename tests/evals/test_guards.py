@@ -82,7 +82,7 @@ def test_figures_stand_at_each_rows_own_threshold(tiny_base: Base, random_guard,
     assert report.figures["harm"]["ece"].value == pytest.approx(
         expected_calibration_error(labels, probabilities), abs=1e-5
     )
-    rows, failed = evaluate_command(tiny_base, both, EvalOptions(path, preset="strict"))
+    rows, failed = evaluate_command(tiny_base, both, EvalOptions(path, preset="strict"), str(tmp_path))
     assert [row["value"] for row in rows] == [figure.value for figure in report.figures["harm"].values()]
     assert report.notes == []
     windowed = evaluate_guard(tiny_base, strict, write(path, [*content, {"prompt": LONG, "label": 1}]))
@@ -209,6 +209,6 @@ def test_what_does_not_go_together_is_an_error(
 ) -> None:
     path = write(tmp_path / "rows.jsonl", rows())
     with pytest.raises(InputError, match="'refuse' is an aligner; measure it with --suite"):
-        evaluate_command(tiny_base, random_aligner(tiny_base), EvalOptions(data=path))
+        evaluate_command(tiny_base, random_aligner(tiny_base), EvalOptions(data=path), str(tmp_path))
     with pytest.raises(InputError, match="'harm' is a guard; --gate is for aligners"):
-        evaluate_command(tiny_base, guard, EvalOptions(suite="demo", gate="builtin:harm"))
+        evaluate_command(tiny_base, guard, EvalOptions(suite="demo", gate="builtin:harm"), str(tmp_path))

@@ -209,6 +209,9 @@ def test_what_is_refused_leaves_no_folder_for_its_result(tiny_base: Base, folder
     with pytest.raises(SafesideError, match="changed"):
         save_patched(changed(load_adapter(folder, tiny_base), 1.0), folder, new, tiny_base, {}, loaded="another")
     assert not new.exists()
+    with pytest.raises(InputError, match="keeps no earlier version"):
+        roll_back(folder, new / "deep" / "down")
+    assert not new.exists()
     new.mkdir()  # one's own stays
     with pytest.raises(InputError, match="keeps no earlier version"):
         roll_back(folder, new)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from safeside import Adapter, Base, Message
-from safeside.adapters.config import PRESET_RATES
+from safeside.adapters.config import PRESET_RATES, ModeCalibration
 from safeside.guards.calibrate import threshold_with_bound
 from safeside.guards.score import judge, score_conversations
 from safeside.guards.windowed import calibrate_windows
@@ -31,7 +31,7 @@ def scores_of(base: Base, guard: Adapter, rows: list[Example]) -> np.ndarray:
     which = max if guard.config.windows == "max" else min
     found = []
     for row in rows:
-        parts = windows(base, row.messages)
+        parts = windows(base, row.messages, combine=guard.config.windows)
         assert len(parts) > 1
         found.append(which(one.by_guard[guard.name][0] for one in score_conversations(base, [guard], parts)))
     return np.array(found)
@@ -52,9 +52,8 @@ def test_promises_rest_on_the_scores_of_whole_texts(
     (mode, fit), *others = guard.config.modes.items()
     assert (mode, others, fit.n_harmless) == ("windowed", [], ROWS)  # copies count once
     assert set(fit.presets) == {"strict"}
-    if which == "max":
-        expected = threshold_with_bound(scores_of(tiny_base, guard, harmless), PRESET_RATES["strict"])
-        assert fit.presets["strict"].threshold == pytest.approx((expected,), abs=1e-6)
+    expected = threshold_with_bound(scores_of(tiny_base, guard, harmless), PRESET_RATES["strict"])
+    assert fit.presets["strict"].threshold == pytest.approx((expected,), abs=1e-5)
     assert len(fit.maps) == 1
     assert f"{2 * ROWS + 5} rows are longer than the base's context" in " ".join(capsys.readouterr().err.split())
     flagged = [
@@ -73,7 +72,18 @@ def test_benign_rows_take_the_place_of_harmless_ones(tiny_base: Base, random_gua
     assert other.config.modes["windowed"].presets == guard.config.modes["windowed"].presets
 
 
-def test_without_a_long_row_nothing_is_kept(tiny_base: Base, random_guard: Callable[..., Adapter]) -> None:
-    guard = random_guard(tiny_base)
-    calibrate_windows(tiny_base, guard, [])
-    assert guard.config.modes == {}
+def test_too_few_long_rows_keep_nothing_and_verdicts_say_so(
+    tiny_base: Base, random_guard: Callable[..., Adapter]
+) -> None:
+    """The guard's own threshold was fitted to texts that fit: it stands in, and is never passed for one of windows."""
+    guard, long = random_guard(tiny_base), long_rows(tiny_base, 31, 1.0, 5)
+    guard.set_mode("prompt", ModeCalibration(n_harmless=70))
+    for rows in ([], long[:1]):
+        calibrate_windows(tiny_base, guard, rows)
+        assert set(guard.config.modes) == {"prompt"}
+    told = "not calibrated for mode 'windowed': the guard's own threshold is used"
+    assert told in judge(tiny_base, [guard], [long[0].messages])[0][0].reason
+    calibrate_windows(tiny_base, guard, [*long, *long_rows(tiny_base, 31, 0.0, 6)])
+    fit = guard.config.modes["windowed"]
+    assert (len(fit.maps), fit.presets) == (1, {})
+    assert told in judge(tiny_base, [guard], [long[0].messages])[0][0].reason

@@ -190,6 +190,19 @@ def test_columns_of_a_guards_set_are_checked_where_a_copy_is_here(task: str, tmp
     assert [text for key, text in found.items() if key.startswith("hub:") and "usable and 0 bad" in str(text)]
 
 
+def test_tasks_that_are_kept_apart_are_looked_for(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, guard_rows(8, 1))))
+    path = tmp_path / "recipe.toml"
+    data = 'train = ["train.jsonl"]\nvalidation = ["validation.jsonl"]\nagainst = ["hate", "hats"]\n'
+    path.write_text(f'name = "harm"\noutput = "out"\n[data]\n{data}')
+    found = dry_run(path, tmp_path)
+    assert [found[f"against {name}"] for name in ("hate", "hats")] == ["cannot be used"] * 2
+    assert [problem.split(":")[0] for problem in found["problems"]] == ["against hate", "against hats"]
+    make_data(TASKS.get("hate"), tmp_path)
+    assert re.fullmatch(r"\d+ test rows", str(dry_run(path, tmp_path)["against hate"]))
+
+
 def test_columns_of_preferences_are_checked_where_a_copy_is_here(tmp_path: Path) -> None:
     path = copied("zephyr_7b_align_dpo.toml", tmp_path)
     rows = [
@@ -208,13 +221,6 @@ def test_columns_of_preferences_are_checked_where_a_copy_is_here(tmp_path: Path)
     found = dry_run(path, tmp_path)
     assert (found["problems"], found["leave_out strongreject"]) == ([], "1 goals")
     assert found[chat] == "1 usable and 0 bad among the first 1 rows"
-    path.write_text(path.read_text().replace("[data]\n", '[data]\nagainst = ["hate", "hats"]\n'))
-    apart = dry_run(path, tmp_path)
-    assert [apart[f"against {name}"] for name in ("hate", "hats")] == ["cannot be used"] * 2
-    assert [problem.split(":")[0] for problem in apart["problems"]] == ["against hate", "against hats"]
-    make_data(TASKS.get("hate"), tmp_path)
-    assert re.fullmatch(r"\d+ test rows", str(dry_run(path, tmp_path)["against hate"]))
-    path.write_text(path.read_text().replace(', "hats"', ""))
     path.write_text(path.read_text().replace(REVISION, OTHER))  # sets are cached by their folder
     for split in ("train", "test"):
         broken = [{**rows[0], "safer_response_id": 2}, *rows] if split == "train" else rows

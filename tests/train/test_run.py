@@ -24,12 +24,12 @@ from safeside.guards.score import score_conversations
 from safeside.tasks.learnt import LEARNT_FILE
 from safeside.tasks.rows import BadRow
 from safeside.tasks.sources import Part, Source
-from safeside.tasks.task import TASKS, LeftOut, Task, load_task, register_task
+from safeside.tasks.task import TASKS, Task, load_task, register_task
 from safeside.train import objectives as module
-from safeside.train import run as module_of_run
 from safeside.train.command import summary_of
 from safeside.train.loop import CHECKPOINT, Progress
 from safeside.train.recipe import Recipe
+from safeside.train.rows import Rows
 from safeside.train.run import TAPS, Run, run_recipe
 from safeside.train.splits import encode_rows, load_splits
 from safeside.types import Example
@@ -471,12 +471,39 @@ def test_rows_of_the_test_sets_of_other_tasks_are_left_out(
     for before, after, row in zip(plain, found, taken, strict=True):
         texts = [{example.messages[0].content for example in rows.examples} for rows in (before, after)]
         assert row["prompt"] in texts[0] - texts[1]
-        old, new = (rows.left_out or LeftOut() for rows in (before, after))
-        n_new = new.exact + new.near - old.exact - old.near
-        assert new.exact > old.exact
-        assert len(before.examples) - len(after.examples) == n_new < len(before.examples)
-    line = f"training: {found[0].left_out.summary}; validation: {found[1].left_out.summary}"
-    assert module_of_run._task_left_out(found) == {"task_left_out": line}
+        n_gone = len(before.examples) - len(after.examples)
+        assert 0 < n_gone < len(before.examples)
+        if kind == "files":
+            assert (after.n_in_tests, after.left_out) == (n_gone, None), "nobody looked for repeated texts"
+        else:
+            assert n_gone == sum(leaks_of(after)) - sum(leaks_of(before))
+            assert leaks_of(after)[0] > leaks_of(before)[0]
+
+
+def leaks_of(rows: Rows) -> tuple[int, int]:
+    assert rows.left_out is not None
+    return rows.left_out.exact, rows.left_out.near
+
+
+def test_rows_in_other_test_sets_are_told(tiny_base: Base, jokes: str, tmp_path: Path) -> None:
+    """In summary and provenance, of benign rows too; where none is left the error says why."""
+    test = [row for row in guard_rows(120, 3) if not row["label"]]
+    for split in ("train", "validation"):
+        write(tmp_path / f"own_{split}.jsonl", guard_rows(80, len(split)))
+    write(tmp_path / "clean.jsonl", [*test[:3], *({"prompt": f"{n} ; said {n} {n}", "label": 0} for n in range(5))])
+    data = {"train": ["own_train.jsonl"], "validation": ["own_validation.jsonl"], "against": [jokes]}
+    values = recipe(data=data, training={"epochs": 1}, calibration={"benign": ["clean.jsonl"]})
+    run = run_recipe(values, data_root=tmp_path, output=tmp_path / "out", base=tiny_base)
+    counts = [rows.n_in_tests for rows in run.splits]
+    assert counts[2] == 3
+    assert summary_of(run, 0.1)["rows_in_tests"] == sum(counts)
+    told = json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())["in_tests"]
+    assert told == f"{counts[0]} training, {counts[1]} validation, 3 benign rows in the test sets of {jokes}"
+    write(tmp_path / "own_train.jsonl", test)
+    with pytest.raises(ConfigError, match=rf"{len(test)} stand in the test sets that against names"):
+        load_splits(tiny_base, values, tmp_path, ("harm",))
+    with pytest.raises(ValidationError, match=r"data.against: for guards only"):
+        recipe("answers", data={"against": [jokes]})
 
 
 def test_no_promise_rests_on_training_rows(tiny_base: Base, tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ class Adapter(nn.Module):
             return f"what was promised for mode {mode!r} was of the scores before a patch or a port"
         if config.preset is not None:
             return f"no preset {config.preset!r} for mode {mode!r}: the guard's own threshold is used"
-        is_missing = bool(config.modes) and mode not in config.modes
+        is_missing = bool(config.modes) and (mode == "windowed" or mode not in config.modes)  # own: of texts that fit
         return f"not calibrated for mode {mode!r}: the guard's own threshold is used" if is_missing else ""
 
     def _promise_in(self, mode: Mode) -> Promise | None:

@@ -73,9 +73,7 @@ class EvalOptions:
     judging: JudgeChoice = field(default_factory=JudgeChoice)
 
 
-def evaluate_command(
-    base: Base, adapter: Adapter, options: EvalOptions, source: str | None = None
-) -> tuple[list[Row], bool]:
+def evaluate_command(base: Base, adapter: Adapter, options: EvalOptions, source: str) -> tuple[list[Row], bool]:
     """Tidy rows of figures, and whether rows were skipped or unscored (the command then exits with 1).
 
     ``source`` is where the adapter comes from, for a guard's record of the rows that it learnt from.
@@ -91,10 +89,10 @@ def evaluate_command(
     adapter = adapter.with_preset(options.preset)
     path = options.data if suite is None else suite.path
     assert path is not None
-    learnt = None if source is None else load_learnt(find_adapter(source))
+    learnt = load_learnt(find_adapter(source))
     with progress_bar("score", None) as advance:
         report = evaluate_guard(base, adapter, path, learnt=learnt, advance=advance, tell=_tell)
-    known = learnt_notes(source or repr(adapter.name), report.n_learnt, "figures on them would flatter it")
+    known = learnt_notes(source, report.n_learnt, "figures on them would flatter it")
     for text in [*report.notes, *known]:
         note(text)
     return guard_rows(report), bool(report.n_skipped or report.n_unscored)

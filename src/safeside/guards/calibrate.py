@@ -141,11 +141,10 @@ def fit_mode(
 ) -> ModeCalibration:
     """What is known of a guard's scores in one reading mode, for ``Adapter.set_mode``.
 
-    ``scores`` (n, K) in [0, 1] and ``labels`` (n, K) of 0 and 1 (NaN: not known) are rows of that mode that the guard
-    did not learn from.  A score is what the mode's decision compares with the threshold: at a text's end for ``prompt``
-    and ``answer``, what the windows come to for ``windowed``, and for ``stream`` the number that stops an answer when
-    it reaches the threshold, one for each whole answer (-inf: too short to be stopped).  NaN counts as 1, for such a
-    text is flagged.
+    ``scores`` (n, K) in [0, 1] and ``labels`` (n, K) of 0 and 1 (NaN: not known) are of rows of that mode.  A score is
+    what the mode's decision compares with the threshold: at a text's end for ``prompt`` and ``answer``, what the
+    windows come to for ``windowed``, and for ``stream`` the number that stops an answer when it reaches the threshold,
+    one for each whole answer (-inf: too short to be stopped).  NaN counts as 1, for such a text is flagged.
 
     Thresholds are promised for each label by itself (``Promise``).  They rest on the rows with label 0, of which each
     of their ``texts`` (n, normalised) counts once if these are given, and none that is in ``learnt``, or on ``benign``
@@ -157,7 +156,7 @@ def fit_mode(
     """
     scores = np.where(np.isnan(scores), 1.0, scores)
     if benign is None:
-        known = np.array(texts or range(len(scores)))
+        known = np.array(texts or range(len(scores)), dtype=object)  # by reference: texts may be long
         unseen = np.array([text not in learnt for text in texts] or [True] * len(scores), dtype=bool)
         harmless = [
             counted_once(column[(label == 0) & unseen], known[(label == 0) & unseen].tolist())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -137,11 +137,13 @@ def calibrate_stream(
     rows: Sequence[Example],
     benign: Sequence[Example] = (),
     *,
+    learnt: Set[str] = frozenset(),
     n_consecutive: int = N_CONSECUTIVE,
 ) -> None:
     """Keep a stop rule in ``guard`` for each preset that its answers among labelled ``rows`` can promise.
 
-    The promises rest on the answers among ``benign`` rows if there are any.  Without an answer nothing is kept.
+    The promises rest on the answers among ``benign`` rows if there are any, and on none whose normalised text the guard
+    has ``learnt``.  Without an answer nothing is kept.
     A preset for which too many of them are shorter than ``n_consecutive`` is left out with a note.
     """
     n_labels, parts = len(guard.config.labels), []
@@ -153,7 +155,7 @@ def calibrate_stream(
         parts.append((stream_scores(found, n_consecutive, n_labels), any_label(labels), texts))
     (scores, labels, texts), (clean, _, clean_texts) = parts
     if not len(clean):
-        is_clean = (labels == 0).all(1)
+        is_clean = (labels == 0).all(1) & np.array([text not in learnt for text in texts], dtype=bool)
         clean, clean_texts = scores[is_clean], tuple(np.array(texts, dtype=object)[is_clean])
     if len(scores) or len(clean):
         once = counted_once(clean, clean_texts)

@@ -24,7 +24,7 @@ from safeside.artifact import (
     save_adapter,
 )
 from safeside.base.model import Base
-from safeside.errors import InputError, SafesideError
+from safeside.errors import InputError
 from safeside.staging import empty_stage, finish_replacing, put_in_place, writing
 from safeside.tasks.learnt import save_learnt
 from safeside.types import Example
@@ -105,16 +105,15 @@ def roll_back(folder: Path, output: Path) -> Path:
 
 @contextmanager
 def _made(output: Path) -> Iterator[None]:
-    """``output`` is there, made if missing; one that was made goes again where nothing came into it."""
-    is_new = not output.exists()
+    """``output`` is there, made if missing; folders that were made go again where nothing came into them."""
+    made = [place for place in (output, *output.parents) if not place.exists()]
     make_folder(output)
     try:
         yield
-    except SafesideError:
-        if is_new:
+    finally:
+        for place in made:
             with suppress(OSError):  # something is in it
-                output.rmdir()
-        raise
+                place.rmdir()
 
 
 def _roll_back(folder: Path, output: Path) -> Path:

@@ -79,6 +79,7 @@ def _figures(run: Run | LoraRun, share: float) -> dict[str, object]:
         "train_rows": len(run.train.ids),
         "rows_too_long": sum(rows.n_too_long for rows in run.splits),
         "rows_overlapping": sum(rows.n_overlapping for rows in run.splits),
+        "rows_in_tests": sum(rows.n_in_tests for rows in run.splits),
         "validation_rows_learnt": _learnt_rows(run),
         **_task_counts(run),
         "bad_rows": sum(len(rows.bad) for rows in run.splits),

@@ -74,8 +74,8 @@ class DataSection(_Section):
     """
 
     against: tuple[str, ...] = ()
-    """Tasks whose test rows nothing may learn from, whatever it learns: rows that are one, or nearly, are left out and
-    counted.  Those of the recipe's own task always are.
+    """For guards: tasks whose test rows nothing may learn from.  Rows that are one, or nearly, are left out and
+    counted; those of the recipe's own task always are.
     """
 
     @model_validator(mode="after")
@@ -306,6 +306,7 @@ class Recipe(_Section):
                 "targets": training.targets != "end",
                 "calibration": self.calibration != CalibrationSection(),
                 "adapter.windows": self.adapter.windows,
+                "data.against": self.data.against,
             },
             "align": {
                 "objective": training.objective != "sft",

@@ -33,6 +33,8 @@ class Rows:
     """Rows beyond the base's context as they were read, preferences apart: a guard judges such texts in windows."""
     n_overlapping: int = 0
     """Rows that ask for what an evaluation asks for, and were left out."""
+    n_in_tests: int = 0
+    """Rows of files that stand, or nearly, in a test set that ``against`` names, and were left out."""
     left_out: LeftOut | None = None
     """Of a task's split, what the task did not use, leaks among it; None where no task was read: nobody looked."""
     examples: list[Example] = field(default_factory=list)

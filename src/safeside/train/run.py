@@ -200,10 +200,11 @@ def _calibrate(base: Base, adapter: Adapter, recipe: Recipe, sources: Sequence[S
         for source, rows in zip(sources[1:], held_out, strict=True)
     ]
     calibrate_guard(adapter, recipe.calibration.false_positive_rate, *judged)
-    calibrate_windows(base, adapter, *(rows.beyond for rows in held_out))
+    longest = min(recipe.data.max_tokens or base.max_tokens, base.max_tokens)  # as many tokens at once as in training
+    batch_size = max(1, recipe.training.batch_size * longest // base.max_tokens)
+    calibrate_windows(base, adapter, *(rows.beyond for rows in held_out), batch_size=batch_size)
     if recipe.training.targets == "prefixes":
-        unseen = [[row for row in rows.examples if text_of(row) not in learnt] for rows in held_out]
-        calibrate_stream(base, adapter, *unseen)
+        calibrate_stream(base, adapter, *(rows.examples for rows in held_out), learnt=learnt)
 
 
 def _sources(
@@ -267,12 +268,21 @@ def _aligner_facts(recipe: Recipe, train: Rows) -> dict[str, str]:
 
 
 def _left_out(recipe: Recipe, splits: Sequence[Rows]) -> dict[str, str]:
-    """How many rows were left out because an evaluation asks for the same."""
-    if not recipe.data.leave_out:
-        return {}
-    names = ("training", "validation", "benign")
-    counts = ", ".join(f"{rows.n_overlapping} {name}" for name, rows in zip(names, splits, strict=False))
-    return {"left_out": f"{counts} rows that overlap with {', '.join(recipe.data.leave_out)}"}
+    """How many rows were left out because an evaluation asks for the same, or a test set of another task holds them."""
+    data, names = recipe.data, ("training", "validation", "benign")
+
+    def told(counts: Sequence[int]) -> str:
+        return ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=False)) + " rows"
+
+    facts = {}
+    if data.leave_out:
+        overlapping = told([rows.n_overlapping for rows in splits])
+        facts["left_out"] = f"{overlapping} that overlap with {', '.join(data.leave_out)}"
+    if data.against and data.task is None:
+        facts["in_tests"] = (
+            f"{told([rows.n_in_tests for rows in splits])} in the test sets of {', '.join(data.against)}"
+        )
+    return facts
 
 
 def _task_left_out(splits: Sequence[Rows]) -> dict[str, str]:

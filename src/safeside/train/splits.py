@@ -37,6 +37,8 @@ class Found:
     """The others, and why."""
     n_overlapping: int = 0
     """Rows that were left out because of an evaluation's goals."""
+    n_in_tests: int = 0
+    """Rows that were left out because they stand in a test set."""
     left_out: LeftOut | None = None
     """What a task did not use."""
 
@@ -48,13 +50,13 @@ class Found:
         return replace(self, examples=overlap.kept, n_overlapping=self.n_overlapping + overlap.n_dropped)
 
     def apart_from(self, tests: Sequence[str]) -> Found:
-        """Those whose text is not among ``tests``, nor a near duplicate of one; they are counted as leaks."""
+        """Those whose normalised text is not among ``tests``, nor a near duplicate of one."""
         if not tests:
             return self
         leaks = find_leaks([text_of(example) for example in self.examples], tests)
         gone = {*leaks.exact, *leaks.near}
         kept = [example for place, example in enumerate(self.examples) if place not in gone]
-        return replace(self, examples=kept, left_out=LeftOut(exact=len(leaks.exact), near=len(leaks.near)))
+        return replace(self, examples=kept, n_in_tests=len(gone))
 
 
 def find_data(name: str, root: Path) -> Path:
@@ -183,7 +185,8 @@ def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...],
         bad += broken
         bad += [BadRow(row.line, f"{name}: a training row too, and a promise rests on unseen rows") for row in seen]
     goals = goals_to_leave_out(recipe.data.leave_out, root)
-    return _encoded(base, Found(examples, bad).without(goals), None, recipe, ", ".join(names))
+    kept = Found(examples, bad).without(goals).apart_from(texts_of_tests(recipe.data.against, root))
+    return _encoded(base, kept, None, recipe, ", ".join(names))
 
 
 def _from_files(
@@ -251,10 +254,11 @@ def _from_task(
 def _encoded(base: Base, found: Found, limit: int | None, recipe: Recipe, name: str) -> Rows:
     rows = encode_rows(base, found.examples, limit, recipe.seed, recipe.data.max_tokens)
     rows.bad = [*found.bad, *rows.bad]
-    rows.n_overlapping, rows.left_out = found.n_overlapping, found.left_out
+    rows.n_overlapping, rows.n_in_tests, rows.left_out = found.n_overlapping, found.n_in_tests, found.left_out
     if not rows.ids:
         first = f"; the first bad row: line {rows.bad[0].line}, {rows.bad[0].problem}" if rows.bad else ""
         long = f"; {rows.n_too_long} are longer than max_tokens or the base's context" if rows.n_too_long else ""
         same = f"; {rows.n_overlapping} overlap with what leave_out names" if rows.n_overlapping else ""
-        raise ConfigError(f"No usable row in {name}{first}{long}{same}. Check the files.")
+        test = f"; {rows.n_in_tests} stand in the test sets that against names" if rows.n_in_tests else ""
+        raise ConfigError(f"No usable row in {name}{first}{long}{same}{test}. Check the files.")
     return rows
