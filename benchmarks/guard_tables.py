@@ -115,10 +115,10 @@ def port_table(rows: Sequence[Row]) -> Table:
     """A line for each source, target and method."""
     names, forms = ("source", "target", "method"), dict.fromkeys(("kept_auroc", "auroc"), "{:.3f}")
     lines = [
-        [*key, *cells_of(rows, names, key, forms), share_cell(some)]
+        [*key, str(len({row.get("seed") for row in some})), *cells_of(rows, names, key, forms), share_cell(some)]
         for key, some in grouped(rows, "kept_auroc", *names).items()
     ]
-    return (*names, "AUROC kept", "AUROC", "of the target's compute"), lines
+    return (*names, "seeds", "AUROC kept", "AUROC", "of the target's compute"), lines
 
 
 def training_table(rows: Sequence[Row]) -> Table:

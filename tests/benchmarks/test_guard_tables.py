@@ -131,7 +131,7 @@ def test_ports_and_training_have_a_line_for_each_method(tmp_path: Path) -> None:
     rows = [row(metric, 0.5, source="a", target="b", method="map") for metric in ("kept_auroc", "auroc")]
     rows = [{**each, "flops_share": 0.076} for each in rows]
     figure = "0.500 (0.250 to 0.750)"
-    assert written(tmp_path, "port", rows).splitlines()[-1] == f"| a | b | map | {figure} | {figure} | 7.6% |"
+    assert written(tmp_path, "port", rows).splitlines()[-1] == f"| a | b | map | 1 | {figure} | {figure} | 7.6% |"
     values = {"step_seconds": 2.0, "ratio_to_full": 0.5, "peak_bytes": 3e9, "trainable_params": 5e5}
     rows = [figure_row({"method": "lst", "geometry": "tiny"}, metric, value) for metric, value in values.items()]
     assert written(tmp_path, "training", rows).splitlines()[-1] == "| lst | tiny | 2.00 | 0.5000 |  | 3.00 | 0.50 |"
