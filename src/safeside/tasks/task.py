@@ -170,7 +170,7 @@ def load_task(
         _read_source(found, source, Path(root))
     _drop_conflicts(found)
     _drop_repeated(found)
-    other_tests = texts_of_tests([other for other in against if other != name], Path(root))
+    other_tests = list(map(text_of, tests_of([other for other in against if other != name], Path(root))))
     _drop_leaks(found, "validation", [*map(text_of, found.of("test")), *other_tests])
     _drop_leaks(found, "train", [*map(text_of, [*found.of("validation"), *found.of("test")]), *other_tests])
     return _with_supported_labels(found)
@@ -216,13 +216,13 @@ def _examples(source: Source, part: Part, root: Path, labels: tuple[str, ...], l
                 left.not_of_part += 1
 
 
-def texts_of_tests(names: Sequence[str], root: Path) -> list[str]:
-    """The normalised texts of the test rows of the tasks ``names``, whose files lie under ``root``."""
-    found: list[str] = []
+def tests_of(names: Sequence[str], root: Path) -> list[Example]:
+    """The test rows of the tasks ``names``, whose files lie under ``root``; what cannot be read there is none."""
+    found: list[Example] = []
     for task in map(TASKS.get, names):
         for source in task.sources:
             if source.test is not None:
-                found += map(text_of, _examples(source, source.test, root, task.labels[:1], LeftOut()))
+                found += _examples(source, source.test, root, task.labels[:1], LeftOut())
     return found
 
 

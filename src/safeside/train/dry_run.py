@@ -7,7 +7,7 @@ run will take is reckoned, and the data that is here is read as far as its colum
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from safeside.errors import ConfigError, InputError, UnknownNameError
 from safeside.lora import linear_layers
 from safeside.tasks.rows import BadRow, example_of
 from safeside.tasks.sources import HUB, Fields, example_from, hub_place
-from safeside.tasks.task import TASKS, texts_of_tests
+from safeside.tasks.task import TASKS, tests_of
 from safeside.train.estimate import adapter_memory, linear_layers_of, lora_memory, tokens_of
 from safeside.train.recipe import LORA, Recipe, read_recipe
 from safeside.train.run_lora import lora_shape
@@ -187,8 +187,9 @@ def _data_facts(recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[di
         except (InputError, ConfigError) as error:
             facts[place] = "cannot be used"
             problems.append(f"{place}: {error}")
+    kept_apart: dict[str, tuple[Callable[[Sequence[str], Path], Sequence[object]], str, str]]
     kept_apart = {f"leave_out {name}": (goals_to_leave_out, name, "goals") for name in recipe.data.leave_out}
-    kept_apart |= {f"against {name}": (texts_of_tests, name, "test rows") for name in recipe.data.against}
+    kept_apart |= {f"against {name}": (tests_of, name, "test rows") for name in recipe.data.against}
     for place, (read, name, what) in kept_apart.items():
         try:
             facts[place] = f"{len(read([name], root))} {what}"

@@ -13,11 +13,11 @@ import torch
 from safeside.base.model import Base
 from safeside.chat import Encoded
 from safeside.errors import ConfigError, InputError
-from safeside.tasks.leakage import find_leaks, text_of
+from safeside.tasks.leakage import text_of, without_leaks
 from safeside.tasks.overlap import GOALS, drop_overlap
 from safeside.tasks.rows import BadRow, for_one_label, kind_of, load_examples, messages_of
 from safeside.tasks.sources import HUB, Row, load_place, read_rows
-from safeside.tasks.task import LeftOut, Split, load_task, texts_of_tests
+from safeside.tasks.task import LeftOut, Split, load_task, tests_of
 from safeside.train.recipe import DataSection, Recipe
 from safeside.train.rows import Rows
 from safeside.train.teacher import read_scores, with_scores
@@ -49,14 +49,12 @@ class Found:
         overlap = drop_overlap(self.examples, goals)
         return replace(self, examples=overlap.kept, n_overlapping=self.n_overlapping + overlap.n_dropped)
 
-    def apart_from(self, tests: Sequence[str]) -> Found:
-        """Those whose normalised text is not among ``tests``, nor a near duplicate of one."""
+    def apart_from(self, tests: Sequence[Example]) -> Found:
+        """Those that are none of ``tests``, nor nearly (see ``safeside.tasks.leakage``)."""
         if not tests:
             return self
-        leaks = find_leaks([text_of(example) for example in self.examples], tests)
-        gone = {*leaks.exact, *leaks.near}
-        kept = [example for place, example in enumerate(self.examples) if place not in gone]
-        return replace(self, examples=kept, n_in_tests=len(gone))
+        kept, n_gone = without_leaks(self.examples, tests)
+        return replace(self, examples=kept, n_in_tests=n_gone)
 
 
 def find_data(name: str, root: Path) -> Path:
@@ -185,7 +183,7 @@ def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...],
         bad += broken
         bad += [BadRow(row.line, f"{name}: a training row too, and a promise rests on unseen rows") for row in seen]
     goals = goals_to_leave_out(recipe.data.leave_out, root)
-    kept = Found(examples, bad).without(goals).apart_from(texts_of_tests(recipe.data.against, root))
+    kept = Found(examples, bad).without(goals).apart_from(tests_of(recipe.data.against, root))
     return _encoded(base, kept, None, recipe, ", ".join(names))
 
 
@@ -199,7 +197,7 @@ def _from_files(
     unread = sorted(set(data.label_of) - {*data.train, *data.validation})
     if unread:
         raise ConfigError(f"label_of names {', '.join(unread)}, which is neither a training nor a validation file.")
-    splits, tests = [], texts_of_tests(data.against, root)
+    splits, tests = [], tests_of(data.against, root)
     for names, limit in ((data.train, data.limit), (data.validation, None)):
         found = Found(*read_files(names, root, labels, data)).without(goals).apart_from(tests)
         splits.append(_encoded(base, found, limit, recipe, ", ".join(names)))
