@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import needle
@@ -72,7 +74,8 @@ def test_it_writes_figures_for_every_place(
     found = {(row["method"], row["text"], row["place"], row["metric"]): row for row in result["rows"]}
     places = [
         ("alone", "alone"),
-        *((text, place) for text in ("inside", "windowed", "turns") for place in needle.PLACES),
+        *((text, place) for text in ("inside", "windowed") for place in needle.PLACES),
+        *((text, place) for place in needle.PLACES for text in ("turns", "each_turn")),
     ]
     assert list(found) == [
         (method, *place, metric)
@@ -84,3 +87,26 @@ def test_it_writes_figures_for_every_place(
     counts = result["notes"]["bases"]["llama"]["rows"]
     assert counts["lst_needles"]["train"] == counts["lst"]["train"] + 10
     assert len({row["config_hash"] for row in result["rows"]}) == 2
+
+
+def test_the_riskiest_of_the_whole_and_of_each_turn_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harms = {"one": 0.1, "two": 0.9, "three": math.nan}
+
+    def scored(lesson: object, guards: Mapping[int, object], examples: Sequence[Example]) -> dict[int, needle.Judged]:
+        scores = [harms[example.messages[0].content] if len(example.messages) == 1 else 0.5 for example in examples]
+        return {seed: needle.Judged(np.array(scores) * seed, np.zeros(len(scores))) for seed in guards}
+
+    def asked(*texts: str) -> Example:
+        turns = [turn for text in texts for turn in (Message("user", text), Message("assistant", "a"))]
+        return Example(tuple(turns[:-1]), (1.0,))
+
+    monkeypatch.setattr(needle.Judged, "by", staticmethod(scored))
+    examples = [asked("one", "one"), asked("two", "one"), asked("one", "one", "two"), asked("one", "three")]
+    whole = {seed: needle.Judged(np.full(4, 0.5 * seed), np.ones(4)) for seed in (1, 2)}
+    found = needle.by_turns(None, {1: None, 2: None}, examples, whole)  # type: ignore[arg-type, dict-item]
+    assert found[1].scores.tolist()[:3] == [0.5, 0.9, 0.9]
+    assert found[2].scores.tolist()[:3] == [1.0, 1.8, 1.8]
+    assert math.isnan(found[1].scores[3])  # fails closed
+    assert found[1].labels.tolist() == [1.0] * 4
