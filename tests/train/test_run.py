@@ -499,6 +499,12 @@ def test_rows_in_other_test_sets_are_told(tiny_base: Base, jokes: str, tmp_path:
     assert summary_of(run, 0.1)["rows_in_tests"] == sum(counts)
     told = json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())["in_tests"]
     assert told == f"{counts[0]} training, {counts[1]} validation, 3 benign rows in the test sets of {jokes}"
+    of_task = recipe(
+        data={"task": jokes, "against": [jokes]}, training={"epochs": 1}, calibration={"benign": ["clean.jsonl"]}
+    )
+    run_recipe(of_task, data_root=tmp_path, output=tmp_path / "task", base=tiny_base)
+    told = json.loads((tmp_path / "task" / PROVENANCE_FILE).read_text())["in_tests"]
+    assert told == f"3 benign rows in the test sets of {jokes}", "those of the task are told as its leaks"
     write(tmp_path / "own_train.jsonl", test)
     with pytest.raises(ConfigError, match=rf"{len(test)} stand in the test sets that against names"):
         load_splits(tiny_base, values, tmp_path, ("harm",))

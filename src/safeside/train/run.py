@@ -269,19 +269,15 @@ def _aligner_facts(recipe: Recipe, train: Rows) -> dict[str, str]:
 
 def _left_out(recipe: Recipe, splits: Sequence[Rows]) -> dict[str, str]:
     """How many rows were left out because an evaluation asks for the same, or a test set of another task holds them."""
-    data, names = recipe.data, ("training", "validation", "benign")
-
-    def told(counts: Sequence[int]) -> str:
-        return ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=False)) + " rows"
-
-    facts = {}
+    data, facts = recipe.data, {}
+    named = dict(zip(("training", "validation", "benign"), splits, strict=False))
     if data.leave_out:
-        overlapping = told([rows.n_overlapping for rows in splits])
-        facts["left_out"] = f"{overlapping} that overlap with {', '.join(data.leave_out)}"
-    if data.against and data.task is None:
-        facts["in_tests"] = (
-            f"{told([rows.n_in_tests for rows in splits])} in the test sets of {', '.join(data.against)}"
-        )
+        counts = [f"{rows.n_overlapping} {name}" for name, rows in named.items()]
+        facts["left_out"] = f"{', '.join(counts)} rows that overlap with {', '.join(data.leave_out)}"
+    of_files = {name: rows for name, rows in named.items() if rows.left_out is None}  # a task tells its leaks itself
+    if data.against and of_files:
+        counts = [f"{rows.n_in_tests} {name}" for name, rows in of_files.items()]
+        facts["in_tests"] = f"{', '.join(counts)} rows in the test sets of {', '.join(data.against)}"
     return facts
 
 
