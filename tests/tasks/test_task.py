@@ -13,7 +13,7 @@ import pytest
 from safeside.errors import ConfigError, InputError, UnknownNameError
 from safeside.tasks.categories import Annotation
 from safeside.tasks.sources import Fields, Part, Source
-from safeside.tasks.task import HELD_OUT, TASKS, LeftOut, Task, hash_of, load_task, register_task
+from safeside.tasks.task import HELD_OUT, TASKS, LeftOut, Task, hash_of, load_task, register_task, rows_of_tests
 
 Rows = list[dict[str, object] | bytes]
 PLAIN = Fields()
@@ -173,6 +173,28 @@ def test_the_test_sets_of_other_tasks_count_when_named(task: Callable[..., str],
     found = load_task(mine, tmp_path, against=[mine, other])
     assert [found.left_out["one", split].exact for split in ("train", "validation", "test")] == [1, 1, 0]
     assert len(found.of("train")) == 20
+
+
+def test_a_narrowed_task_is_compared_with_its_other_sources_when_named(tmp_path: Path) -> None:
+    shared = row("a prompt that another source is measured on", 1)
+    for name, rows in {"a_train": [*unlike(20), shared], "a_test": unlike(5, 60), "b_test": [shared]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = [
+        Source("a", train=Part("a_train.jsonl"), test=Part("a_test.jsonl")),
+        Source("b", test=Part("b_test.jsonl")),
+    ]
+    register_task("tests/parts", Task("tests/parts", ("harm",), tuple(parts)))
+    try:
+        n_leaks = [
+            sum(load_task("tests/parts", tmp_path, sources=sources, against=against).left_out_of(split).exact
+                for split in ("train", "validation"))
+            for sources, against in (((), ()), (["a"], ()), (["a"], ["tests/parts"]))
+        ]  # fmt: skip
+        assert n_leaks == [1, 0, 1]
+        assert len(rows_of_tests(["tests/parts"], tmp_path)) == 6
+        assert len(rows_of_tests(["tests/parts"], tmp_path, sources=["a"])) == 5
+    finally:
+        TASKS.unregister("tests/parts")
 
 
 def test_bad_lines_are_skipped_and_named(task: Callable[..., str], tmp_path: Path) -> None:

@@ -204,6 +204,15 @@ def test_rows_that_are_examples_too_are_not_measured_or_replayed(tiny_base: Base
     assert [len(part) for part in report.parts] == [8, 6, len(replay), 9]
 
 
+def test_what_a_patch_is_measured_by_is_not_replayed(tiny_base: Base, trained: Path) -> None:
+    new, replay = family(16, 3), rows(40, 4, suffix=" x")
+    guard = load_adapter(trained, tiny_base)
+    report = patch_guard(tiny_base, guard, PatchRows(new, [*replay, *new]), replace(QUICK, steps=4))
+    held_out, kept = ({row.messages for row in part} for part in (report.parts.held_out, report.parts.replayed))
+    assert len(held_out) == 4
+    assert not held_out & (kept | {row.messages for row in report.parts.elsewhere})
+
+
 def test_a_text_that_comes_often_is_not_both_replayed_and_measured(tiny_base: Base, trained: Path) -> None:
     often = rows(12, 4, suffix=" x") * 10
     report = patch_guard(tiny_base, load_adapter(trained, tiny_base), PatchRows(family(8, 3), often), QUICK)
@@ -304,7 +313,7 @@ def test_rows_that_cannot_teach_are_refused(
     guard = load_adapter(trained, tiny_base)
     harmless = rows(40, 4, share=0.0)
     for examples, replay, words in (
-        (harmless, harmless, "are all harmless"),
+        (harmless, rows(40, 9, share=0.0, suffix=" x"), "are all harmless"),
         (family(4, 1), family(8, 2), "hold no harmless one"),
         (family(4, 1), [], "hold no harmless one"),
         ([], harmless, "no example to learn from"),
@@ -466,6 +475,17 @@ def test_a_calibration_that_no_longer_holds_is_told(
     assert verdict.threshold == held
     assert "what was promised for mode 'prompt' was of the scores before a patch" in verdict.reason
     assert kept_rule(after) is None
+
+
+def test_a_promise_in_force_is_told_as_gone_though_its_threshold_was_the_guards_own(
+    tiny_base: Base, trained: Path
+) -> None:
+    guard = load_adapter(trained, tiny_base)
+    promise = Promise(threshold=guard.thresholds, false_positive_rate=0.05)
+    guard.set_mode("prompt", ModeCalibration(n_harmless=60, promise=promise))
+    patch_guard(tiny_base, guard, PatchRows(family(8, 3), rows(40, 4)), replace(QUICK, steps=4))
+    assert "what was promised for mode 'prompt' was of the scores before a patch" in guard.fallback_note("prompt")
+    assert guard.fallback_note("answer") == "not calibrated for mode 'answer': the guard's own threshold is used"
 
 
 def test_a_patch_is_measured_by_the_thresholds_in_force(tiny_base: Base, trained: Path) -> None:

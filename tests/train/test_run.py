@@ -499,14 +499,12 @@ def test_rows_in_other_test_sets_are_told(tiny_base: Base, jokes: str, tmp_path:
     assert summary_of(run, 0.1)["rows_in_tests"] == sum(counts)
     told = json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())["in_tests"]
     assert told == f"{counts[0]} training, {counts[1]} validation, 3 benign rows in the test sets of {jokes}"
-    of_task = recipe(
-        data={"task": jokes, "against": [jokes]}, training={"epochs": 1}, calibration={"benign": ["clean.jsonl"]}
-    )
+    of_task = recipe(data={"task": jokes}, training={"epochs": 1}, calibration={"benign": ["clean.jsonl"]})
     run_recipe(of_task, data_root=tmp_path, output=tmp_path / "task", base=tiny_base)
     told = json.loads((tmp_path / "task" / PROVENANCE_FILE).read_text())["in_tests"]
     assert told == f"3 benign rows in the test sets of {jokes}", "those of the task are told as its leaks"
     write(tmp_path / "own_train.jsonl", test)
-    with pytest.raises(ConfigError, match=rf"{len(test)} stand in the test sets that against names"):
+    with pytest.raises(ConfigError, match=rf"{len(test)} stand in the test sets that task or against names"):
         load_splits(tiny_base, values, tmp_path, ("harm",))
     with pytest.raises(ValidationError, match=r"data.against: for guards only"):
         recipe("answers", data={"against": [jokes]})
@@ -543,14 +541,16 @@ def test_what_a_task_cannot_teach_is_an_error(tiny_base: Base, jokes: str, tmp_p
         train()
 
 
-def test_rows_that_the_template_refuses_are_bad_rows(tiny_base: Base) -> None:
+def test_rows_that_the_template_refuses_or_that_have_no_token_are_bad_rows(tiny_base: Base) -> None:
     examples = [
         Example((Message("user", "hi"),), (1.0,), None, 1),
         Example((Message("user", "\ud800"),), (1.0,), None, 2),
+        Example((Message("user", ""),), (1.0,), None, 3),
     ]
     rows = encode_rows(tiny_base, examples)
-    assert len(rows.ids) == 1
-    assert [row.line for row in rows.bad] == [2]
+    assert len(rows.ids) == len(rows.examples) == 1
+    assert [row.line for row in rows.bad] == [2, 3]
+    assert "makes no token of this conversation's text" in rows.bad[1].problem
     assert isinstance(rows.bad[0], BadRow)
 
 

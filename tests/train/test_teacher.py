@@ -149,6 +149,14 @@ def test_scores_are_kept_and_found_again(tiny_base: Base, tmp_path: Path, monkey
     flipped.labels = 1 - flipped.labels
     teacher_scores(tiny_base, recipe(), (flipped, validation), tmp_path)
     assert n_trained == 4
+    teacher_scores(tiny_base, recipe(training={"soft_weight": 0.5, "weight_decay": 0.5}), (train, validation), tmp_path)
+    others = validation.chosen(range(20))
+    others.labels = 1 - others.labels  # they choose the teachers' epochs
+    teacher_scores(tiny_base, recipe(), (train, others), tmp_path)
+    assert n_trained == 6
+    other = {"soft_weight": 0.9, "epochs": 9, "checkpoint_seconds": 1.0}
+    teacher_scores(tiny_base, recipe(training=other), (train, validation), tmp_path)
+    assert n_trained == 6, "what a teacher does not learn by"
 
 
 def test_too_few_rows_for_the_folds_are_an_error(tiny_base: Base) -> None:

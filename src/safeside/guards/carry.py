@@ -44,12 +44,17 @@ def in_force(guard: Adapter, modes: Sequence[Mode]) -> Array:
 
 
 def carry_thresholds(guard: Adapter, old: Adapter, calibration: Calibration, rows: ScoredTwice, choose: Choose) -> None:
-    """Give ``guard`` the ``calibration`` with thresholds chosen anew, its own and those of each mode that had others.
+    """Give ``guard`` the ``calibration`` with thresholds chosen anew: its own, and those of each mode that had others
+    or a promise in force.
 
     A threshold is chosen on the rows that it judges, or on all of them where it judges none.  Promises, presets, maps
     to probabilities, stop rules and the rate of its own threshold are dropped: they were of other scores.
     """
-    others = [mode for mode in old.config.modes if mode != "stream" and old.thresholds_in(mode) != old.thresholds]
+    others = [
+        mode
+        for mode, found in old.config.modes.items()
+        if mode != "stream" and (found.of_preset(old.config.preset) or old.thresholds_in(mode) != old.thresholds)
+    ]
 
     def chosen(thresholds: Sequence[float], some: NDArray[np.bool_]) -> tuple[float, ...]:
         columns = zip(thresholds, rows.before[some].T, rows.after[some].T, strict=True)

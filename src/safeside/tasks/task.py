@@ -156,8 +156,9 @@ def load_task(
     """The rows of the task ``name``, read from files under ``root`` and from the hub.
 
     ``labels`` are the task's own label and categories to learn beside it; the task's when None.  ``sources`` narrows
-    the task.  Rows of train or validation that stand in a test set, of this task or of those named in ``against``, are
-    left out, and so are training rows that stand in validation.  Nothing is left out without being counted.
+    the task; test sets of its other sources are looked at where ``against`` names it too.  Rows of train or validation
+    that stand in a test set, of this task or of those in ``against``, are left out, and so are training rows that stand
+    in validation.  Nothing is left out without being counted.
     """
     task = TASKS.get(name)
     if labels is not None:
@@ -170,7 +171,8 @@ def load_task(
         _read_source(found, source, Path(root))
     _drop_conflicts(found)
     _drop_repeated(found)
-    other_tests = list(map(text_of, tests_of([other for other in against if other != name], Path(root))))
+    others = [other for other in against if sources or other != name]
+    other_tests = list(map(text_of, rows_of_tests(others, Path(root))))
     _drop_leaks(found, "validation", [*map(text_of, found.of("test")), *other_tests])
     _drop_leaks(found, "train", [*map(text_of, [*found.of("validation"), *found.of("test")]), *other_tests])
     return _with_supported_labels(found)
@@ -216,11 +218,14 @@ def _examples(source: Source, part: Part, root: Path, labels: tuple[str, ...], l
                 left.not_of_part += 1
 
 
-def tests_of(names: Sequence[str], root: Path) -> list[Example]:
-    """The test rows of the tasks ``names``, whose files lie under ``root``; what cannot be read there is none."""
+def rows_of_tests(names: Sequence[str], root: Path, *, sources: Sequence[str] = ()) -> list[Example]:
+    """The test rows of the tasks ``names``, whose files lie under ``root``; what cannot be read there is none.
+
+    ``sources`` narrows them all.
+    """
     found: list[Example] = []
     for task in map(TASKS.get, names):
-        for source in task.sources:
+        for source in (task.narrowed(sources) if sources else task).sources:
             if source.test is not None:
                 found += _examples(source, source.test, root, task.labels[:1], LeftOut())
     return found

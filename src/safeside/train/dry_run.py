@@ -25,7 +25,7 @@ from safeside.errors import ConfigError, InputError, UnknownNameError
 from safeside.lora import linear_layers
 from safeside.tasks.rows import BadRow, example_of
 from safeside.tasks.sources import HUB, Fields, example_from, hub_place
-from safeside.tasks.task import TASKS, tests_of
+from safeside.tasks.task import TASKS, rows_of_tests
 from safeside.train.estimate import adapter_memory, linear_layers_of, lora_memory, tokens_of
 from safeside.train.recipe import LORA, Recipe, read_recipe
 from safeside.train.run_lora import lora_shape
@@ -189,7 +189,7 @@ def _data_facts(recipe: Recipe, root: Path, labels: tuple[str, ...]) -> tuple[di
             problems.append(f"{place}: {error}")
     kept_apart: dict[str, tuple[Callable[[Sequence[str], Path], Sequence[object]], str, str]]
     kept_apart = {f"leave_out {name}": (goals_to_leave_out, name, "goals") for name in recipe.data.leave_out}
-    kept_apart |= {f"against {name}": (tests_of, name, "test rows") for name in recipe.data.against}
+    kept_apart |= {f"against {name}": (rows_of_tests, name, "test rows") for name in recipe.data.against}
     for place, (read, name, what) in kept_apart.items():
         try:
             facts[place] = f"{len(read([name], root))} {what}"

@@ -59,8 +59,8 @@ class PatchReport:
     n_unused: int
     """Further rows to replay or measure elsewhere, beyond the settings' limit."""
     n_repeated: int
-    """Rows to measure or replay whose text is an example's too, and copies of rows to replay or measure elsewhere: left
-    out."""
+    """Rows to measure or replay whose text is an example's too, and further copies of rows that are measured or
+    replayed: left out."""
     n_windowed: int
     """Rows longer than the base's context, read in windows."""
     seconds: float
@@ -164,6 +164,7 @@ def _parted(guard: Adapter, rows: PatchRows, settings: PatchSettings) -> tuple[P
     known = {text_of(example) for example in examples}
     given = [held_out, rows.replay, rows.elsewhere or ()]
     held_out = [row for row in held_out if text_of(row) not in known]
+    known |= {text_of(row) for row in held_out}
     replay, elsewhere = (_fresh(some, known) for some in given[1:])
     n_repeated = sum(map(len, given)) - len(held_out) - len(replay) - len(elsewhere)
     generator.shuffle(replay)

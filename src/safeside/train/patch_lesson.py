@@ -18,6 +18,7 @@ from safeside.adapters.adapter import Adapter
 from safeside.base.model import Base
 from safeside.content import refuse_empty
 from safeside.errors import InputError
+from safeside.guards.blank import BlankIds
 from safeside.guards.score import mode_of, place_of
 from safeside.guards.windows import windows
 from safeside.train.loop import Loop, Progress
@@ -89,13 +90,14 @@ def make_pool(base: Base, guard: Adapter, parts: Parts, folder: Path) -> Pool:
     """All rows encoded, and the base's states on them kept in ``folder``.  A row that cannot be is an InputError."""
     ids: list[tuple[int, ...]] = []
     wanted: list[tuple[Combine, ...]] = []
-    of_row = []
+    of_row, blank = [], BlankIds(base)
     ways = tuple(dict.fromkeys(guard.config.windows_by_label))
     rows = [(name, example) for name, part in zip(Parts._fields, parts, strict=True) for example in part]
     for name, example in rows:
         try:
             refuse_empty(example.messages)
             cut = _cut(base, example, ways)
+            blank.refuse(example.messages, cut[0][0])
         except InputError as error:
             kind = name.replace("_", "-")
             raise InputError(f"The {kind} row in line {example.line} of its file cannot be read: {error}") from error

@@ -75,7 +75,8 @@ class DataSection(_Section):
 
     against: tuple[str, ...] = ()
     """For guards: tasks whose test rows nothing may learn from.  Rows that are one, or nearly, are left out and
-    counted; those of the recipe's own task always are.
+    counted.  Those of the recipe's own task always are; with ``sources``, those of its other sources where it is named
+    here too.
     """
 
     @model_validator(mode="after")

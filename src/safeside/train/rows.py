@@ -34,7 +34,7 @@ class Rows:
     n_overlapping: int = 0
     """Rows that ask for what an evaluation asks for, and were left out."""
     n_in_tests: int = 0
-    """Rows of files that stand, or nearly, in a test set that ``against`` names, and were left out."""
+    """Rows of files that stand, or nearly, in a test set of the recipe's task or of those in ``against``: left out."""
     left_out: LeftOut | None = None
     """Of a task's split, what the task did not use, leaks among it; None where no task was read: nobody looked."""
     examples: list[Example] = field(default_factory=list)

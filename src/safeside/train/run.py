@@ -275,9 +275,10 @@ def _left_out(recipe: Recipe, splits: Sequence[Rows]) -> dict[str, str]:
         counts = [f"{rows.n_overlapping} {name}" for name, rows in named.items()]
         facts["left_out"] = f"{', '.join(counts)} rows that overlap with {', '.join(data.leave_out)}"
     of_files = {name: rows for name, rows in named.items() if rows.left_out is None}  # a task tells its leaks itself
-    if data.against and of_files:
+    tests = dict.fromkeys([*([] if data.task is None else [data.task]), *data.against])
+    if tests and of_files:
         counts = [f"{rows.n_in_tests} {name}" for name, rows in of_files.items()]
-        facts["in_tests"] = f"{', '.join(counts)} rows in the test sets of {', '.join(data.against)}"
+        facts["in_tests"] = f"{', '.join(counts)} rows in the test sets of {', '.join(tests)}"
     return facts
 
 

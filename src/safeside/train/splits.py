@@ -13,11 +13,12 @@ import torch
 from safeside.base.model import Base
 from safeside.chat import Encoded
 from safeside.errors import ConfigError, InputError
+from safeside.guards.blank import BlankIds
 from safeside.tasks.leakage import text_of, without_leaks
 from safeside.tasks.overlap import GOALS, drop_overlap
 from safeside.tasks.rows import BadRow, for_one_label, kind_of, load_examples, messages_of
 from safeside.tasks.sources import HUB, Row, load_place, read_rows
-from safeside.tasks.task import LeftOut, Split, load_task, tests_of
+from safeside.tasks.task import LeftOut, Split, load_task, rows_of_tests
 from safeside.train.recipe import DataSection, Recipe
 from safeside.train.rows import Rows
 from safeside.train.teacher import read_scores, with_scores
@@ -100,11 +101,15 @@ def encode_rows(
     longest = min(base.max_tokens, max_tokens or base.max_tokens)
     encoded: list[tuple[Example, tuple[Encoded, ...]]] = []
     bad: list[BadRow] = []
+    blank = BlankIds(base)
     for example in examples:
         try:
-            encoded.append((example, _encoded_texts(base, example)))
+            texts = _encoded_texts(base, example)
+            blank.refuse(example.messages, texts[0].ids)
         except InputError as error:
             bad.append(BadRow(example.line, str(error)))
+        else:
+            encoded.append((example, texts))
     fitting = [pair for pair in encoded if all(len(text.ids) <= longest for text in pair[1])]
     n_too_long = len(encoded) - len(fitting)
     if limit is not None and len(fitting) > limit:
@@ -168,7 +173,8 @@ def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...],
     """The harmless rows that a recipe names, labelled or not; None if it names none.
 
     A guard's presets are promised on them: rows whose text is among the training rows ``train`` promise nothing for
-    others and are bad rows.  An aligner is held near the base on them.
+    others and are bad rows, and such as stand in a test set, of the recipe's task or of those in ``against``, are left
+    out and counted.  An aligner is held near the base on them.
     """
     names = recipe.calibration.benign or recipe.data.benign
     if not names:
@@ -183,7 +189,9 @@ def load_benign(base: Base, recipe: Recipe, root: Path, labels: tuple[str, ...],
         bad += broken
         bad += [BadRow(row.line, f"{name}: a training row too, and a promise rests on unseen rows") for row in seen]
     goals = goals_to_leave_out(recipe.data.leave_out, root)
-    kept = Found(examples, bad).without(goals).apart_from(tests_of(recipe.data.against, root))
+    data = recipe.data
+    own = rows_of_tests([data.task], root, sources=data.sources or ()) if data.task is not None else []
+    kept = Found(examples, bad).without(goals).apart_from([*own, *rows_of_tests(data.against, root)])
     return _encoded(base, kept, None, recipe, ", ".join(names))
 
 
@@ -197,7 +205,7 @@ def _from_files(
     unread = sorted(set(data.label_of) - {*data.train, *data.validation})
     if unread:
         raise ConfigError(f"label_of names {', '.join(unread)}, which is neither a training nor a validation file.")
-    splits, tests = [], tests_of(data.against, root)
+    splits, tests = [], rows_of_tests(data.against, root)
     for names, limit in ((data.train, data.limit), (data.validation, None)):
         found = Found(*read_files(names, root, labels, data)).without(goals).apart_from(tests)
         splits.append(_encoded(base, found, limit, recipe, ", ".join(names)))
@@ -257,6 +265,6 @@ def _encoded(base: Base, found: Found, limit: int | None, recipe: Recipe, name: 
         first = f"; the first bad row: line {rows.bad[0].line}, {rows.bad[0].problem}" if rows.bad else ""
         long = f"; {rows.n_too_long} are longer than max_tokens or the base's context" if rows.n_too_long else ""
         same = f"; {rows.n_overlapping} overlap with what leave_out names" if rows.n_overlapping else ""
-        test = f"; {rows.n_in_tests} stand in the test sets that against names" if rows.n_in_tests else ""
+        test = f"; {rows.n_in_tests} stand in the test sets that task or against names" if rows.n_in_tests else ""
         raise ConfigError(f"No usable row in {name}{first}{long}{same}{test}. Check the files.")
     return rows

@@ -23,7 +23,7 @@ from safeside.tasks.rows import BadRow, messages_of, open_rows, parse_rows, soft
 from safeside.train.loop import Loop, processes_on
 from safeside.train.lora import create_lora
 from safeside.train.objectives import guard_logits, guard_metric, guard_objective
-from safeside.train.recipe import Recipe, TeacherSection
+from safeside.train.recipe import Recipe, TeacherSection, TrainingSection
 from safeside.train.rows import Rows
 from safeside.train.taps import key_of
 from safeside.types import Message
@@ -76,8 +76,9 @@ def teacher_scores(base: Base, recipe: Recipe, splits: tuple[Rows, Rows], folder
     """
     train, validation = splits
     assert recipe.teacher is not None
-    identity = [recipe.teacher.model_dump(), recipe.seed, train.labels.tolist(), recipe.training.class_weights]
-    both = [key_of(base, rows.ids, ()) for rows in splits]
+    settings = _training_of(recipe).model_dump(exclude={"checkpoint_seconds", "cache_taps", "temperature"})
+    identity = [recipe.teacher.model_dump(), settings, recipe.seed]
+    both = [(key_of(base, rows.ids, ()), rows.labels.tolist()) for rows in splits]
     path = folder / f"teacher-{config_hash([identity, both])}.jsonl"
     processes = processes_on(base.device)
     if not path.is_file():
@@ -111,12 +112,17 @@ def folds_of(ids: Sequence[tuple[int, ...]], n_folds: int, seed: int) -> list[in
     return [share_of[row] for row in ids]
 
 
+def _training_of(recipe: Recipe) -> TrainingSection:
+    """How a recipe's teachers are trained: as the recipe says, but for what it says of the teacher alone."""
+    fields = {"epochs", "learning_rate", "batch_size"}
+    own = (recipe.teacher or TeacherSection()).model_dump(include=fields)
+    return recipe.training.model_copy(update={**own, "accumulation": 1, "soft_weight": 0.0, "targets": "end"})
+
+
 def _fold_scores(base: Base, recipe: Recipe, splits: tuple[Rows, Rows], unseen: Rows) -> Tensor:
     """(n, K) scores of ``unseen`` by a LoRA guard trained on the first split."""
     teacher, (train, validation) = recipe.teacher or TeacherSection(), splits
-    fields = {"epochs", "learning_rate", "batch_size"}
-    changed = {**teacher.model_dump(include=fields), "accumulation": 1, "soft_weight": 0.0, "targets": "end"}
-    settings = recipe.training.model_copy(update=changed)
+    settings = _training_of(recipe)
     own = recipe.model_copy(update={"training": settings})
     shape = LoraShape(teacher.rank, 2.0 * teacher.rank)
     with create_lora(base, train.labels.shape[1], shape, recipe.seed) as guard:
