@@ -2,7 +2,8 @@
 
 The sources of a task differ in how many of their rows are harmful, so a guard that only tells them apart already has an
 AUROC (``source_alone``).  ``auroc`` is over all rows, as the paper's tables are for one set; ``auroc_within`` is the
-mean over sources of the AUROC among the rows of each, and no knowledge of the source helps it.
+mean over sources of the AUROC among the rows of each, and no knowledge of the source helps it.  Intervals draw prompts
+and documents, with all of their answers and claims: some sets ask 20 prompts 400 times.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ def share_figure(hits: np.ndarray, groups: Sequence[str] | None = None) -> tuple
     return value, (figure.low, figure.high)
 
 
-def rows_of(cell: Cell, found: Found, sources: Sequence[str]) -> list[Row]:
-    """The figures of one cell; ``sources`` names the source of each of its test rows."""
+def rows_of(cell: Cell, found: Found, sources: Sources) -> list[Row]:
+    """The figures of one cell; ``sources`` tells of its test rows."""
     labels = {"task": cell.task, "base": cell.base, "method": cell.method, "seed": cell.seed}
     cost = {"flops_share": found["flops_share"], "config_hash": found["key"]}
     truth, values = ({split: np.array(part[split]) for split in part} for part in (found["labels"], found["values"]))
     scored = np.isfinite(values["test"])
+    prompts, names = np.array(sources.prompts)[scored], np.array(sources.test)[scored]
     n_left_out = sum(found["counts"].get(name, 0) for name in LEFT_OUT)
     counts = {"n": int(scored.sum()), "n_unscored": int((~scored).sum()) + n_left_out}
     test = truth["test"][scored], values["test"][scored]
@@ -70,13 +72,13 @@ def rows_of(cell: Cell, found: Found, sources: Sequence[str]) -> list[Row]:
         functions["ece_before"] = lambda some, value: expected_calibration_error(some, _sigmoid(value), N_BINS)
     rows = [
         figure_row(labels, name, figure.value, (figure.low, figure.high), **counts, **cost)
-        for name, figure in bootstrap(functions, *test).items()
+        for name, figure in bootstrap(functions, *test, groups=prompts.tolist()).items()
     ]
-    rows += _source_rows(labels, test, np.array(sources)[scored], {**counts, **cost})
+    rows += _source_rows(labels, test, (names, prompts), {**counts, **cost})
     windowed = np.array(found["windowed"])[scored]
     for name, some in (("auroc_fit", ~windowed), ("auroc_windowed", windowed)):
         if windowed.any() and len(set(test[0][some])) == 2:
-            figure = bootstrap({name: auroc}, test[0][some], test[1][some])[name]
+            figure = bootstrap({name: auroc}, test[0][some], test[1][some], groups=prompts[some].tolist())[name]
             rows.append(figure_row(labels, name, figure.value, (figure.low, figure.high), n=int(some.sum()), **cost))
     if len(values["harmless"]):
         unscored = ~np.isfinite(values["harmless"])
@@ -89,13 +91,16 @@ def rows_of(cell: Cell, found: Found, sources: Sequence[str]) -> list[Row]:
     return [*rows, *(figure_row(labels, name, float(found[name]), **cost) for name in sorted(measured))]
 
 
-def _source_rows(labels: Mapping[str, object], test: tuple[Array, Array], sources: Array, costs: Found) -> list[Row]:
-    """AUROC within the sources, and that of each of them without an interval."""
+def _source_rows(
+    labels: Mapping[str, object], test: tuple[Array, Array], known: tuple[Array, Array], costs: Found
+) -> list[Row]:
+    """AUROC within the sources, and that of each of them without an interval; ``known`` are sources and prompts."""
+    sources, prompts = known
     codes = codes_of(test[0], sources)
     within = large_sources(codes)
     if not within:
         return []
-    figure = bootstrap({"auroc_within": within_sources}, codes, test[1])["auroc_within"]
+    figure = bootstrap({"auroc_within": within_sources}, codes, test[1], groups=prompts.tolist())["auroc_within"]
     rows = [figure_row(labels, "auroc_within", figure.value, (figure.low, figure.high), **costs)]
     for code in within:
         some = codes // 2 == code
@@ -149,14 +154,12 @@ def _calibration_error(labels: Array, values: Array) -> Callable[[Array, Array],
     return lambda some, value: expected_calibration_error(some, probability(value), N_BINS)
 
 
-def wins_of(
-    place: tuple[str, str], values: Mapping[Cell, Found], sources: Sequence[str], seeds: Sequence[int]
-) -> list[Row]:
+def wins_of(place: tuple[str, str], values: Mapping[Cell, Found], sources: Sources, seeds: Sequence[int]) -> list[Row]:
     """1, 0 or -1: does lst_distilled beat the best standalone on a task and base?  By a paired bootstrap.
 
-    Rows and seeds are drawn anew.  ``win_over_best_standalone`` is of AUROC over all rows, ``win_within_sources`` of
-    that within sources, each against the standalone that is best by it; ``win_over_best_of_three`` leaves out the one
-    that is pruned and distilled.  No row while a cell is missing.
+    Prompts (with their answers) and seeds are drawn anew.  ``win_over_best_standalone`` is of AUROC over all rows,
+    ``win_within_sources`` of that within sources, each against the standalone that is best by it;
+    ``win_over_best_of_three`` leaves out the one that is pruned and distilled.  No row while a cell is missing.
     """
     compared = ("lst_distilled", *STANDALONES)
     cells = {method: [Cell(*place, method, seed) for seed in seeds] for method in compared}
@@ -169,7 +172,7 @@ def wins_of(
     first = values[cells["lst_distilled"][0]]
     scored = np.isfinite(np.concatenate(list(lines.values()))).all(0)
     truth = np.array(first["labels"]["test"])[scored]  # type: ignore[index]
-    codes = codes_of(truth, np.array(sources)[scored])
+    codes, prompts = codes_of(truth, np.array(sources.test)[scored]), np.array(sources.prompts)[scored].tolist()
     lines = {method: line[:, scored] for method, line in lines.items()}
     labels = {"task": place[0], "base": place[1], "method": "lst_distilled", "seed": -1}
     keys = sorted(str(values[cell]["key"]) for some in cells.values() for cell in some)
@@ -184,7 +187,7 @@ def wins_of(
         if known is None:
             continue
         best = _best(metric, known, {method: lines[method] for method in rivals})
-        gain = paired_difference(metric, known, lines["lst_distilled"], lines[best])
+        gain = paired_difference(metric, known, lines["lst_distilled"], lines[best], groups=prompts)
         named = {**labels, "against": best}
         rows.append(figure_row(named, f"win_{over}", _verdict(gain), **costs))
         rows.append(figure_row(named, f"gain_{over}", gain.value, (gain.low, gain.high), **costs))
@@ -204,6 +207,6 @@ def source_alone(place: tuple[str, str], sources: Sources, labels: Sequence[floa
     """What is known of a text from its source alone: the share of harmful rows among that source's training rows."""
     truth, values = np.array(labels), np.array([sources.shares[name] for name in sources.test])
     named = {"task": place[0], "base": place[1], "method": "source_alone", "seed": 0}
-    figure = bootstrap({"auroc": auroc}, truth, values)["auroc"]
+    figure = bootstrap({"auroc": auroc}, truth, values, groups=sources.prompts)["auroc"]
     costs = {"flops_share": 0.0, "config_hash": config_hash(sorted(sources.shares.items()))}
     return [figure_row(named, "auroc", figure.value, (figure.low, figure.high), n=len(truth), **costs)]

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safeside.base.model import Base, load_base
 from safeside.errors import InputError, MissingExtraError
 from safeside.guards.windows import windows
-from safeside.tasks.leakage import without_leaks
+from safeside.provenance import config_hash
+from safeside.tasks.leakage import normalise, without_leaks
 from safeside.tasks.rows import load_examples
 from safeside.tasks.task import Task, TaskRows, load_task
 from safeside.terminal import note
@@ -108,6 +109,8 @@ class Sources:
 
     test: list[str]
     """The source of each test row."""
+    prompts: list[str]
+    """What the prompt or document of each test row is known by; rows that share one are drawn together."""
     labels: list[float]
     """Their labels, to compare with those of cells."""
     shares: dict[str, float]
@@ -182,7 +185,12 @@ def sources_of(setup: Setup, task: str, base_name: str) -> Sources:
     for source in {name for name, _ in _sourced(found, "test")}:
         own = [row.labels[0] for name, row in train if name == source]
         shares[source] = float(np.mean(own)) if own else overall
-    return Sources(test.sources, test.labels.tolist(), shares)
+    return Sources(test.sources, prompts_of(test.examples), test.labels.tolist(), shares)
+
+
+def prompts_of(examples: Sequence[Example]) -> list[str]:
+    """A hash of each row's first message: rows of one prompt or document are no draws apart from each other."""
+    return [config_hash(normalise(example.messages[0].content)) for example in examples]
 
 
 def _sourced(found: TaskRows, split: str) -> list[tuple[str, Example]]:

@@ -199,7 +199,7 @@ def guards_table(path: Path) -> str:
     left_out += " Empty cells were not run; an encoder cannot be prompted." if n_not_run else ""
     head = (
         f"AUROC on test rows, mean of {n_seeds} seeds (one where nothing is drawn). Last lines: differences, their 95% "
-        f"intervals by a paired bootstrap over rows and seeds. Commit `{facts['commit']}`, {facts['machine']}."
+        f"intervals by a paired bootstrap over prompts (each with all its rows) and seeds. Commit `{facts['commit']}`, {facts['machine']}."
         f"{left_out}\n\n"
     )
     between = (

@@ -140,7 +140,8 @@ def _notes(tried: Mapping[Cell, Found], values: Mapping[Cell, Found]) -> dict[st
         "distilled guards without their teacher",
         "schedules": _schedules(values),
         "left_out": [cell.title for cell in _without_schedules(tried) if cell not in values],
-        "intervals": "95% bootstrap over test rows, of over_refusal Wilson's; elsewhere low and high are the value",
+        "intervals": "95% bootstrap over prompts and documents, each with all its test rows; of over_refusal Wilson's; "
+        "elsewhere low and high are the value",
         "rows": {f"{cell.task} {cell.base}": found["counts"] for cell, found in values.items()},
         "cell_commits": sorted({str(found["commit"]) for found in tried.values()}),
         "cell_seconds": round(sum(float(found["seconds"]) for found in tried.values()), 1),  # type: ignore[arg-type]
@@ -178,8 +179,8 @@ def _figures(plan: Plan, place: tuple[str, str], values: dict[Cell, Found]) -> l
     sources = sources_of(plan.setup, *place)
     labels = next(iter(values.values()))["labels"]["test"]  # type: ignore[index]
     assert labels == sources.labels, f"the cells of {place} are of other test rows: move them away"
-    rows = [row for cell, found in values.items() for row in rows_of(cell, found, sources.test)]
-    return [*rows, *source_alone(place, sources, labels), *wins_of(place, values, sources.test, plan.seeds)]
+    rows = [row for cell, found in values.items() for row in rows_of(cell, found, sources)]
+    return [*rows, *source_alone(place, sources, labels), *wins_of(place, values, sources, plan.seeds)]
 
 
 def _data_of(cell: Cell, hashes: dict[str, str]) -> str:

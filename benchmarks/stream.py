@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guard_rows import prompts_of
 from parts import FILE, write_part
 from safeside.adapters.adapter import Adapter
 from safeside.errors import InputError
@@ -52,13 +53,16 @@ class Answers:
 
     scores: list[Tensor]
     labels: np.ndarray
+    prompts: list[str]
+    """What the prompt of each is known by: intervals draw prompts, with all of their answers."""
 
     @classmethod
     def of(cls, lesson: Lesson, split: str, guard: Adapter) -> Answers:
         """The answers of a split; a row without one is none of them."""
         scores, labels = lesson.token_scores(split, guard), lesson.labels(split)
         written = [place for place, some in enumerate(scores) if len(some)]
-        return cls([scores[place] for place in written], labels[written])
+        prompts = prompts_of(lesson.splits[split].examples)
+        return cls([scores[place] for place in written], labels[written], [prompts[place] for place in written])
 
     @property
     def benign(self) -> list[Tensor]:
@@ -99,7 +103,7 @@ def measure(lesson: Lesson, seed: int, rates: Sequence[float], candidates: Seque
         validation, test = (Answers.of(lesson, split, guard) for split in ("validation", "test"))
         labels = {**lesson.columns(seed), "targets": targets}
         costs = {**lesson.costs(recipe, guard), "n_unscored": lesson.counts["test_too_long"]}
-        figure = bootstrap({"auroc": auroc}, test.labels, test.last)["auroc"]
+        figure = bootstrap({"auroc": auroc}, test.labels, test.last, groups=test.prompts)["auroc"]
         yield figure_row(labels, "auroc", figure.value, (figure.low, figure.high), n=len(test.labels), **costs)
         for rate in rates:
             try:
@@ -131,7 +135,7 @@ def figures_of(
     written = np.array([np.inf if stop is None else stop + 1 for stop in stops])
     lengths = np.array([len(scores) for scores in test.scores])
     stopped, flagged = np.isfinite(written), test.last >= whole
-    is_harmful = test.labels == 1
+    is_harmful, prompts = test.labels == 1, np.array(test.prompts)
     shares = {
         "detection": (stopped, is_harmful, report.detected_share),
         "false_stops": (stopped, ~is_harmful, report.false_stops),
@@ -139,7 +143,7 @@ def figures_of(
         "whole_false_flags": (flagged, ~is_harmful, report.whole_false_flags),
     }
     for name, (hits, of, value) in shares.items():
-        yield _row(labels, name, hits[of].astype(float), value, costs)
+        yield _row(labels, name, (hits[of].astype(float), prompts[of]), value, costs)
     harmful = np.flatnonzero(is_harmful).astype(np.float64)
 
     def kept(_: np.ndarray, rows: np.ndarray) -> float:
@@ -147,7 +151,8 @@ def figures_of(
         return float(stopped[index].sum() / max(flagged[index].sum(), 1))
 
     if flagged[is_harmful].any():
-        figure = bootstrap({"kept": kept}, np.ones(len(harmful)), harmful)["kept"]
+        groups = prompts[is_harmful].tolist()
+        figure = bootstrap({"kept": kept}, np.ones(len(harmful)), harmful, groups=groups)["kept"]
         yield figure_row(
             labels, "detected_share", report.kept_detection, (figure.low, figure.high), n=len(harmful), **costs
         )
@@ -157,8 +162,9 @@ def figures_of(
         yield figure_row(labels, "detected_share_equal", share, n=len(harmful), **costs)
     caught = stopped & is_harmful
     if caught.any():
-        yield _row(labels, "delay_tokens", written[caught], report.delay_tokens, costs, np.median)
-        yield _row(labels, "delay_share", written[caught] / lengths[caught], report.delay_share, costs, np.median)
+        tokens, shares_of = (written[caught], prompts[caught]), (written[caught] / lengths[caught], prompts[caught])
+        yield _row(labels, "delay_tokens", tokens, report.delay_tokens, costs, np.median)
+        yield _row(labels, "delay_share", shares_of, report.delay_share, costs, np.median)
     for share in WRITTEN:
         by_then = (written[is_harmful] / lengths[is_harmful] <= share + 1e-9).mean()
         yield figure_row({**labels, "written": share}, "stopped_by", float(by_then), n=len(harmful), **costs)
@@ -171,11 +177,18 @@ def _threshold_of_share(scores: np.ndarray, share: float) -> float:
 
 
 def _row(  # type: ignore[no-untyped-def]
-    labels: dict[str, object], metric: str, values: np.ndarray, value: float, costs: dict[str, object], of=np.mean
+    labels: dict[str, object],
+    metric: str,
+    drawn: tuple[np.ndarray, np.ndarray],
+    value: float,
+    costs: dict[str, object],
+    of=np.mean,
 ) -> Row:
-    """``value`` is what ``evaluate_stops`` says; the interval resamples the answers behind it."""
+    """``value`` is what ``evaluate_stops`` says; the interval resamples the ``drawn`` values of answers by prompts."""
+    values, prompts = drawn
     assert np.isclose(value, of(values)), f"{metric} of the bench and of evaluate_stops differ"
-    figure = bootstrap({metric: lambda _, some: float(of(some))}, np.ones(len(values)), values)[metric]
+    functions = {metric: lambda _, some: float(of(some))}
+    figure = bootstrap(functions, np.ones(len(values)), values, groups=prompts.tolist())[metric]
     return figure_row(labels, metric, value, (figure.low, figure.high), n=len(values), **costs)
 
 

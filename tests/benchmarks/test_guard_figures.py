@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,7 @@ N_ROWS = 200
 SOURCES = ["bad"] * 100 + ["good"] * 80 + ["few"] * 20
 LABELS = np.array([1.0] * 80 + [0.0] * 20 + [1.0] * 15 + [0.0] * 65 + [1.0] * 5 + [0.0] * 15)
 PLACE = ("hate", "builtin")
+KNOWN = Sources(SOURCES, [str(row) for row in range(N_ROWS)], LABELS.tolist(), {"bad": 0.9, "good": 0.1, "few": 0.4})
 
 
 def found_of(seed: int, values: np.ndarray, key: str) -> dict[str, object]:
@@ -53,7 +56,7 @@ def value_of(rows: list[Row], metric: str, **labels: object) -> Row:
 
 
 def test_knowing_the_source_helps_over_all_rows_and_not_within_sources() -> None:
-    rows = rows_of(Cell(*PLACE, "plr", 0), found_of(0, knows_the_source(0), "a"), SOURCES)
+    rows = rows_of(Cell(*PLACE, "plr", 0), found_of(0, knows_the_source(0), "a"), KNOWN)
     assert value_of(rows, "auroc")["value"] > 0.75
     within = value_of(rows, "auroc_within")
     assert within["low"] < 0.5 < within["high"]
@@ -65,7 +68,7 @@ def test_knowing_the_source_helps_over_all_rows_and_not_within_sources() -> None
 def test_rows_that_no_cell_scores_are_counted_and_what_was_not_measured_has_no_row() -> None:
     values = knows_the_text(0)
     values[0] = np.nan
-    rows = rows_of(Cell(*PLACE, "probe", 0), found_of(0, values, "a"), SOURCES)
+    rows = rows_of(Cell(*PLACE, "probe", 0), found_of(0, values, "a"), KNOWN)
     assert (value_of(rows, "auroc")["n"], value_of(rows, "auroc")["n_unscored"]) == (199, 5)
     assert not [row for row in rows if row["metric"] == "peak_bytes"]
     assert value_of(rows, "fpr_at_fpr1")["value"] == (values[LABELS == 0] > 0).mean()  # validation's harmless rows: 0
@@ -100,7 +103,7 @@ def cells_of(ours: object, theirs: object, seeds: tuple[int, ...] = (0, 1)) -> d
 def test_a_win_is_told_over_all_rows_and_within_sources(
     ours: object, theirs: object, over_all: int, within: int
 ) -> None:
-    rows = wins_of(PLACE, cells_of(ours, theirs), SOURCES, (0, 1))
+    rows = wins_of(PLACE, cells_of(ours, theirs), KNOWN, (0, 1))
     assert value_of(rows, "win_over_best_standalone")["value"] == over_all
     assert value_of(rows, "win_within_sources")["value"] == within
     assert all(row["config_hash"] and row["flops_share"] == 0.01 and row["seeds"] == 2 for row in rows)
@@ -108,16 +111,30 @@ def test_a_win_is_told_over_all_rows_and_within_sources(
 
 def test_the_best_of_some_and_fewer_seeds_are_no_win() -> None:
     cells = cells_of(knows_the_text, knows_the_source)
-    assert wins_of(PLACE, cells, SOURCES, (0, 1))
-    assert wins_of(PLACE, cells, SOURCES, (0, 1, 2)) == []
+    assert wins_of(PLACE, cells, KNOWN, (0, 1))
+    assert wins_of(PLACE, cells, KNOWN, (0, 1, 2)) == []
     del cells[Cell(*PLACE, STANDALONES[-1], 1)]
-    assert wins_of(PLACE, cells, SOURCES, (0, 1)) == []
+    assert wins_of(PLACE, cells, KNOWN, (0, 1)) == []
 
 
 def test_a_source_alone_has_the_figure_of_its_training_share() -> None:
-    (row,) = source_alone(PLACE, Sources(SOURCES, LABELS.tolist(), {"bad": 0.9, "good": 0.1, "few": 0.4}), LABELS)
+    (row,) = source_alone(PLACE, KNOWN, LABELS)
     expected = auroc(LABELS, np.array([0.9] * 100 + [0.1] * 80 + [0.4] * 20))
     assert (row["method"], row["metric"], row["value"]) == ("source_alone", "auroc", expected)
+
+
+def test_rows_of_one_prompt_are_drawn_together() -> None:
+    """Twenty answers to each prompt that are all alike say no more than one."""
+    values = np.repeat(np.random.default_rng(0).normal(size=10), 20) + 0.3 * LABELS
+    alike = replace(KNOWN, prompts=[f"{row // 20} {label}" for row, label in enumerate(LABELS)])
+    cell = Cell(*PLACE, "plr", 0)
+    for metric in ("auroc", "auroc_within"):
+        apart, together = (value_of(rows_of(cell, found_of(0, values, "a"), some), metric) for some in (KNOWN, alike))
+        assert apart["value"] == together["value"]
+        assert together["high"] - together["low"] > 2 * (apart["high"] - apart["low"])
+    cells = cells_of(lambda seed: values + knows_the_text(seed) / 9, lambda seed: knows_the_text(seed))
+    apart, together = (value_of(wins_of(PLACE, cells, some, (0, 1)), "gain_within_sources") for some in (KNOWN, alike))
+    assert together["high"] - together["low"] > 1.5 * (apart["high"] - apart["low"])
 
 
 def test_a_share_has_wilsons_interval_or_that_of_its_groups() -> None:

@@ -10,11 +10,12 @@ import pytest
 import guards
 from guard_cells import Cell, schedules_of
 from guard_figures import STANDALONES, rows_of, wins_of
-from guard_rows import Setup
+from guard_rows import Setup, Sources
 
 PLACE = ("hate", "builtin")
 SEEDS = (0, 1)
 SOURCES = ["one"] * 60 + ["two"] * 60
+KNOWN = Sources(SOURCES, [str(row) for row in range(120)], [], {})
 TRUTH = [0.0, 1.0] * 60
 Found = dict[str, object]
 
@@ -51,9 +52,9 @@ def test_what_validation_rows_chose_is_what_rows_and_wins_are_of(setup: Setup, t
     assert {cell.epochs for cell in values} == {0}
     assert {found["schedule"] for cell, found in values.items() if cell.method == "lst_distilled"} == {12}
     assert {found["schedule"] for cell, found in values.items() if cell.method == "standalone"} == {5}
-    (row, *_) = rows_of(ours := Cell(*PLACE, "lst_distilled", 0), values[ours], SOURCES)
+    (row, *_) = rows_of(ours := Cell(*PLACE, "lst_distilled", 0), values[ours], KNOWN)
     assert row["config_hash"] == "hate builtin lst_distilled seed 0, 12 epochs"
-    wins = wins_of(PLACE, values, SOURCES, SEEDS)
+    wins = wins_of(PLACE, values, KNOWN, SEEDS)
     assert {row["value"] for row in wins if row["metric"] == "win_over_best_standalone"} == {1}
 
 
@@ -61,7 +62,7 @@ def test_the_best_of_three_leaves_out_what_is_pruned_and_distilled(setup: Setup,
     known = {"standalone_pruned_distilled": 8.0, "lst_distilled": 1.5}  # the others are behind
     for cell in [cell for cell in tried if cell.method in known]:
         tried[cell] = found_of(cell.title, known[cell.method], cell.seed)
-    wins = wins_of(PLACE, guards.chosen_of(setup, tried), SOURCES, SEEDS)
+    wins = wins_of(PLACE, guards.chosen_of(setup, tried), KNOWN, SEEDS)
     found = {row["metric"]: row for row in wins}
     assert (found["win_over_best_standalone"]["value"], found["win_over_best_of_three"]["value"]) == (-1, 1)
     assert found["gain_over_best_standalone"]["against"] == "standalone_pruned_distilled"
@@ -80,7 +81,7 @@ def test_a_cell_that_lacks_a_schedule_is_left_out_and_told(setup: Setup, tried: 
     assert notes["left_out"] == ["hate builtin standalone seed 1"]
     assert notes["schedules"]["hate builtin standalone"] == {0: {"most": 5, "run": 4}}  # type: ignore[index]
     assert notes["cell_seconds"] == 2.0 * len(tried)  # of the tries that were not chosen too
-    assert not wins_of(PLACE, values, SOURCES, SEEDS)
+    assert not wins_of(PLACE, values, KNOWN, SEEDS)
 
 
 def test_what_has_one_schedule_is_chosen_without_a_choice(setup: Setup) -> None:

@@ -57,7 +57,8 @@ def test_a_rule_that_answers_are_too_short_for_is_no_candidate() -> None:
 
 
 def scored(*answers: tuple[list[float], int]) -> Answers:
-    return Answers([torch.tensor(scores) for scores, _ in answers], np.array([float(label) for _, label in answers]))
+    labels = np.array([float(label) for _, label in answers])
+    return Answers([torch.tensor(scores) for scores, _ in answers], labels, [str(row) for row in range(len(answers))])
 
 
 TEST = scored(
