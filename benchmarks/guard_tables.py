@@ -199,8 +199,8 @@ def guards_table(path: Path) -> str:
     left_out += " Empty cells were not run; an encoder cannot be prompted." if n_not_run else ""
     head = (
         f"AUROC on test rows, mean of {n_seeds} seeds (one where nothing is drawn). Last lines: differences, their 95% "
-        f"intervals by a paired bootstrap over prompts (each with all its rows) and seeds. Commit `{facts['commit']}`, {facts['machine']}."
-        f"{left_out}\n\n"
+        "intervals by a paired bootstrap over prompts (each with all its rows) and seeds. Commit "
+        f"`{facts['commit']}`, {facts['machine']}.{left_out}\n\n"
     )
     between = (
         "\n\nAUROC within sources: the mean over a task's sources of that among the rows of each. What the sources "

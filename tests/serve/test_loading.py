@@ -58,14 +58,17 @@ def test_a_gene_lives_in_the_served_base(service: Service, session_base: Base, o
     with in_thread(create_app(service, AppOptions(options.adapter_roots))) as url:
         body = {"model": service.model, "messages": [{"role": "user", "content": "the cat"}], "max_tokens": 2}
         told = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["safety"]
+        httpx.post(f"{url}/v1/moderations", json={"input": "the cat"}, timeout=60).raise_for_status()
     listed = {row["id"]: row for row in AdapterDesk(service).listed()}
     assert not torch.equal(logits_of(service.base), logits_of(session_base))
     assert "weights or chat template differ" in told["verdicts"][0]["reason"]
     assert (listed["safe"]["role"], listed["safe"]["fingerprint"]) == ("gene", fingerprint)
     audit = next(options.policy.parent.glob("audit.db"))
     with sqlite3.connect(audit) as database:
-        (adapters,) = database.execute("SELECT adapters FROM safeside_decisions").fetchone()
-    assert json.loads(adapters) == {"harm": service.fingerprints["harm"], "safe": fingerprint}
+        kept = database.execute("SELECT stage, adapters FROM safeside_decisions").fetchall()
+    assert {stage for stage, _ in kept} == {"prompt", "answer", "moderation"}
+    expected = {"harm": service.fingerprints["harm"], "safe": fingerprint}
+    assert [json.loads(adapters) for _, adapters in kept] == [expected] * 3
 
 
 def test_genes_stay_as_they_are_while_the_server_runs(service: Service, options: ServeOptions) -> None:

@@ -44,7 +44,7 @@ async def moderate(
         policy=policy.name,
         policy_version=policy.version,
         action="allow",
-        adapters={name: value for name, value in service.fingerprints.items() if name in guards},
+        adapters={name: value for name, value in service.fingerprints.items() if name in {**guards, **service.genes}},
         keep_text=policy.audit_text,
     )
     records = [_judged(record, text, own) for text, own in zip(asked.texts, verdicts, strict=True)]

@@ -77,7 +77,7 @@ class SafetyTold(BaseModel):
     policy: str = ""
     trace_id: str = ""
     leak_bound: int | None = None
-    """Most risky tokens that can reach the client before a guard stops; 0 where tokens are held back."""
+    """Most tokens of the run that ends an answer that can reach the client; 0 where tokens are held back."""
     tokens: list[TokenTold] | None = None
 
 

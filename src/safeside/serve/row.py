@@ -71,7 +71,7 @@ class Ended:
     stop: Stop | None = None
     """Where a guard's rule ended it."""
     leak_bound: int = 0
-    """Most risky tokens that could be told before their guard ended the answer; 0 where tokens are held back."""
+    """Most tokens of the run that ends the answer that could be told by then; 0 where tokens are held back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,5 +147,5 @@ class StreamGuard:
 
     @property
     def leak_bound(self) -> int:
-        """Most risky tokens that are out before the answer ends where tokens are sent at once."""
+        """Most tokens of the run that ends an answer that are out by then, where tokens are sent at once."""
         return max((state.rule.n_consecutive for state in self._states.values()), default=0)
