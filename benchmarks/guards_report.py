@@ -68,6 +68,11 @@ TITLES = {
 VERDICTS = {1: ("#2457a6", "wins"), 0: ("#8a8f98", "interval spans zero"), -1: ("#c0392b", "loses")}
 OVER = {"over_best_standalone": "over all rows", "within_sources": "within sources"}
 CALIBRATED = "lst_distilled"  # whose scores are drawn
+WINDOWED = {"of texts that fit": "auroc_fit", "of windowed texts": "auroc_windowed"}
+SECONDS = (
+    "Training seconds are those of the guard's own loop, beside other work: states, pruned starts and the teacher come "
+    "on top, and the section on the teacher tells what all of it takes."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +128,8 @@ def wins_section(page: Page) -> Section | None:
     return Section(
         "Does reading the base beat a network of equal cost that does not?",
         "AUROC of lst_distilled minus that of the best standalone (plain, distilled, pruned from the base, or both), "
-        "by a paired bootstrap over test rows and seeds. The sources of a task differ in how many of their rows are "
-        "harmful; within sources, telling them apart helps nobody.",
+        "by a paired bootstrap over prompts, each with all its test rows, and seeds. The sources of a task differ in "
+        "how many of their rows are harmful; within sources, telling them apart helps nobody.",
         pictures,
         ("task", "base", "AUROC", "best standalone", "gain", "verdict"),
         table,
@@ -142,8 +147,10 @@ def task_section(page: Page, task: str, base: str) -> Section:
     dots = [Dot(method, *pooled(of(method, "auroc")), METHODS[method][0]) for method in methods]
     pictures = [("AUROC of every method", dots_picture(dots, Axis("AUROC")))]
     pictures += _curves(page, task, base, methods)
+    windowed = {head: metric for head, metric in WINDOWED.items() if any(row["metric"] == metric for row in rows)}
     shown = {
         "AUROC": "auroc",
+        **windowed,
         "within sources": "auroc_within",
         "caught where 1% of validation is flagged": "tpr_at_fpr1",
         "false alarms there": "fpr_at_fpr1",
@@ -163,11 +170,16 @@ def task_section(page: Page, task: str, base: str) -> Section:
     n_seeds = len({row["seed"] for row in rows if row["metric"] == "auroc"})
     return Section(
         f"{TITLES.get(task, task)} ({task}) on {base}",
-        f"{n_rows:,} test rows, {n_seeds} seed{'s' * (n_seeds > 1)}. {_alone(rows)}",
+        f"{n_rows:,} test rows, {n_seeds} seed{'s' * (n_seeds > 1)}{_windowed(rows)}. {_alone(rows)} {SECONDS}",
         pictures,
         ("method", *shown, "share of the base's compute", "training, s"),
         table,
     )
+
+
+def _windowed(rows: Sequence[Row]) -> str:
+    n_windowed = [int(row["n"]) for row in rows if row["metric"] == "auroc_windowed"]
+    return f", {max(n_windowed):,} of the rows in windows" if n_windowed else ""
 
 
 def _alone(rows: Sequence[Row]) -> str:

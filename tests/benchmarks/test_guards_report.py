@@ -14,6 +14,7 @@ import guards_report
 import part_sections
 from guard_cells import Cell
 from guard_figures import STANDALONES, probability_of, rows_of, threshold_of, wins_of
+from guard_rows import Sources
 from guards_report import METHODS, Page, split_of
 from parts import GUARDS, read_parts, write_part
 from tidy import figure_row, result_of
@@ -23,7 +24,7 @@ def row(metric: str, value: float, **labels: object) -> dict[str, object]:
     return figure_row(labels, metric, value, (value - 0.05, value + 0.05), n=40)
 
 
-SOURCES = ["a", "b"] * 15 + ["b", "a"] * 15  # of the test rows
+SOURCES = Sources(["a", "b"] * 15 + ["b", "a"] * 15, [str(place) for place in range(60)], [], {})  # of the test rows
 
 
 def cell_values(seed: int, gain: float) -> dict[str, object]:
@@ -136,6 +137,17 @@ def test_every_part_has_a_section_with_pictures(folder: Path) -> None:
     assert "Not measured here" not in text
     assert "http" not in text
     assert path.stat().st_size < 2_000_000
+
+
+@pytest.mark.parametrize("n_windowed", [0, 20])
+def test_windowed_rows_stand_apart_where_there_are_any(tmp_path: Path, n_windowed: int) -> None:
+    values = {**cell_values(0, 1.0), "windowed": [True] * n_windowed + [False] * (60 - n_windowed)}
+    rows = rows_of(Cell("grounding", "builtin", "lst", 0), values, SOURCES)
+    write_part(tmp_path, result_of("methods", 1.0, rows, {}))
+    text = guards_report.write_page(tmp_path, tmp_path / "cells").read_text()
+    assert (">of windowed texts</th>" in text) == bool(n_windowed)
+    assert (">of texts that fit</th>" in text) == bool(n_windowed)
+    assert ("59 test rows, 1 seed, 19 of the rows in windows." in text) == bool(n_windowed)  # one has no score
 
 
 def test_what_is_missing_is_said_and_left_out(folder: Path) -> None:
