@@ -62,11 +62,14 @@ class WatchedGuard(Adapter):
             failure, output = "error", self._unscored(tape)
         if cache is not None and failure is not None:
             self._fill(cache, tape.keep.shape[1])
+        scores = output.scores if failure is None else None
+        # Asking waits for an accelerator, whose time would not be counted otherwise.
+        is_finite = scores is None or bool(scores[tape.keep_new].isfinite().all())
         seconds = time.perf_counter() - started
         self.watch.spent(self.name, seconds)
         if failure is None and seconds > self.watch.timeout_s:
             failure, output = "timeout", self._unscored(tape)
-        elif failure is None and output.scores is not None and not output.scores[tape.keep_new].isfinite().all():
+        elif not is_finite:
             failure = "nan"
         if failure is not None:
             self.watch.failed(self.name, failure)
