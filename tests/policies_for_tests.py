@@ -79,7 +79,6 @@ def policies(draw: st.DrawFn, steers: bool = True) -> Policy:
         mode=draw(st.sampled_from(["enforce", "shadow"])),
         on_error=draw(st.sampled_from([None, "annotate", "steer", "block"])),
         hold_back=draw(st.sampled_from([None, 0, 4, 16])),
-        turns=draw(st.sampled_from([None, "last", "each"])),
         audit_text=draw(st.sampled_from([None, False, True])),
         genes=draw(st.sampled_from([(), ("safe",), ("safe", "kind")])),
     )

@@ -20,7 +20,7 @@ from openai import OpenAI
 from safeside import Adapter, Base, Message
 from safeside.artifact import save_adapter
 from safeside.attach import Attachment
-from safeside.guards.score import Scores, Scoring, Window, score_conversations
+from safeside.guards.score import Scoring, Window
 from safeside.moderation import OPENAI_CATEGORIES
 from safeside.serve import admin, routes
 from safeside.serve import scoring as scoring_module
@@ -302,19 +302,17 @@ def test_inline_moderation_names_who_judged(running: Running, client: OpenAI) ->
     assert len(audited_rows(running)) == n_before, "refused before anything was judged"
 
 
-def harm_of(running: Running, talks: Sequence[Sequence[Message]]) -> list[Scores]:
-    """The scores of conversations, one at a time."""
-    return running.service.engine.call(
-        lambda runner: score_conversations(
-            runner.base, [runner.guards[0]], talks, batch_size=1, attachment=runner.attachment
-        )
-    ).result(timeout=60)
-
-
 def test_moderations_are_the_scores_of_safeside_guard(running: Running, client: OpenAI) -> None:
+    from safeside.guards.score import score_conversations
+
     texts = ["the cat", BAD, "long " * 400]
     found = client.moderations.create(input=texts, model="harm")
-    oracle = harm_of(running, [[Message("user", text)] for text in texts])
+    conversations = [[Message("user", text)] for text in texts]
+    oracle = running.service.engine.call(
+        lambda runner: score_conversations(
+            runner.base, [runner.guards[0]], conversations, batch_size=1, attachment=runner.attachment
+        )
+    ).result()
     scores = [result.category_scores.model_extra["harm"] for result in found.results]
     assert scores == pytest.approx([row.by_guard["harm"][0] for row in oracle], abs=1e-5)
     assert oracle[2].n_windows > 1
@@ -383,69 +381,6 @@ def test_an_answer_that_the_client_began_is_refused(running: Running, stream: bo
     assert "ends with an assistant's message" in found.json()["error"]["message"]
     turns.append({"role": "user", "content": "And?"})
     assert running.post("/v1/chat/completions", {"model": "tiny", "messages": turns, "stream": stream}).is_success
-
-
-@pytest.fixture
-def hidden(running: Running) -> Iterator[list[dict[str, str]]]:
-    """A conversation whose first turn would be blocked by itself and is not at the end, by a policy for each turn."""
-    end = (Message("assistant", "Yes."), Message("user", "Go on."))
-    talks = [(Message("user", f"{number * 7919} said"), *end) for number in range(9)]
-    parts = [talk[:1] for talk in talks], talks, [talk[2:] for talk in talks]
-    alone, whole, last = ([row.by_guard["harm"][0] for row in harm_of(running, some)] for some in parts)
-    gains = [first - max(others) for first, *others in zip(alone, whole, last, strict=True)]
-    place = gains.index(max(gains))
-    assert gains[place] > 1e-3
-    line = alone[place] - gains[place] / 2
-    rule = f"prompt: [{{action: block, guard: harm, threshold: {line}}}]"
-    more = f"  turnwise: {{turns: each, {rule}}}\n  endwise: {{{rule}}}\ndeployment:"
-    running.policy.write_text(POLICY.replace("deployment:", more))
-    running.service.book.reload()
-    yield [{"role": turn.role, "content": turn.content} for turn in talks[place]]
-    running.policy.write_text(POLICY)
-    running.service.book.reload()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_earlier_turn_is_judged_where_the_policy_says_so(
-    running: Running, hidden: list[dict[str, str]], stream: bool
-) -> None:
-    client = running.client("tester")  # gets the policy that it names and no other
-
-    def answer(messages: list[dict[str, str]], policy: str) -> tuple[str, str, dict[str, object]]:
-        asked = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 2}
-        found = client.chat.completions.create(**asked, stream=stream, extra_body={"safety": {"policy": policy}})
-        parts = list(found) if stream else [found]
-        told = next(part.model_extra["safety"] for part in reversed(parts) if "safety" in part.model_extra)
-        ends = [choice.finish_reason for part in parts for choice in part.choices if choice.finish_reason]
-        return ends[-1], told["action"], told
-
-    assert answer(hidden, "endwise")[1] == "allow"
-    finish, action, told = answer(hidden, "turnwise")
-    assert (finish, action) == ("content_filter", "block")
-    assert "an earlier turn, 1 of 1" in told["verdicts"][0]["reason"]
-    assert audited(running, told["trace_id"]) == [("prompt", "block")]
-    assert answer(hidden[2:], "turnwise")[1] == "allow"
-    asked = {"messages": hidden, "safety": {"policy": "turnwise"}}
-    (stage,) = running.post("/v1/policies/dry-run", asked).json()["stages"]
-    assert (stage["action"], stage["stage"]) == ("block", "prompt")
-    assert stage["reason"].endswith("(an earlier turn, 1 of 1)")
-    asked = {"messages": [*hidden, {"role": "assistant", "content": "y"}], "safety": {"policy": "turnwise"}}
-    both = running.post("/v1/policies/dry-run", asked).json()["stages"]
-    assert [stage["action"] for stage in both] == ["block", "allow"]
-
-
-def test_a_client_that_leaves_while_earlier_turns_are_judged_is_not_answered(
-    running: Running, hidden: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def left(*arguments: object) -> None:
-        return None
-
-    monkeypatch.setattr(running.service, "score", left)
-    n_before = len(audited_rows(running))
-    body = {"model": "tiny", "messages": hidden, "safety": {"policy": "turnwise"}}
-    assert running.post("/v1/chat/completions", body).status_code == 499
-    assert len(audited_rows(running)) == n_before
-    assert running.service.engine.n_waiting == 0
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from command_line import Ran, write
-from safeside import Base, Message, load_adapter, load_base
+from safeside import Base, load_adapter, load_base
 from safeside.guards.score import judge
 from safeside.serve.keys import Keys
 from safeside.tasks.rows import messages_of
@@ -84,28 +84,6 @@ def test_tenants_and_named_policies_are_those_of_a_request(
     typo = run("policy", "simulate", file, "--data", data, "--tenant", "scool", *base)
     assert (typo.code, typo.out) == (2, "")
     assert "Unknown tenant 'scool'; expected one of school" in typo.err
-
-
-def test_earlier_turns_are_judged_where_the_policy_says_so(
-    run: Run, policy: Callable[[float], Path], session_base: Base, adapters: Path, tmp_path: Path
-) -> None:
-    """The slow twin: each text judged by itself."""
-    base = load_base(session_base.folder)
-    guard = load_adapter(adapters / "harm", base)
-    end = (Message("assistant", "Yes."), Message("user", "Go on."))
-    talks = [(Message("user", f"{number * 7919} said"), *end) for number in range(9)]
-    found = [[judge(base, [guard], [some])[0][0].score for some in (talk[:1], talk)] for talk in talks]
-    alone, whole = max(found, key=lambda pair: pair[0] - pair[1])
-    talk, line = talks[found.index([alone, whole])], (alone + whole) / 2
-    row = {"messages": [{"role": turn.role, "content": turn.content} for turn in talk]}
-    data, file = write(tmp_path / "rows.jsonl", [row]), policy(line)
-    asked = ("policy", "simulate", file, "--data", data, "--base", session_base.folder)
-    (last,) = run(*asked).lines
-    file.write_text(file.read_text().replace("  house:\n", "  house:\n    turns: each\n"))
-    (each,) = run(*asked).lines
-    assert last["action"] != "block"
-    assert (each["action"], each["stage"], each["guard"]) == ("block", "prompt", "harm")
-    assert each["reason"] == f"harm: harm {alone:.3f} >= {line:.3f} (an earlier turn, 1 of 1)"
 
 
 def test_rows_that_cannot_be_scored_fail_closed_and_are_counted(

@@ -95,13 +95,6 @@ class EffectivePolicy:
         return not any(_acts(rule) for stage in _STAGES for rule in self._rules(stage))
 
     @property
-    def turn_guards(self) -> tuple[str, ...]:
-        """Guards that have to judge every earlier turn of the user: those of rules on prompts, where any acts."""
-        rules = self._rules("prompt")
-        is_asked = self.policy.turns == "each" and any(map(_acts, rules))
-        return tuple(sorted({rule.guard for rule in rules})) if is_asked else ()
-
-    @property
     def hold_back(self) -> int:
         """Tokens of a stream that are held back; 0 sends at once."""
         return DEFAULT_HOLD_BACK if self.policy.hold_back is None else self.policy.hold_back

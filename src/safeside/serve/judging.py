@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
+from safeside.adapters.adapter import Adapter
 from safeside.errors import ServingError
 from safeside.guards.score import Scores
 from safeside.moderation import ModerationRequest, chosen, result_of, unsupported
 from safeside.serve.audit import AuditRecord
+from safeside.serve.effective import EffectivePolicy
 from safeside.serve.keys import Caller
 from safeside.serve.replies import VerdictTold
-from safeside.serve.service import IsGone, Service
-from safeside.serve.turns import earlier_turns, refusal_by_turns, verdicts_on
+from safeside.serve.service import Service
 from safeside.serve.wire import DryRunRequest
 from safeside.types import Message, Verdict
+
+IsGone = Callable[[], Awaitable[bool]]
+"""Whether the client has left: nobody reads what is judged from then on, so the rest is not."""
 
 
 async def moderate(
@@ -31,7 +35,7 @@ async def moderate(
     found = await service.score(caller, [[Message("user", text)] for text in asked.texts], guards, is_gone)
     if found is None:
         return None
-    verdicts = [verdicts_on(policy, guards, scores) for scores in found]
+    verdicts = [_verdicts(policy, guards, scores) for scores in found]
     trace_id = secrets.token_hex(12)
     record = AuditRecord(
         trace_id=trace_id,
@@ -63,20 +67,14 @@ async def dry_run(service: Service, caller: Caller, asked: DryRunRequest, is_gon
     has_answer = messages[-1].role == "assistant" and len(messages) > 1
     texts = [messages[:-1], messages] if has_answer else [messages]
     guards = {name: policy.adapters[name] for name in policy.guards}
-    earlier = earlier_turns(texts[0]) if policy.turn_guards else []
-    asked_of = [*earlier, *texts]
-    found = await service.score(caller, asked_of, guards, is_gone) if guards else [Scores({})] * len(texts)
+    found = await service.score(caller, texts, guards, is_gone) if guards else [Scores({})] * len(texts)
     if found is None:
         return None
-    of_turns = {name: guards[name] for name in policy.turn_guards}
-    refusal = refusal_by_turns(policy, of_turns, found[: len(earlier)])
     stages = []
-    for scores in found[len(earlier) :]:
-        verdicts = verdicts_on(policy, guards, scores)
+    for scores in found:
+        verdicts = _verdicts(policy, guards, scores)
         is_answer = scores.place == "answer"
         decision = (policy.decide_answer if is_answer else policy.decide_prompt)(verdicts)
-        if refusal is not None and not is_answer:
-            verdicts, decision = refusal
         stages.append(
             {
                 "stage": "answer" if is_answer else "prompt",
@@ -90,6 +88,14 @@ async def dry_run(service: Service, caller: Caller, asked: DryRunRequest, is_gon
             }
         )
     return {"object": "policy.dry_run", "policy": policy.name, "version": policy.version, "stages": stages}
+
+
+def _verdicts(policy: EffectivePolicy, guards: Mapping[str, Adapter], scores: Scores) -> list[Verdict]:
+    return [
+        verdict
+        for name, guard in guards.items()
+        for verdict in policy.verdicts(name, scores.by_guard[name], scores.mode_for(guard))
+    ]
 
 
 def _judged(record: AuditRecord, text: str, verdicts: Sequence[Verdict]) -> AuditRecord:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from safeside.serve.rules import FlagRule, OnError, Policy, PolicyMode, Rule, SteerRule, Turns
+from safeside.serve.rules import FlagRule, OnError, Policy, PolicyMode, Rule, SteerRule
 
 _ON_ERROR: tuple[OnError, ...] = ("annotate", "steer", "block")
-_TURNS: tuple[Turns, ...] = ("last", "each")
 Value = TypeVar("Value", int, float, str, bool)
 
 
@@ -31,7 +30,6 @@ def strictest(policies: Sequence[Policy], mode: PolicyMode | None = None) -> Pol
         ceiling=_ceiling(settled),
         on_error=max(given, key=_ON_ERROR.index, default=None),
         hold_back=max(_given(policy.hold_back for policy in settled), default=None),
-        turns=max(_given(policy.turns for policy in settled), key=_TURNS.index, default=None),
         audit_text=all(keeps_text) if keeps_text else None,
         genes=tuple(sorted({gene for policy in settled for gene in policy.genes})),
     )
@@ -44,14 +42,13 @@ def _ceiling(policies: Sequence[Policy]) -> float | None:
 
 
 def _settled(policy: Policy, mode: PolicyMode | None) -> Policy:
-    """The policy with its mode, or another, written into every rule; what does not act of the rest is left out."""
+    """The policy with its mode, or another, written into every rule; a floor that does not act is none."""
     acts = (mode or policy.mode) == "enforce"
     return policy.model_copy(
         update={
             "prompt": tuple(_with_mode(rule, policy.mode, mode) for rule in policy.prompt),
             "answer": tuple(_with_mode(rule, policy.mode, mode) for rule in policy.answer),
             "floor": policy.floor if acts else 0.0,
-            "turns": policy.turns if acts else None,
         }
     )
 

@@ -24,7 +24,6 @@ from safeside.serve.wire import (
     LoadRequest,
     UnloadRequest,
 )
-from safeside.types import Message
 
 _CLIENT_LEFT = 499  # nobody reads it; it is for the metrics
 Object = dict[str, object]
@@ -98,25 +97,20 @@ async def chat(asked: ChatRequest, service: Served, caller: Known, request: Requ
     """Answer a conversation."""
     messages = asked.conversation()
     ids = (await asyncio.to_thread(service.base.encode, messages)).ids
-    answering = await service.begin(caller, asked, ids, messages, request.is_disconnected)
-    return await _answered(None if answering is None else Answer(service, asked, answering, "chat"), request)
+    answering = service.begin(caller, asked, ids, "\n".join(turn.content for turn in messages))
+    return await _answered(Answer(service, asked, answering, "chat"), request)
 
 
 @router.post("/completions", response_model=None, responses=_STREAMS, dependencies=[InShare])
 async def completions(asked: CompletionRequest, service: Served, caller: Known, request: Request) -> Response | Object:
     """Go on with a text."""
     ids = (await asyncio.to_thread(encode_text, service.base.tokenizer, asked.text)).ids
-    answering = await service.begin(caller, asked, ids, [Message("user", asked.text)], request.is_disconnected)
-    return await _answered(None if answering is None else Answer(service, asked, answering, "text"), request)
+    answering = service.begin(caller, asked, ids, asked.text)
+    return await _answered(Answer(service, asked, answering, "text"), request)
 
 
-async def _answered(answer: Answer | None, request: Request) -> Response | Object:
-    """The whole answer, or a stream once its first event is there: until then an error is a plain response.
-
-    None is that of a client that left.
-    """
-    if answer is None:
-        return Response(status_code=_CLIENT_LEFT)
+async def _answered(answer: Answer, request: Request) -> Response | Object:
+    """The whole answer, or a stream once its first event is there: until then an error is a plain response."""
     if not answer.asked.stream:
         whole = await answer.whole(request.is_disconnected)
         return Response(status_code=_CLIENT_LEFT) if whole is None else whole

@@ -18,8 +18,6 @@ DEFAULT_ON_ERROR: OnError = "block"
 DEFAULT_HOLD_BACK = 8
 """Tokens."""
 Stage = Literal["prompt", "answer"]
-Turns = Literal["last", "each"]
-"""Which of the user's turns rules on prompts judge."""
 
 SEVERITY: dict[Action, int] = {"allow": 0, "annotate": 1, "steer": 2, "replace": 3, "block": 4}
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -120,9 +118,6 @@ class Policy(BaseModel):
     """What is done when a guard cannot score; ``block`` unless given."""
     hold_back: Annotated[int, Field(ge=0, le=4096)] | None = None
     """Tokens of a stream that are held back until they are judged; 0 sends at once.  8 unless given."""
-    turns: Turns | None = None
-    """``each`` judges every earlier message of the user by itself, too: what a rule on prompts would block or replace
-    there ends the request.  ``last``, unless given, reads the whole conversation to its end and no more."""
     audit_text: bool | None = None
     """Whether the audit log keeps texts, and not only their keyed hash; no unless given."""
     genes: tuple[Name, ...] = ()

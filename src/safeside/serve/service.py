@@ -35,13 +35,10 @@ from safeside.serve.row import Ended, Event, Failed, Job, Judged, Piece
 from safeside.serve.rules import Stage
 from safeside.serve.sampling import Sampling
 from safeside.serve.scoring import POLL_S, refuse_too_many, score_in_parts
-from safeside.serve.turns import earlier_turns, refusal_by_turns
 from safeside.serve.wire import Asked
 from safeside.types import Message, Verdict
 
 _AUDIT_THREADS = 32
-IsGone = Callable[[], Awaitable[bool]]
-"""Whether the client has left: nobody reads what is judged from then on, so the rest is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,28 +149,18 @@ class Service:
         if name != self.model:
             raise UnknownNameError(did_you_mean("model", name, [self.model]))
 
-    async def begin(
-        self, caller: Caller, asked: Asked, ids: Sequence[int], messages: Sequence[Message], is_gone: IsGone
-    ) -> Answering | None:
+    def begin(self, caller: Caller, asked: Asked, ids: Sequence[int], prompt: str) -> Answering:
         """Let a request in and queue it; what cannot be let in is an error that says why.
 
-        ``messages`` are its texts without what the template adds: where that is nothing, guards have nothing to judge.
-        Where the policy judges ``each`` turn, the user's earlier ones are judged first, and one that ends the request
-        leaves nothing to queue.  None once the client has left.
+        ``prompt`` is its text without what the template adds: where that is nothing, guards have nothing to judge.
         """
         self.check_model(asked.model)
         policy = self.book.resolve(caller, asked.wanted)
         if asked.moderation is not None:
             chosen(asked.moderation.model, policy.guards, self.model)
         if policy.guards:
-            refuse_empty(messages)
+            refuse_empty([Message("user", prompt)])
         sampling = self._sampling(asked, caller, len(ids))
-        turns = earlier_turns(messages) if policy.turn_guards else []
-        guards = {name: policy.adapters[name] for name in policy.turn_guards}
-        found = await self.score(caller, turns, guards, is_gone) if turns else []
-        if found is None:
-            return None
-        refusal = refusal_by_turns(policy, guards, found)
         admission = self.limiter.admit(caller.key or caller.tenant, caller.limits, len(ids), sampling.max_tokens)
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -184,20 +171,12 @@ class Service:
 
         deadline = time.monotonic() + self.limits.deadline_s
         job = Job(tuple(ids), sampling, policy, listen, deadline, asked.stream)
-        if refusal is not None:
-            listen(Judged(*refusal))
-            listen(Ended("content_filter", 0, (), refusal[1], 0.0))
-        else:
-            self._submit(job, admission)
-        prompt = "\n".join(message.content for message in messages)
-        return Answering(caller, policy, job, admission, inbox, prompt, adapters=self.fingerprints)
-
-    def _submit(self, job: Job, admission: Admission) -> None:
         try:
             self.engine.submit(job)
         except BaseException:
             admission.settle(0)
             raise
+        return Answering(caller, policy, job, admission, inbox, prompt, adapters=self.fingerprints)
 
     def _sampling(self, asked: Asked, caller: Caller, n_prompt: int) -> Sampling:
         wanted = asked.most_tokens
@@ -217,7 +196,7 @@ class Service:
             stop=asked.stops,
         )
 
-    async def events(self, answering: Answering, is_gone: IsGone) -> AsyncGenerator[Event]:
+    async def events(self, answering: Answering, is_gone: Callable[[], Awaitable[bool]]) -> AsyncGenerator[Event]:
         """The events of an answer, each decision durable before it is told; a client that left ends them.
 
         An answer that cannot be given, or whose decisions cannot be made durable, is raised as its error.
@@ -261,7 +240,7 @@ class Service:
             if answering.ended is None and not isinstance(problem, AuditError):
                 await self._note_unfinished(answering, problem or (stopped() if self.engine.has_ended else None))
 
-    async def _next(self, answering: Answering, is_gone: IsGone) -> Event | None:
+    async def _next(self, answering: Answering, is_gone: Callable[[], Awaitable[bool]]) -> Event | None:
         """The next event; None once the client has left.
 
         The engine says itself when the time is over; where it is stuck in a pass, this does.
@@ -331,7 +310,7 @@ class Service:
         caller: Caller,
         conversations: Sequence[Sequence[Message]],
         guards: Mapping[str, Adapter],
-        is_gone: IsGone,
+        is_gone: Callable[[], Awaitable[bool]],
     ) -> list[Scores] | None:
         """Scores of whole texts by the path of ``safeside guard``, a few windows at a time between steps of answers.
 

@@ -19,7 +19,6 @@ from safeside.serve.keys import Caller
 from safeside.serve.loading import AddGenes, load_adapters, no_genes
 from safeside.serve.policy import PolicyBook
 from safeside.serve.rules import SEVERITY, PolicyMode
-from safeside.serve.turns import earlier_turns, refusal_by_turns, verdicts_on
 from safeside.tasks.rows import BadRow, messages_of, open_rows, parse_rows
 from safeside.types import Message, Verdict
 
@@ -127,29 +126,25 @@ def _read(row: tuple[int, dict[str, object]] | BadRow) -> _Row:
 def _judge_chunk(
     base: Base, guards: Sequence[Adapter], policy: EffectivePolicy, rows: Sequence[_Row]
 ) -> Iterator[tuple[Line, bool]]:
-    earlier = [earlier_turns(row.texts[0]) if row.texts and policy.turn_guards else [] for row in rows]
-    texts = [text for turns, row in zip(earlier, rows, strict=True) for text in (*turns, *row.texts)]
+    texts = [text for row in rows for text in row.texts]
     scored = iter(score_conversations(base, guards, texts) if texts and guards else [Scores({})] * len(texts))
-    for turns, row in zip(earlier, rows, strict=True):
-        of_turns = [next(scored) for _ in turns]
+    for row in rows:
         found = [next(scored) for _ in row.texts] or [unscored(guards, row.problem or "")]
-        problem = next((scores.problem for scores in (*of_turns, *found) if scores.problem), None)
-        yield _line(row.line, guards, policy, (of_turns, found)) | {"problem": problem}, problem is None
+        problem = next((scores.problem for scores in found if scores.problem), None)
+        yield _line(row.line, guards, policy, found) | {"problem": problem}, problem is None
 
 
-def _line(
-    line: int, guards: Sequence[Adapter], policy: EffectivePolicy, found: tuple[Sequence[Scores], Sequence[Scores]]
-) -> Line:
-    """What the policy does with one row, by the scores of earlier turns and of its texts: the most severe of all."""
-    by_name = {guard.name: guard for guard in guards}
-    of_turns = {name: by_name[name] for name in policy.turn_guards}
+def _line(line: int, guards: Sequence[Adapter], policy: EffectivePolicy, found: Sequence[Scores]) -> Line:
+    """What the policy does with one row: the more severe of its prompt and its answer."""
     decisions: list[tuple[Decision, str, tuple[Verdict, ...]]] = []
-    if refusal := refusal_by_turns(policy, of_turns, found[0]):
-        decisions.append((refusal[1], "prompt", refusal[0]))
-    for scores in found[1]:
-        verdicts = verdicts_on(policy, by_name, scores)
+    for scores in found:
+        verdicts = [
+            verdict
+            for guard in guards
+            for verdict in policy.verdicts(guard.name, scores.by_guard[guard.name], scores.mode_for(guard))
+        ]
         decide = policy.decide_answer if scores.place == "answer" else policy.decide_prompt
-        decisions.append((decide(verdicts), scores.place, verdicts))
+        decisions.append((decide(verdicts), scores.place, tuple(verdicts)))
     decision, stage, verdicts_of_it = max(decisions, key=lambda each: _severity(each[0]))
     return {
         "line": line,
