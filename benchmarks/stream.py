@@ -129,7 +129,7 @@ def _told(rows: Sequence[Row]) -> str:
 def figures_of(
     rule: StopRule, whole: float, test: Answers, labels: dict[str, object], costs: dict[str, object]
 ) -> Iterator[Row]:
-    """What ``rule`` and the whole answers' threshold find on test answers, with intervals over answers."""
+    """What ``rule`` and the whole answers' threshold find on test answers, with intervals over their prompts."""
     report = evaluate_stops(rule, whole, test.scores, test.labels == 1)
     stops = [rule.first_stop(scores) for scores in test.scores]
     written = np.array([np.inf if stop is None else stop + 1 for stop in stops])
@@ -233,7 +233,7 @@ def notes_of(lesson: Lesson) -> dict[str, object]:
         "rows_without_answer": int(sum((some <= 0).sum() for some in lengths)),
         "benign_validation_rows": int((lesson.labels("validation")[lengths[0] > 0] == 0).sum()),
         "median_answer_tokens": float(np.median(lengths[1][lengths[1] > 0])),
-        "intervals": "95% bootstrap over test answers; of stopped_by low and high are the value",
+        "intervals": "95% bootstrap over prompts with all their answers; of stopped_by low and high are the value",
     }
 
 

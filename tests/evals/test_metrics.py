@@ -174,6 +174,27 @@ def test_a_group_of_its_own_for_every_row_is_no_group() -> None:
     assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.02)
 
 
+def test_a_group_is_drawn_whole_whatever_its_labels() -> None:
+    """Each resample holds every row of a group as often as any other of it, and as many groups of each kind."""
+    kinds = {"bad": [1.0, 1.0], "good": [0.0], "both": [0.0, 1.0, 0.0]}
+    names = [f"{kind} {number}" for kind in kinds for number in range(5) for _ in kinds[kind]]
+    labels = np.array([label for kind in kinds for _ in range(5) for label in kinds[kind]])
+    drawn: list[np.ndarray] = []
+
+    def noted(some: np.ndarray, rows: np.ndarray) -> float:
+        drawn.append(rows.astype(int))
+        return float(some.mean())
+
+    found = bootstrap({"share": noted}, labels, np.arange(len(labels), dtype=float), groups=names, n_resamples=50)
+    assert found["share"].low == found["share"].high == labels.mean()
+    for rows in drawn:
+        counts = np.bincount(rows, minlength=len(names))
+        for name in set(names):
+            assert len({count for count, own in zip(counts.tolist(), names, strict=True) if own == name}) == 1
+        assert sum(counts[place] for place, name in enumerate(names) if name.startswith("both")) == 15
+    assert len({tuple(rows) for rows in drawn}) > 40
+
+
 def test_the_difference_of_a_scorer_and_itself_is_nothing() -> None:
     labels, scores = draw_rows(np.random.default_rng(7), 50)
     assert paired_difference(auroc, labels, scores, scores, n_resamples=50) == Figure(0.0, 0.0, 0.0)

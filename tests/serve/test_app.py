@@ -386,12 +386,12 @@ def test_an_answer_that_the_client_began_is_refused(running: Running, stream: bo
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_system_message_is_not_put_behind_what_is_judged(running: Running, role: str) -> None:
     late = {"role": role, "content": "Of course. Here is how."}
-    for before in ([{"role": "user", "content": "SECRET"}], [{"role": "assistant", "content": "Hello."}]):
+    for before in ([{"role": "user", "content": "SECRET"}], [{"role": "assistant", "content": "Hello."}], [late]):
         found = running.post("/v1/chat/completions", {"model": "tiny", "messages": [*before, late]})
         assert found.status_code == 400
         assert f"ends with a {role} message behind others" in found.json()["error"]["message"]
     first = [late, {"role": "user", "content": "Hi"}]
-    for messages in ([late], [late, late], first):
+    for messages in ([late], first):
         assert running.post("/v1/chat/completions", {"model": "tiny", "messages": messages}).is_success
 
 

@@ -106,8 +106,8 @@ def bootstrap(
 ) -> dict[str, Figure]:
     """Each function of (labels, scores) with its interval; rows are resampled within each class, so both remain.
 
-    Rows that are variants of one another belong to one of ``groups`` (a name for each row) and are drawn together:
-    taken one by one they would make the interval too narrow.
+    Rows that are variants of one another belong to one of ``groups`` (a name for each row) and are drawn together, all
+    or none: taken one by one they would make the interval too narrow.
     """
     draws: dict[str, list[float]] = {name: [] for name in functions}
     for rows in _resamples(labels, groups, n_resamples, seed):
@@ -150,15 +150,22 @@ def paired_difference(
 
 
 def _resamples(labels: Array, groups: Sequence[str] | None, n_resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Row indices of each resample: as many rows of each class, or as many groups, as there are."""
+    """Row indices of each resample: as many rows of each class as there are, or as many groups of the same classes.
+
+    A group whose rows are of several classes is drawn whole, among those of these classes.
+    """
     generator = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == value) for value in np.unique(labels)]
     if groups is None:
         for _ in range(n_resamples):
             yield np.concatenate([generator.choice(members, len(members)) for members in classes])
         return
-    names = np.asarray(groups)
-    pools = [[members[names[members] == name] for name in np.unique(names[members])] for members in classes]
+    codes = np.unique(np.asarray(groups), return_inverse=True)[1]
+    members_of = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    strata: dict[tuple[float, ...], list[NDArray[np.int64]]] = {}
+    for members in members_of:
+        strata.setdefault(tuple(np.unique(labels[members]).tolist()), []).append(members)
+    pools = [strata[found] for found in sorted(strata)]
     for _ in range(n_resamples):
         yield np.concatenate([pool[index] for pool in pools for index in generator.integers(len(pool), size=len(pool))])
 

@@ -155,14 +155,14 @@ class ChatRequest(Asked):
 
         One that ends with the assistant's is an InputError: guards judge a prompt where its answer begins, and an
         answer that the client has begun would hide the prompt behind words of its own.  So would a system message
-        there, unless it is all that there is to answer.
+        behind others.
         """
         if self.messages[-1].role == "assistant":
             raise InputError(
                 "The conversation ends with an assistant's message, and answers are not begun by clients: expected a "
                 "message to answer. End with a user's, or ask /v1/policies/dry-run to judge an answer that is there."
             )
-        if self.messages[-1].role != "user" and {turn.role for turn in self.messages} & {"user", "assistant"}:
+        if self.messages[-1].role != "user" and len(self.messages) > 1:
             raise InputError(
                 f"The conversation ends with a {self.messages[-1].role} message behind others, which stands between "
                 "them and the place where guards judge: expected a message to answer. End with a user's."

@@ -104,12 +104,9 @@ def encode_rows(
     blank = BlankIds(base)
     for example in examples:
         try:
-            texts = _encoded_texts(base, example)
-            blank.refuse(example.messages, texts[0].ids)
+            encoded.append((example, _encoded_texts(base, example, blank)))
         except InputError as error:
             bad.append(BadRow(example.line, str(error)))
-        else:
-            encoded.append((example, texts))
     fitting = [pair for pair in encoded if all(len(text.ids) <= longest for text in pair[1])]
     n_too_long = len(encoded) - len(fitting)
     if limit is not None and len(fitting) > limit:
@@ -139,9 +136,10 @@ def encode_rows(
     return rows
 
 
-def _encoded_texts(base: Base, example: Example) -> tuple[Encoded, ...]:
+def _encoded_texts(base: Base, example: Example, blank: BlankIds) -> tuple[Encoded, ...]:
     """The encoded row; of a preference, the chosen and the rejected text."""
     text = base.encode(example.messages)
+    blank.refuse(example.messages, text.ids)
     if example.rejected is None:
         return (text,)
     worse = base.encode((*example.messages[:-1], example.rejected))
