@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,11 @@ def test_scores_are_kept_and_found_again(tiny_base: Base, tmp_path: Path, monkey
     other = {"soft_weight": 0.9, "epochs": 9, "checkpoint_seconds": 1.0}
     teacher_scores(tiny_base, recipe(training=other), (train, validation), tmp_path)
     assert n_trained == 6, "what a teacher does not learn by"
+    cased = train.chosen(range(20))  # as rows are to a tokenizer that knows no case
+    cased.examples = [replace(row, messages=(replace(row.messages[0], content="X"),)) for row in train.examples[:1]]
+    cased.examples += train.examples[1:]
+    teacher_scores(tiny_base, recipe(), (cased, validation), tmp_path)
+    assert n_trained == 7
 
 
 def test_too_few_rows_for_the_folds_are_an_error(tiny_base: Base) -> None:

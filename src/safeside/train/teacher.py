@@ -77,7 +77,8 @@ def teacher_scores(base: Base, recipe: Recipe, splits: tuple[Rows, Rows], folder
     train, validation = splits
     assert recipe.teacher is not None
     settings = _training_of(recipe).model_dump(exclude={"checkpoint_seconds", "cache_taps", "temperature"})
-    identity = [recipe.teacher.model_dump(), settings, recipe.seed]
+    texts = [[asdict(message) for message in example.messages] for example in train.examples]  # they find scores
+    identity = [recipe.teacher.model_dump(), settings, recipe.seed, texts]
     both = [(key_of(base, rows.ids, ()), rows.labels.tolist()) for rows in splits]
     path = folder / f"teacher-{config_hash([identity, both])}.jsonl"
     processes = processes_on(base.device)
