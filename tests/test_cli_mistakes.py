@@ -155,7 +155,7 @@ def test_a_rollback_reads_nothing_else(run: Callable[..., Ran], adapters: Path) 
 
 def patch_and_port(adapters: Path, tiny_base: Base, folder: Path, extra: Sequence[object] = ()) -> list[list[object]]:
     """Both commands on rows that they can use, and ``extra`` ones; each lacks its output."""
-    rows = write(folder / "rows.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(texts(40))])
+    rows = write(folder / "rows.jsonl", [{"text": f"{text}, too", "label": i % 2} for i, text in enumerate(texts(40))])
     used = write(folder / "used.jsonl", [*({"text": text, "label": 1} for text in texts(100)), *extra])
     return [
         ["patch", adapters / "harm", "--examples", used, "--replay", rows, "--output"],
