@@ -36,7 +36,7 @@ async def moderate(
     if found is None:
         return None
     verdicts = [_verdicts(policy, guards, scores) for scores in found]
-    trace_id = secrets.token_hex(12)
+    trace_id, known = secrets.token_hex(12), {*guards, *service.genes}
     record = AuditRecord(
         trace_id=trace_id,
         tenant=caller.tenant,
@@ -44,7 +44,7 @@ async def moderate(
         policy=policy.name,
         policy_version=policy.version,
         action="allow",
-        adapters={name: value for name, value in service.fingerprints.items() if name in {**guards, **service.genes}},
+        adapters={name: value for name, value in service.fingerprints.items() if name in known},
         keep_text=policy.audit_text,
     )
     records = [_judged(record, text, own) for text, own in zip(asked.texts, verdicts, strict=True)]
