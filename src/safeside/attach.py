@@ -150,7 +150,7 @@ class Attachment:
 
     @property
     def record(self) -> PassRecord:
-        """The last forward pass of this thread: base state, deltas, strengths, scores."""
+        """The last forward pass of this thread, where it ended: base state, deltas, strengths, scores."""
         if self._thread.record is None:
             raise AttachmentError("No forward pass has run in this thread yet. Run the base first.")
         return self._thread.record
@@ -247,7 +247,7 @@ class Attachment:
                 current.tapes[name].few = True
         elif cache is not None:
             self.judge(cache)
-        self._thread.current = current
+        self._thread.current, self._thread.record = current, None  # a prompt's states are large: none keeps two
         return args, kwargs
 
     def _embedding_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
