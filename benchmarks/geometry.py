@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from safeside.provenance import config_hash
 from tidy import RESULTS, Row, figure_row, result_of, write_json
 
 SIZE = 0.01  # share of the base's compute: the default dial
-METHODS = ("plr", "rtb", "lst", "lst_8")
+METHODS = ("plr", "rtb", "lst", "lst_8", "lst_8_group_4")
 SERVED_BYTES = 2  # a number, in bfloat16
 # From each checkpoint's config.json: Qwen/Qwen2.5-7B, mistralai/Mistral-7B-v0.3, google/gemma-2-9b, Qwen/Qwen2.5-14B,
 # meta-llama/Llama-3.1-70B.
@@ -74,16 +75,25 @@ def cache_bytes(base: Base) -> int:
 
 
 def side_cache_bytes(adapter: Adapter) -> int:
-    """Bytes of keys and values that an adapter keeps for each token: all its heads are as wide as its state."""
-    return 2 * adapter.n_cache_layers * adapter.config.width * SERVED_BYTES
+    """Bytes of keys and values that an adapter keeps for each token: a head of each for every group of its heads."""
+    return 2 * adapter.n_cache_layers * adapter.config.width // adapter.config.query_group * SERVED_BYTES
 
 
 def config_of(base: Base, method: str) -> AdapterConfig:
-    """A guard of a method: ``lst`` as wide as the dial allows on all layers, ``lst_8`` on eight or fewer."""
-    kind, _, n_taps = method.partition("_")
-    if kind == "lst":
-        return sized_config(base, SIZE, min(int(n_taps), base.n_layers + 1) if n_taps else None, name=method)
+    """A guard of a method: ``lst`` as wide as the dial allows on all layers, ``lst_8`` on eight or fewer.
+
+    With ``_group_G`` so many heads of queries share one of keys and values.
+    """
+    if method.startswith("lst"):
+        named = numbers_in(method)
+        n_taps = min(named["lst"], base.n_layers + 1) if "lst" in named else None
+        return sized_config(base, SIZE, n_taps, name=method, query_group=named.get("group", 1))
     return make_config(base, kind=method, name=method)
+
+
+def numbers_in(name: str) -> dict[str, int]:
+    """The numbers in a name, by the word before each."""
+    return {word: int(number) for word, number in re.findall(r"([a-z]+)_(\d+)", name)}
 
 
 def geometry_rows() -> list[Row]:

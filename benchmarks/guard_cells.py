@@ -53,6 +53,7 @@ ADAPTERS = {
     "rtb": {"kind": "rtb", "bottleneck": 32},
     "lst": LST,
     "lst_3_taps": {"kind": "lst", "size": 0.0755, "n_taps": 3},  # on both bases no dearer than lst on all layers
+    "lst_3_taps_group_4": {"kind": "lst", "size": 0.0755, "n_taps": 3, "query_group": 4},  # a quarter of its cache
     "lst_pruned": {**LST, "start": "pruned"},
     "lst_taught": LST,
     "lst_distilled": {**LST, "start": "pruned"},

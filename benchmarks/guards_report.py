@@ -46,6 +46,7 @@ METHODS = {
     "lst_taught": ("#8fb8e8", "--"),
     "lst": ("#5b9bd5", "-"),
     "lst_3_taps": ("#1b3a6b", "--"),
+    "lst_3_taps_group_4": ("#5a3e9c", "--"),
     "rtb": ("#17a398", "-"),
     "plr": ("#7fb800", "-"),
     "standalone_pruned_distilled": ("#7b241c", "--"),

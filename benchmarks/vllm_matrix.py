@@ -86,6 +86,8 @@ class Case:
     kinds: tuple[str, ...] = ("lst", "plr", "rtb")
     """Of the guards ``harm``, ``probe`` and ``toxic``."""
     aligner: str = "lst"
+    query_group: int = 1
+    """Of the guard ``harm``, whose ladder has two heads."""
     lengths: tuple[int, ...] = (5, 17, 40, 9, 130, 64, 12, 33, 150, 7, 21, 90)
     n_new: int = 12
     rounds: int = 1
@@ -128,6 +130,7 @@ CASES = (
     case_of("preemption"),
     Case("lst_plus", "qwen3", **_PLUS),
     Case("state_map", "qwen2", aligner="state_map"),
+    Case("shared_keys", query_group=2),
     case_of("compiled"),
     case_of("tensor_parallel", "qwen2"),
     case_of("eager", **_V2),
@@ -173,7 +176,7 @@ def make_bench(case: Case, root: Path) -> Bench:
     silence_spare_ids(folder)
     base = load_base(folder, dtype=case.dtype)
     kinds = dict(zip(("harm", "probe", "toxic"), case.kinds, strict=True))
-    folders = [save_random(base, root / name, kind, "guard", name) for name, kind in kinds.items()]
+    folders = [save_random(base, root / name, kind, "guard", name, case.query_group) for name, kind in kinds.items()]
     aligner = save_random(base, root / "refuse", case.aligner, "align", "refuse")
     plan = plan_engine(folder, folders, aligner)
     return Bench(plan, base, tuple(load_adapter(folder, base) for folder in folders), load_adapter(aligner, base))
@@ -187,11 +190,12 @@ def silence_spare_ids(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def save_random(base: Base, folder: Path, kind: str, role: str, name: str) -> Path:
+def save_random(base: Base, folder: Path, kind: str, role: str, name: str, query_group: int = 1) -> Path:
     """An adapter whose scores spread over (0, 1), or whose delta is as large as the state."""
     options: dict[str, Any] = {"labels": ("harm", "hate")} if name == "harm" else {}
     if kind in LADDERS:
         options["width"] = _WIDTHS.get(name, 32)
+        options["query_group"] = query_group if options["width"] > 32 else 1
     adapter = create_adapter(base, make_config(base, kind=kind, role=role, name=name, **options))  # type: ignore[arg-type]
     randomise(adapter, seed=len(name))
     return save_adapter(adapter, folder)

@@ -8,12 +8,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from references import randomise, whole_tape
 from safeside.adapters.adapter import DeltaHead, GuardHead
 from safeside.adapters.blocks import Attention, Rotary, TapProjection, attention_bias, attention_of, normed, rotate
 from safeside.adapters.config import Calibration
-from safeside.base.taps import Tape
+from safeside.base.taps import SideCache, Tape
 
 SAME = 1e-5  # float32 in another order
 BFLOAT16 = 2**-7  # two roundings to 8 bits: of the scale, and of the product
@@ -78,20 +79,34 @@ def test_a_bias_masks_as_the_mask_does(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("n_new", [1, 2, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_that_of_its_formula(n_new: int, dtype: torch.dtype) -> None:
-    """The twin is attention in float64, written out; some of the slots are padding, 300 queries take three blocks."""
+@pytest.mark.parametrize("n_shared", [6, 2, 1])
+def test_attention_is_that_of_its_formula(n_new: int, dtype: torch.dtype, n_shared: int) -> None:
+    """The twin is attention in float64, written out; some of the slots are padding, 300 queries take three blocks.
+
+    Six heads of queries have keys and values each, in two groups, or all together.
+    """
     torch.manual_seed(0)
     n_slots = n_new + 7
-    shapes = ((3, 2, n_new, 8), (3, 2, n_slots, 8), (3, 2, n_slots, 8))
+    shapes = ((3, 6, n_new, 8), (3, n_shared, n_slots, 8), (3, n_shared, n_slots, 8))
     queries, keys, values = (torch.randn(shape).to(dtype) for shape in shapes)
     attend = torch.rand(3, 1, n_new, n_slots) > 0.4
     attend[..., 0] = True
     found = attention_of(queries, keys, values, attention_bias(attend, dtype))
-    products = torch.einsum("bhtd,bhsd->bhts", queries.double(), keys.double()) / 8**0.5
+    heads = [head * n_shared // 6 for head in range(6)]
+    products = torch.einsum("bhtd,bhsd->bhts", queries.double(), keys[:, heads].double()) / 8**0.5
     weights = products.masked_fill(~attend, -torch.inf).softmax(-1)
-    expected = torch.einsum("bhts,bhsd->bhtd", weights, values.double())
+    expected = torch.einsum("bhts,bhsd->bhtd", weights, values[:, heads].double())
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+def test_a_group_keeps_one_head_of_keys_and_of_values() -> None:
+    attention, cache, tape = Attention(96, 16, query_group=3), DynamicCache(), whole_tape(2, 5)
+    assert attention.queries_keys_values.weight.shape == (96 + 2 * 32, 96)
+    bias = attention_bias(tape.attend, torch.float32)
+    mixed = attention(torch.randn(2, 5, 96), Rotary(16)(tape.positions), bias, SideCache(cache, 0), 0)
+    assert mixed.shape == (2, 5, 96)
+    assert cache.layers[0].keys.shape == cache.layers[0].values.shape == (2, 2, 5, 16)
 
 
 def test_low_rank_taps_have_two_matrices_and_one_bias() -> None:

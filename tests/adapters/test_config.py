@@ -46,6 +46,8 @@ MODES = {"prompt": {**MODE, "presets": {"strict": PROMISE}, "maps": [STEPS]}}
         ({**GUARD, "width": 48}, "multiple of head_dim 32; got 48"),
         ({**GUARD, "width": 96, "head_dim": 64}, "multiple of head_dim 64"),
         ({**GUARD, "head_dim": 16}, "head_dim"),
+        ({**GUARD, "width": 96, "query_group": 2}, "multiple of head_dim 32 times query_group 2; got 96"),
+        ({**GUARD, "query_group": 0}, "query_group"),
         ({**GUARD, "width": -32}, "width"),
         ({**GUARD, "tap_rank": -1}, "tap_rank"),
         ({**GUARD, "bottleneck": 0}, "bottleneck"),
@@ -132,6 +134,9 @@ def test_make_config_fills_what_is_usual() -> None:
     assert (guard.layers, guard.width, guard.labels) == ((0, 1, 2, 3, 4), 64, ("harm",))
     assert (aligner.layers, aligner.width, aligner.labels) == ((0, 1, 2, 3, 4), 64, ())
     assert make_config(wide, reduction=8, head_dim=64).width == 128
+    assert make_config(wide, reduction=8, query_group=3).width == 96
+    with pytest.raises(ConfigError, match="query_group"):
+        make_config(wide, query_group=0)
     assert make_config(wide, reduction=1000).width == 32
     assert make_config(wide, width=96, labels=("a", "b")).labels == ("a", "b")
     assert make_config(wide, kind="rtb").layers == (0, 1, 2, 3, 4)

@@ -31,6 +31,7 @@ VARIANTS: tuple[dict[str, object], ...] = (
     *({"kind": kind} for kind in TRUNKS),
     {"kind": "lst", "layers": (2,), "tap_rank": 4},
     {"kind": "lst", "layers": (0, 3), "gate": "channel"},
+    {"kind": "lst", "width": 64, "query_group": 2},
     {"kind": "lst", "readout": "attention", "labels": ("hate", "harm")},
     {"kind": "plr", "readout": "attention"},
     {"kind": "plr", "width": 16},

@@ -34,16 +34,19 @@ def slow_rotate(vector: Tensor, position: int) -> Tensor:
 
 def slow_attention(attention: Attention, states: Tensor) -> Tensor:
     width, size = states.shape[1], attention.head_dim
-    parts = (states @ attention.queries_keys_values.weight.double().T).split(width, dim=1)
+    n_kept = attention.n_shared * size
+    parts = (states @ attention.queries_keys_values.weight.double().T).split([width, n_kept, n_kept], dim=1)
     mixed = torch.zeros_like(states)
     for token in range(len(states)):
         for head in range(width // size):
             place = slice(head * size, (head + 1) * size)
+            group = head // (width // n_kept)
+            shared = slice(group * size, (group + 1) * size)
             query = slow_rotate(parts[0][token, place], token)
-            weights = [float(query @ slow_rotate(parts[1][past, place], past)) for past in range(token + 1)]
+            weights = [float(query @ slow_rotate(parts[1][past, shared], past)) for past in range(token + 1)]
             weights = torch.softmax(torch.tensor(weights).double() / math.sqrt(size), 0)
             for past in range(token + 1):
-                mixed[token, place] += weights[past] * parts[2][past, place]
+                mixed[token, place] += weights[past] * parts[2][past, shared]
     return mixed @ attention.output.weight.double().T
 
 
@@ -75,7 +78,7 @@ def slow_lst(trunk: Lst, layers: tuple[int, ...], hidden: list[Tensor]) -> Tenso
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3), (3,)])
-@pytest.mark.parametrize("options", [{}, {"tap_rank": 4}, {"gate": "channel", "feed_forward": 48}])
+@pytest.mark.parametrize("options", [{}, {"tap_rank": 4}, {"gate": "channel", "feed_forward": 48}, {"query_group": 2}])
 @pytest.mark.parametrize("length", [5, 17])  # taps are projected together, and where they are read
 def test_the_ladder_is_its_formula(layers: tuple[int, ...], options: dict[str, object], length: int) -> None:
     config = make_config(reference(), layers=layers, width=64, **options)

@@ -183,17 +183,24 @@ def test_encoders_have_no_head(tiny_family: Callable[[str], Base]) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-6, 0.05, 0.2, 0.5, 2.0])
-@pytest.mark.parametrize("head_dim", [32, 64])
-def test_the_dial_takes_the_largest_that_fits(tiny_base: Base, size: float, head_dim: int) -> None:
+@pytest.mark.parametrize(("step", "options"), [(32, {}), (64, {"head_dim": 64}), (64, {"query_group": 2})])
+def test_the_dial_takes_the_largest_that_fits(tiny_base: Base, size: float, step: int, options: dict[str, int]) -> None:
     """Against trying every width of every stride: greatest depth first, then greatest width, else the narrowest tap."""
     fitting = [
         (layers, width)
         for layers in ((0, 1, 2, 3), (1, 3), (0, 3), (3,))
-        for width in range(64, 0, -head_dim)
-        if flops_share(tiny_base, on_meta(tiny_base, layers=layers, width=width, head_dim=head_dim)) <= size
+        for width in range(64, 0, -step)
+        if flops_share(tiny_base, on_meta(tiny_base, layers=layers, width=width, **options)) <= size
     ]
-    config = sized_config(tiny_base, size, head_dim=head_dim)
-    assert (config.layers, config.width) == (fitting[0] if fitting else ((3,), head_dim))
+    config = sized_config(tiny_base, size, **options)
+    assert (config.layers, config.width) == (fitting[0] if fitting else ((3,), step))
+    assert (config.head_dim, config.query_group) == (options.get("head_dim", 32), options.get("query_group", 1))
+
+
+@pytest.mark.parametrize("group", [0, -1, "two", 1.5])
+def test_a_group_has_a_head_or_more(tiny_base: Base, group: object) -> None:
+    with pytest.raises(ConfigError, match="query_group"):
+        sized_config(tiny_base, 0.5, query_group=group)
 
 
 def test_other_kinds_have_no_dial(tiny_base: Base) -> None:
@@ -220,6 +227,7 @@ def test_the_dial_takes_no_second_hand(tiny_base: Base, chosen: dict[str, object
         ({"kind": "rtb", "width": 32}, "'width' does nothing for kind 'rtb', which reads bottleneck"),
         ({"kind": "rtb", "tap_rank": 4}, "'tap_rank' does nothing for kind 'rtb'"),
         ({"kind": "rtb", "head_dim": 64}, "'head_dim' does nothing for kind 'rtb'"),
+        ({"kind": "rtb", "query_group": 2}, "'query_group' does nothing for kind 'rtb'"),
         ({"kind": "rtb", "reduction": 4}, "'reduction' does nothing for a guard of kind 'rtb'. Give 'bottleneck'"),
         ({"kind": "plr", "reduction": 4}, "'reduction' does nothing for a guard of kind 'plr'. Give 'width'"),
         ({"kind": "plr", "gate": "layer"}, "'gate' does nothing for kind 'plr', which reads tap_rank, width"),
@@ -244,8 +252,8 @@ def test_a_kind_reads_exactly_the_dimensions_that_it_declares(tiny_base: Base, k
     """A dimension that is read changes the trunk's tensors (head_dim only their use); any other changes nothing."""
     start = {"plr": {"width": 32}, "lst": {"width": 64}, "lst_plus": {"width": 64}}.get(kind, {})
     other = {
-        "width": 128, "feed_forward": 96, "head_dim": 64, "tap_rank": 4, "gate": "channel", "bottleneck": 8,
-        "cross_attention": True, "depth": 1, "lora_rank": 2,
+        "width": 128, "feed_forward": 96, "head_dim": 64, "query_group": 2, "tap_rank": 4, "gate": "channel",
+        "bottleneck": 8, "cross_attention": True, "depth": 1, "lora_rank": 2,
     }[name]  # fmt: skip
     plain = make_config(tiny_base, kind=kind, role="align", **start)
     changed = plain.model_copy(update={name: other})

@@ -16,7 +16,10 @@ from geometry import SERVED_BYTES, cache_bytes, side_cache_bytes
 from safeside import Adapter, Base, attach
 
 
-@pytest.mark.parametrize(("kind", "options"), [("lst", {}), ("lst", {"layers": (1, 3)}), ("rtb", {}), ("plr", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("lst", {}), ("lst", {"layers": (1, 3)}), ("lst", {"width": 64, "query_group": 2}), ("rtb", {}), ("plr", {})],
+)
 def test_a_token_takes_the_cache_that_is_told(
     tiny_base: Base, random_guard: Callable[..., Adapter], kind: str, options: dict[str, object]
 ) -> None:

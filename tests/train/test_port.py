@@ -156,6 +156,8 @@ def test_a_port_of_a_size_is_the_largest_that_keeps_it(
     assert (wide.width, wide.layers) == (base.d_model, ported_config(old.config, base).layers)
     narrow = ported_config(old.config, base, size)
     assert (narrow.width, narrow.head_dim) == (32, old.config.head_dim)
+    grouped = ported_config(old.config.model_copy(update={"query_group": 2}), base, size)
+    assert (grouped.width, grouped.query_group) == (64, 2)  # the narrowest there is
     assert narrow.base.fingerprint == base.fingerprint
     done = port_adapter((tiny_base, old), base, texts(100), replace(DISTILL, size=size, epochs=1))
     assert flops_share(base, done.adapter) <= size

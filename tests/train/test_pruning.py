@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from safeside import Adapter, Base, create_adapter, load_base, make_config
 from safeside.adapters.adapter import DeltaHead
-from safeside.adapters.blocks import SideBlock, attention_bias, rotary_frequencies
+from safeside.adapters.blocks import Attention, SideBlock, attention_bias, rotary_frequencies
 from safeside.adapters.lst import Lst
 from safeside.base.layouts import LAYOUTS, Heads, block_weights, heads_of
 from safeside.base.taps import Tape
@@ -175,8 +176,12 @@ def test_groups_are_taken_whole_and_hidden_units_are_the_best(wide: Callable[...
     assert four == sorted(2 * group + place for group in order[:2] for place in range(2))
     three = keep_heads(squares, heads, 3)
     assert set(keep_heads(squares, heads, 2)) < set(three) < set(four)
-    kept = keep_block(squares, heads, 32, 4, 10)
-    assert [(head.query_head, head.group) for head in kept.heads] == [(head, head // 2) for head in four]
+    kept = keep_block(squares, heads, Attention(4 * 32, 32), 10)
+    assert [(own.query_heads, own.group) for own in kept.groups] == [((head,), head // 2) for head in four]
+    shared = keep_block(squares, heads, Attention(4 * 32, 32, query_group=2), 10).groups
+    assert [(own.query_heads, own.group) for own in shared] == [
+        ((2 * group, 2 * group + 1), group) for group in sorted(order[:2])
+    ]
     scores = [
         float(squares.gate[unit].sum() + squares.up[unit].sum() + squares.down[:, unit].sum()) for unit in range(96)
     ]
@@ -187,12 +192,26 @@ def test_rotary_pairs_are_whole_and_turn_alike(wide: Callable[..., Base]) -> Non
     """Of heads 64 wide every second pair turns as the side's; both halves of a pair are kept."""
     base = wide("llama", head_dim=64)
     squares, heads = measured(base).blocks[0], heads_of(base)
-    head = keep_block(squares, heads, 32, 1, 8).heads[0]
+    head = keep_block(squares, heads, Attention(32, 32), 8).groups[0]
     first, second = head.matched[:16], head.matched[16:]
     assert first.tolist() == list(range(0, 32, 2))
     assert (second - first).tolist() == [32] * 16
     torch.testing.assert_close(heads.frequencies[first], rotary_frequencies(32))
     assert len(head.values.unique()) == 32
+
+
+@torch.no_grad()
+def test_groups_that_the_base_does_not_have_cannot_be_kept(wide: Callable[..., Base]) -> None:
+    base = wide("llama", num_attention_heads=8, num_key_value_heads=4)
+    importance = measured(base)
+    prune_block(base, 0, SideBlock(128, 32, 96, 2), torch.arange(128) % 64, importance)
+    with pytest.raises(ConfigError, match="in 4 groups of 2; 1 groups of 4 cannot be kept of them"):
+        prune_block(base, 0, SideBlock(128, 32, 96, 4), torch.arange(128) % 64, importance)
+    base = wide("llama", hidden_size=192, num_attention_heads=6, num_key_value_heads=2)
+    squares, heads = measured(base).blocks[0], heads_of(base)
+    kept = keep_block(squares, heads, Attention(4 * 32, 32, query_group=2), 8).groups
+    assert [own.group for own in kept] == [0, 1], "two heads of each group of three"
+    assert all(head * 2 // 6 == own.group for own in kept for head in own.query_heads)
 
 
 @given(st.sampled_from([16, 24, 32, 64]), st.sampled_from([1e4, 5e5, 1e6]))
@@ -221,8 +240,9 @@ def test_with_everything_kept_a_block_is_the_bases_own(
     batch = make_batch(base, ROWS, range(len(ROWS)))
     states = record_states(base, batch, range(base.n_layers + 1))
     tape = Tape(batch.keep, batch.ids.shape[1])
-    for index in range(base.n_layers):
-        side = SideBlock(64, 32, 96)
+    in_group = heads_of(base).n_queries // heads_of(base).n_groups
+    for index, size in itertools.product(range(base.n_layers), {1, in_group}):  # keys apart, and shared as in the base
+        side = SideBlock(64, 32, 96, size)
         prune_block(base, index, side, torch.arange(64), importance, is_normed=False)
         found = side(states[index], rotary(32, tape), attention_bias(tape.attend, torch.float32), None, 0)
         close(found[batch.keep], states[index + 1][batch.keep])

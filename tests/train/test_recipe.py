@@ -41,6 +41,7 @@ layers = [0, 2, 3]
 width = 64
 feed_forward = 48
 head_dim = 32
+query_group = 2
 tap_rank = 4
 gate = "channel"
 bottleneck = 16

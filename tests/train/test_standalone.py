@@ -38,6 +38,7 @@ def reference(d_model: int, n_layers: int) -> BaseReference:
         (64, 3, {"reduction": 2}),
         (64, 3, {"reduction": 2, "layers": (3,)}),
         (1024, 6, {"reduction": 4, "head_dim": 64}),
+        (1024, 6, {"reduction": 4, "query_group": 4}),
     ],
 )
 def test_it_costs_what_the_adapter_costs(d_model: int, n_layers: int, options: dict[str, object]) -> None:
@@ -45,6 +46,7 @@ def test_it_costs_what_the_adapter_costs(d_model: int, n_layers: int, options: d
         adapter = Adapter(make_config(reference(d_model, n_layers), **options))
         model = Standalone(matched_shape(adapter, n_tokens=500))
     assert standalone_matmuls(model) == pytest.approx(adapter_matmuls(adapter), rel=SAME_COST)
+    assert model.shape.query_group == adapter.config.query_group
     embeddings = 500 * adapter.config.width
     assert sum(parameter.numel() for parameter in model.parameters()) > standalone_matmuls(model) + embeddings
 

@@ -55,7 +55,8 @@ class Trunk(Protocol):
 
 TRUNKS: Registry[type[Trunk]] = Registry("adapter kind")
 DIMENSIONS = (
-    "width", "feed_forward", "head_dim", "tap_rank", "gate", "bottleneck", "cross_attention", "depth", "lora_rank",
+    "width", "feed_forward", "head_dim", "query_group", "tap_rank", "gate", "bottleneck", "cross_attention", "depth",
+    "lora_rank",
 )  # fmt: skip
 """The fields of AdapterConfig that shape a trunk; each kind reads some of them."""
 _used: dict[str, frozenset[str]] = {}
@@ -89,7 +90,7 @@ def check_role(kind: str, role: str) -> None:
         raise ConfigError(f"Kind {kind!r} changes the base's state and gives no scores; expected role 'align'.")
 
 
-_LADDER = ("width", "feed_forward", "head_dim", "tap_rank", "gate")
+_LADDER = ("width", "feed_forward", "head_dim", "query_group", "tap_rank", "gate")
 register_adapter("plr", "safeside.adapters.plr:Plr", ("width", "tap_rank"))
 register_adapter("rtb", "safeside.adapters.rtb:Rtb", ("bottleneck",))
 register_adapter("lst", "safeside.adapters.lst:Lst", _LADDER)

@@ -224,6 +224,8 @@ class AdapterConfig(BaseModel):
     """Hidden width of an ``lst`` block's feed-forward; 0 means about 8/3 of ``width``."""
     head_dim: HeadDim = 32
     """Width of one attention head of ``lst``; it divides ``width``."""
+    query_group: int = Field(1, ge=1, le=_MOST)
+    """Heads of queries that share one of keys and values: the ladder's part of the cache is so many times smaller."""
     tap_rank: int = Field(0, ge=0, le=_MOST)
     """Rank of the down-projections of tapped states; 0 means full rank."""
     gate: Literal["layer", "channel"] = "layer"
@@ -258,6 +260,11 @@ class AdapterConfig(BaseModel):
     """Set on loading: the base has other weights or another chat template than the adapter was trained with."""
 
     @property
+    def width_step(self) -> int:
+        """What a ladder's width is a multiple of: one group of heads."""
+        return self.head_dim * self.query_group
+
+    @property
     def windows_by_label(self) -> tuple[Combine, ...]:
         """(K,) which score of a long text's windows counts for each label."""
         return self.windows if isinstance(self.windows, tuple) else (self.windows,) * len(self.labels)
@@ -278,8 +285,9 @@ class AdapterConfig(BaseModel):
             raise ValueError(f"layers must be rising and not empty; got {self.layers}")
         if self.layers[0] < 0 or self.layers[-1] > self.base.n_layers:
             raise ValueError(f"layers must lie in 0..{self.base.n_layers}; got {self.layers}")
-        if self.kind in LADDERS and (self.width == 0 or self.width % self.head_dim):
-            raise ValueError(f"width must be a multiple of head_dim {self.head_dim}; got {self.width}")
+        if self.kind in LADDERS and (self.width == 0 or self.width % self.width_step):
+            shared = "" if self.query_group == 1 else f" times query_group {self.query_group}"
+            raise ValueError(f"width must be a multiple of head_dim {self.head_dim}{shared}; got {self.width}")
         self._check_top()
         if self.calibration is not None and len(self.calibration.scale) != len(self.labels):
             raise ValueError(f"calibration has {len(self.calibration.scale)} entries for {len(self.labels)} labels")

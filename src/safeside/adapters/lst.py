@@ -33,7 +33,9 @@ class Lst(nn.Module):
         n_blocks = max(1, len(self.rungs))
         gate_size = config.width if config.gate == "channel" else 1
         self.gates = nn.ParameterList(nn.Parameter(torch.zeros(gate_size)) for _ in self.rungs)
-        self.blocks = nn.ModuleList(SideBlock(config.width, config.head_dim, hidden) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(
+            SideBlock(config.width, config.head_dim, hidden, config.query_group) for _ in range(n_blocks)
+        )
         self.rotary = Rotary(config.head_dim)
 
     @property

@@ -93,35 +93,38 @@ def make_config(
     reduction: float | None = None,
     layers: tuple[int, ...] | None = None,
     head_dim: HeadDim | None = None,
+    query_group: int | None = None,
     **dimensions: object,
 ) -> AdapterConfig:
     """A configuration for ``base`` with the usual layers and ``width = D / reduction`` where the kind has a width.
 
-    ``reduction`` is 16 unless given.  The width is rounded to a multiple of ``head_dim`` (32 unless given) and is at
-    least that.  ``layers`` are all from the embedding (0) up, for ``plr`` and ``state_map`` the last, for ``toplayers``
-    the one below its ``depth`` (2 unless given) blocks.  A guard has the one label ``harm`` unless ``labels`` are
-    given; on an encoder its ``readout`` is ``attention`` unless given.  ``plr`` as a guard is a linear probe unless
-    ``width`` is given.  Further ``dimensions`` are fields of AdapterConfig.  What does not fit together is a
-    ConfigError, and so is what the kind or role would not read.
+    ``reduction`` is 16 unless given.  The width is rounded to a multiple of ``head_dim`` (32 unless given) times
+    ``query_group`` (1 unless given) and is at least that.  ``layers`` are all from the embedding (0) up, for ``plr``
+    and ``state_map`` the last, for ``toplayers`` the one below its ``depth`` (2 unless given) blocks.  A guard has the
+    one label ``harm`` unless ``labels`` are given; on an encoder its ``readout`` is ``attention`` unless given.
+    ``plr`` as a guard is a linear probe unless ``width`` is given.  Further ``dimensions`` are fields of AdapterConfig.
+    What does not fit together is a ConfigError, and so is what the kind or role would not read.
     """
-    given = {**dimensions, "reduction": reduction, "head_dim": head_dim, "layers": layers}
+    sizes = {"head_dim": head_dim, "query_group": query_group}
+    given = {**dimensions, **sizes, "reduction": reduction, "layers": layers}
     _check_read(kind, role, {name: value for name, value in given.items() if value is not None})
     reference = reference_of(base) if isinstance(base, Base) else base
-    head_dim = 32 if head_dim is None else head_dim
     values: dict[str, object] = {
         "kind": kind,
         "role": role,
         "name": name,
         "labels": ("harm",) if labels is None and role == "guard" else labels or (),
         "layers": layers or default_layers(kind, reference.n_layers),
-        "head_dim": head_dim,
+        "head_dim": 32 if head_dim is None else head_dim,
+        "query_group": 1 if query_group is None else query_group,
         "base": reference,
     }
     if role == "guard" and reference.is_encoder:
         values["readout"] = "attention"
     if _has_default_width(kind, role):
         share = reference.d_model / (16 if reduction is None else reduction)
-        values["width"] = max(head_dim, round(share / head_dim) * head_dim)
+        step = _width_step(values)
+        values["width"] = max(step, round(share / step) * step)
     if kind == "toplayers":
         values |= _top_values(base, reference, dimensions)
     return require_valid({**values, **dimensions})
@@ -200,8 +203,7 @@ def sized_config(base: Base, size: float = 0.01, n_taps: int | None = None, **op
     chosen = sorted({"width", "reduction", "layers"} & {name for name, value in options.items() if value is not None})
     if chosen:
         raise ConfigError(f"size picks width and layers; leave {', '.join(chosen)} out, or call make_config.")
-    head_dim = options.get("head_dim") or 32
-    assert isinstance(head_dim, int)
+    step = _width_step(options)
     if n_taps is None:
         choices = [tuple(range(base.n_layers, -1, -stride))[::-1] for stride in range(1, base.n_layers + 2)]
     else:
@@ -211,18 +213,24 @@ def sized_config(base: Base, size: float = 0.01, n_taps: int | None = None, **op
         return make_config(base, **{**options, "layers": layers, "width": width})  # type: ignore[arg-type]
 
     for layers in choices:
-        found = widest(base, size, head_dim, partial(config, layers))
+        found = widest(base, size, step, partial(config, layers))
         if found is not None:
             return found
-    return config(choices[-1], head_dim)
+    return config(choices[-1], step)
 
 
-def widest(base: Base, size: float, head_dim: int, config_of: Callable[[int], AdapterConfig]) -> AdapterConfig | None:
+def _width_step(options: dict[str, object]) -> int:
+    """The narrowest width: one group of heads.  What is no size of either is left to ``make_config`` to refuse."""
+    sizes = (options.get("head_dim") or 32, options.get("query_group") or 1)
+    return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+
+
+def widest(base: Base, size: float, step: int, config_of: Callable[[int], AdapterConfig]) -> AdapterConfig | None:
     """The configuration of the greatest width that costs at most ``size`` of the base; None where none does.
 
-    Widths are the multiples of ``head_dim`` up to the base's own.
+    Widths are the multiples of ``step`` up to the base's own.
     """
-    widths = range(head_dim, max(base.d_model, head_dim) + 1, head_dim)
+    widths = range(step, max(base.d_model, step) + 1, step)
     n_fitting = bisect_right(widths, size * base_matmuls(base), key=lambda width: _cost(config_of(width)))
     return config_of(widths[n_fitting - 1]) if n_fitting else None
 

@@ -65,7 +65,7 @@ def _sized(values: dict[str, object], source: AdapterConfig, base: Base, size: f
     def config_of(width: int) -> AdapterConfig:
         return require_valid({**values, "width": width, "feed_forward": 0})
 
-    return widest(base, size, source.head_dim, config_of) or config_of(source.head_dim)
+    return widest(base, size, source.width_step, config_of) or config_of(source.width_step)
 
 
 def _new_layer(layer: int, source: AdapterConfig, base: Base) -> int:

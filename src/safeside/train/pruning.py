@@ -5,11 +5,12 @@ What is kept, and how it is carried over:
 - *Residual stream.*  One set of ``width`` indices for the whole network, those whose weights have the highest summed
   importance over all blocks: side states are added up across blocks and mixed with projected taps, so an index must
   mean the same everywhere.  Down-projections start as the selection of these indices, norms inherit them.
-- *Heads.*  A side head is one query head with the keys and values of its group.  Groups are taken whole, most important
-  first; the last one may give only its best query heads.  Of a head wider than the side's, queries and keys keep those
-  rotary pairs (i, i + h/2) whose frequency is nearest to the side pair's own: the same where both turn by powers of
-  10,000 and one width divides the other, else the nearest that keep their order.  Without rotary positions the most
-  important entries are kept.  Values keep the most important entries.
+- *Heads.*  A side group is as many query heads of one of the base's groups as its ``query_group``, with the keys and
+  values of that group; which may give several.  Groups are taken whole, most important first; the last one may give
+  only its best query heads.  Of a head wider than the side's, queries and keys keep those rotary pairs (i, i + h/2)
+  whose frequency is nearest to the side pair's own: the same where both turn by powers of 10,000 and one width divides
+  the other, else the nearest that keep their order.  Without rotary positions the most important entries are kept.
+  Values keep the most important entries.
 - *Feed-forward.*  The hidden units of highest importance over gate, up and down together.
 
 Block l of the ladder starts from block l of the base.  A tap is at unit root-mean-square, so what a block adds is
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from safeside.adapters.adapter import Adapter
-from safeside.adapters.blocks import SideBlock, TapProjection, rotary_frequencies
+from safeside.adapters.blocks import Attention, SideBlock, TapProjection, rotary_frequencies
 from safeside.adapters.lst import Lst
 from safeside.base.layouts import BlockWeights, Heads, block_weights, heads_of, layout_of
 from safeside.base.model import Base
@@ -42,11 +43,11 @@ _TOKENS_TOGETHER = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class KeptHead:
-    """What one side head takes of one query head of the base."""
+class KeptGroup:
+    """What one side group takes of one group of the base."""
 
-    query_head: int
-    """Index of the query head."""
+    query_heads: tuple[int, ...]
+    """Indices of the query heads, rising."""
     group: int
     """Index of its key and value head."""
     matched: Tensor
@@ -59,8 +60,8 @@ class KeptHead:
 class KeptBlock:
     """What one side block takes of one block of the base."""
 
-    heads: tuple[KeptHead, ...]
-    """One for each side head."""
+    groups: tuple[KeptGroup, ...]
+    """One for each head of keys of the side."""
     feed_forward: Tensor | None
     """Hidden units, rising; None where they cannot be carried over."""
 
@@ -152,19 +153,22 @@ def _select(projection: TapProjection, stream: Tensor, scores: Tensor) -> None:
         last.weight[places, ranks] = 1.0
 
 
-def keep_block(squares: BlockWeights, heads: Heads, head_dim: int, n_heads: int, n_hidden: int) -> KeptBlock:
+def keep_block(squares: BlockWeights, heads: Heads, side: Attention, n_hidden: int) -> KeptBlock:
     """What to keep of one block, by the importance of its weights."""
     hidden = None
     if squares.gate is not None and squares.up is not None and squares.down is not None:
         hidden = top(squares.gate.sum(1) + squares.up.sum(1) + squares.down.sum(0), n_hidden)
-    return KeptBlock(
-        tuple(_keep_head(squares, heads, head_dim, query_head) for query_head in keep_heads(squares, heads, n_heads)),
-        hidden,
-    )
+    size = side.n_heads // side.n_shared
+    kept = keep_heads(squares, heads, side.n_heads, size)
+    chosen = [tuple(kept[start : start + size]) for start in range(0, side.n_heads, size)]
+    return KeptBlock(tuple(_keep_group(squares, heads, side.head_dim, members) for members in chosen), hidden)
 
 
-def keep_heads(squares: BlockWeights, heads: Heads, n_heads: int) -> list[int]:
-    """Query heads, group by group: the most important groups, of the last one the most important heads; rising."""
+def keep_heads(squares: BlockWeights, heads: Heads, n_heads: int, size: int = 1) -> list[int]:
+    """Query heads, group by group: the most important groups, of the last one the most important heads; rising.
+
+    Of each group a multiple of ``size``, so that so many next to each other are of one group.
+    """
     queries = squares.queries.sum(1) + squares.output.sum(0)
     by_head = queries.view(heads.n_queries, heads.width).sum(1)
     shared = (squares.keys.sum(1) + squares.values.sum(1)).view(heads.n_groups, heads.width).sum(1)
@@ -173,23 +177,31 @@ def keep_heads(squares: BlockWeights, heads: Heads, n_heads: int) -> list[int]:
     kept: list[int] = []
     for group in torch.sort(by_group, descending=True, stable=True).indices.tolist():
         members = by_head[group * in_group : (group + 1) * in_group]
-        kept += [group * in_group + int(place) for place in top(members, n_heads - len(kept))]
+        n_taken = min(in_group // size * size, n_heads - len(kept))
+        kept += [group * in_group + int(place) for place in top(members, n_taken)]
         if len(kept) == n_heads:
             break
     return sorted(kept)
 
 
-def _keep_head(squares: BlockWeights, heads: Heads, head_dim: int, query_head: int) -> KeptHead:
-    group = query_head * heads.n_groups // heads.n_queries
-    queried = slice(query_head * heads.width, (query_head + 1) * heads.width)
+def _keep_group(squares: BlockWeights, heads: Heads, head_dim: int, query_heads: tuple[int, ...]) -> KeptGroup:
+    group = query_heads[0] * heads.n_groups // heads.n_queries
+    queried = _columns(query_heads, heads.width)
     grouped = slice(group * heads.width, (group + 1) * heads.width)
     if heads.frequencies is None:
-        matched = top(squares.queries[queried].sum(1) + squares.keys[grouped].sum(1), head_dim)
+        asked = squares.queries[queried].sum(1).view(-1, heads.width).sum(0)
+        matched = top(asked + squares.keys[grouped].sum(1), head_dim)
     else:
         pairs = keep_pairs(heads.frequencies, rotary_frequencies(head_dim))
         matched = torch.cat([pairs, pairs + heads.width // 2])
-    values = top(squares.values[grouped].sum(1) + squares.output[:, queried].sum(0), head_dim)
-    return KeptHead(query_head, group, matched, values)
+    read = squares.output[:, queried].sum(0).view(-1, heads.width).sum(0)
+    values = top(squares.values[grouped].sum(1) + read, head_dim)
+    return KeptGroup(query_heads, group, matched, values)
+
+
+def _columns(query_heads: Sequence[int], width: int) -> Tensor:
+    """The entries of these heads, one head behind the other."""
+    return torch.cat([torch.arange(head * width, (head + 1) * width) for head in query_heads])
 
 
 def keep_pairs(frequencies: Tensor, wanted: Tensor) -> Tensor:
@@ -211,15 +223,13 @@ def prune_block(
     With ``is_normed`` side states are the base's at unit root-mean-square; otherwise they are as in the base.
     """
     heads, scale = heads_of(base), importance.scales[index]
-    head_dim = side.attention.head_dim
-    n_heads = len(stream) // head_dim
-    _check_fit(base, heads, head_dim, n_heads)
+    _check_fit(base, heads, side.attention)
     n_hidden = side.feed_forward.down.in_features
-    kept = keep_block(importance.blocks[index], heads, head_dim, n_heads, n_hidden)
+    kept = keep_block(importance.blocks[index], heads, side.attention, n_hidden)
     weights = block_weights(base, base.blocks[index], lambda parameter: parameter.detach().float().cpu())
     written = heads.residual / scale if is_normed else heads.residual
     with torch.no_grad():
-        _copy_attention(side, weights, kept.heads, heads, stream)
+        _copy_attention(side, weights, kept.groups, heads, stream)
         side.attention.output.weight.mul_(written)
         offset = layout_of(base).norm_offset
         if weights.attention_norm is None:
@@ -231,32 +241,40 @@ def prune_block(
             _copy_feed_forward(side, weights, kept.feed_forward, stream, written)
 
 
-def _check_fit(base: Base, heads: Heads, head_dim: int, n_heads: int) -> None:
-    if head_dim > heads.width:
+def _check_fit(base: Base, heads: Heads, side: Attention) -> None:
+    if side.head_dim > heads.width:
         raise ConfigError(
-            f"The heads of {base.name} are {heads.width} wide; a pruned head cannot be {head_dim} wide. Use a smaller "
-            "head_dim, or start = 'random'."
+            f"The heads of {base.name} are {heads.width} wide; a pruned head cannot be {side.head_dim} wide. Use a "
+            "smaller head_dim, or start = 'random'."
         )
-    if n_heads > heads.n_queries:
+    if side.n_heads > heads.n_queries:
         raise ConfigError(
-            f"{base.name} has {heads.n_queries} heads; {n_heads} cannot be kept of them. Use a smaller width, a larger "
-            "head_dim, or start = 'random'."
+            f"{base.name} has {heads.n_queries} heads; {side.n_heads} cannot be kept of them. Use a smaller width, a "
+            "larger head_dim, or start = 'random'."
+        )
+    size, in_group = side.n_heads // side.n_shared, heads.n_queries // heads.n_groups
+    if heads.n_groups * (in_group // size) < side.n_shared:
+        raise ConfigError(
+            f"The heads of {base.name} share their keys in {heads.n_groups} groups of {in_group}; {side.n_shared} "
+            f"groups of {size} cannot be kept of them. Use a smaller query_group or width, or start = 'random'."
         )
 
 
 def _copy_attention(
-    side: SideBlock, weights: BlockWeights, kept: Sequence[KeptHead], heads: Heads, stream: Tensor
+    side: SideBlock, weights: BlockWeights, kept: Sequence[KeptGroup], heads: Heads, stream: Tensor
 ) -> None:
     """Queries take up the base's scale: the side divides by the root of its own head_dim."""
     head_dim = side.attention.head_dim
     parts: list[list[Tensor]] = [[], [], []]
     outputs = []
-    for head in kept:
-        queried, grouped = head.query_head * heads.width, head.group * heads.width
-        parts[0].append(weights.queries[queried + head.matched] * (heads.scale * head_dim**0.5))
-        parts[1].append(weights.keys[grouped + head.matched])
-        parts[2].append(weights.values[grouped + head.values])
-        outputs.append(weights.output[:, queried + head.values])
+    for own in kept:
+        grouped = own.group * heads.width
+        parts[1].append(weights.keys[grouped + own.matched])
+        parts[2].append(weights.values[grouped + own.values])
+        for query_head in own.query_heads:
+            queried = query_head * heads.width
+            parts[0].append(weights.queries[queried + own.matched] * (heads.scale * head_dim**0.5))
+            outputs.append(weights.output[:, queried + own.values])
     stacked = torch.cat([torch.cat(rows) for rows in parts])
     side.attention.queries_keys_values.weight.copy_(stacked[:, stream])
     side.attention.output.weight.copy_(torch.cat(outputs, 1)[stream])

@@ -113,6 +113,8 @@ class AdapterSection(_Section):
     """Hidden width of an ``lst`` block's feed-forward; about 8/3 of the width unless given."""
     head_dim: HeadDim = 32
     """Width of one attention head of ``lst``; it divides the width."""
+    query_group: int | None = Field(None, ge=1)
+    """Heads of queries that share one of keys and values, for a cache so many times smaller; 1 unless given."""
     tap_rank: int | None = Field(None, ge=0)
     """Rank of the down-projections; full rank unless given."""
     gate: Literal["layer", "channel"] | None = None
@@ -345,6 +347,7 @@ class Recipe(_Section):
             "layers",
             "width",
             "feed_forward",
+            "query_group",
             "tap_rank",
             "gate",
             "bottleneck",

@@ -29,6 +29,7 @@ class StandaloneShape:
     width: int
     feed_forward: int
     head_dim: int = 32
+    query_group: int = 1
     n_labels: int = 1
     is_causal: bool = True
     pooled: bool = False
@@ -43,7 +44,7 @@ class Standalone(nn.Module):
         self.embedding = nn.Embedding(shape.n_tokens, shape.width)
         nn.init.normal_(self.embedding.weight, std=0.02)  # learns faster than from torch's 1.0
         self.blocks = nn.ModuleList(
-            SideBlock(shape.width, shape.head_dim, shape.feed_forward) for _ in range(shape.depth)
+            SideBlock(shape.width, shape.head_dim, shape.feed_forward, shape.query_group) for _ in range(shape.depth)
         )
         self.rotary = Rotary(shape.head_dim)
         self.head = GuardHead(shape.width, shape.n_labels, pooled=shape.pooled)
@@ -75,13 +76,15 @@ def matched_shape(adapter: Adapter, n_tokens: int) -> StandaloneShape:
             f"{config.kind!r} with role {config.role!r}. Pass an LST guard."
         )
     depth = max(1, len(config.layers) - 1)  # as Lst builds it
-    left = adapter_matmuls(adapter) - config.width * len(config.labels) - depth * 4 * config.width**2
+    attention = 2 * config.width**2 + 2 * config.width**2 // config.query_group  # queries, output; keys, values
+    left = adapter_matmuls(adapter) - config.width * len(config.labels) - depth * attention
     return StandaloneShape(
         n_tokens=n_tokens,
         depth=depth,
         width=config.width,
         feed_forward=round(left / (depth * 3 * config.width)),
         head_dim=config.head_dim,
+        query_group=config.query_group,
         n_labels=len(config.labels),
         is_causal=not config.base.is_encoder,
         pooled=config.readout == "attention",

@@ -49,17 +49,15 @@ class PagedTape(Tape):
 class PagedAttention(Attention):
     """Attention whose keys and values lie in vLLM's own cache, over all earlier tokens of the request."""
 
-    def __init__(self, width: int, head_dim: int, prefix: str) -> None:
-        super().__init__(width, head_dim)
-        n_heads = width // head_dim
-        self.paged = PagedKernel(n_heads, head_dim, head_dim**-0.5, num_kv_heads=n_heads, prefix=prefix)
+    def __init__(self, like: Attention, prefix: str) -> None:
+        width, head_dim = like.output.in_features, like.head_dim
+        super().__init__(width, head_dim, like.n_heads // like.n_shared)
+        self.paged = PagedKernel(self.n_heads, head_dim, head_dim**-0.5, num_kv_heads=self.n_shared, prefix=prefix)
 
     def forward(
         self, states: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, cache: SideCache | None, layer: int
     ) -> Tensor:
-        mixed = self.paged(
-            *(heads[0].transpose(0, 1).reshape(states.shape[1:]) for heads in self.heads(states, rotary))
-        )
+        mixed = self.paged(*(heads[0].transpose(0, 1).flatten(1) for heads in self.heads(states, rotary)))
         return self.output(mixed[None])  # type: ignore[no-any-return]
 
 
@@ -114,8 +112,7 @@ def _page(adapter: Adapter, prefix: str, first: int) -> int:
     """Exchange the attention of every block; returns how many layers of the cache the adapter takes."""
     blocks = [module for module in adapter.modules() if isinstance(module, SideBlock)]
     for index, block in enumerate(blocks):
-        width = block.attention.output.in_features
-        block.attention = PagedAttention(width, block.attention.head_dim, f"{prefix}.layers.{first + index}.attn")
+        block.attention = PagedAttention(block.attention, f"{prefix}.layers.{first + index}.attn")
     if len(blocks) != adapter.n_cache_layers:
         raise UnsupportedError(
             f"{adapter.name!r} remembers earlier tokens in {adapter.n_cache_layers} layers; {len(blocks)} run in vLLM. "
