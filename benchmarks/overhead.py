@@ -45,6 +45,7 @@ GOALS = {
 }  # for the guard, without the built-in
 PHASES = ("prefill", "decode")
 TAPS = (3,)  # guards of fewer and wider taps, beside that on all layers
+GROUPS = (4,)  # of these guards also such whose heads share keys and values, so many each
 EVERY = (
     8,
 )  # tokens of an answer judged together, beside each by itself: while decoding alone, for prompts do not wait
@@ -250,7 +251,8 @@ def time_rows(plan: Plan, batches: Sequence[int], phases: Sequence[str], setting
 def measure_part(part: str, options: argparse.Namespace) -> Path:
     """Measure one part at every geometry and write its rows and goals."""
     started, on_gpu = time.perf_counter(), options.device == "cuda"
-    guards = ["guard", *(f"guard_{count}" for count in options.taps)]
+    tapped = [f"guard_{count}" for count in options.taps]
+    guards = ["guard", *tapped, *(f"{guard}_group_{size}" for size in options.groups for guard in tapped)]
     grouped = [f"{guard}_every_{count}" for count in options.every for guard in guards]
     variants = ("base", *options.only, *guards[1:], *grouped)
     batches = options.batches or ([1, 4, 16, 64] if on_gpu else [1, 8])
@@ -302,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
     parser.add_argument("--parts", nargs="+", default=OVERHEAD.parts, choices=OVERHEAD.parts)
     parser.add_argument("--taps", nargs="*", type=int, default=TAPS, help="guards on so many layers, at equal FLOPs")
+    parser.add_argument("--groups", nargs="*", type=int, default=GROUPS, help="heads that share keys, of those guards")
     parser.add_argument("--every", nargs="*", type=int, default=EVERY, help="guards that judge so many tokens together")
     parser.add_argument("--only", nargs="+", default=VARIANTS[1:], choices=VARIANTS[1:], help="variants beside base")
     parser.add_argument("--tokens", type=int, default=512, help="of the prompt; the built-in base takes 448 at most")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from geometry import PUBLISHED
+from geometry import PUBLISHED, numbers_in
 from safeside.adapters.adapter import Adapter
 from safeside.adapters.blocks import attention_bias
 from safeside.adapters.config import AdapterConfig
@@ -54,6 +54,7 @@ def random_base(config: PreTrainedConfig, name: str, device: str, dtype: torch.d
     base = geometry_base(config, name)
     with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # which making it without weights leaves out: the head would take as much again
     noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0)).to(device, dtype) * 0.02
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,9 +82,9 @@ def twin_of(base: Base) -> Base:
     return twin
 
 
-def tapped_config(base: Base, n_taps: int | None) -> AdapterConfig:
+def tapped_config(base: Base, n_taps: int | None, query_group: int = 1) -> AdapterConfig:
     """The widest ``lst`` of at most SIZE: on all layers, or on ``n_taps`` that are spread evenly and end at the top."""
-    return sized_config(base, SIZE, n_taps, name="harm")
+    return sized_config(base, SIZE, n_taps, name="harm", query_group=query_group)
 
 
 class Alone:
@@ -197,11 +198,12 @@ class Plan:
 
 
 def guarded(base: Base, name: str) -> Guarded:
-    """``guard``, ``guard_N`` on N layers, and either with ``_every_K``: decoded tokens judged K at a time."""
-    _, *parts = name.split("_")
-    every = int(parts[-1]) if "every" in parts else 1
-    n_taps = int(parts[0]) if parts and parts[0] != "every" else None
-    return Guarded(base, tapped_config(base, n_taps), every)
+    """``guard``, ``guard_N`` on N layers; with ``_group_G`` G heads of queries share one of keys and values.
+
+    With ``_every_K`` decoded tokens are judged K at a time.
+    """
+    named = numbers_in(name)
+    return Guarded(base, tapped_config(base, named.get("guard"), named.get("group", 1)), named.get("every", 1))
 
 
 def build(plan: Plan, base: Base | None = None) -> dict[str, Alone]:

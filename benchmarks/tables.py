@@ -131,6 +131,7 @@ def overhead_table(path: Path) -> str:
     head = (
         "Median over interleaved rounds (95% bootstrap interval); a goal is met where the interval's upper end meets "
         f"it: {_goals_met(judged)}. `guard` taps all layers, `guard_N` taps N at equal multiply-adds, "
+        "`_group_G` lets G heads of queries share one of keys and values, "
         "`_every_K` judges decoded tokens K at a time. "
         f"Commits: {commits}; {result['machine']}.\n\n"
     )

@@ -131,6 +131,16 @@ def test_fewer_taps_cost_no_more(geometry: str) -> None:
         assert made.layers[-1] == 24
         assert len(made.layers) == (n_taps or 25)
     assert all(0.007 < share <= 0.01 for share in shares.values())  # widths come in steps of 32
+    assert tapped_config(base, 3, 4).query_group == 4
+
+
+def test_a_geometry_is_as_large_as_its_checkpoint(geometry: str) -> None:
+    """A head that is tied takes nothing of its own."""
+    base = random_base(tiny_config("llama", tie_word_embeddings=True), "tied", "cpu", torch.float32)
+    assert base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
+    variants = build(Plan(geometry, ("base", "guard_2_group_1_every_3")))
+    assert isinstance(variants["guard_2_group_1_every_3"], Guarded)
+    assert variants["guard_2_group_1_every_3"].attachment.judge_every == 3
 
 
 def test_a_goal_is_met_at_the_upper_end_only() -> None:
@@ -147,11 +157,23 @@ def test_it_writes_every_row(
     tmp_path: Path, geometry: str, monkeypatch: pytest.MonkeyPatch, tuned: list[object]
 ) -> None:
     small = ["--tokens", "8", "--steps", "2", "--pairs", "2", "--threads", "1", "--batches", "1", "2"]
-    small += ["--geometries", geometry, "--taps", "2", "--every", "2", "--output", str(tmp_path), "--parts"]
+    small += [
+        "--geometries",
+        geometry,
+        "--taps",
+        "2",
+        "--groups",
+        "1",
+        "--every",
+        "2",
+        "--output",
+        str(tmp_path),
+        "--parts",
+    ]
     path = overhead.main([*small, "time"])
     result = json.loads(path.read_text())
     found = {(row["phase"], row["batch"], row["variant"], row["metric"]) for row in result["rows"]}
-    beside = ("guard", "second_pass", "standalone", "guard_2")
+    beside = ("guard", "second_pass", "standalone", "guard_2", "guard_2_group_1")
     cases = [(phase, batch) for phase in ("prefill", "decode") for batch in (1, 2)]
     assert found == {
         *((*case, name, metric) for case in cases for name in beside for metric in ("ratio_to_base", "flops_share")),
@@ -159,7 +181,7 @@ def test_it_writes_every_row(
         *(
             ("decode", batch, f"{name}_every_2", metric)
             for batch in (1, 2)
-            for name in ("guard", "guard_2")
+            for name in ("guard", "guard_2", "guard_2_group_1")
             for metric in ("ratio_to_base", "flops_share", "seconds")
         ),
     }
