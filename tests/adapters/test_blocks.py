@@ -127,9 +127,27 @@ def test_sharp_attention_in_bfloat16_is_off_by_the_rounding_of_its_products() ->
     assert error.abs().max() < 0.3
 
 
-def test_where_gradients_are_wanted_attention_is_fused() -> None:
-    """Products would keep a matrix of queries by keys for every head."""
-    queries, keys, values = (torch.randn(1, 2, 300, 16).bfloat16().requires_grad_() for _ in range(3))
+def test_on_an_accelerator_shared_heads_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fused kernels that take a bias know none; a device without memory stands in for one."""
+    given: list[tuple[int, bool]] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, *, attn_mask: Tensor, enable_gqa: bool) -> Tensor:
+        given.append((keys.shape[1], enable_gqa))
+        return fused(queries, keys, values, attn_mask=attn_mask, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    for device in ("cpu", "meta"):
+        queries, keys = torch.zeros(2, 6, 5, 8, device=device), torch.zeros(2, 2, 5, 8, device=device)
+        found = attention_of(queries, keys, keys, torch.zeros(2, 1, 5, 5, device=device))
+        assert found.shape == (2, 6, 5, 8)
+    assert given == [(2, True), (6, False)]
+
+
+@pytest.mark.parametrize("n_shared", [2, 1])
+def test_where_gradients_are_wanted_attention_is_fused(n_shared: int) -> None:
+    """Products would keep a matrix of queries by keys for every head; so with shared keys and values."""
+    queries, keys, values = (torch.randn(1, n, 300, 16).bfloat16().requires_grad_() for n in (2, n_shared, n_shared))
     bias = attention_bias(torch.ones(1, 1, 300, 300, dtype=torch.bool).tril(), torch.bfloat16)
     kept: list[int] = []
 

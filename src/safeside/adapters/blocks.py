@@ -77,13 +77,25 @@ def attention_of(
     """
     is_learnt = queries.requires_grad or keys.requires_grad or values.requires_grad
     if is_learnt or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
-        is_shared = keys.shape[1] < queries.shape[1]
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=is_shared)
+        return _fused_attention(queries, keys, values, bias)
     scale = queries.shape[-1] ** -0.5
     if queries.shape[-2] == 1:
         return _attention_by_products(queries.float() * scale, bias, keys, values).to(values.dtype)
     parts = zip(*(torch.split(whole, _QUERIES_TOGETHER, -2) for whole in (queries * scale, bias)), strict=True)
     return torch.cat([_attention_by_products(own, own_bias, keys, values) for own, own_bias in parts], -2)
+
+
+def _fused_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Of heads that share keys and values too.
+
+    Fused kernels that take a bias know shared heads on a CPU alone; elsewhere torch would write the products out, which
+    take more than a head of keys and values for each.
+    """
+    n_sharing = queries.shape[1] // keys.shape[1]
+    if n_sharing > 1 and queries.device.type != "cpu":
+        keys, values = (part.repeat_interleave(n_sharing, 1) for part in (keys, values))
+    is_shared = keys.shape[1] < queries.shape[1]
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=is_shared)
 
 
 def _attention_by_products(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor) -> Tensor:
