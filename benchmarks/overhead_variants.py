@@ -6,6 +6,7 @@ All variants of a geometry share one set of weights; each has its own module tre
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -202,6 +203,7 @@ def guarded(base: Base, name: str) -> Guarded:
 
     With ``_every_K`` decoded tokens are judged K at a time.
     """
+    assert re.fullmatch(r"guard(_\d+)?(_group_\d+)?(_every_\d+)?", name), name
     named = numbers_in(name)
     return Guarded(base, tapped_config(base, named.get("guard"), named.get("group", 1)), named.get("every", 1))
 

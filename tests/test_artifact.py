@@ -511,3 +511,12 @@ def test_weights_may_be_read_by_whom_an_ordinary_file_may(
     copy_adapter(folder, tmp_path / "copy", read_config(folder), {})
     for place in (folder, tmp_path / "copy"):
         assert len({file.stat().st_mode for file in place.iterdir()}) == 1
+
+
+def test_files_of_adapters_without_groups_do_not_tell_of_them(session_base: Base, tmp_path: Path) -> None:
+    """What was written and hashed before there were any is as it was; groups come back as they were."""
+    plain, grouped = (make_config(session_base, width=64, query_group=size) for size in (1, 2))
+    assert "query_group" not in plain.model_dump_json()
+    folder = save_adapter(create_adapter(session_base, grouped, seed=1), tmp_path / "grouped", session_base)
+    assert read_config(folder).query_group == 2
+    assert load_adapter(folder, session_base).config == grouped.model_copy(update={"base": read_config(folder).base})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,23 @@ def test_a_block_outside_its_decoder_is_an_error(tiny_base: Base, aligners: list
 def test_the_record_needs_a_pass(tiny_base: Base, guard: Adapter) -> None:
     with attach(tiny_base, guards=[guard]) as attachment, pytest.raises(AttachmentError, match="No forward pass"):
         _ = attachment.record
+
+
+def test_a_pass_forgets_the_record_of_the_one_before(tiny_base: Base, guard: Adapter) -> None:
+    """Its states are as large as the prompt; and a pass that fails does not pass for the one before."""
+    with attach(tiny_base, guards=[guard]) as attachment:
+        logits_of(tiny_base)
+        held = weakref.ref(attachment.record.base_state)
+        alive: list[bool] = []
+        handle = tiny_base.blocks[0].register_forward_hook(lambda *_: alive.append(held() is not None))
+        logits_of(tiny_base)
+        handle.remove()
+        assert alive == [False]
+        assert attachment.record.scores["harm"].isfinite().all()
+        with pytest.raises(InputError):
+            tiny_base.decoder()
+        with pytest.raises(AttachmentError, match="No forward pass has ended in this thread, or the last one failed"):
+            _ = attachment.record
 
 
 def test_a_call_without_inputs_is_an_error(tiny_base: Base, guard: Adapter) -> None:

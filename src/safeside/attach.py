@@ -152,7 +152,7 @@ class Attachment:
     def record(self) -> PassRecord:
         """The last forward pass of this thread, where it ended: base state, deltas, strengths, scores."""
         if self._thread.record is None:
-            raise AttachmentError("No forward pass has run in this thread yet. Run the base first.")
+            raise AttachmentError("No forward pass has ended in this thread, or the last one failed. Run the base.")
         return self._thread.record
 
     @torch.no_grad()
@@ -219,6 +219,7 @@ class Attachment:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the base runs: find its mask and cache, while the cache still holds only past tokens."""
         refuse_compiled()
+        self._thread.record = None  # a prompt's states are large: none keeps two
         bound = self._signature.bind(*args, **kwargs).arguments
         bound.update(bound.pop("kwargs", {}))
         inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
@@ -247,7 +248,7 @@ class Attachment:
                 current.tapes[name].few = True
         elif cache is not None:
             self.judge(cache)
-        self._thread.current, self._thread.record = current, None  # a prompt's states are large: none keeps two
+        self._thread.current = current
         return args, kwargs
 
     def _embedding_tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

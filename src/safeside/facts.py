@@ -42,6 +42,7 @@ def adapter_facts(name: str, base_name: str | None, allow_mismatch: str | None =
         "base": f"{config.base.name} ({config.base.fingerprint})",
         "layers": list(config.layers),
         "width": config.width,
+        **({"query_group": config.query_group} if config.query_group > 1 else {}),
         "labels": list(config.labels),
         "thresholds": list(adapter.thresholds),
         **{f"mode {mode}": found.summary for mode, found in config.modes.items()},

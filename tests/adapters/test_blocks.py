@@ -12,7 +12,16 @@ from transformers import DynamicCache
 
 from references import randomise, whole_tape
 from safeside.adapters.adapter import DeltaHead, GuardHead
-from safeside.adapters.blocks import Attention, Rotary, TapProjection, attention_bias, attention_of, normed, rotate
+from safeside.adapters.blocks import (
+    Attention,
+    Rotary,
+    TapProjection,
+    attention_bias,
+    attention_of,
+    for_each_query,
+    normed,
+    rotate,
+)
 from safeside.adapters.config import Calibration
 from safeside.base.taps import SideCache, Tape
 
@@ -142,6 +151,15 @@ def test_on_an_accelerator_shared_heads_are_repeated(monkeypatch: pytest.MonkeyP
         found = attention_of(queries, keys, keys, torch.zeros(2, 1, 5, 5, device=device))
         assert found.shape == (2, 6, 5, 8)
     assert given == [(2, True), (6, False)]
+
+
+def test_a_repeated_head_stands_where_its_queries_are() -> None:
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(2, 6, 5, 8), *torch.randn(2, 2, 2, 5, 8)
+    bias = attention_bias(whole_tape(2, 5).attend, torch.float32)
+    expected = attention_of(queries, keys, values, bias)
+    found = attention_of(queries, for_each_query(keys, 3), for_each_query(values, 3), bias)
+    torch.testing.assert_close(found, expected, atol=SAME, rtol=SAME)
 
 
 @pytest.mark.parametrize("n_shared", [2, 1])

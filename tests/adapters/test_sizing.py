@@ -197,10 +197,22 @@ def test_the_dial_takes_the_largest_that_fits(tiny_base: Base, size: float, step
     assert (config.head_dim, config.query_group) == (options.get("head_dim", 32), options.get("query_group", 1))
 
 
-@pytest.mark.parametrize("group", [0, -1, "two", 1.5])
-def test_a_group_has_a_head_or_more(tiny_base: Base, group: object) -> None:
+@pytest.mark.parametrize("group", [0, -1, "two", "2", 1.5, 2.0, True])
+@pytest.mark.parametrize("width", [None, 64])
+def test_a_group_has_a_head_or_more(tiny_base: Base, group: object, width: int | None) -> None:
+    with pytest.raises(ConfigError, match="query_group"):
+        make_config(tiny_base, query_group=group, **({} if width is None else {"width": width}))
     with pytest.raises(ConfigError, match="query_group"):
         sized_config(tiny_base, 0.5, query_group=group)
+
+
+def test_a_group_wider_than_the_base_is_refused(tiny_base: Base) -> None:
+    with pytest.raises(
+        ConfigError, match="query_group 3 of heads 32 wide takes a width of 96 at least; the base is 64"
+    ):
+        make_config(tiny_base, query_group=3)
+    with pytest.raises(ConfigError, match="query_group 2 of heads 64 wide takes a width of 128 at least"):
+        sized_config(tiny_base, 0.5, query_group=2, head_dim=64)
 
 
 def test_other_kinds_have_no_dial(tiny_base: Base) -> None:

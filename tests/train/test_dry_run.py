@@ -13,6 +13,7 @@ import torch
 
 import safeside.train.dry_run
 import safeside.train.estimate
+import safeside.train.run
 from recipes_for_tests import guard_rows, preference_rows, recipe
 from safeside import Adapter, Base, create_adapter, flops_share, make_config
 from safeside.adapters.config import AdapterConfig
@@ -26,6 +27,7 @@ from safeside.tasks.task import TASKS
 from safeside.train.dry_run import check_shapes, dry_run, meta_adapter, meta_base
 from safeside.train.estimate import adapter_memory, kept_in_training, lora_memory, tokens_of
 from safeside.train.recipe import LORA, Recipe, read_recipe
+from safeside.train.run import run_recipe
 from safeside.train.run_lora import lora_shape
 from safeside.train.splits import load_splits
 from tasks.conformance import make_data, write_place
@@ -274,6 +276,26 @@ def test_a_base_without_dimensions_is_refused(tmp_path: Path, base: dict[str, ob
     (tmp_path / "unknown.json").write_text('{"hidden_size": 4}')
     with pytest.raises(ConfigError, match=problem):
         meta_base(recipe("guard", base=base), tmp_path)
+
+
+def test_a_start_that_the_base_cannot_give_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the dry run, and by training before it has read a gradient: the built-in base has groups of two heads."""
+    monkeypatch.setattr(safeside.train.run, "measure_importance", lambda *_: pytest.fail("it was measured"))
+    path = tmp_path / "r.toml"
+    for group in (2, 4):
+        adapter = {"width": 128, "query_group": group, "start": "pruned"}
+        values = {"name": "r", "output": "r", "adapter": adapter, "data": {"train": ["demo:train.jsonl.gz"]}}
+        values["data"]["validation"] = ["demo:validation.jsonl.gz"]
+        path.write_text(to_toml(values))
+        if group == 2:
+            assert not dry_run(path, tmp_path)["problems"]
+            continue
+        with pytest.raises(ConfigError, match="groups of 4 cannot be kept of them"):
+            dry_run(path, tmp_path)
+        with pytest.raises(ConfigError, match="groups of 4 cannot be kept of them"):
+            run_recipe(read_recipe(path), output=tmp_path / "run")
 
 
 def test_a_trunk_of_the_wrong_shape_is_told(tiny_base: Base) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,26 @@ def test_rotary_pairs_are_whole_and_turn_alike(wide: Callable[..., Base]) -> Non
     assert (second - first).tolist() == [32] * 16
     torch.testing.assert_close(heads.frequencies[first], rotary_frequencies(32))
     assert len(head.values.unique()) == 32
+
+
+@torch.no_grad()
+def test_a_group_keeps_what_matters_to_all_its_queries(wide: Callable[..., Base]) -> None:
+    """Of 64 entries the first query head reads the first 32, and the second three times as much of the others."""
+    base = wide("llama", head_dim=64)
+    squares, heads = measured(base).blocks[0], heads_of(base)
+    squares.values.zero_()
+    squares.output.zero_()
+    squares.output[:, :32], squares.output[:, 96:128] = 1.0, 3.0
+    (shared,) = keep_block(squares, heads, Attention(64, 32, query_group=2), 8).groups
+    assert shared.values.tolist() == list(range(32, 64))
+    first, second = keep_block(squares, heads, Attention(64, 32), 8).groups
+    assert (first.values.tolist(), second.values.tolist()) == (list(range(32)), list(range(32, 64)))
+    heads = replace(heads, frequencies=None)
+    squares.keys.zero_()
+    squares.queries.zero_()
+    squares.queries[:32], squares.queries[96:128] = 3.0, 1.0
+    (shared,) = keep_block(squares, heads, Attention(64, 32, query_group=2), 8).groups
+    assert shared.matched.tolist() == list(range(32))
 
 
 @torch.no_grad()

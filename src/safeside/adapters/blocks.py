@@ -93,9 +93,14 @@ def _fused_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor
     """
     n_sharing = queries.shape[1] // keys.shape[1]
     if n_sharing > 1 and queries.device.type != "cpu":
-        keys, values = (part.repeat_interleave(n_sharing, 1) for part in (keys, values))
+        keys, values = (for_each_query(part, n_sharing) for part in (keys, values))
     is_shared = keys.shape[1] < queries.shape[1]
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=is_shared)
+
+
+def for_each_query(part: Float[Tensor, "B K S h"], n_sharing: int) -> Float[Tensor, "B H S h"]:
+    """Keys or values so often that every head of queries has one of its own."""
+    return part.repeat_interleave(n_sharing, 1)
 
 
 def _attention_by_products(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor) -> Tensor:

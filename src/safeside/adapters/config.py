@@ -224,8 +224,11 @@ class AdapterConfig(BaseModel):
     """Hidden width of an ``lst`` block's feed-forward; 0 means about 8/3 of ``width``."""
     head_dim: HeadDim = 32
     """Width of one attention head of ``lst``; it divides ``width``."""
-    query_group: int = Field(1, ge=1, le=_MOST)
-    """Heads of queries that share one of keys and values: the ladder's part of the cache is so many times smaller."""
+    query_group: int = Field(1, ge=1, le=_MOST, strict=True, exclude_if=lambda size: size == 1)
+    """Heads of queries that share one of keys and values: the ladder's part of the cache is so many times smaller.
+
+    So many heads divide ``width``.  Files and hashes of adapters without groups are as before there were any.
+    """
     tap_rank: int = Field(0, ge=0, le=_MOST)
     """Rank of the down-projections of tapped states; 0 means full rank."""
     gate: Literal["layer", "channel"] = "layer"

@@ -123,7 +123,7 @@ def make_config(
         values["readout"] = "attention"
     if _has_default_width(kind, role):
         share = reference.d_model / (16 if reduction is None else reduction)
-        step = _width_step(values)
+        step = _width_step(values, reference.d_model)
         values["width"] = max(step, round(share / step) * step)
     if kind == "toplayers":
         values |= _top_values(base, reference, dimensions)
@@ -203,7 +203,7 @@ def sized_config(base: Base, size: float = 0.01, n_taps: int | None = None, **op
     chosen = sorted({"width", "reduction", "layers"} & {name for name, value in options.items() if value is not None})
     if chosen:
         raise ConfigError(f"size picks width and layers; leave {', '.join(chosen)} out, or call make_config.")
-    step = _width_step(options)
+    step = _width_step(options, base.d_model)
     if n_taps is None:
         choices = [tuple(range(base.n_layers, -1, -stride))[::-1] for stride in range(1, base.n_layers + 2)]
     else:
@@ -219,10 +219,16 @@ def sized_config(base: Base, size: float = 0.01, n_taps: int | None = None, **op
     return config(choices[-1], step)
 
 
-def _width_step(options: dict[str, object]) -> int:
+def _width_step(options: dict[str, object], d_model: int) -> int:
     """The narrowest width: one group of heads.  What is no size of either is left to ``make_config`` to refuse."""
     sizes = (options.get("head_dim") or 32, options.get("query_group") or 1)
-    return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+    step = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+    if step > d_model and sizes[1] != 1:
+        raise ConfigError(
+            f"query_group {sizes[1]} of heads {sizes[0]} wide takes a width of {step} at least; the base is {d_model} "
+            "wide. Use a smaller one."
+        )
+    return step
 
 
 def widest(base: Base, size: float, step: int, config_of: Callable[[int], AdapterConfig]) -> AdapterConfig | None:

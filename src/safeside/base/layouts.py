@@ -128,7 +128,9 @@ def heads_of(base: Base) -> Heads:
     n_queries = int(config.num_attention_heads)
     width = int(fields.get("head_dim") or base.d_model // n_queries)
     path = layout_of(base).frequencies
-    frequencies = base.decoder.get_buffer(path).float().cpu() if path else None
+    frequencies = base.decoder.get_buffer(path) if path else None
+    if frequencies is not None and not frequencies.is_meta:
+        frequencies = frequencies.float().cpu()
     if frequencies is not None and 2 * len(frequencies) != width:
         raise ConfigError(
             f"{base.name} turns {2 * len(frequencies)} of the {width} entries of a head by position; expected all. "

@@ -27,6 +27,7 @@ from safeside.tasks.rows import BadRow, example_of
 from safeside.tasks.sources import HUB, Fields, example_from, hub_place
 from safeside.tasks.task import TASKS, rows_of_tests
 from safeside.train.estimate import adapter_memory, linear_layers_of, lora_memory, tokens_of
+from safeside.train.pruning import check_start
 from safeside.train.recipe import LORA, Recipe, read_recipe
 from safeside.train.run_lora import lora_shape
 from safeside.train.splits import goals_to_leave_out, rows_at
@@ -50,6 +51,8 @@ def dry_run(path: Path, data_root: Path) -> dict[str, object]:
     else:
         adapter = meta_adapter(base, recipe)
         check_shapes(base, adapter)
+        if recipe.adapter.start == "pruned":
+            check_start(base, adapter)
         facts, labels = _adapter_facts(base, adapter, recipe), adapter.config.labels
     data, problems = _data_facts(recipe, data_root, labels)
     return {

@@ -17,7 +17,8 @@ What waits for the gradient is counted, not estimated: the adapter's own forward
 and no content, and autograd tells what it keeps.  A ``lora`` sits inside the base, whose pass is not run: there
 ``taps`` are 4 N D bytes (2 N D under bfloat16) for each linear layer from the lowest one on that reads the base's
 width, and ``activations`` the inputs and outputs of the others.  What the allocator wastes, the runtime's own kernels
-(about 1 GB) and stored taps, which lie on disk, are not in it.
+(about 1 GB) and stored taps, which lie on disk, are not in it; nor are the keys and values that an accelerator keeps
+for each head of a ``query_group`` by itself.
 """
 
 from __future__ import annotations

@@ -69,12 +69,9 @@ class KeptBlock:
 def start_from_base(base: Base, adapter: Adapter, importance: Importance) -> Tensor:
     """Give an ``lst`` adapter the pruned weights of ``base``; returns the kept residual indices, rising.
 
-    An aligner's up-projection stays zero.  Another kind, heads narrower than the adapter's and more side heads than
-    the base has query heads are ConfigErrors.
+    An aligner's up-projection stays zero.  What ``check_start`` refuses is a ConfigError.
     """
-    trunk: nn.Module = adapter.trunk
-    if not isinstance(trunk, Lst):
-        raise ConfigError(f"Only kind 'lst' starts from the base's weights; got {adapter.config.kind!r}.")
+    trunk = check_start(base, adapter)
     scores = stream_importance(importance)
     stream = top(scores, trunk.width)
     for projection in trunk.taps.values():
@@ -85,6 +82,21 @@ def start_from_base(base: Base, adapter: Adapter, importance: Importance) -> Ten
         index = max(layer, 1) - 1
         prune_block(base, index, block, stream, importance)
     return stream
+
+
+def check_start(base: Base, adapter: Adapter) -> Lst:
+    """The trunk, if it can start from ``base``: by shapes alone, before anything is measured.
+
+    Another kind, heads narrower than the adapter's, more side heads than the base has query heads and larger groups
+    than the base's, or more of them than it can fill, are ConfigErrors.
+    """
+    trunk: nn.Module = adapter.trunk
+    if not isinstance(trunk, Lst):
+        raise ConfigError(f"Only kind 'lst' starts from the base's weights; got {adapter.config.kind!r}.")
+    block = trunk.blocks[0]
+    assert isinstance(block, SideBlock)
+    _check_fit(base, heads_of(base), block.attention)
+    return trunk
 
 
 def create_pruned_standalone(base: Base, adapter: Adapter, importance: Importance, seed: int = 0) -> Standalone:

@@ -114,7 +114,10 @@ class AdapterSection(_Section):
     head_dim: HeadDim = 32
     """Width of one attention head of ``lst``; it divides the width."""
     query_group: int | None = Field(None, ge=1)
-    """Heads of queries that share one of keys and values, for a cache so many times smaller; 1 unless given."""
+    """Heads of queries that share one of keys and values, for a cache so many times smaller; 1 unless given.
+
+    So many heads divide the width.
+    """
     tap_rank: int | None = Field(None, ge=0)
     """Rank of the down-projections; full rank unless given."""
     gate: Literal["layer", "channel"] | None = None

@@ -26,7 +26,7 @@ from safeside.terminal import note
 from safeside.train.importance import Sample, measure_importance
 from safeside.train.loop import CHECKPOINT, Loop, Outcome, Progress, processes_on
 from safeside.train.objectives import Objective, guard_logits, objective_of
-from safeside.train.pruning import start_from_base
+from safeside.train.pruning import check_start, start_from_base
 from safeside.train.recipe import Recipe
 from safeside.train.rows import Rows
 from safeside.train.splits import load_benign, load_splits
@@ -156,6 +156,7 @@ def _started(base: Base, config: AdapterConfig, recipe: Recipe, train: Rows) -> 
     """The adapter before training: random, or pruned from the base."""
     adapter = create_adapter(base, config, recipe.seed)
     if recipe.adapter.start == "pruned":
+        check_start(base, adapter)
         sample = Sample(train.ids, train.labels, recipe.adapter.start_rows, recipe.seed)
         start_from_base(base, adapter, measure_importance(base, sample))
     return adapter
