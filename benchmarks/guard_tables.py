@@ -106,7 +106,7 @@ def patch_table(rows: Sequence[Row]) -> Table:
             text_of(grouped(rows, metric, *names, column).get((*key, value), []), form)
             for _, metric, (column, value), form in columns
         ]
-        for key in grouped(rows, "seconds", *names)
+        for key in grouped(rows, "elsewhere_change", *names)
     ]
     return (*names, *(head for head, *_ in columns)), lines
 
