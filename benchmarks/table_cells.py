@@ -23,7 +23,9 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def share_cell(rows: Sequence[Row]) -> str:
-    share = max((float(row["flops_share"]) for row in rows), default=0.0)
+    if not rows:
+        return ""
+    share = max(float(row["flops_share"]) for row in rows)
     return f"{share * 100:.3g}%" if share >= 1e-4 else "under 0.01%"
 
 
