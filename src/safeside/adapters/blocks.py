@@ -126,6 +126,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, head_dim: int, query_group: int = 1) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.query_group = query_group
         self.n_heads = width // head_dim
         self.n_shared = self.n_heads // query_group
         """Heads of keys, and as many of values."""

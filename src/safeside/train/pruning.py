@@ -170,7 +170,7 @@ def keep_block(squares: BlockWeights, heads: Heads, side: Attention, n_hidden: i
     hidden = None
     if squares.gate is not None and squares.up is not None and squares.down is not None:
         hidden = top(squares.gate.sum(1) + squares.up.sum(1) + squares.down.sum(0), n_hidden)
-    size = side.n_heads // side.n_shared
+    size = side.query_group
     kept = keep_heads(squares, heads, side.n_heads, size)
     chosen = [tuple(kept[start : start + size]) for start in range(0, side.n_heads, size)]
     return KeptBlock(tuple(_keep_group(squares, heads, side.head_dim, members) for members in chosen), hidden)
@@ -264,7 +264,7 @@ def _check_fit(base: Base, heads: Heads, side: Attention) -> None:
             f"{base.name} has {heads.n_queries} heads; {side.n_heads} cannot be kept of them. Use a smaller width, a "
             "larger head_dim, or start = 'random'."
         )
-    size, in_group = side.n_heads // side.n_shared, heads.n_queries // heads.n_groups
+    size, in_group = side.query_group, heads.n_queries // heads.n_groups
     if heads.n_groups * (in_group // size) < side.n_shared:
         raise ConfigError(
             f"The heads of {base.name} share their keys in {heads.n_groups} groups of {in_group}; {side.n_shared} "

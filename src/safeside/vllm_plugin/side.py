@@ -51,7 +51,7 @@ class PagedAttention(Attention):
 
     def __init__(self, like: Attention, prefix: str) -> None:
         width, head_dim = like.output.in_features, like.head_dim
-        super().__init__(width, head_dim, like.n_heads // like.n_shared)
+        super().__init__(width, head_dim, like.query_group)
         self.paged = PagedKernel(self.n_heads, head_dim, head_dim**-0.5, num_kv_heads=self.n_shared, prefix=prefix)
 
     def forward(
