@@ -55,7 +55,7 @@ class Rule(BaseModel):
     """A record with a field that is bounded and a check of the whole."""
 
     share: float = Field(default=0.0, le=1.0)
-    names: list[str] = []
+    names: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Rule:
@@ -73,6 +73,7 @@ class Rule(BaseModel):
             "share: Input should be less than or equal to 1; names.1: Input should be a valid string",
         ),
         ({"share": 0.5}, "A half is no share. Take another."),
+        ({"share": 0.1, "names": "a"}, "names: Input should be a valid list"),  # what a file calls a tuple
     ],
 )
 def test_problems_stand_on_one_line_without_the_values(values: dict[str, object], told: str) -> None:
