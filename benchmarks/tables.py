@@ -12,8 +12,9 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gene_tables import genes_table
 from guard_tables import PART_TABLES, grounding_table, guards_table, part_table
@@ -127,7 +128,7 @@ def overhead_table(path: Path) -> str:
             share_cell([row for row in rows if (row["geometry"], row["variant"]) == (geometry, v)]) for v in variants
         ]
         lines.append([f"{geometry}: multiply-adds", *shares, "1%" if geometry != "builtin" else ""])
-    commits = ", ".join(f"{part} `{facts['commit']}`" for part, facts in parts.items())
+    commits = "; ".join(f"{part} {commits_of(facts)}" for part, facts in parts.items())
     head = (
         "Median over interleaved rounds (95% bootstrap interval); a goal is met where the interval's upper end meets "
         f"it: {_goals_met(judged)}. `guard` taps all layers, `guard_N` taps N at equal multiply-adds, "
@@ -136,6 +137,12 @@ def overhead_table(path: Path) -> str:
         f"Commits: {commits}; {result['machine']}.\n\n"
     )
     return head + markdown(["over the base", *(str(name) for name in variants), "goal of the guards"], lines)
+
+
+def commits_of(facts: Mapping[str, Any]) -> str:
+    """The commit of a part, or where its rows are of several runs that of each."""
+    own = facts["notes"].get("commits", {})
+    return ", ".join(f"{what} `{commit}`" for what, commit in own.items()) or f"`{facts['commit']}`"
 
 
 def _goals_met(judged: Sequence[dict[str, object]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -117,8 +118,10 @@ def test_overhead_table_tells_ratios_goals_and_shares(results: Path) -> None:
     ]
     timed = [row for row in rows if row["metric"] != "peak_ratio"]
     parts.write_part(results, result_of("time", 1.0, timed, {"goals": goals}), parts.OVERHEAD)
-    path = parts.write_part(results, result_of("peaks", 1.0, rows[-1:], {"goals": []}), parts.OVERHEAD)
+    of_two_runs = {"goals": [], "commits": {"Big-7B": "0123456789", "builtin": "abcdefabcd"}}
+    path = parts.write_part(results, result_of("peaks", 1.0, rows[-1:], of_two_runs), parts.OVERHEAD)
     table = tables.overhead_table(path)
+    assert re.search(r"Commits: time `[^`]+`; peaks Big-7B `0123456789`, builtin `abcdefabcd`; ", table)
     assert "| over the base | guard | second_pass | goal of the guards |" in table
     assert "| Big-7B, decode, batch 8: time | 1.040 (0.940 to 1.140) | 2.000 (1.900 to 2.100) | 1.05 |" in table
     assert "| Big-7B, decode, batch 8: peak memory | 1.010 |  |  |" in table
