@@ -94,6 +94,7 @@ def test_training_counts_them_and_needs_both_classes(run: Callable[..., Ran], ti
     one_class = run("train", recipe, "--output", tmp_path / "other")
     assert one_class.code == 2
     assert "Validation needs both harmful and harmless rows for every label" in told(one_class)
+    assert "label 1 of 1 has no harmless row. Add some." in told(one_class)
     assert "Traceback" not in one_class.err
     recipe.write_text(recipe.read_text().replace("train = ['rows.jsonl']", "train = ['one.jsonl']"))
     learnt = run("train", recipe, "--output", tmp_path / "other")

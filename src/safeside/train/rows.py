@@ -62,10 +62,11 @@ class Rows:
     def require_both_kinds(self, name: str) -> None:
         """A ConfigError that calls these rows ``name`` unless each label has rows that are 0 and rows that are 1."""
         for place, column in enumerate(self.labels.T.tolist(), 1):
-            if not {0.0, 1.0} <= set(column):
+            missing = [kind for value, kind in ((1.0, "harmful"), (0.0, "harmless")) if value not in column]
+            if missing:
                 raise ConfigError(
-                    f"{name} needs both harmful and harmless rows for every label; number {place} of "
-                    f"{self.labels.shape[1]} has not. Add rows."
+                    f"{name} needs both harmful and harmless rows for every label; label {place} of "
+                    f"{self.labels.shape[1]} has no {' and no '.join(missing)} row. Add some."
                 )
 
     def chosen(self, places: Sequence[int]) -> Rows:
