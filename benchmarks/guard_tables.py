@@ -10,6 +10,7 @@ from table_cells import (
     Row,
     absent,
     chosen_rows,
+    commits_of,
     grouped,
     markdown,
     mean_of,
@@ -280,5 +281,5 @@ def part_table(path: Path, part: str) -> str:
     means = f"means of {n_seeds} seeds (lowest to highest end of their 95% intervals)"
     seeds = {0: "random weights (95% interval)", 1: "one seed (95% interval)"}.get(n_seeds, means)
     facts = [*([f"base {bases}"] if bases else []), seeds]
-    head = f"Measured with {', '.join(facts)}. Commit `{found['commit']}`, {found['machine']}.\n\n"
+    head = f"Measured with {', '.join(facts)}. Commit {commits_of(found)}, {found['machine']}.\n\n"
     return head + markdown(*PART_TABLES[part](rows))

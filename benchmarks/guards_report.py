@@ -36,7 +36,7 @@ from safeside.evals.pictures import (
 from safeside.evals.report import Section, write_report
 from safeside.guards.probability import expected_calibration_error
 from safeside.terminal import note
-from table_cells import Row, columns, pooled, text_of
+from table_cells import Row, columns, commits_of, pooled, text_of
 from tidy import RESULTS
 
 # One colour and stroke for each method on all pictures; blues read the base, reds do not.
@@ -279,7 +279,7 @@ def _not_run(notes: dict[str, Sequence[str]]) -> list[str]:
 def _provenance(parts: dict[str, dict[str, object]]) -> Section:
     """Where each part's figures come from."""
     rows = [
-        (name, str(part["commit"]), str(part["machine"]), f"{float(str(part['seconds'])):,.0f}")
+        (name, commits_of(part, ""), str(part["machine"]), f"{float(str(part['seconds'])):,.0f}")
         for name, part in parts.items()
     ]
     text = "Seconds are those of the last run of a part, which may have found much of the work done."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Row = dict[str, object]
 
@@ -20,6 +21,12 @@ def absent(path: Path) -> str:
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def commits_of(facts: Mapping[str, Any], mark: str = "`") -> str:
+    """The commit of a part, or where its rows are of several runs that of each."""
+    own = facts["notes"].get("commits") or {"": facts["commit"]}
+    return ", ".join(f"{what} {mark}{commit}{mark}".strip() for what, commit in own.items())
 
 
 def share_cell(rows: Sequence[Row]) -> str:

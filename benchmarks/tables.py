@@ -12,9 +12,8 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gene_tables import genes_table
 from guard_tables import PART_TABLES, grounding_table, guards_table, part_table
@@ -24,6 +23,7 @@ from table_cells import (
     absent,
     auroc_cell,
     chosen_rows,
+    commits_of,
     count_cell,
     markdown,
     mean_of,
@@ -137,12 +137,6 @@ def overhead_table(path: Path) -> str:
         f"Commits: {commits}; {result['machine']}.\n\n"
     )
     return head + markdown(["over the base", *(str(name) for name in variants), "goal of the guards"], lines)
-
-
-def commits_of(facts: Mapping[str, Any]) -> str:
-    """The commit of a part, or where its rows are of several runs that of each."""
-    own = facts["notes"].get("commits", {})
-    return ", ".join(f"{what} `{commit}`" for what, commit in own.items()) or f"`{facts['commit']}`"
 
 
 def _goals_met(judged: Sequence[dict[str, object]]) -> str:

@@ -55,7 +55,7 @@ class Rule(BaseModel):
     """A record with a field that is bounded and a check of the whole."""
 
     share: float = Field(default=0.0, le=1.0)
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = Field(default=(), min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Rule:
@@ -74,6 +74,7 @@ class Rule(BaseModel):
         ),
         ({"share": 0.5}, "A half is no share. Take another."),
         ({"share": 0.1, "names": "a"}, "names: Input should be a valid list"),  # what a file calls a tuple
+        ({"names": []}, "names: List should have at least 1 item after validation, not 0"),
     ],
 )
 def test_problems_stand_on_one_line_without_the_values(values: dict[str, object], told: str) -> None:

@@ -117,15 +117,13 @@ class MissingExtraError(SafesideError, ImportError):
     """An optional dependency is not installed."""
 
 
-_AS_WRITTEN = {"tuple_type": "Input should be a valid list"}  # in TOML, JSON and YAML, which know no tuples
-
-
 def problems_of(error: ValidationError) -> str:
     """What was wrong with the values, on one line: by field, and without the values, which may be a user's text."""
-    found = [
-        (".".join(map(str, problem["loc"])), _AS_WRITTEN.get(problem["type"], problem["msg"]))
-        for problem in error.errors()
-    ]
-    return "; ".join(
-        ": ".join(filter(None, (place, message.removeprefix("Value error, ")))) for place, message in found
-    )
+    found = [(".".join(map(str, problem["loc"])), _in_words_of_files(problem["msg"])) for problem in error.errors()]
+    return "; ".join(": ".join(filter(None, told)) for told in found)
+
+
+def _in_words_of_files(message: str) -> str:
+    """Without pydantic's own prefix, and with lists for tuples, which TOML, JSON and YAML do not know."""
+    plain = message.removeprefix("Value error, ")
+    return plain.replace("a valid tuple", "a valid list").replace("Tuple should", "List should")
