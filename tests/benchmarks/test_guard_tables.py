@@ -30,6 +30,12 @@ def test_every_part_beside_the_methods_has_a_table(tmp_path: Path) -> None:
         assert part_table(tmp_path / f"{part}.json", part) == words
 
 
+def test_a_part_of_several_runs_names_the_commit_of_each(tmp_path: Path) -> None:
+    rows = [row("kept_auroc", 0.5, source="a", target="b", method="map", seed=0)]
+    path = write_part(tmp_path, result_of("port", 1.0, rows, {"commits": {"a and b": "abc", "b and c": "def"}}))
+    assert ". Commit a and b `abc`, b and c `def`, " in part_table(path, "port")
+
+
 def test_stops_are_means_over_seeds_by_targets_and_rate(tmp_path: Path) -> None:
     rows = [
         row(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from safeside.errors import InputError
+from safeside.errors import InputError, problems_of
 from safeside.evals.endpoint import encodable
 from safeside.evals.judges import Exchange, Judge, Judgement, unscored
 from safeside.evals.suites import Prompt
@@ -114,11 +114,9 @@ def _parsed(path: Path, content: bytes) -> list[Record]:
         try:
             record = Record.model_validate_json(line)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
             raise InputError(
-                f"{path}: line {number}: not a record ({f'{where}: ' if where else ''}{first['msg']}). Take the line "
-                "out, and its answer is made again."
+                f"{path}: line {number}: not a record ({problems_of(error)}). Take the line out, and its answer is "
+                "made again."
             ) from error
         if record.place in records and not records[record.place].is_open:
             raise InputError(f"{path}: line {number}: prompt {record.prompt.id!r} is there already. Take one out.")
